@@ -1,0 +1,59 @@
+"""SparseGrad: fine-tuning of the MLP layers of transformers by sparse gradients in a learnt basis.
+
+The method itself, in plain PyTorch, is in `sparsegrad_peft.method`. Names are loaded on first use, so that importing the
+package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "Basis": "method.basis",
+    "Calibration": "method.calibrate",
+    "CalibrationConfig": "method.calibrate",
+    "GramStatistics": "method.calibrate",
+    "LiteralSparseGradLinear": "method.literal",
+    "SparseGradAdamW": "method.optim",
+    "SparseGradLinear": "method.linear",
+    "Trajectory": "method.gradients",
+    "calibrate": "method.calibrate",
+    "group_linears": "method.groups",
+    "param_groups": "method.surgery",
+    "refresh": "method.refresh",
+    "replace_linears": "method.surgery",
+    "restore_linears": "method.surgery",
+    "sparse_dense_product": "method.selection",
+    "topk_magnitude": "method.selection",
+}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+__version__ = "0.1.0.dev0"
+
+if TYPE_CHECKING:
+    from .method.basis import Basis as Basis
+    from .method.calibrate import Calibration as Calibration
+    from .method.calibrate import CalibrationConfig as CalibrationConfig
+    from .method.calibrate import GramStatistics as GramStatistics
+    from .method.calibrate import calibrate as calibrate
+    from .method.gradients import Trajectory as Trajectory
+    from .method.groups import group_linears as group_linears
+    from .method.linear import SparseGradLinear as SparseGradLinear
+    from .method.literal import LiteralSparseGradLinear as LiteralSparseGradLinear
+    from .method.optim import SparseGradAdamW as SparseGradAdamW
+    from .method.refresh import refresh as refresh
+    from .method.selection import sparse_dense_product as sparse_dense_product
+    from .method.selection import topk_magnitude as topk_magnitude
+    from .method.surgery import param_groups as param_groups
+    from .method.surgery import replace_linears as replace_linears
+    from .method.surgery import restore_linears as restore_linears
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

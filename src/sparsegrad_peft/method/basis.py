@@ -1,0 +1,193 @@
+"""Basis(U, V): the two orthogonal bases of a group of layers, as one module that the layers share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .hosvd import Eigenbasis, Rows, check_rows, eigenbasis
+from .products import chain
+
+if TYPE_CHECKING:
+    from .calibrate import GramStatistics
+
+logger = logging.getLogger(__name__)
+
+ORTHOGONALITY_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+"""Largest allowed entry of `|U Uᵀ - I|`: a few hundred roundings of the storage type."""
+
+
+class Basis(nn.Module):
+    """Two orthonormal bases, a direction a row, strongest first: `G_tilde = V G Uᵀ` (paper, section 3.1).
+
+    Share the module, not its tensors, between the layers of a group: a tensor that is a buffer of two modules becomes
+    two tensors at the first `.to()`, a shared module stays one. The bases keep the data type they were made in when the
+    model is cast (`.half()`, `.to(torch.bfloat16)`), because a rounded basis is no longer orthogonal; devices are followed.
+
+    Args:
+        U: (c, in), the input side; c = in is a complete basis. None stands for the identity.
+        V: (r, out), the output side, likewise.
+        spectrum_in: gradient energy along the directions of the input side, descending; kept to look at.
+        spectrum_out: the same for the output side.
+        layers: names of the layers that the basis was calibrated on.
+
+    Raises:
+        ValueError: a side is not a matrix, has more rows than columns, is not finite, or is not orthonormal within
+            `ORTHOGONALITY_TOLERANCE`.
+    """
+
+    U: Tensor | None
+    V: Tensor | None
+    spectrum_in: Tensor | None
+    spectrum_out: Tensor | None
+
+    def __init__(
+        self,
+        U: Float[Tensor, "c in"] | None,
+        V: Float[Tensor, "r out"] | None,
+        *,
+        spectrum_in: Float[Tensor, " known_in"] | None = None,
+        spectrum_out: Float[Tensor, " known_out"] | None = None,
+        layers: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        for side, matrix in (("U", U), ("V", V)):
+            if matrix is not None:
+                check_orthonormal(matrix, side)
+        self.register_buffer("U", U)
+        self.register_buffer("V", V)
+        self.register_buffer("spectrum_in", spectrum_in, persistent=False)
+        self.register_buffer("spectrum_out", spectrum_out, persistent=False)
+        self.layers = layers
+
+    @classmethod
+    def identity(cls) -> Basis:
+        """The original space, for layers of any shape: with it SparseGrad's selection is MeProp's."""
+        return cls(None, None)
+
+    @classmethod
+    def from_gram(
+        cls, gram: GramStatistics, *, c: Rows = "full", r: Rows = "full", dtype: torch.dtype = torch.float32
+    ) -> Basis:
+        """HOSVD factors of a group's gradients from its Gram matrices (see `hosvd.eigenbasis`).
+
+        Args:
+            gram: what `calibrate` returned for the group.
+            c: rows of `U` to keep: "full", a count, a fraction of `in`, or "energy:SHARE".
+            r: rows of `V` to keep, likewise.
+            dtype: of the bases; the decomposition itself is done in the type of the statistics.
+
+        Raises:
+            ValueError: no gradient reached the group, or its statistics are not finite; the message names the layers.
+        """
+        whose = f"group {gram.name!r} ({', '.join(gram.layers)})"
+        check_rows(c, gram.gram_in.shape[0], f"c, {whose}")
+        check_rows(r, gram.gram_out.shape[0], f"r, {whose}")
+        side_in = eigenbasis(gram.gram_in, c, name=f"{whose}, input side")
+        side_out = eigenbasis(gram.gram_out, r, name=f"{whose}, output side")
+        _warn_if_completed(side_in, gram, "input")
+        _warn_if_completed(side_out, gram, "output")
+        return cls(
+            side_in.vectors.to(dtype),
+            side_out.vectors.to(dtype),
+            spectrum_in=side_in.spectrum,
+            spectrum_out=side_out.spectrum,
+            layers=gram.layers,
+        )
+
+    def to_basis(self, G: Float[Tensor, "out in"]) -> Float[Tensor, "r c"]:
+        """`V G Uᵀ`: a weight or gradient of the original space, in the basis."""
+        return chain(self.V, G, None if self.U is None else self.U.T)
+
+    def from_basis(self, S: Float[Tensor, "r c"]) -> Float[Tensor, "out in"]:
+        """`Vᵀ S U`: back to the original space; the inverse of `to_basis` if both sides are complete."""
+        return chain(None if self.V is None else self.V.T, S, self.U)
+
+    def core_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """(r, c) for a layer of this shape.
+
+        Raises:
+            ValueError: the basis is for layers of another shape.
+        """
+        found = (
+            out_features if self.V is None else self.V.shape[1],
+            in_features if self.U is None else self.U.shape[1],
+        )
+        if found != (out_features, in_features):
+            raise ValueError(
+                f"the basis is for layers with (out, in) = {found}, found a layer with ({out_features}, {in_features}); "
+                "layers of different shapes need a basis each (see group_linears)"
+            )
+        return (
+            out_features if self.V is None else self.V.shape[0],
+            in_features if self.U is None else self.U.shape[0],
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        """True where both sides span the whole space, so that nothing is lost by the change of basis."""
+        return all(side is None or side.shape[0] == side.shape[1] for side in (self.U, self.V))
+
+    def truncated(self, c: int | None = None, r: int | None = None) -> Basis:
+        """The leading `c` rows of `U` and `r` rows of `V` as a basis of its own (None keeps all)."""
+        for what, side, count in (("c", self.U, c), ("r", self.V, r)):
+            if count is not None and side is None:
+                raise ValueError(f"{what}={count}: this side is the identity, which has no leading rows")
+            if count is not None and side is not None:
+                check_rows(count, side.shape[0], what)
+        U = self.U if self.U is None or c is None else self.U[:c].clone()
+        V = self.V if self.V is None or r is None else self.V[:r].clone()
+        return Basis(U, V, spectrum_in=self.spectrum_in, spectrum_out=self.spectrum_out, layers=self.layers)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Basis:
+        # Every cast and move of a module comes through here. Follow the move, not the cast.
+        def move_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move_only, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shapes of both sides, for `print(model)`."""
+        sides: list[Any] = ["identity" if side is None else tuple(side.shape) for side in (self.U, self.V)]
+        return f"U={sides[0]}, V={sides[1]}, layers={len(self.layers)}"
+
+
+def check_orthonormal(matrix: Float[Tensor, "rows n"], side: str) -> None:
+    """Raise unless the rows are orthonormal within `ORTHOGONALITY_TOLERANCE` of their data type."""
+    rows, n = matrix.shape
+    if rows > n:
+        raise ValueError(f"{side}: expected at most as many rows (directions) as columns, found shape {(rows, n)}")
+    tolerance = ORTHOGONALITY_TOLERANCE.get(matrix.dtype)
+    if tolerance is None:
+        raise TypeError(f"{side}: expected a floating point matrix, found {matrix.dtype}")
+    accurate = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
+    product = accurate @ accurate.T
+    product.diagonal().sub_(1)
+    error = float(product.abs().max())
+    if not error <= tolerance:  # also true for NaN
+        raise ValueError(
+            f"{side}: rows are not orthonormal, |{side} {side}ᵀ - I| is up to {error:.3g} and may be {tolerance:g} in "
+            f"{matrix.dtype}; a basis is a direction a row, so pass the transpose if yours has them in columns"
+        )
+
+
+def _warn_if_completed(side: Eigenbasis, gram: GramStatistics, which: str) -> None:
+    rows = side.vectors.shape[0]
+    if rows > side.rank:
+        logger.warning(
+            "group %r (%s), %s side: the calibration gradients span %d of %d directions; the other %d rows of the basis "
+            "complete it arbitrarily. More or larger calibration batches, or a truncated basis, avoid that.",
+            gram.name, ", ".join(gram.layers), which, side.rank, rows, rows - side.rank,
+        )  # fmt: skip

@@ -1,0 +1,166 @@
+"""Step 2: Gram matrices -> orthogonal factors and spectra (paper, section 3.1). Pure linear algebra.
+
+The mode-n factor of a higher-order SVD holds the left singular vectors of the mode-n unfolding of the stack of
+gradients, that is, the eigenvectors of that unfolding's Gram matrix: `Σ GᵀG` for the input side, `Σ GGᵀ` for the output
+side. So the stack, 276 MB for BERT-base, is never built, and a symmetric eigendecomposition replaces its SVD.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Rows = int | float | str
+"""How many rows of a basis to keep: `"full"`, a count (int), a fraction (float), or a share of energy (`"energy:0.9"`)."""
+
+# The leading rows alone are found by subspace iteration where they are few and the matrix is large; below this size the
+# full decomposition takes well under a second.
+_ITERATE_ABOVE = 1024
+_ITERATE_FRACTION = 0.15
+_ENERGY_TOLERANCE = 1e-4  # relative gain in captured energy under which the iteration stops
+_MAX_ITERATIONS = 24
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """One side of the decomposition of one group.
+
+    Attributes:
+        vectors: (rows, n), orthonormal rows, strongest direction first.
+        spectrum: the eigenvalues that are known, descending: all n, or as many as there are rows where only the
+            leading ones were computed. An eigenvalue is the gradient energy (sum of squares over all calibration
+            gradients) along its direction.
+        energy: the whole energy, that is the trace of the Gram matrix.
+        rank: number of directions that the gradients really reached (numerically); rows beyond it complete the basis.
+    """
+
+    vectors: Float[Tensor, "rows n"]
+    spectrum: Float[Tensor, " known"]
+    energy: float
+    rank: int
+
+    @property
+    def captured(self) -> float:
+        """Share of the gradient energy that lies in the rows kept, 0 to 1."""
+        return float(self.spectrum[: self.vectors.shape[0]].sum()) / self.energy
+
+
+def check_rows(rows: Rows, n: int, what: str) -> None:
+    """Raise unless `rows` is a valid size for a side of `n` directions; `what` names the side in the message."""
+    expected = f'expected "full", a count from 1 to {n}, a fraction in (0, 1], or "energy:SHARE" with a share in (0, 1]'
+    if isinstance(rows, bool) or not isinstance(rows, int | float | str):
+        raise TypeError(f"{what}: {expected}; found {rows!r}")
+    if isinstance(rows, int):
+        valid = 1 <= rows <= n
+    elif isinstance(rows, float):
+        valid = 0 < rows <= 1
+    else:
+        valid = rows == "full" or _energy_share(rows) is not None
+    if not valid:
+        raise ValueError(f"{what}: {expected}; found {rows!r}")
+
+
+def _energy_share(rows: str) -> float | None:
+    name, _, share = rows.partition(":")
+    try:
+        return float(share) if name == "energy" and 0 < float(share) <= 1 else None
+    except ValueError:
+        return None
+
+
+def _count(rows: Rows, n: int) -> int | None:
+    """The count that `rows` means, or None where it depends on the spectrum."""
+    if isinstance(rows, int):
+        return rows
+    if isinstance(rows, float):
+        return max(1, math.floor(rows * n))
+    return n if rows == "full" else None
+
+
+def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "the Gram matrix") -> Eigenbasis:
+    """Eigenvectors of a Gram matrix as rows, strongest first, with deterministic signs.
+
+    The sign of each row is set so that its entry of largest magnitude is positive (the first such entry if several).
+    All of the rows come from one symmetric eigendecomposition; where only a small leading part of a large matrix is
+    asked for, from subspace iteration, stopped once another round gains less than 1e-4 of the captured energy.
+
+    Args:
+        gram: (n, n), symmetric positive semi-definite, float32 or float64.
+        rows: how many rows to keep, see `Rows`.
+        name: what to call the matrix in messages, such as "group intermediate.dense, input side".
+
+    Raises:
+        ValueError: `gram` is not square, not finite, not symmetric, has a negative trace, or is zero; `rows` is out of
+            range.
+    """
+    if gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"{name}: expected a square Gram matrix, found {tuple(gram.shape)}")
+    n = gram.shape[0]
+    check_rows(rows, n, name)
+    diagonal = gram.diagonal()
+    if not bool(gram.isfinite().all()):
+        raise ValueError(
+            f"{name} holds {int((~gram.isfinite()).sum())} entries that are not finite: a calibration gradient "
+            "overflowed; calibrate in float32 or bfloat16, or with gradients scaled to norm 1"
+        )
+    energy = float(diagonal.sum())
+    if energy <= 0:
+        raise ValueError(
+            f"{name} has energy {energy:g}: no gradient reached these layers during calibration, so there is no "
+            "direction to choose; check that they take part in the loss and that nothing before it is detached"
+        )
+    asymmetry = float((gram - gram.T).abs().max())
+    if asymmetry > 1e-3 * float(diagonal.max()):
+        raise ValueError(f"{name}: expected a symmetric matrix, found entries that differ from their mirror by {asymmetry:g}")
+
+    count = _count(rows, n)
+    if count is not None and n >= _ITERATE_ABOVE and count <= _ITERATE_FRACTION * n:
+        spectrum, vectors = _leading(gram, count)
+    else:
+        spectrum, columns = torch.linalg.eigh(gram)  # ascending
+        spectrum, vectors = spectrum.flip(0), columns.flip(1).T
+    spectrum = spectrum.clamp_min(0)  # rounding leaves tiny negative ones where the true value is 0
+    rank = int((spectrum > n * torch.finfo(gram.dtype).eps * spectrum[0]).sum())
+    if count is None:
+        share = _energy_share(str(rows)) or 1.0
+        cumulated = spectrum.double().cumsum(0)
+        count = min(int((cumulated < share * cumulated[-1]).sum()) + 1, n)
+    vectors = vectors[:count].contiguous()
+    return Eigenbasis(_fix_signs(vectors), spectrum, energy, rank)
+
+
+def _fix_signs(vectors: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
+    """The entry of largest magnitude of each row made positive; an eigenvector's sign is otherwise an accident."""
+    largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
+    return torch.where(largest < 0, -vectors, vectors)
+
+
+def _leading(
+    gram: Float[Tensor, "n n"], count: int
+) -> tuple[Float[Tensor, " count"], Float[Tensor, "count n"]]:
+    """The `count` strongest eigenpairs by subspace iteration with Rayleigh-Ritz, from a fixed start.
+
+    Follows Halko, Martinsson and Tropp (2011), algorithm 4.4, with a stopping rule. The extra directions (a tenth, at
+    least 16) make the wanted ones converge faster.
+    """
+    n = gram.shape[0]
+    width = min(n, count + max(16, count // 10))
+    generator = torch.Generator(device="cpu").manual_seed(0)  # on the CPU: the same start on every device
+    start = torch.randn(n, width, generator=generator, dtype=gram.dtype).to(gram.device)
+    Q = torch.linalg.qr(gram @ start).Q
+    captured = 0.0
+    for _ in range(_MAX_ITERATIONS):
+        image = gram @ Q  # (n, width)
+        values, ritz = torch.linalg.eigh(Q.T @ image)  # ascending
+        gained = float(values[-count:].sum())
+        converged = gained - captured < _ENERGY_TOLERANCE * gained
+        captured = gained
+        if converged:
+            break
+        Q = torch.linalg.qr(image).Q
+    vectors = (Q @ ritz[:, -count:]).flip(1).T
+    return values[-count:].flip(0), vectors

@@ -1,0 +1,150 @@
+"""The layer as published (paper, section 3.2), kept for comparison: `W_tilde` in place of `W`, COO gradients.
+
+    forward     y = (x Uᵀ) W_tildeᵀ V + b
+    backward    δ_tilde = δ Vᵀ,  G_tilde = δ_tildeᵀ x_tilde,  ∂L/∂x = δ_tilde W_tilde U,  ∂L/∂b = Σ δ
+
+Every token is multiplied by the square `U` and `V` on the way in and on the way back, which makes this form two to four
+times slower than the layers of `linear.py` that compute the same. Selection happens in backward, and the gradient of
+`W_tilde` is a COO tensor of `k` entries: gradients of micro-batches or processes add up to the union of their selections,
+and clipping, DDP and FSDP refuse it. Use it on one device, without accumulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .basis import Basis
+from .linear import compute_dtype, weight_and_bias
+from .selection import compressed_product, resolve_k, topk_magnitude
+
+Products = Literal["regular", "sparse"]
+Select = Callable[[Tensor, int], Tensor]
+
+
+class LiteralFunction(torch.autograd.Function):
+    """Forward and backward of `LiteralSparseGradLinear`, in the order of the paper."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (T, in)
+        W_tilde: Tensor,  # (out, in), basis
+        bias: Tensor | None,  # (out,), original space
+        U: Tensor,  # (in, in)
+        V: Tensor,  # (out, out)
+        k: int,
+        products: Products,
+        select: Select,
+    ) -> Tensor:  # (T, out)
+        x_tilde = x @ U.T.to(x.dtype)
+        y = (x_tilde @ W_tilde.T.to(x.dtype)) @ V.to(x.dtype)
+        ctx.save_for_backward(x_tilde, W_tilde, U, V)  # x_tilde (T, in), basis
+        ctx.k, ctx.products, ctx.select = k, products, select
+        return y if bias is None else y + bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (delta,) = grads  # (T, out), original space
+        x_tilde, W_tilde, U, V = ctx.saved_tensors
+        U, V, W = (matrix.to(delta.dtype) for matrix in (U, V, W_tilde))
+        if ctx.products == "sparse":
+            # Tokens without gradient are rows of zeros in δ and in every product that follows, so they are dropped once.
+            rows, delta_tilde = compressed_product(delta, V.T)  # (rows, out)
+            G_tilde = delta_tilde.T @ x_tilde[rows]
+            grad_x = delta.new_zeros(delta.shape[0], U.shape[1])
+            grad_x[rows] = delta_tilde @ W @ U
+        else:
+            delta_tilde = delta @ V.T
+            G_tilde = delta_tilde.T @ x_tilde
+            grad_x = delta_tilde @ W @ U
+        grad_W = ctx.select(G_tilde.to(W_tilde.dtype), ctx.k) if ctx.needs_input_grad[1] else None
+        grad_bias = delta.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_W, grad_bias, None, None, None, None, None
+
+
+class LiteralSparseGradLinear(nn.Module):
+    """Linear layer in the published form, trained through `W_tilde` (out, in) with a COO gradient.
+
+    Attributes:
+        W_tilde: `V W Uᵀ`, trained; put it in a `sparse` group of `SparseGradAdamW`, or in `torch.optim.SparseAdam`.
+        bias: (out,) or None, the original's parameter.
+        basis: complete on both sides.
+        k: entries of the gradient kept in each backward pass.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: nn.Parameter | None, basis: Basis, k: int, products: Products, select: Select
+    ) -> None:
+        super().__init__()
+        if products not in ("regular", "sparse"):
+            raise ValueError(f'products must be "regular" or "sparse", found {products!r}')
+        self.out_features, self.in_features = weight.shape
+        basis.core_shape(self.out_features, self.in_features)
+        if basis.U is None or basis.V is None or not basis.is_complete:
+            raise ValueError(
+                f"the published form needs a complete basis, U ({self.in_features}, {self.in_features}) and V "
+                f"({self.out_features}, {self.out_features}), found {basis.extra_repr()}; use SparseGradLinear for others"
+            )
+        self.W_tilde = nn.Parameter(basis.to_basis(weight.detach().to(basis.U.dtype)).to(weight.dtype))
+        self.register_parameter("bias", bias)
+        self.basis, self.k, self.products, self.select = basis, k, products, select
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        basis: Basis,
+        *,
+        k: int | None = None,
+        density: float | None = None,
+        products: Products = "regular",
+        select: Select = topk_magnitude,
+    ) -> LiteralSparseGradLinear:
+        """Take over an `nn.Linear` or `Conv1D` as the paper does.
+
+        Args:
+            linear: the layer to replace.
+            basis: complete on both sides.
+            k: entries kept in a backward pass; or `density`, their share (paper: 0.01).
+            products: "regular" dense products, or the paper's "sparse"-by-dense ones, equations (1) and (2).
+            select: the rule; `topk_signed_threshold_as_published` is the one of the authors' code.
+
+        Raises:
+            TypeError: `linear` is no linear layer.
+            ValueError: the basis is truncated or of another shape; `k` or `density` is out of range.
+        """
+        weight, bias = weight_and_bias(linear)
+        k = resolve_k(weight.numel(), k, density)
+        return cls(weight, bias, basis.to(weight.device), k, products, select).train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        dtype = compute_dtype(x, self.W_tilde)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        flat = x.reshape(-1, self.in_features).to(dtype)  # (T, in)
+        with torch.autocast(x.device.type, enabled=False):
+            y = LiteralFunction.apply(
+                flat, self.W_tilde, bias, self.basis.U, self.basis.V, self.k, self.products, self.select
+            )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """A plain `nn.Linear` with the weight `Vᵀ W_tilde U`."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        U = self.basis.U
+        assert U is not None
+        linear.weight = nn.Parameter(self.basis.from_basis(self.W_tilde.to(U.dtype)).to(self.W_tilde.dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Shapes, for `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, k={self.k}, products={self.products}"

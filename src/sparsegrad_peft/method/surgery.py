@@ -1,0 +1,102 @@
+"""Model surgery: linear layers replaced by SparseGrad layers and put back, and the optimizer's groups for the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from .basis import Basis
+from .linear import SparseGradLinear
+from .literal import LiteralSparseGradLinear
+
+SparseGradLayer = SparseGradLinear | LiteralSparseGradLinear
+
+
+def replace_linears(
+    model: nn.Module,
+    groups: Mapping[str, Sequence[str]],
+    bases: Mapping[str, Basis],
+    make: Callable[..., nn.Module] = SparseGradLinear.from_linear,
+    **options: Any,
+) -> dict[str, nn.Module]:
+    """Replace the layers of each group in place; the layers of a group share its `Basis` module.
+
+    Args:
+        model: changed in place.
+        groups: group name -> layer names, from `group_linears`.
+        bases: group name -> basis, from `Calibration.bases`.
+        make: makes a layer from (linear, basis, **options): `SparseGradLinear.from_linear` or
+            `LiteralSparseGradLinear.from_linear`.
+        options: for `make`.
+
+    Returns:
+        Layer name -> new layer.
+
+    Raises:
+        ValueError: a group has no basis, or a layer does not exist; nothing has been replaced then.
+    """
+    if set(groups) != set(bases):
+        raise ValueError(f"expected a basis for each group, found groups {sorted(groups)} and bases {sorted(bases)}")
+    modules = dict(model.named_modules())
+    names = {name: group for group, layers in groups.items() for name in layers}
+    unknown = [name for name in names if name not in modules]
+    if unknown:
+        raise ValueError(f"the model has no modules named {', '.join(unknown)}")
+    made = {name: make(modules[name], bases[group], **options) for name, group in names.items()}
+    for name, layer in made.items():
+        _set_module(model, name, layer)
+    return made
+
+
+def restore_linears(model: nn.Module) -> int:
+    """Replace every SparseGrad layer by a plain `nn.Linear` with the trained weight; returns how many there were."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseGradLayer)]
+    for name, module in found:
+        _set_module(model, name, module.to_linear())
+    return len(found)
+
+
+def param_groups(model: nn.Module, *, k: int | None = None, density: float | None = None, lr: float | None = None,
+                 rest_lr: float | None = None, rest_weight_decay: float | None = None) -> list[dict[str, Any]]:  # fmt: skip
+    """Groups for `SparseGradAdamW`: the cores of the model's SparseGrad layers, and the rest of what trains.
+
+    Blocks `S` are selected from in each step (`k` or `density`); packed `values` are trained whole, without weight
+    decay; `W_tilde` of literal layers brings its own selection. With neither `k` nor `density`, blocks are trained whole
+    as well. A learning rate or weight decay that is None is the optimizer's.
+
+    Raises:
+        ValueError: the model has no SparseGrad layer with a trainable core.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
+    blocks, packed, literal = [], [], []
+    for layer in layers:
+        if isinstance(layer, LiteralSparseGradLinear):
+            literal.append(layer.W_tilde)
+        elif layer.S is not None:
+            blocks.append(layer.S)
+        else:
+            packed.append(layer.core)
+    if k is None and density is None:
+        packed, blocks = packed + blocks, []
+    own = {id(parameter) for parameter in (*blocks, *packed, *literal)}
+    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own]
+    core_options = {} if lr is None else {"lr": lr}
+    rest_options = {"lr": rest_lr, "weight_decay": rest_weight_decay}
+    candidates: list[dict[str, Any]] = [
+        {"params": blocks, "sparse": True, "k": k, "density": density, **core_options},
+        {"params": literal, "sparse": True, **core_options},
+        {"params": packed, "weight_decay": 0.0, **core_options},
+        {"params": rest, **{name: value for name, value in rest_options.items() if value is not None}},
+    ]
+    for group in candidates:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    if not any(group["params"] for group in candidates[:3]):
+        raise ValueError("the model has no SparseGrad layer with a trainable core; call replace_linears first")
+    return [group for group in candidates if group["params"]]
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
