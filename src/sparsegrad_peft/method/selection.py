@@ -39,28 +39,51 @@ def resolve_k(numel: int, k: int | None = None, density: float | None = None) ->
     return max(1, math.floor(density * numel))
 
 
+# A matrix is sampled at this stride to guess a bound below its k-th largest entry. A prime, so that the sample does not
+# keep to a few columns.
+_SAMPLE_STRIDE = 61
+
+
 def topk_positions(magnitude: Float[Tensor, " n"], k: int) -> Int[Tensor, " k"]:
     """Flat positions (int64, ascending) of the `k` largest of `magnitude`; of equal ones the first come first.
 
     `torch.topk` alone leaves the choice among equal values open, and makes it differently on each device.
 
     Raises:
-        ValueError: the k-th largest value is NaN, that is, there is at least one NaN.
+        ValueError: there is a NaN.
+    """
+    if bool(magnitude.isnan().any()):
+        raise ValueError(
+            f"{int(magnitude.isnan().sum())} of the {magnitude.numel()} gradient entries are NaN, so the largest {k} are "
+            "not defined; look for a loss that is not finite, and check the gradient before the step"
+        )
+    candidates = _candidates(magnitude, k)
+    if candidates is None:
+        return _topk_exact(magnitude, k)
+    return candidates[_topk_exact(magnitude[candidates], k)]
+
+
+def _topk_exact(magnitude: Tensor, k: int) -> Tensor:
+    threshold = torch.kthvalue(magnitude, magnitude.numel() - k + 1).values
+    above = (magnitude > threshold).nonzero().squeeze(1)
+    ties = (magnitude == threshold).nonzero().squeeze(1)[: k - above.numel()]
+    return torch.cat([above, ties]).sort().values
+
+
+def _candidates(magnitude: Tensor, k: int) -> Tensor | None:
+    """Positions (ascending) of entries above a bound that at least `k` pass; None where that saves nothing.
+
+    Finding the k-th of 2.4 million entries takes 20 ms on a CPU, comparing them all with a bound 2 ms. The bound is
+    guessed from a sample to let about 1.5 k pass. A bad guess costs time and never the result.
     """
     n = magnitude.numel()
-    if k == n:
-        threshold = magnitude.min()  # NaN if any is NaN
-    else:
-        threshold = torch.kthvalue(magnitude, n - k + 1).values  # sorts NaN as the largest
-    above = (magnitude > threshold).nonzero().squeeze(1)
-    missing = k - above.numel()
-    ties = (magnitude == threshold).nonzero().squeeze(1)[:missing]
-    if ties.numel() < missing or (k < n and bool(magnitude.isnan().any())):
-        raise ValueError(
-            f"{int(magnitude.isnan().sum())} of the {n} gradient entries are NaN, so the largest {k} are not defined; "
-            "look for a loss that is not finite, and check the gradient before the step"
-        )
-    return torch.cat([above, ties]).sort().values
+    if k < 1024 or k > n // 8:
+        return None
+    sample = magnitude[::_SAMPLE_STRIDE]
+    rank = min(sample.numel(), math.ceil(1.5 * k / n * sample.numel()) + 8)
+    bound = torch.kthvalue(sample, sample.numel() - rank + 1).values
+    candidates = (magnitude >= bound).nonzero().squeeze(1)
+    return candidates if k <= candidates.numel() <= n // 2 else None
 
 
 def topk_magnitude(

@@ -1,0 +1,95 @@
+"""What every benchmark shares: how a result file is written, and how steps are timed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def processor() -> str:
+    """Name of the CPU; the kernel's, which `platform` does not give on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Commit, versions and machine of this run. Raises where the commit cannot be read: a result without one is worthless."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    return {
+        "command": "python " + " ".join([sys.argv[0], *sys.argv[1:]]),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seed": seed,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sparsegrad_peft": version("sparsegrad-peft"),
+        "machine": f"{processor()}, {torch.get_num_threads()} threads",
+    }
+
+
+def percentiles(milliseconds: list[float]) -> dict[str, float]:
+    ordered = sorted(milliseconds)
+    return {f"p{q}": round(ordered[min(len(ordered) - 1, len(ordered) * q // 100)], 3) for q in (20, 50, 80)}
+
+
+def time_in_turn(steps: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Milliseconds of each step. All of them take turns, so that a slow minute of the machine falls on all alike."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(-warmup, repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if repeat >= 0:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps from forward to backward, parameters and buffers of the module aside."""
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = forward()
+    total = sum(kept.values())
+    del output
+    return total
+
+
+def parser(description: str | None, result: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results") / result, help="result file to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    return parser
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\nwritten: {path}")
