@@ -26,6 +26,7 @@ from sparsegrad_peft import (
     param_groups,
     replace_linears,
 )
+from sparsegrad_peft.method.hosvd import row_count
 from sparsegrad_peft.method.products import chain_cost
 
 HIDDEN, WIDE, DENSITY = 768, 3072, 0.01  # BERT-base; 1 % of the entries, paper
@@ -88,7 +89,11 @@ def build(tokens: int, seed: int) -> dict[str, Method]:
     full = copy.deepcopy(block)
     full[0].bias.requires_grad_(False)  # type: ignore[union-attr, operator]
     full[2].bias.requires_grad_(False)  # type: ignore[union-attr, operator]
-    add("full", full, torch.optim.AdamW([p for p in full.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0))
+    add(
+        "full",
+        full,
+        torch.optim.AdamW([p for p in full.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0),
+    )
 
     literal = LiteralSparseGradLinear.from_linear
     for name, products in (("literal", "regular"), ("literal-sparse-products", "sparse")):
@@ -124,11 +129,18 @@ def build(tokens: int, seed: int) -> dict[str, Method]:
 def counted(tokens: int) -> dict[str, int]:
     """Multiply-adds of a step, both layers, activation and optimizer aside."""
     plain = tokens * HIDDEN * WIDE
-    total = {"floor": 4 * plain, "full": 6 * plain, "literal": 0, "exact": 0, "truncated-memory": 0, "truncated-speed": 0}
+    total = {
+        "floor": 4 * plain,
+        "full": 6 * plain,
+        "literal": 0,
+        "exact": 0,
+        "truncated-memory": 0,
+        "truncated-speed": 0,
+    }
     for out, in_ in ((WIDE, HIDDEN), (HIDDEN, WIDE)):
         total["literal"] += 2 * tokens * (in_**2 + out**2 + in_ * out) + plain
         total["exact"] += 3 * plain + chain_cost(out, out, in_, in_) + out * in_ * min(out, in_)
-        r, c = int(out * LEADING), int(in_ * LEADING)
+        r, c = row_count(LEADING, out), row_count(LEADING, in_)
         forming = chain_cost(out, r, c, in_)
         projected = tokens * in_ * c + chain_cost(r, out, tokens, c)
         total["truncated-memory"] += 2 * plain + 2 * forming + projected
@@ -161,16 +173,27 @@ def main() -> None:
         result["methods"][name] = {
             "step_ms": percentiles(times[name]), "ratio_to": ratios, "bytes": method.bytes(), "multiply_adds": counts.get(name),
         }  # fmt: skip
-    print(f"{result['workload']}\n{'method':26}{'step ms p50':>12}{'/floor':>8}{'/full':>8}{'/literal':>9}{'kept for backward':>19}")
+    print(
+        f"{result['workload']}\n{'method':26}{'step ms p50':>12}{'/floor':>8}{'/full':>8}{'/literal':>9}{'kept for backward':>19}"
+    )
     for name, row in result["methods"].items():
         ratios = row["ratio_to"]
         print(f"{name:26}{row['step_ms']['p50']:12.1f}{ratios['floor']:8.2f}{ratios['full']:8.2f}{ratios['literal']:9.2f}"
               f"{row['bytes']['saved_for_backward'] / 1e6:16.1f} MB")  # fmt: skip
-    speed, truncated = result["methods"]["exact"]["ratio_to"]["literal"], result["methods"]["truncated-speed"]["ratio_to"]
+    speed, truncated = (
+        result["methods"]["exact"]["ratio_to"]["literal"],
+        result["methods"]["truncated-speed"]["ratio_to"],
+    )
     result["targets"] = {
         "exact at least 2x faster than literal": {"found": round(1 / speed, 2), "reached": speed <= 0.5},
-        "truncated at most 1.15x the floor": {"found": truncated["floor"], "reached": truncated["floor"] <= 1.15},
-        "truncated faster than full fine-tuning": {"found": truncated["full"], "reached": truncated["full"] < 1},
+        "truncated at most 1.15x the floor": {
+            "found": truncated["floor"],
+            "reached": truncated["floor"] <= 1.15,
+        },
+        "truncated faster than full fine-tuning": {
+            "found": truncated["full"],
+            "reached": truncated["full"] < 1,
+        },
     }
     for target, outcome in result["targets"].items():
         print(f"{'reached' if outcome['reached'] else 'MISSED ':8} {target}: {outcome['found']}")

@@ -64,7 +64,9 @@ class Basis(nn.Module):
         for side, matrix in (("U", U), ("V", V)):
             if matrix is not None:
                 check_orthonormal(matrix, side)
-        self.register_buffer("U", None if U is None else U.contiguous())  # rows are gathered: contiguous is many times faster
+        self.register_buffer(
+            "U", None if U is None else U.contiguous()
+        )  # rows are gathered: contiguous is many times faster
         self.register_buffer("V", None if V is None else V.contiguous())
         self.register_buffer("spectrum_in", spectrum_in, persistent=False)
         self.register_buffer("spectrum_out", spectrum_out, persistent=False)
@@ -90,7 +92,7 @@ class Basis(nn.Module):
         Raises:
             ValueError: no gradient reached the group, or its statistics are not finite; the message names the layers.
         """
-        whose = f"group {gram.name!r} ({', '.join(gram.layers)})"
+        whose = _named(gram)
         check_rows(c, gram.gram_in.shape[0], f"c, {whose}")
         check_rows(r, gram.gram_out.shape[0], f"r, {whose}")
         side_in = eigenbasis(gram.gram_in, c, name=f"{whose}, input side")
@@ -183,11 +185,16 @@ def check_orthonormal(matrix: Float[Tensor, "rows n"], side: str) -> None:
         )
 
 
+def _named(gram: GramStatistics) -> str:
+    first = ", ".join(gram.layers[:3])
+    return f"group {gram.name!r} ({first}{f' and {len(gram.layers) - 3} more' if len(gram.layers) > 3 else ''})"
+
+
 def _warn_if_completed(side: Eigenbasis, gram: GramStatistics, which: str) -> None:
     rows = side.vectors.shape[0]
     if rows > side.rank:
         logger.warning(
-            "group %r (%s), %s side: the calibration gradients span %d of %d directions; the other %d rows of the basis "
-            "complete it arbitrarily. More or larger calibration batches, or a truncated basis, avoid that.",
-            gram.name, ", ".join(gram.layers), which, side.rank, rows, rows - side.rank,
+            "%s, %s side: the calibration gradients stand above rounding in %d of the %d directions asked for; the other "
+            "rows only complete the basis. More calibration steps, gram_dtype=torch.float64, or fewer rows avoid that.",
+            _named(gram), which, side.rank, rows,
         )  # fmt: skip

@@ -62,7 +62,13 @@ def _forms(tokens: int, core_shape: tuple[int, int], weight: Tensor, prefer: Pre
 
 
 def _output(
-    x: Tensor, weight: Tensor, bias: Tensor | None, S: Tensor, U: Tensor | None, V: Tensor | None, formed: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    S: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
+    formed: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`y` (T, out), and what was made on the way: `x_tilde` (T, c) or `W + Vᵀ S U` (out, in), in the type of `x`."""
     if formed:
@@ -70,7 +76,11 @@ def _output(
         return functional.linear(x, W_formed, bias), None, W_formed
     x_tilde = x if U is None else x @ U.T.to(x.dtype)
     y = functional.linear(x, weight.to(x.dtype), bias)
-    return add_chain(y, x_tilde, S.T.to(x.dtype), None if V is None else V.to(x.dtype), in_place=True), x_tilde, None
+    return (
+        add_chain(y, x_tilde, S.T.to(x.dtype), None if V is None else V.to(x.dtype), in_place=True),
+        x_tilde,
+        None,
+    )
 
 
 def output_without_grad(
@@ -143,7 +153,12 @@ class SparseGradFunction(torch.autograd.Function):
             else:
                 S = dense_core(core, positions, ctx.core_shape).to(delta.dtype)
                 grad_x = add_chain(
-                    delta @ weight.to(delta.dtype), delta, None if V_c is None else V_c.T, S, U_c, in_place=True
+                    delta @ weight.to(delta.dtype),
+                    delta,
+                    None if V_c is None else V_c.T,
+                    S,
+                    U_c,
+                    in_place=True,
                 )
         if ctx.needs_input_grad[1]:
             grad_weight = (delta.T @ x).to(weight.dtype)  # G

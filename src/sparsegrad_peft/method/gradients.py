@@ -155,7 +155,9 @@ def stream_gradients(
 
     with ExitStack() as stack:
         weights = {id(layers[name].weight) for name in names}
-        stack.enter_context(_untouched(model, keep_values_of=walking + ([layers[n].weight for n in names] if trajectory else [])))  # type: ignore[arg-type,misc]
+        stack.enter_context(
+            _untouched(model, keep_values_of=walking + ([layers[n].weight for n in names] if trajectory else []))
+        )  # type: ignore[arg-type,misc]
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if training is not None:
@@ -196,7 +198,11 @@ def _find(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     for name, layer in layers.items():
         shape = linear_shape(layer, name)
         weight = layer.weight
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or sorted(weight.shape) != sorted(shape):
+        if (
+            not isinstance(weight, nn.Parameter)
+            or not weight.is_floating_point()
+            or sorted(weight.shape) != sorted(shape)
+        ):
             raise TypeError(
                 f"{name}: expected a floating point weight of shape {shape}, found {type(weight).__name__} of "
                 f"{weight.dtype} with shape {tuple(weight.shape)}; "  # type: ignore[union-attr]

@@ -202,7 +202,9 @@ def weight_and_bias(linear: nn.Module) -> tuple[Tensor, nn.Parameter | None]:
     weight, bias = linear.weight, linear.bias
     assert isinstance(weight, Tensor)
     if not weight.is_floating_point() or weight.dim() != 2:
-        raise TypeError(f"expected a floating point weight (out, in), found {weight.dtype} of shape {tuple(weight.shape)}")
+        raise TypeError(
+            f"expected a floating point weight (out, in), found {weight.dtype} of shape {tuple(weight.shape)}"
+        )
     return (weight.T if is_conv1d(linear) else weight), bias  # type: ignore[return-value]
 
 
@@ -213,7 +215,9 @@ def check_positions(positions: Tensor, numel: int) -> Tensor:
         TypeError, ValueError: not a vector of integers, empty, out of range, or repeated.
     """
     if positions.dim() != 1 or positions.is_floating_point() or positions.dtype == torch.bool:
-        raise TypeError(f"expected positions as a vector of integers, found {positions.dtype} of shape {tuple(positions.shape)}")
+        raise TypeError(
+            f"expected positions as a vector of integers, found {positions.dtype} of shape {tuple(positions.shape)}"
+        )
     distinct = positions.unique()
     if not positions.numel() or int(distinct[0]) < 0 or int(distinct[-1]) >= numel or len(distinct) < len(positions):
         found = f"from {int(distinct[0])} to {int(distinct[-1])}" if positions.numel() else "none"

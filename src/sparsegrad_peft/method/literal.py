@@ -79,7 +79,13 @@ class LiteralSparseGradLinear(nn.Module):
     """
 
     def __init__(
-        self, weight: Tensor, bias: nn.Parameter | None, basis: Basis, k: int, products: Products, select: Select
+        self,
+        weight: Tensor,
+        bias: nn.Parameter | None,
+        basis: Basis,
+        k: int,
+        products: Products,
+        select: Select,
     ) -> None:
         super().__init__()
         if products not in ("regular", "sparse"):

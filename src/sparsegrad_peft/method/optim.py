@@ -24,7 +24,14 @@ from .selection import flat_from_coo, resolve_k, topk_positions
 
 
 def sparse_adam_update(
-    exp_avg: Tensor, exp_avg_sq: Tensor, values: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    values: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
 ) -> Tensor:
     """SparseAdam's rule on selected entries: moves their moments in place and returns their change (all shapes (k,)).
 
@@ -107,7 +114,9 @@ class SparseGradAdamW(Optimizer):
         if not isinstance(group["sparse"], bool):
             raise TypeError(f"{where}: sparse is a flag, True or False, found {group['sparse']!r}")
         if selects and not group["sparse"]:
-            raise ValueError(f'{where}: k and density need "sparse": True, found k={group["k"]}, density={group["density"]}')
+            raise ValueError(
+                f'{where}: k and density need "sparse": True, found k={group["k"]}, density={group["density"]}'
+            )
         for parameter in group["params"]:
             basis = self.bases.get(id(parameter))
             if basis is not None and not group["sparse"]:
@@ -186,7 +195,9 @@ class SparseGradAdamW(Optimizer):
         for parameter in params:
             assert parameter.grad is not None
             if parameter.grad.is_sparse:
-                raise ValueError(f'a COO gradient needs a group with "sparse": True, found one of shape {tuple(parameter.shape)}')
+                raise ValueError(
+                    f'a COO gradient needs a group with "sparse": True, found one of shape {tuple(parameter.shape)}'
+                )
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.tensor(0.0)
@@ -247,7 +258,11 @@ def _slots(state: dict[str, Any], positions: Tensor) -> Tensor:
     known: Tensor = state["positions"]
     positions = positions.to(torch.int32)  # a layer has fewer than 2³¹ entries; half the bytes of int64
     slots = torch.searchsorted(known, positions)
-    found = known[slots.clamp_max(known.numel() - 1)] == positions if known.numel() else torch.zeros_like(slots, dtype=torch.bool)
+    found = (
+        known[slots.clamp_max(known.numel() - 1)] == positions
+        if known.numel()
+        else torch.zeros_like(slots, dtype=torch.bool)
+    )
     new = positions[~found]
     if new.numel():
         order = torch.cat([known, new]).sort()
@@ -259,9 +274,7 @@ def _slots(state: dict[str, Any], positions: Tensor) -> Tensor:
     return slots
 
 
-def _add_from_basis(
-    weight: Tensor, basis: Basis, positions: Tensor, change: Tensor, shape: tuple[int, ...]
-) -> Tensor:
+def _add_from_basis(weight: Tensor, basis: Basis, positions: Tensor, change: Tensor, shape: tuple[int, ...]) -> Tensor:
     """`W + Vᵀ Δ U` for a `Δ` (r, c) of few entries; its product with one side is sparse, with the other dense."""
     (r, c), (out, in_) = shape, weight.shape
     U, V = basis.U, basis.V

@@ -26,9 +26,7 @@ from .selection import topk_positions
 
 
 @torch.no_grad()
-def refresh(
-    layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseGradAdamW | None = None
-) -> list[float]:
+def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseGradAdamW | None = None) -> list[float]:
     """Give layers that share a basis a new one; outputs, and all that was learnt, stay.
 
     Args:
