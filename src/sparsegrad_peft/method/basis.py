@@ -100,8 +100,8 @@ class Basis(nn.Module):
         _warn_if_completed(side_in, gram, "input")
         _warn_if_completed(side_out, gram, "output")
         return cls(
-            side_in.vectors.to(dtype),
-            side_out.vectors.to(dtype),
+            _in_type(side_in.vectors, dtype),
+            _in_type(side_out.vectors, dtype),
             spectrum_in=side_in.spectrum,
             spectrum_out=side_out.spectrum,
             layers=gram.layers,
@@ -109,11 +109,16 @@ class Basis(nn.Module):
 
     def to_basis(self, G: Float[Tensor, "out in"]) -> Float[Tensor, "r c"]:
         """`V G Uᵀ`: a weight or gradient of the original space, in the basis."""
-        return chain(self.V, G, None if self.U is None else self.U.T)
+        U, V = self._sides(G.dtype)
+        return chain(V, G, None if U is None else U.T)
 
     def from_basis(self, S: Float[Tensor, "r c"]) -> Float[Tensor, "out in"]:
         """`Vᵀ S U`: back to the original space; the inverse of `to_basis` if both sides are complete."""
-        return chain(None if self.V is None else self.V.T, S, self.U)
+        U, V = self._sides(S.dtype)
+        return chain(None if V is None else V.T, S, U)
+
+    def _sides(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        return None if self.U is None else self.U.to(dtype), None if self.V is None else self.V.to(dtype)
 
     def core_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """(r, c) for a layer of this shape.
@@ -175,7 +180,8 @@ def check_orthonormal(matrix: Float[Tensor, "rows n"], side: str) -> None:
     if tolerance is None:
         raise TypeError(f"{side}: expected a floating point matrix, found {matrix.dtype}")
     accurate = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
-    product = accurate @ accurate.T
+    with torch.autocast(matrix.device.type, enabled=False):
+        product = accurate @ accurate.T
     product.diagonal().sub_(1)
     error = float(product.abs().max())
     if not error <= tolerance:  # also true for NaN
@@ -183,6 +189,18 @@ def check_orthonormal(matrix: Float[Tensor, "rows n"], side: str) -> None:
             f"{side}: rows are not orthonormal, |{side} {side}ᵀ - I| is up to {error:.3g} and may be {tolerance:g} in "
             f"{matrix.dtype}; a basis is a direction a row, so pass the transpose if yours has them in columns"
         )
+
+
+def _in_type(vectors: Float[Tensor, "rows n"], dtype: torch.dtype) -> Float[Tensor, "rows n"]:
+    """Orthonormal rows in another type. In a wider one, what rounding in the narrower left is taken out (Newton-Schulz:
+    each round squares the error).
+    """
+    rows = vectors.to(dtype)
+    if torch.finfo(dtype).eps < torch.finfo(vectors.dtype).eps:
+        with torch.autocast(vectors.device.type, enabled=False):
+            for _ in range(2):
+                rows = 1.5 * rows - 0.5 * (rows @ rows.T) @ rows
+    return rows
 
 
 def _named(gram: GramStatistics) -> str:

@@ -42,9 +42,11 @@ class GramStatistics:
         """Add one gradient (out, in); with `normalize`, scaled to Frobenius norm 1 (a zero gradient adds nothing)."""
         G = G.to(self.gram_in.device, self.gram_in.dtype)
         norm = float(G.norm()) if normalize else 1.0
-        if norm > 0:
-            self.gram_in.addmm_(G.T, G, alpha=norm**-2)
-            self.gram_out.addmm_(G, G.T, alpha=norm**-2)
+        if norm != 0:
+            if normalize:
+                G = G / norm  # before the product, which would underflow where G is tiny
+            self.gram_in.addmm_(G.T, G)
+            self.gram_out.addmm_(G, G.T)
         self.n_gradients += 1
 
 
@@ -113,7 +115,8 @@ def calibrate(
         A `Calibration`; `.bases(c=..., r=...)` turns it into bases.
 
     Raises:
-        ValueError: the layers of a group differ in shape, and whatever `stream_gradients` refuses.
+        ValueError: the layers of a group differ in shape, a layer is named twice, and whatever `stream_gradients`
+            refuses.
 
     Example:
         >>> groups = group_linears(model, ["intermediate.dense", r"layer.0.output.dense"])
@@ -122,7 +125,12 @@ def calibrate(
     config = _merge(config, options)
     groups = groups if groups is not None else group_linears(model)
     statistics = {name: _empty(model, name, layers, config) for name, layers in groups.items()}
-    group_of = {layer: gram for gram in statistics.values() for layer in gram.layers}
+    group_of: dict[str, GramStatistics] = {}
+    for gram in statistics.values():
+        for layer in gram.layers:
+            if layer in group_of:
+                raise ValueError(f"{layer} is named twice, in groups {group_of[layer].name!r} and {gram.name!r}")
+            group_of[layer] = gram
 
     stream_gradients(
         model,
@@ -157,8 +165,9 @@ def _empty(model: nn.Module, name: str, layers: Sequence[str], config: Calibrati
         raise ValueError(f"group {name!r}: the layers of a group share a shape, found (out, in) = {shapes}")
     out_features, in_features = next(iter(shapes.values()))
     device = config.gram_device or modules[layers[0]].weight.device  # type: ignore[union-attr]
-    gram_in = torch.zeros(in_features, in_features, dtype=config.gram_dtype, device=device)  # type: ignore[arg-type]
-    gram_out = torch.zeros(out_features, out_features, dtype=config.gram_dtype, device=device)  # type: ignore[arg-type]
+    with torch.inference_mode(False):  # tensors made in a caller's inference mode could not be added to
+        gram_in = torch.zeros(in_features, in_features, dtype=config.gram_dtype, device=device)  # type: ignore[arg-type]
+        gram_out = torch.zeros(out_features, out_features, dtype=config.gram_dtype, device=device)  # type: ignore[arg-type]
     return GramStatistics(name, tuple(layers), gram_in, gram_out)
 
 
@@ -166,17 +175,16 @@ def _agreed(gram: GramStatistics, c: Rows, r: Rows, dtype: torch.dtype) -> Basis
     """The group's basis, equal to the bit on every process.
 
     The Gram matrices agree, but machines may differ in the eigensolver, and nearly equal eigenvalues then give other
-    vectors and, for a share of energy, another number of them.
+    vectors and, for a share of energy, another number of them. So the first process's are taken, numbers included.
     """
     basis = Basis.from_gram(gram, c=c, r=r, dtype=dtype)
     if torch.distributed.is_initialized():
-        own = basis.core_shape(gram.gram_out.shape[0], gram.gram_in.shape[0])
-        agreed = torch.tensor(own, device=gram.gram_in.device)
-        torch.distributed.broadcast(agreed, src=0)
-        if agreed.tolist() != list(own):
-            basis = Basis.from_gram(gram, c=int(agreed[1]), r=int(agreed[0]), dtype=dtype)
-        for buffer in basis.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+        for name, buffer in list(basis.named_buffers()):
+            shape = torch.tensor(buffer.shape, device=buffer.device)
+            torch.distributed.broadcast(shape, src=0)
+            agreed = buffer if shape.tolist() == list(buffer.shape) else buffer.new_empty(shape.tolist())
+            torch.distributed.broadcast(agreed, src=0)
+            setattr(basis, name, agreed)
     return basis
 
 

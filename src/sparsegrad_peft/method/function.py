@@ -1,17 +1,17 @@
 """Step 4: forward and backward of `y = x (W + Vᵀ S U)ᵀ + b`, with a gradient for `S` and none for `W`.
 
     forward     y = x Wᵀ + b + x Uᵀ Sᵀ V                                  x (T, in), y (T, out)
-    backward    ∂L/∂S = V δᵀ x Uᵀ,  ∂L/∂x = δ (W + Vᵀ S U),  ∂L/∂b = Σ δ      δ = ∂L/∂y (T, out)
+    backward    ∂L/∂S = V δᵀ x Uᵀ,  ∂L/∂x = δ (W + Vᵀ S U),  ∂L/∂b = Σ δ    δ = ∂L/∂y (T, out)
 
-`∂L/∂S` is `G_tilde = V G Uᵀ`, formed without the (out, in) gradient `G`. Two choices are left, and both are made from
-shapes by counting multiply-adds or bytes:
+`∂L/∂S` is `G_tilde = V G Uᵀ`, formed without the (out, in) gradient `G`. Two choices are left, and both are made
+from shapes by counting multiply-adds or bytes:
 
 - the update `Vᵀ S U` is *formed* and added to `W`, once in forward and once in backward, where there are many tokens,
   and applied through its *factors* where there are few;
 - backward needs the projected input `x_tilde = x Uᵀ` (T, c) or the input `x` (T, in). The smaller is saved.
 
-`prefer="speed"` saves the input and the formed weight wherever that lowers the multiply-adds, at the price of holding both
-from forward to backward.
+`prefer="speed"` saves the input and the formed weight wherever that lowers the multiply-adds, at the price of holding
+both from forward to backward.
 
 No step of the optimizer, no selection, and no gradient of `W` (unless `W` itself asks for one, as calibration does) is
 in here.
@@ -47,13 +47,13 @@ def form_weight(weight: Tensor, S: Tensor, U: Tensor | None, V: Tensor | None) -
 
 
 def _forms(tokens: int, core_shape: tuple[int, int], weight: Tensor, prefer: Prefer) -> bool:
-    """Whether forming `W + Vᵀ S U` takes fewer multiply-adds, over forward and backward, than going through its factors.
+    """Whether forming `W + Vᵀ S U` takes fewer multiply-adds, forward and backward, than going through its factors.
 
     The same answer with and without gradients, so that both give the same bits.
     """
     if weight.dtype in (torch.float16, torch.bfloat16):
-        # `W` in half precision has no room for a small update: 2⁻⁹ of an entry would be rounded away. (Under autocast
-        # `W` is float32 and the rounding of the sum is unbiased, as in any mixed-precision training.)
+        # `W` in half precision has no room for a small update: 2⁻⁹ of an entry would be rounded away. (Under
+        # autocast `W` is float32 and the rounding of the sum is unbiased, as in any mixed-precision training.)
         return False
     (r, c), (out, in_) = core_shape, weight.shape
     formings = 1 if prefer == "speed" else 2

@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,7 +173,8 @@ def stream_gradients(
             weight: Tensor = layer.weight  # type: ignore[assignment]
             weight.requires_grad_(True)
             stack.callback(weight.register_post_accumulate_grad_hook(target_hook(name, layer)).remove)
-        for number in _counted(n_steps, progress):
+        # Closed also when interrupted: else the traceback would keep the generator, and with it the progress bar.
+        for number in stack.enter_context(closing(_counted(n_steps, progress))):
             loss = next_loss()
             _check_loss(loss, number)
             loss.backward()
@@ -207,6 +208,13 @@ def _find(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
                 f"{name}: expected a floating point weight of shape {shape}, found {type(weight).__name__} of "
                 f"{weight.dtype} with shape {tuple(weight.shape)}; "  # type: ignore[union-attr]
                 "calibrate before quantizing or sharding the model, or pass ready statistics"
+            )
+    first_name: dict[int, str] = {}
+    for name, layer in layers.items():
+        first = first_name.setdefault(id(layer.weight), name)
+        if first != name:
+            raise ValueError(
+                f"{first} and {name} share one weight tensor, and so one gradient, the sum over both; name one of them"
             )
     return layers
 
@@ -244,7 +252,7 @@ def _check_loss(loss: Any, number: int) -> None:
         )
 
 
-def _counted(n_steps: int, progress: str | None) -> Iterator[int]:
+def _counted(n_steps: int, progress: str | None) -> Generator[int, None, None]:
     numbers = range(1, n_steps + 1)
     first_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if progress is None or not first_process:
@@ -265,6 +273,7 @@ def _untouched(model: nn.Module, keep_values_of: list[Tensor]) -> Iterator[None]
     # Bases are buffers that no forward changes, and large; other buffers are small (BatchNorm's statistics, say).
     of_bases = {id(b) for m in model.modules() if isinstance(m, Basis) for b in m.buffers()}
     buffers = [(b, b.detach().clone(), b._version) for b in model.buffers() if id(b) not in of_bases]
+    places = [(m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items()]
     unique = {id(t): t for t in keep_values_of}
     values = [(t, t.detach().to("cpu", copy=True)) for t in unique.values()]
     python_state = random.getstate()
@@ -280,6 +289,8 @@ def _untouched(model: nn.Module, keep_values_of: list[Tensor]) -> Iterator[None]
             for buffer, value, version in buffers:
                 if buffer._version != version:
                     buffer.copy_(value)
+        for module, name, place in places:
+            module._buffers[name] = place  # a forward may have put a new tensor there
         for parameter, requires_grad, grad in flags:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad

@@ -85,10 +85,10 @@ def row_count(rows: Rows, n: int) -> int | None:
     if isinstance(rows, int):
         return rows
     if isinstance(rows, float):
-        count = rows * n
-        if count >= 2 * _ALIGN and rows < 1:
-            return _ALIGN * round(count / _ALIGN)
-        return max(1, math.floor(count))
+        rounding = 1e-9  # 3/47 of 47 is 3, not the 2.9999999999999996 that floats make of it
+        if rows * n >= 2 * _ALIGN - rounding and rows < 1:
+            return min(n, _ALIGN * round(rows * n / _ALIGN))
+        return max(1, math.floor(rows * n + rounding))
     return n if rows == "full" else None
 
 
@@ -132,7 +132,8 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
 
     count = row_count(rows, n)
     if count is not None and n >= _ITERATE_ABOVE and count <= _ITERATE_FRACTION * n:
-        spectrum, vectors = _leading(gram, count)
+        with torch.autocast(gram.device.type, enabled=False):
+            spectrum, vectors = _leading(gram, count)
     else:
         spectrum, columns = torch.linalg.eigh(gram)  # ascending
         spectrum, vectors = spectrum.flip(0), columns.flip(1).T

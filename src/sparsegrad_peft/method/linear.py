@@ -4,7 +4,8 @@
 
 At the start `S = 0`, so the layer computes what the original did. With a complete basis (c = in, r = out) training `S`
 is the paper's training of `W_tilde = V W Uᵀ`, written as its difference from the start; with a truncated one it is an
-adapter of `r · c` entries. `W` stays in its own basis: that is where the time goes in the published form (`literal.py`).
+adapter of `r · c` entries. `W` stays in its own basis: rotating every token is where the time of the published form
+(`literal.py`) goes.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class SparseGradLinear(nn.Module):
 
     - the block `S` (r, c), with the largest entries of its gradient selected in the optimizer's step
       (`SparseGradAdamW`, group flag `sparse`), or every entry trained by AdamW where the block is small;
-    - packed `values` (k) at the flat row-major `positions` (k, int32) of `S`: a 1 % adapter that is 1 % in memory, in the
-      checkpoint and in any count of trainable parameters. See `pack`.
+    - packed `values` (k) at the flat row-major `positions` (k, int32) of `S`: a 1 % adapter that is 1 % in memory, in
+      the checkpoint and in any count of trainable parameters. See `pack`.
 
     Attributes:
         weight: (out, in), frozen, the original's storage.
@@ -154,8 +155,8 @@ class SparseGradLinear(nn.Module):
         left_out = int(S.count_nonzero() - S.reshape(-1)[positions.long()].count_nonzero())
         if left_out:
             raise ValueError(
-                f"packing {positions.numel()} of {r * c} entries would drop {left_out} learnt ones; choose positions that "
-                "contain them, or call fold() first to put what was learnt into the weight"
+                f"packing {positions.numel()} of {r * c} entries would drop {left_out} learnt ones; choose positions "
+                "that contain them, or call fold() first to put what was learnt into the weight"
             )
         requires_grad = self.core.requires_grad
         self.values = nn.Parameter(S.reshape(-1)[positions.long()].clone(), requires_grad=requires_grad)
@@ -187,7 +188,7 @@ class SparseGradLinear(nn.Module):
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """True for GPT-2's `Conv1D` (a linear layer whose weight is stored as (in, out)), without importing transformers."""
+    """True for GPT-2's `Conv1D`, a linear layer with its weight as (in, out); transformers is not imported for it."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
@@ -222,7 +223,7 @@ def check_positions(positions: Tensor, numel: int) -> Tensor:
     if not positions.numel() or int(distinct[0]) < 0 or int(distinct[-1]) >= numel or len(distinct) < len(positions):
         found = f"from {int(distinct[0])} to {int(distinct[-1])}" if positions.numel() else "none"
         raise ValueError(
-            f"expected positions between 0 and {numel - 1}, each once; found {positions.numel()} ({len(distinct)} distinct), "
-            f"{found}"
+            f"expected positions between 0 and {numel - 1}, each once; found {positions.numel()} "
+            f"({len(distinct)} distinct), {found}"
         )
     return distinct.to(torch.int32)

@@ -2,8 +2,8 @@
 
     G_tilde = V G Uᵀ  ──► topk_magnitude ──► SparseAdam's rule on k entries ──► S, or W ← W + Vᵀ Δ U
 
-Selection happens once, here, on the final gradient: after all micro-batches have been added up, after processes have been
-averaged, after unscaling and clipping. The union of selections made on the parts would touch two to seven times as many
+Selection happens once, here, on the final gradient: after all micro-batches have been added up, after processes have
+been averaged, after unscaling and clipping. The union of selections made on the parts would touch two to seven times as many
 entries and still miss a third of the right ones. Every gradient that reaches `.grad` is dense, so accumulation, DDP,
 clipping and `GradScaler` need to know nothing of it.
 """
@@ -49,18 +49,18 @@ class SparseGradAdamW(Optimizer):
 
     Groups carry an explicit flag:
 
-    - `{"params": cores, "sparse": True, "density": 0.01}` (or `"k": 1000`, per parameter): in each step, the `k` entries
-      of the gradient that are largest in magnitude move by SparseAdam's rule and the others stand still. No weight decay.
+    - `{"params": cores, "sparse": True, "density": 0.01}` (or `"k": 1000`, per parameter): in each step, the `k`
+      entries of the gradient that are largest in magnitude move by SparseAdam's rule and the others stand still. No
+      weight decay.
       A gradient that arrives as COO (`LiteralSparseGradLinear`) has been selected already and takes no `k`.
     - `{"params": rest}`: AdamW, PyTorch's own.
 
     With `bases`, a `sparse` parameter may be an ordinary weight in the original space: its gradient is taken into the
-    basis, selected there, and the change brought back, `W ← W + Vᵀ Δ U`. That is the exact form of the method on plain
-    `nn.Linear` layers (`folded` in the specification): forward and backward are those of regular fine-tuning.
+    basis, selected there, and the change brought back, `W ← W + Vᵀ Δ U`. That is the method itself, exactly, on plain
+    `nn.Linear` layers: forward and backward are those of regular fine-tuning.
 
-    State, in bytes: 12 for each entry that was ever selected (its position, and two moments in float32; 20 in float64), and
-    nothing for the others; dense Adam takes 8 for every entry. After a few hundred steps at 1 % some 10 to 20 % of the
-    entries have been selected. AdamW's state is PyTorch's.
+    State, in bytes: 12 for each entry that was ever selected (its position, and two moments in float32; 20 in float64),
+    and nothing for the others; dense Adam takes 8 for every entry. `touched` counts them. AdamW's state is PyTorch's.
 
     Args:
         params: parameters, or groups as above.
@@ -88,7 +88,8 @@ class SparseGradAdamW(Optimizer):
     ) -> None:
         self.bases = {id(parameter): basis for parameter, basis in (bases or {}).items()}
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "sparse": False, "k": None, "density": None,
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "sparse": False, "k": None, "density": None,
         }  # fmt: skip
         super().__init__(params, defaults)
 
@@ -177,9 +178,8 @@ class SparseGradAdamW(Optimizer):
         state["step"] += 1
         slots = _slots(state, positions)
         exp_avg, exp_avg_sq = state["exp_avg"][slots], state["exp_avg_sq"][slots]
-        change = sparse_adam_update(
-            exp_avg, exp_avg_sq, values, state["step"], float(group["lr"]), *group["betas"], group["eps"]
-        )
+        lr, (beta1, beta2), eps = float(group["lr"]), group["betas"], group["eps"]
+        change = sparse_adam_update(exp_avg, exp_avg_sq, values, state["step"], lr, beta1, beta2, eps)
         state["exp_avg"][slots] = exp_avg
         state["exp_avg_sq"][slots] = exp_avg_sq
         if basis is None:
@@ -211,8 +211,8 @@ class SparseGradAdamW(Optimizer):
             [self.state[p]["exp_avg_sq"] for p in params],
             [],
             [self.state[p]["step"] for p in params],
-            amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-            maximize=False,
+            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+            amsgrad=False, maximize=False,
         )  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -276,14 +276,16 @@ def _slots(state: dict[str, Any], positions: Tensor) -> Tensor:
 
 def _add_from_basis(weight: Tensor, basis: Basis, positions: Tensor, change: Tensor, shape: tuple[int, ...]) -> Tensor:
     """`W + Vᵀ Δ U` for a `Δ` (r, c) of few entries; its product with one side is sparse, with the other dense."""
-    (r, c), (out, in_) = shape, weight.shape
-    U, V = basis.U, basis.V
+    r, c = shape
+    U, V = (None if side is None else side.to(weight.dtype) for side in (basis.U, basis.V))
     index = torch.stack([torch.div(positions, c, rounding_mode="floor"), positions % c])
     delta = torch.sparse_coo_tensor(index, change, (r, c), is_coalesced=True, check_invariants=False)
     if V is None and U is None:
         return weight.index_put_((index[0], index[1]), change, accumulate=True)
-    if V is None or U is None:
-        return weight.add_(torch.sparse.mm(delta, U) if U is not None else torch.sparse.mm(delta.T, V).T)  # type: ignore[arg-type]
+    if V is None:
+        return weight.add_(torch.sparse.mm(delta, U))
+    if U is None:
+        return weight.add_(torch.sparse.mm(delta.T, V).T)
     # What is left dense costs out·c·in after Vᵀ Δ, and out·r·in after Δ U.
     if c <= r:
         return weight.addmm_(torch.sparse.mm(delta.T, V).T, U)

@@ -1,8 +1,8 @@
 """The method again: dense, slow, in the order of the paper's equations. Read it beside the paper.
 
 Nothing in the library imports this file; the tests hold every fast form against it. No autograd, no sharing of work, no
-compact storage. Shapes: `W` (out, in), `x` (T, in), `delta = ∂L/∂y` (T, out), `U` (in, in) or (c, in), `V` (out, out) or
-(r, out); a basis vector a row.
+compact storage. Shapes: `W` (out, in), `x` (T, in), `delta = ∂L/∂y` (T, out), `U` (in, in) or (c, in), `V` (out, out)
+or (r, out); a basis vector a row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def grams(
     gradients: Float[Tensor, "n out in"], normalize: bool = False
 ) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out out"]]:
     """`Σ GᵀG` and `Σ GGᵀ`, one gradient after the other."""
-    n, out, in_ = gradients.shape
+    _, out, in_ = gradients.shape
     gram_in, gram_out = gradients.new_zeros(in_, in_), gradients.new_zeros(out, out)
     for G in gradients:
         if normalize and G.norm() > 0:

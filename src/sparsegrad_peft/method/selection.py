@@ -20,12 +20,14 @@ def resolve_k(numel: int, k: int | None = None, density: float | None = None) ->
 
     Raises:
         TypeError: `k` is no integer, or `density` no number.
-        ValueError: none or both of `k` and `density` given; `k` outside 1..numel; `density` outside (0, 1].
+        ValueError: none or both of `k` and `density` given; `k` outside 1..numel; `density` outside (0, 1]; no entries.
     """
     if (k is None) == (density is None):
         raise ValueError(
             f"expected exactly one of k (a count) and density (a share of the entries), found k={k} and density={density}"
         )
+    if numel < 1:
+        raise ValueError("there are 0 entries, and at least one is kept")
     if k is not None:
         if isinstance(k, bool) or not isinstance(k, int):
             raise TypeError(f"k is a count and must be an int, found {k!r}; for a share of the entries pass density")
@@ -114,7 +116,7 @@ def topk_signed_threshold_as_published(grad: Float[Tensor, "r c"], k: int) -> Fl
     """The rule of the authors' code, for comparison only: the k-th largest *signed* entry as a bound on magnitudes.
 
     It keeps `k` entries only if the k largest in value are also the k largest in magnitude: asked for 100 of 4,800
-    standard normal entries it keeps about 180, and all of them once their mean is well below zero.
+    standard normal entries it keeps about 200, and all of them once their mean is well below zero.
     """
     threshold = torch.kthvalue(grad.reshape(-1), grad.numel() - k + 1).values
     return torch.where(grad.abs() >= threshold, grad, 0).to_sparse_coo().coalesce()
@@ -159,11 +161,12 @@ def compressed_product(
             return rows, left @ B
         return rows, left[:, cols] @ B[cols]
     A = A.coalesce()
-    entry_rows, entry_cols = A.indices()
+    stored = A.values() != 0  # COO may hold zeros, `topk_magnitude`'s does where there are fewer than k other entries
+    values, (entry_rows, entry_cols) = A.values()[stored], A.indices()[:, stored]
     rows, entry_rows = entry_rows.unique(return_inverse=True)
     cols, entry_cols = entry_cols.unique(return_inverse=True)
-    left = A.values().new_zeros(rows.numel(), cols.numel())
-    left[entry_rows, entry_cols] = A.values()
+    left = values.new_zeros(rows.numel(), cols.numel())
+    left[entry_rows, entry_cols] = values
     return rows, left @ B[cols]
 
 

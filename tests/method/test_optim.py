@@ -1,0 +1,377 @@
+"""SparseGradAdamW: torch's own rules on the same gradients, exact resumption, and what surrounds an optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sparsegrad_peft import Basis, LiteralSparseGradLinear, SparseGradAdamW, SparseGradLinear, topk_magnitude
+from torch import Tensor, nn
+
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def orthogonal(n: int, rows: int | None = None) -> Tensor:
+    return torch.linalg.qr(torch.randn(n, n, dtype=F64)).Q[: rows or n]
+
+
+def parameter(*shape: int, dtype: torch.dtype = F64) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape, dtype=dtype))
+
+
+def sparse(p: nn.Parameter, **options: Any) -> dict[str, Any]:
+    return {"params": [p], "sparse": True, **options}
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9), (0.0, 0.99)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 123), (123, 5), (30, 40)])
+def test_rule_is_torchs_sparse_adam(shape: tuple[int, int], betas: tuple[float, float]) -> None:
+    """The same COO gradients, three ways: torch's SparseAdam, ours from COO, ours selecting from the dense gradient."""
+    k = max(1, math.prod(shape) // 7)
+    start = torch.randn(*shape, dtype=F64)
+    theirs, from_coo, from_dense = (nn.Parameter(start.clone()) for _ in range(3))
+    optimizers = [
+        torch.optim.SparseAdam([theirs], lr=0.03, betas=betas),
+        SparseGradAdamW([sparse(from_coo)], lr=0.03, betas=betas),
+        SparseGradAdamW([sparse(from_dense, k=k)], lr=0.03, betas=betas),
+    ]
+    for _ in range(20):
+        G = torch.randn(*shape, dtype=F64)
+        theirs.grad, from_coo.grad, from_dense.grad = topk_magnitude(G, k), topk_magnitude(G, k), G
+        for optimizer in optimizers:
+            optimizer.step()
+        for ours in (from_coo, from_dense):
+            torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-13, atol=1e-13)
+    dense = optimizers[0].state[theirs]
+    state = optimizers[2].state[from_dense]
+    positions = state["positions"].long()
+    for moment in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(state[moment], dense[moment].reshape(-1)[positions], rtol=1e-13, atol=1e-15)
+        assert dense[moment].count_nonzero() == len(positions)
+    assert state["positions"].dtype == torch.int32
+    assert torch.equal(positions, positions.sort().values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rest_is_torchs_adamw_to_the_bit(dtype: torch.dtype) -> None:
+    start = [torch.randn(7, 3, dtype=dtype), torch.randn(5, dtype=dtype)]
+    runs = []
+    for make in (torch.optim.AdamW, SparseGradAdamW):
+        torch.manual_seed(1)
+        parameters = [nn.Parameter(value.clone()) for value in start]
+        optimizer = make(parameters, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
+        for _ in range(20):
+            for p in parameters:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        runs.append(parameters)
+    for theirs, ours in zip(*runs, strict=True):
+        assert torch.equal(theirs, ours)
+
+
+def a_model() -> tuple[nn.Module, list[dict[str, Any]], dict[nn.Parameter, Basis]]:
+    """A layer of each kind: block, packed, plain weight with a basis, literal; and a head."""
+    torch.manual_seed(2)
+    basis = Basis(orthogonal(8, 6).float(), orthogonal(8, 5).float())
+    complete = Basis(orthogonal(8).float(), orthogonal(8).float())
+    block = SparseGradLinear.from_linear(nn.Linear(8, 8), basis)
+    packed = SparseGradLinear.from_linear(nn.Linear(8, 8), basis, positions=torch.tensor([1, 4, 20]))
+    plain = nn.Linear(8, 8)
+    literal = LiteralSparseGradLinear.from_linear(nn.Linear(8, 8), complete, k=6)
+    head = nn.Linear(8, 2)
+    groups = [
+        sparse(block.S, k=4),
+        sparse(plain.weight, density=0.1, lr=0.02),
+        sparse(literal.W_tilde),
+        {"params": [packed.values, *head.parameters(), plain.bias, block.bias], "weight_decay": 0.01},
+    ]
+    return nn.Sequential(block, nn.GELU(), packed, plain, nn.GELU(), literal, head), groups, {plain.weight: complete}
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+
+def setup() -> tuple[nn.Module, SparseGradAdamW, Any]:
+    model, groups, bases = a_model()
+    optimizer = SparseGradAdamW(groups, lr=0.01, bases=bases)
+    return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+
+def test_stop_and_resume_equals_no_stop_to_the_bit(tmp_path: Path) -> None:
+    """Through a file, read with `weights_only`: the state holds tensors and numbers, nothing else."""
+    straight, optimizer, scheduler = setup()
+    train(straight, optimizer, scheduler, range(12))
+
+    model, first, first_scheduler = setup()
+    train(model, first, first_scheduler, range(5))
+    checkpoint = {
+        "model": model.state_dict(),
+        "optimizer": first.state_dict(),
+        "scheduler": first_scheduler.state_dict(),
+    }
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+
+    loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    resumed, second, second_scheduler = setup()
+    resumed.load_state_dict(loaded["model"])
+    second.load_state_dict(loaded["optimizer"])
+    second_scheduler.load_state_dict(loaded["scheduler"])
+    train(resumed, second, second_scheduler, range(5, 12))
+
+    for (name, expected), found in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), name
+    states = [o.state_dict()["state"] for o in (optimizer, second)]
+    assert states[0].keys() == states[1].keys()
+    for key in states[0]:
+        for name, value in states[0][key].items():
+            other = states[1][key][name]
+            assert torch.equal(value, other) if isinstance(value, Tensor) else value == other
+            assert getattr(value, "dtype", None) == getattr(other, "dtype", None)
+
+
+def test_half_precision_parameter_keeps_wide_moments_through_a_resume() -> None:
+    """The base class casts loaded state to the parameter's type, which would turn positions into bfloat16."""
+    p = parameter(40, 40, dtype=torch.bfloat16)
+    optimizer = SparseGradAdamW([sparse(p, k=30)])
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    twin = nn.Parameter(p.detach().clone())
+    other = SparseGradAdamW([sparse(twin, k=30)])
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert other.state[twin]["positions"].dtype == torch.int32
+    assert other.state[twin]["exp_avg"].dtype == torch.float32
+    assert torch.equal(other.state[twin]["positions"], optimizer.state[p]["positions"])
+    p.grad = twin.grad = torch.randn_like(p)
+    optimizer.step()
+    assert optimizer.state[p]["step"] != other.state[twin]["step"]  # no storage is shared
+    other.step()
+    assert torch.equal(p, twin)
+
+
+def test_selection_is_made_once_on_the_accumulated_gradient() -> None:
+    """Micro-batches add up first. Selecting in each and adding the selections touches more, and other, entries."""
+    linear, basis = nn.Linear(20, 30, bias=False, dtype=F64), Basis(orthogonal(20), orthogonal(30))
+    x, delta, k = torch.randn(32, 20, dtype=F64), torch.randn(32, 30, dtype=F64), 12
+    parts = list(zip(x.chunk(4), delta.chunk(4), strict=True))
+    layers = [SparseGradLinear.from_linear(linear, basis) for _ in range(2)]
+    optimizers = [SparseGradAdamW([sparse(layer.S, k=k)]) for layer in layers]
+    layers[0](x).backward(delta)
+    for part, part_delta in parts:
+        layers[1](part).backward(part_delta)
+    exact = topk_magnitude(layers[0].S.grad, k)
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(layers[1].S.detach(), layers[0].S.detach(), rtol=1e-10, atol=1e-12)
+    assert [o.touched(layer.S) for o, layer in zip(optimizers, layers, strict=True)] == [k, k]
+
+    literal = LiteralSparseGradLinear.from_linear(linear, basis, k=k)
+    for part, part_delta in parts:
+        literal(part).backward(part_delta)
+    union = literal.W_tilde.grad.coalesce()
+    assert union.indices().shape[1] >= 2 * k
+    right = set(map(tuple, exact.indices().T.tolist()))
+    largest = topk_magnitude(union.to_dense(), k)
+    assert len(right & set(map(tuple, largest.indices().T.tolist()))) < k
+
+
+def test_entries_not_selected_stand_still() -> None:
+    p = parameter(6, 6)
+    optimizer = SparseGradAdamW([sparse(p, k=5, weight_decay=0.5)], lr=0.1)
+    touched = torch.zeros(36, dtype=torch.bool)
+    for _ in range(4):
+        before, p.grad = p.detach().clone(), torch.randn_like(p)
+        selected = torch.zeros(36, dtype=torch.bool)
+        selected[p.grad.abs().reshape(-1).topk(5).indices] = True
+        optimizer.step()
+        moved = (p.detach() != before).reshape(-1)
+        assert torch.equal(moved, selected)
+        touched |= selected
+        assert optimizer.touched(p) == int(touched.sum())
+
+
+def test_state_costs_twelve_bytes_for_each_touched_entry() -> None:
+    p, rest = parameter(100, 100, dtype=torch.float32), parameter(10, dtype=torch.float32)
+    optimizer = SparseGradAdamW([sparse(p, density=0.01), {"params": [rest]}])
+    assert optimizer.touched(p) == 0
+    assert optimizer.state_bytes() == 0
+    p.grad = torch.randn_like(p)
+    for _ in range(3):  # the same gradient: the same hundred entries
+        optimizer.step()
+    assert optimizer.touched(p) == 100
+    assert optimizer.state_bytes() == 1200
+    assert "12 for each entry" in SparseGradAdamW.__doc__
+    rest.grad = torch.randn_like(rest)
+    optimizer.step()
+    assert optimizer.state_bytes() == 1200 + 2 * 40 + 4
+
+
+def test_vector_and_transposed_parameters() -> None:
+    """A vector may be selected from; a parameter that is a view with other strides is written where it is."""
+    vector, matrix = parameter(50), nn.Parameter(torch.randn(6, 4, dtype=F64).T)
+    assert not matrix.is_contiguous()
+    before, storage = matrix.detach().clone(), matrix.data_ptr()
+    optimizer = SparseGradAdamW([sparse(vector, k=3), sparse(matrix, k=2)], lr=0.1)
+    vector.grad, matrix.grad = torch.arange(50, dtype=F64), torch.zeros(4, 6, dtype=F64)
+    matrix.grad[3, 1], matrix.grad[0, 5] = 5.0, -5.0
+    optimizer.step()
+    assert optimizer.state[vector]["positions"].tolist() == [47, 48, 49]
+    assert (matrix != before).nonzero().tolist() == [[0, 5], [3, 1]]
+    assert matrix.data_ptr() == storage
+    assert float(before[3, 1] - matrix.detach()[3, 1]) == pytest.approx(0.1, rel=1e-5)
+
+
+def test_parameters_without_gradient_are_left_alone() -> None:
+    p, q, rest = parameter(4, 4), parameter(4, 4), parameter(3)
+    optimizer = SparseGradAdamW([{"params": [p, q], "sparse": True, "k": 2}, {"params": [rest]}])
+    p.grad = torch.randn_like(p)
+    before = [q.detach().clone(), rest.detach().clone()]
+    optimizer.step()
+    assert torch.equal(q, before[0])
+    assert torch.equal(rest, before[1])
+    assert q not in optimizer.state
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert set(optimizer.state) == {p}
+
+
+def test_closure() -> None:
+    p = parameter(4, 4)
+    optimizer = SparseGradAdamW([sparse(p, k=2)])
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == pytest.approx(float((p.detach() * 0 + p.detach()).square().sum()), rel=0.1)
+    assert optimizer.touched(p) == 2
+
+
+def test_clipping_and_grad_scaler() -> None:
+    """Gradients are dense, so clipping sees them, and a step with an overflow is skipped and changes nothing."""
+    model, optimizer, _ = setup()
+    model = nn.Sequential(*list(model)[:5], model[6])  # without the literal layer: clipping refuses COO gradients
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    x = torch.randn(16, 8)
+    scaler.scale(model(x).square().mean()).backward()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    assert 1e-3 < float(norm) < math.inf
+    before = copy.deepcopy(model.state_dict())
+    scaler.step(optimizer)
+    scaler.update()
+    assert any(not torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    optimizer.zero_grad()
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    scaler.scale(model(x).square().mean()).backward()
+    model[0].S.grad[0, 0] = math.inf
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() < 2.0**10
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    after = optimizer.state_dict()["state"]
+    assert all(torch.equal(state[key]["exp_avg"], after[key]["exp_avg"]) for key in state)
+
+
+def test_schedulers_see_one_optimizer() -> None:
+    model, optimizer, _ = setup()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=[0.1, 0.2, 0.3, 0.4], total_steps=4, cycle_momentum=False
+    )
+    for _ in range(3):
+        model(torch.randn(16, 8)).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    assert schedule.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
+
+
+def test_learning_rate_as_a_tensor() -> None:
+    """Some schedulers and compiled training keep the rate in a tensor."""
+    p, q = parameter(5, 5), parameter(5, 5)
+    q.data.copy_(p.data)
+    for value, lr in ((p, 0.01), (q, torch.tensor(0.01, dtype=F64))):
+        torch.manual_seed(3)
+        optimizer = SparseGradAdamW([sparse(value, k=4, lr=lr)])
+        value.grad = torch.randn_like(value)
+        optimizer.step()
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    ("group", "error", "words"),
+    [
+        (
+            {"sparse": True, "k": 26},
+            ValueError,
+            r"group 0, parameter of shape \(5, 5\): k must be between 1 and the 25 ",
+        ),
+        ({"sparse": True, "k": 0}, ValueError, "k must be between 1 and the 25 entries there are, found 0"),
+        ({"sparse": True, "density": 0}, ValueError, "density must be above 0 and at most 1 .* found 0"),
+        ({"sparse": True, "density": 2}, ValueError, "density must be above 0 and at most 1 .* found 2"),
+        ({"sparse": True, "density": 0.1, "k": 3}, ValueError, "exactly one of k .* found k=3 and density=0.1"),
+        ({"sparse": True, "k": 2.5}, TypeError, "k is a count and must be an int, found 2.5"),
+        ({"sparse": 1}, TypeError, "group 0: sparse is a flag, True or False, found 1"),
+        ({"density": 0.1}, ValueError, 'group 0: k and density need "sparse": True, found k=None, density=0.1'),
+        ({"lr": -1.0}, ValueError, "group 0: lr must be at least 0, found -1.0"),
+        ({"eps": -1.0}, ValueError, "group 0: eps must be at least 0, found -1.0"),
+        ({"weight_decay": -0.1}, ValueError, "group 0: weight_decay must be at least 0, found -0.1"),
+        ({"betas": (1.0, 0.9)}, ValueError, r"group 0: betas must lie in \[0, 1\), found \(1.0, 0.9\)"),
+    ],
+)
+def test_bad_groups(group: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        SparseGradAdamW([{"params": [parameter(5, 5)], **group}])
+
+
+def test_bad_parameters() -> None:
+    p, basis = parameter(5, 5), Basis(orthogonal(5), orthogonal(5))
+    with pytest.raises(ValueError, match='a parameter with a basis needs "sparse": True'):
+        SparseGradAdamW([p], bases={p: basis})
+    with pytest.raises(
+        ValueError, match=r"basis is for layers with \(out, in\) = \(5, 5\), found a layer with \(4, 5\)"
+    ):
+        q = parameter(4, 5)
+        SparseGradAdamW([sparse(q, k=1)], bases={q: basis})
+    with pytest.raises(ValueError, match=r"must be a matrix or a vector, found shape \(2, 2, 2\)"):
+        SparseGradAdamW([sparse(parameter(2, 2, 2), k=1)])
+    optimizer = SparseGradAdamW([sparse(p)])
+    p.grad = torch.randn_like(p)
+    with pytest.raises(ValueError, match='"sparse" group needs k or density for a dense gradient, found neither'):
+        optimizer.step()
+    dense = SparseGradAdamW([p])
+    p.grad = topk_magnitude(p.detach(), 3)
+    with pytest.raises(ValueError, match='a COO gradient needs a group with "sparse": True'):
+        dense.step()
+    folded = SparseGradAdamW([sparse(p, k=3)], bases={p: basis})
+    with pytest.raises(ValueError, match="selected from its dense gradient, found a COO gradient"):
+        folded.step()
+    p.grad = torch.full_like(p, math.nan)
+    with pytest.raises(ValueError, match="25 of the 25 gradient entries are NaN"):
+        folded.step()
+
+
+def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
+    optimizer = SparseGradAdamW([sparse(parameter(5, 5), k=3)])
+    with pytest.raises(ValueError, match="parameter group 1"):
+        optimizer.add_param_group(sparse(parameter(2, 2), k=5))
+    assert len(optimizer.param_groups) == 1
