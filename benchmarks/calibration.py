@@ -4,8 +4,8 @@
     python benchmarks/calibration.py --steps 2 --skip-svd --json /tmp/calibration.json
 
 The model is BERT-base with random weights (12 blocks, 768/3072), the batches are random tokens. The paper stacks the
-gradients of a group and takes SVDs of the unfoldings of the stack; here one such stack of 30 gradients is decomposed for
-comparison.
+gradients of a group and takes SVDs of the unfoldings of the stack; here one such stack of 30 gradients is decomposed
+for comparison.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from record import environment, parser, write
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForSequenceClassification
 
+from record import environment, parser, write
 from sparsegrad_peft import Basis, CalibrationConfig, GramStatistics, calibrate, group_linears
 from sparsegrad_peft.method.gradients import stream_gradients
 from sparsegrad_peft.method.hosvd import eigenbasis
@@ -90,10 +90,9 @@ def main() -> None:
         }
 
     batches = [batch() for _ in range(options.steps)]
+    size = f"{options.batch}x{options.tokens}"
     layers = [name for names in groups.values() for name in names]
-    print(
-        f"{len(layers)} layers in groups {list(groups)}; {options.steps} steps of {options.batch}x{options.tokens} tokens"
-    )
+    print(f"{len(layers)} layers in groups {list(groups)}; {options.steps} steps of {size} tokens")
 
     two = batches[:2]
     dropped = peak_bytes(lambda: stream_gradients(model, layers, lambda *_: None, two, n_steps=2))
@@ -102,14 +101,14 @@ def main() -> None:
     gradient_bytes = 4 * 768 * 3072
     gram_bytes = 4 * 2 * (768**2 + 3072**2)
     print(f"peak extra memory {(kept - dropped) / 1e6:.1f} MB (Gram matrices {gram_bytes / 1e6:.1f} MB, one gradient "
-          f"{gradient_bytes / 1e6:.1f} MB, the paper's stack of 30 gradients {30 * gradient_bytes / 1e6:.0f} MB a group)")  # fmt: skip
+          f"{gradient_bytes / 1e6:.1f} MB, the paper's stack of 30 {30 * gradient_bytes / 1e6:.0f} MB a group)")  # fmt: skip
 
     backprop_s, _ = timed(lambda: stream_gradients(model, layers, lambda *_: None, batches, n_steps=options.steps))
     calibrate_s, calibration = timed(lambda: calibrate(model, batches, groups=groups, n_steps=options.steps))
     full_s, _ = timed(calibration.bases)
     tenth_s, tenth = timed(lambda: calibration.bases(c=0.1, r=0.1))
-    print(f"backpropagation {backprop_s:.1f} s, calibration {calibrate_s:.1f} s, complete bases {full_s:.1f} s, a tenth of "
-          f"each side {tenth_s:.1f} s")  # fmt: skip
+    print(f"backpropagation {backprop_s:.1f} s, calibration {calibrate_s:.1f} s, complete bases {full_s:.1f} s, a tenth "
+          f"of each side {tenth_s:.1f} s")  # fmt: skip
     captured = {}
     for name, gram in calibration.groups.items():
         for side, matrix in (("in", gram.gram_in), ("out", gram.gram_out)):
@@ -120,7 +119,7 @@ def main() -> None:
 
     result: dict[str, Any] = {
         "benchmark": "calibration",
-        "workload": f"BERT-base, random weights, {options.steps} steps of {options.batch}x{options.tokens} tokens, float32",
+        "workload": f"BERT-base, random weights, float32, {options.steps} steps of {size} tokens",
         "environment": environment(options.seed),
         "bytes": {"peak_extra": kept - dropped, "gram": gram_bytes, "one_gradient": gradient_bytes,
                   "paper_stack_one_group": 30 * gradient_bytes,

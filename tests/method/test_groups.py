@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparsegrad_peft import Basis, SparseGradLinear, group_linears
-from sparsegrad_peft.method.groups import linear_shape
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+
+from sparsegrad_peft import Basis, SparseGradLinear, group_linears
+from sparsegrad_peft.method.groups import linear_shape
 
 INTERMEDIATE = [f"encoder.layer.{i}.intermediate.dense" for i in range(2)]
 OUTPUT = [f"encoder.layer.{i}.output.dense" for i in range(2)]
@@ -120,6 +121,6 @@ def test_nothing_found_names_what_there_is(bert: BertModel) -> None:
 def test_shape_of_what_is_not_linear() -> None:
     with pytest.raises(TypeError, match=r"conv: expected a torch\.nn\.Linear or a Conv1D, found Conv1d"):
         linear_shape(nn.Conv1d(2, 2, 1), "conv")  # torch's convolution, not GPT-2's layer
-    with pytest.raises(TypeError, match="emb: .*found Embedding"):
+    with pytest.raises(TypeError, match=r"emb: .*found Embedding"):
         linear_shape(nn.Embedding(3, 3), "emb")
     assert linear_shape(nn.Linear(3, 5, device=torch.device("meta")), "meta") == (5, 3)

@@ -7,10 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from sparsegrad_peft import Basis, SparseGradAdamW, SparseGradLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
+
+from sparsegrad_peft import Basis, SparseGradAdamW, SparseGradLinear
 
 F64 = torch.float64
 

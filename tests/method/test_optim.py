@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from sparsegrad_peft import Basis, LiteralSparseGradLinear, SparseGradAdamW, SparseGradLinear, topk_magnitude
 from torch import Tensor, nn
+
+from sparsegrad_peft import Basis, LiteralSparseGradLinear, SparseGradAdamW, SparseGradLinear, topk_magnitude
 
 F64 = torch.float64
 

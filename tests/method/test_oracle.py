@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from sparsegrad_peft import Basis, SparseGradAdamW, SparseGradLinear
 from sparsegrad_peft.method import reference
-from torch import Tensor, nn
 
 STEPS = 20
 SHAPES = [(1, 1), (5, 123), (123, 5), (8, 8), (40, 12), (12, 40)]  # (out, in)

@@ -189,7 +189,9 @@ def test_k_and_density_are_checked(k: Any, density: Any, error: type[Exception],
         bare(resolve_k)(12, k, density)
 
 
-@pytest.mark.parametrize(("k", "density", "words"), [(0, None, "found 0"), (13, None, "found 13"), (1, 1.0, "one of k")])
+@pytest.mark.parametrize(
+    ("k", "density", "words"), [(0, None, "found 0"), (13, None, "found 13"), (1, 1.0, "one of k")]
+)
 def test_topk_magnitude_checks_k_and_density(k: int, density: float | None, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         topk_magnitude(normal(3, 4), k, density=density)

@@ -28,11 +28,12 @@ ORTHOGONALITY_TOLERANCE = {
 
 
 class Basis(nn.Module):
-    """Two orthonormal bases, a direction a row, strongest first: `G_tilde = V G Uᵀ` (paper, section 3.1).
+    """Two orthonormal bases, a direction a row, strongest first: `G_tilde = V G Uᵀ` (paper: preliminary phase).
 
     Share the module, not its tensors, between the layers of a group: a tensor that is a buffer of two modules becomes
     two tensors at the first `.to()`, a shared module stays one. The bases keep the data type they were made in when the
-    model is cast (`.half()`, `.to(torch.bfloat16)`), because a rounded basis is no longer orthogonal; devices are followed.
+    model is cast (`.half()`, `.to(torch.bfloat16)`), because a rounded basis is no longer orthogonal; devices are
+    followed.
 
     Args:
         U: (c, in), the input side; c = in is a complete basis. None stands for the identity.
@@ -132,8 +133,8 @@ class Basis(nn.Module):
         )
         if found != (out_features, in_features):
             raise ValueError(
-                f"the basis is for layers with (out, in) = {found}, found a layer with ({out_features}, {in_features}); "
-                "layers of different shapes need a basis each (see group_linears)"
+                f"the basis is for layers with (out, in) = {found}, found a layer with ({out_features}, {in_features})"
+                "; layers of different shapes need a basis each (see group_linears)"
             )
         return (
             out_features if self.V is None else self.V.shape[0],
@@ -186,8 +187,8 @@ def check_orthonormal(matrix: Float[Tensor, "rows n"], side: str) -> None:
     error = float(product.abs().max())
     if not error <= tolerance:  # also true for NaN
         raise ValueError(
-            f"{side}: rows are not orthonormal, |{side} {side}ᵀ - I| is up to {error:.3g} and may be {tolerance:g} in "
-            f"{matrix.dtype}; a basis is a direction a row, so pass the transpose if yours has them in columns"
+            f"{side}: rows are not orthonormal, |{side} {side}ᵀ - I| is up to {error:.3g} and may be {tolerance:g} "
+            f"in {matrix.dtype}; a basis is a direction a row, so pass the transpose if yours has them in columns"
         )
 
 
@@ -212,7 +213,7 @@ def _warn_if_completed(side: Eigenbasis, gram: GramStatistics, which: str) -> No
     rows = side.vectors.shape[0]
     if rows > side.rank:
         logger.warning(
-            "%s, %s side: the calibration gradients stand above rounding in %d of the %d directions asked for; the other "
-            "rows only complete the basis. More calibration steps, gram_dtype=torch.float64, or fewer rows avoid that.",
+            "%s, %s side: the calibration gradients stand above rounding in %d of the %d directions asked for; the "
+            "other rows only complete the basis. More calibration steps, gram_dtype=torch.float64, or fewer rows help.",
             _named(gram), which, side.rank, rows,
         )  # fmt: skip

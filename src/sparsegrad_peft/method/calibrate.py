@@ -1,4 +1,4 @@
-"""Step 1: a few steps of backpropagation -> the two Gram matrices of each group (paper, section 3.1).
+"""Step 1: a few steps of backpropagation -> the two Gram matrices of each group (paper: preliminary phase).
 
     G of a layer ──► gram_in  += GᵀG   (in, in)     eigenvectors: U
                  └─► gram_out += GGᵀ   (out, out)   eigenvectors: V
@@ -55,7 +55,7 @@ class CalibrationConfig:
     """How the gradients of the preliminary phase are taken."""
 
     n_steps: int = 30
-    "backward passes (paper: 30, section 3.1; the authors' code: 11)"
+    "backward passes (paper: 30; the authors' code: 11)"
     trajectory: Trajectory | None = None
     "None: all gradients at the starting point (paper); else along a short training run, undone afterwards"
     normalize: bool = False
@@ -106,10 +106,13 @@ def calibrate(
 
     Args:
         model: any module; unwrap DDP and FSDP first. Everything but the target layers is frozen meanwhile.
-        batches: see `stream_gradients`; so are `step` and `loss_fn`.
+        batches: what `loss_fn` takes; started anew when they run out, if they can be.
         groups: group name -> layer names, from `group_linears`; None takes every linear layer of the model.
-        config: how to calibrate; single fields may be given as keyword arguments instead (`n_steps=60`).
+        step: in place of `batches`: a function without arguments that returns the loss of its next batch.
+        loss_fn: (model, batch) -> scalar loss. Default: `model(**batch).loss`.
+        config: how to calibrate.
         progress: show a progress bar.
+        options: in place of `config`: single fields of it, such as `n_steps=60`.
 
     Returns:
         A `Calibration`; `.bases(c=..., r=...)` turns it into bases.

@@ -1,8 +1,8 @@
 """Gradients of chosen weights, one layer at a time as they arrive, from a model that is left exactly as it was.
 
-Calibration, the choice of fixed positions, and every measurement of sparsity look at the same thing: the gradient `G` of
-each target weight over some batches. `stream_gradients` hands each one on and drops it, so that never more than one is
-held, and puts back to the bit whatever it touched, also when it is interrupted.
+Calibration, the choice of fixed positions, and every measurement of sparsity look at the same thing: the gradient `G`
+of each target weight over some batches. `stream_gradients` hands each one on and drops it, so that never more than one
+is held, and puts back to the bit whatever it touched, also when it is interrupted.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def normalized_step(parameter: Tensor, gradient: Tensor, lr: float) -> None:
 class Trajectory:
     """A short training run during calibration, undone afterwards, so that the gradients of later steps are seen too.
 
-    What trained before (`requires_grad`) walks along, and so do the target weights. The update needs no optimizer state;
-    the start is kept on the CPU, one copy of what walks. Under `torch.distributed` every process walks on its own
-    batches.
+    What trained before (`requires_grad`) walks along, and so do the target weights. The update needs no optimizer
+    state; the start is kept on the CPU, one copy of what walks. Under `torch.distributed` every process walks on its
+    own batches.
     """
 
     lr: float = 1e-4
@@ -136,8 +136,8 @@ def stream_gradients(
             assert G is not None
             if not bool(G.isfinite().all()):
                 raise ValueError(
-                    f"{name}: the gradient of step {reached[name] + 1} is not finite; calibrate in float32 or bfloat16, "
-                    "and check the batch's labels"
+                    f"{name}: the gradient of step {reached[name] + 1} is not finite; calibrate in float32 or bfloat16,"
+                    " and check the batch's labels"
                 )
             reached[name] += 1
             on_gradient(name, G.T if transposed else G)
@@ -272,7 +272,7 @@ def _untouched(model: nn.Module, keep_values_of: list[Tensor]) -> Iterator[None]
     modes = [(m, m.training) for m in model.modules()]
     # Bases are buffers that no forward changes, and large; other buffers are small (BatchNorm's statistics, say).
     of_bases = {id(b) for m in model.modules() if isinstance(m, Basis) for b in m.buffers()}
-    buffers = [(b, b.detach().clone(), b._version) for b in model.buffers() if id(b) not in of_bases]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if id(b) not in of_bases]
     places = [(m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items()]
     unique = {id(t): t for t in keep_values_of}
     values = [(t, t.detach().to("cpu", copy=True)) for t in unique.values()]
@@ -286,8 +286,8 @@ def _untouched(model: nn.Module, keep_values_of: list[Tensor]) -> Iterator[None]
         with torch.no_grad():
             for tensor, value in values:
                 tensor.copy_(value)
-            for buffer, value, version in buffers:
-                if buffer._version != version:
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):  # batch_norm writes without counting up the buffer's version
                     buffer.copy_(value)
         for module, name, place in places:
             module._buffers[name] = place  # a forward may have put a new tensor there

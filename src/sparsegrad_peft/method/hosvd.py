@@ -1,4 +1,4 @@
-"""Step 2: Gram matrices -> orthogonal factors and spectra (paper, section 3.1). Pure linear algebra.
+"""Step 2: Gram matrices -> orthogonal factors and spectra (paper: preliminary phase). Pure linear algebra.
 
 The mode-n factor of a higher-order SVD holds the left singular vectors of the mode-n unfolding of the stack of
 gradients, that is, the eigenvectors of that unfolding's Gram matrix: `Σ GᵀG` for the input side, `Σ GGᵀ` for the output
@@ -17,7 +17,8 @@ from torch import Tensor
 Rows = int | float | str
 """How many rows of a basis to keep: `"full"`, a count (int), a fraction (float), or a share of energy (`"energy:0.9"`).
 
-A fraction gives the nearest multiple of 8 rows where that is 16 or more: 0.1 of 768 directions is 80, of 3072 it is 304.
+A fraction gives the nearest multiple of 8 rows where that is 16 or more: 0.1 of 768 directions is 80, of 3072 it is
+304.
 """
 
 # The leading rows alone are found by subspace iteration where they are few and the matrix is large; below this size the

@@ -1,12 +1,12 @@
-"""The layer as published (paper, section 3.2), kept for comparison: `W_tilde` in place of `W`, COO gradients.
+"""The layer as published (paper: SparseGradLinear), kept for comparison: `W_tilde` in place of `W`, COO gradients.
 
     forward     y = (x Uᵀ) W_tildeᵀ V + b
     backward    δ_tilde = δ Vᵀ,  G_tilde = δ_tildeᵀ x_tilde,  ∂L/∂x = δ_tilde W_tilde U,  ∂L/∂b = Σ δ
 
-Every token is multiplied by the square `U` and `V` on the way in and on the way back, which makes this form two to four
-times slower than the layers of `linear.py` that compute the same. Selection happens in backward, and the gradient of
-`W_tilde` is a COO tensor of `k` entries: gradients of micro-batches or processes add up to the union of their selections,
-and clipping, DDP and FSDP refuse it. Use it on one device, without accumulation.
+Every token is multiplied by the square `U` and `V` on the way in and on the way back: twice the time of the exact form
+that computes the same (`optim.py`, `bases`). Selection happens in backward, and the gradient of `W_tilde` is a COO
+tensor of `k` entries: gradients of micro-batches or processes add up to the union of their selections, and clipping,
+DDP and FSDP refuse it. Use it on one device, without accumulation.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class LiteralFunction(torch.autograd.Function):
         x_tilde, W_tilde, U, V = ctx.saved_tensors
         U, V, W = (matrix.to(delta.dtype) for matrix in (U, V, W_tilde))
         if ctx.products == "sparse":
-            # Tokens without gradient are rows of zeros in δ and in every product that follows, so they are dropped once.
-            rows, delta_tilde = compressed_product(delta, V.T)  # (rows, out)
+            # Tokens without gradient are rows of zeros in δ and in every product that follows, so they are dropped
+            once.rows, delta_tilde = compressed_product(delta, V.T)  # (rows, out)
             G_tilde = delta_tilde.T @ x_tilde[rows]
             grad_x = delta.new_zeros(delta.shape[0], U.shape[1])
             grad_x[rows] = delta_tilde @ W @ U
@@ -95,7 +95,7 @@ class LiteralSparseGradLinear(nn.Module):
         if basis.U is None or basis.V is None or not basis.is_complete:
             raise ValueError(
                 f"the published form needs a complete basis, U ({self.in_features}, {self.in_features}) and V "
-                f"({self.out_features}, {self.out_features}), found {basis.extra_repr()}; use SparseGradLinear for others"
+                f"({self.out_features}, {self.out_features}), found {basis.extra_repr()}; use SparseGradLinear for it"
             )
         self.W_tilde = nn.Parameter(basis.to_basis(weight.detach().to(basis.U.dtype)).to(weight.dtype))
         self.register_parameter("bias", bias)
@@ -117,7 +117,8 @@ class LiteralSparseGradLinear(nn.Module):
         Args:
             linear: the layer to replace.
             basis: complete on both sides.
-            k: entries kept in a backward pass; or `density`, their share (paper: 0.01).
+            k: entries kept in a backward pass.
+            density: the same as a share of all (paper: 0.01).
             products: "regular" dense products, or the paper's "sparse"-by-dense ones, equations (1) and (2).
             select: the rule; `topk_signed_threshold_as_published` is the one of the authors' code.
 

@@ -1,11 +1,11 @@
-"""Step 5: SparseAdam on what was selected, AdamW on everything else, behind one optimizer (paper, section 3.4).
+"""Step 5: SparseAdam on what was selected, AdamW on everything else, behind one optimizer (paper: SparseAdam).
 
     G_tilde = V G Uᵀ  ──► topk_magnitude ──► SparseAdam's rule on k entries ──► S, or W ← W + Vᵀ Δ U
 
 Selection happens once, here, on the final gradient: after all micro-batches have been added up, after processes have
-been averaged, after unscaling and clipping. The union of selections made on the parts would touch two to seven times as many
-entries and still miss a third of the right ones. Every gradient that reaches `.grad` is dense, so accumulation, DDP,
-clipping and `GradScaler` need to know nothing of it.
+been averaged, after unscaling and clipping. The union of selections made on the parts would touch two to seven times
+as many entries and still miss a third of the right ones. Every gradient that reaches `.grad` is dense, so
+accumulation, DDP, clipping and `GradScaler` need to know nothing of it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# 1. Calibration: the stack of weight gradients, D_out x D_in x (n_steps · n_blocks)  (section 3.1)
+# 1. Calibration: the stack of weight gradients, D_out x D_in x (n_steps · n_blocks)  (paper: preliminary phase)
 
 
 def weight_gradient(x: Float[Tensor, "T in"], delta: Float[Tensor, "T out"]) -> Float[Tensor, "out in"]:
@@ -36,7 +36,7 @@ def grams(
     return gram_in, gram_out
 
 
-# 2. HOSVD of the stack: left singular vectors of its unfoldings  (section 3.1)
+# 2. HOSVD of the stack: left singular vectors of its unfoldings  (paper: preliminary phase)
 
 
 def hosvd(
@@ -51,7 +51,7 @@ def hosvd(
     return left_in.T, left_out.T, singular_in**2, singular_out**2
 
 
-# 3. Selection  (section 3.3)
+# 3. Selection  (paper: top-k of the gradient; sparse-by-dense product)
 
 
 def topk_mask(G_tilde: Float[Tensor, "r c"], k: int) -> Bool[Tensor, "r c"]:
@@ -75,7 +75,7 @@ def sparse_dense_product(A: Float[Tensor, "b c"], B: Float[Tensor, "c d"]) -> Fl
     return C
 
 
-# 4. SparseGradLinear  (section 3.2)
+# 4. SparseGradLinear  (paper: SparseGradLinear)
 
 
 @dataclass
@@ -122,7 +122,7 @@ class Layer:
         return self.V.T @ self.W_tilde @ self.U + self.W_outside
 
 
-# 5. Optimizer  (section 3.4)
+# 5. Optimizer  (paper: SparseAdam)
 
 
 @dataclass

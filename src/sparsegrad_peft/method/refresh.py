@@ -32,8 +32,8 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
     Args:
         layers: SparseGrad layers of one group, not packed.
         basis: the new basis, for layers of the same shape; its size may differ from the old one's.
-        optimizer: whose moments for these layers are carried over. If the core changes its shape, so does the parameter,
-            and the moments follow it.
+        optimizer: whose moments for these layers are carried over. If the core changes its shape, so does the
+            parameter, and the moments follow it.
 
     Returns:
         For each layer, the share of its update (in Frobenius norm) that was outside the new directions and is now part
@@ -45,8 +45,8 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
     for layer in layers:
         if layer.S is None:
             raise ValueError(
-                "a packed layer keeps its positions in the old basis and cannot be given another; call fold() and unpack() "
-                "first, then pack() new positions"
+                "a packed layer keeps its positions in the old basis and cannot be given another; call fold() and "
+                "unpack() first, then pack() new positions"
             )
         basis.core_shape(layer.out_features, layer.in_features)
     outside = []
@@ -93,8 +93,8 @@ def rotate_moments(
 ) -> None:
     """Turn the moments of a core from one basis into another; `shape` is the layer's (out, in).
 
-    In a `sparse` group the rotation spreads the moments of the touched entries over all; as many as there were, those of
-    the largest second moment, are kept, and the others start again from zero when they are next selected.
+    In a `sparse` group the rotation spreads the moments of the touched entries over all; as many as there were, those
+    of the largest second moment, are kept, and the others start again from zero when they are next selected.
     """
     state = optimizer.state.get(parameter)
     if not state:
@@ -153,7 +153,8 @@ def renew_positions(
     positions = check_positions(positions, r * c).to(layer.positions.device)
     if optimizer is not None and positions.numel() != layer.positions.numel():
         raise ValueError(
-            f"with an optimizer the number of positions stays, found {positions.numel()} in place of {layer.positions.numel()}"
+            f"with an optimizer the number of positions stays, found {positions.numel()} "
+            f"in place of {layer.positions.numel()}"
         )
     old = layer.positions.long()
     stays = torch.isin(layer.positions, positions)

@@ -1,4 +1,4 @@
-"""Step 3: the gradient in the basis -> its `k` largest entries (paper, section 3.3).
+"""Step 3: the gradient in the basis -> its `k` largest entries (paper: top-k of the gradient).
 
 `topk_magnitude` is the rule of the paper: exactly `k` entries, the largest in magnitude, as COO. In an identity basis
 the same function is MeProp's rule. `sparse_dense_product` is the paper's equations (1) and (2).
@@ -24,7 +24,8 @@ def resolve_k(numel: int, k: int | None = None, density: float | None = None) ->
     """
     if (k is None) == (density is None):
         raise ValueError(
-            f"expected exactly one of k (a count) and density (a share of the entries), found k={k} and density={density}"
+            "expected exactly one of k (a count) and density (a share of the entries), "
+            f"found k={k} and density={density}"
         )
     if numel < 1:
         raise ValueError("there are 0 entries, and at least one is kept")
@@ -56,8 +57,8 @@ def topk_positions(magnitude: Float[Tensor, " n"], k: int) -> Int[Tensor, " k"]:
     """
     if bool(magnitude.isnan().any()):
         raise ValueError(
-            f"{int(magnitude.isnan().sum())} of the {magnitude.numel()} gradient entries are NaN, so the largest {k} are "
-            "not defined; look for a loss that is not finite, and check the gradient before the step"
+            f"{int(magnitude.isnan().sum())} of the {magnitude.numel()} gradient entries are NaN, so the largest {k} "
+            "are not defined; look for a loss that is not finite, and check the gradient before the step"
         )
     candidates = _candidates(magnitude, k)
     if candidates is None:
@@ -132,7 +133,7 @@ def coo_from_flat(
 
 
 def flat_from_coo(matrix: Float[Tensor, "r c"]) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
-    """Flat row-major positions (int64, ascending) and values of a sparse COO matrix; repeated coordinates are summed."""
+    """Flat row-major positions (int64, ascending) and values of a COO matrix; repeated coordinates are summed."""
     matrix = matrix.coalesce()
     rows, columns = matrix.indices()
     return rows * matrix.shape[1] + columns, matrix.values()

@@ -1,4 +1,4 @@
-"""Model surgery: linear layers replaced by SparseGrad layers and put back, and the optimizer's groups for the result."""
+"""Model surgery: linear layers replaced by SparseGrad layers and put back, and the optimizer's groups."""
 
 from __future__ import annotations
 
@@ -35,36 +35,48 @@ def replace_linears(
         Layer name -> new layer.
 
     Raises:
-        ValueError: a group has no basis, or a layer does not exist; nothing has been replaced then.
+        ValueError: a group has no basis, a layer does not exist, is named twice or is the model itself; nothing has been
+            replaced then, nor if `make` fails.
     """
     if set(groups) != set(bases):
         raise ValueError(f"expected a basis for each group, found groups {sorted(groups)} and bases {sorted(bases)}")
-    modules = dict(model.named_modules())
-    names = {name: group for group, layers in groups.items() for name in layers}
-    unknown = [name for name in names if name not in modules]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [(name, group) for group, layers in groups.items() for name in layers]
+    unknown = [name for name, _ in names if name not in modules]
     if unknown:
         raise ValueError(f"the model has no modules named {', '.join(unknown)}")
-    made = {name: make(modules[name], bases[group], **options) for name, group in names.items()}
-    for name, layer in made.items():
-        _set_module(model, name, layer)
+    chosen = [modules[name] for name, _ in names]
+    twice = [name for name, _ in names if chosen.count(modules[name]) > 1]
+    if twice:
+        raise ValueError(f"{', '.join(twice)} stand for one layer in two groups, or twice in one")
+    _check_not_root(model, chosen)
+    made = {name: make(modules[name], bases[group], **options) for name, group in names}
+    _replace(model, {modules[name]: layer for name, layer in made.items()})
     return made
 
 
 def restore_linears(model: nn.Module) -> int:
     """Replace every SparseGrad layer by a plain `nn.Linear` with the trained weight; returns how many there were."""
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseGradLayer)]
-    for name, module in found:
-        _set_module(model, name, module.to_linear())
+    found = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
+    _check_not_root(model, found)
+    _replace(model, {module: module.to_linear() for module in found})
     return len(found)
 
 
-def param_groups(model: nn.Module, *, k: int | None = None, density: float | None = None, lr: float | None = None,
-                 rest_lr: float | None = None, rest_weight_decay: float | None = None) -> list[dict[str, Any]]:  # fmt: skip
+def param_groups(
+    model: nn.Module,
+    *,
+    k: int | None = None,
+    density: float | None = None,
+    lr: float | None = None,
+    rest_lr: float | None = None,
+    rest_weight_decay: float | None = None,
+) -> list[dict[str, Any]]:
     """Groups for `SparseGradAdamW`: the cores of the model's SparseGrad layers, and the rest of what trains.
 
     Blocks `S` are selected from in each step (`k` or `density`); packed `values` are trained whole, without weight
-    decay; `W_tilde` of literal layers brings its own selection. With neither `k` nor `density`, blocks are trained whole
-    as well. A learning rate or weight decay that is None is the optimizer's.
+    decay; `W_tilde` of literal layers brings its own selection. With neither `k` nor `density`, blocks are trained
+    whole as well. A learning rate or weight decay that is None is the optimizer's.
 
     Raises:
         ValueError: the model has no SparseGrad layer with a trainable core.
@@ -97,6 +109,14 @@ def param_groups(model: nn.Module, *, k: int | None = None, density: float | Non
     return [group for group in candidates if group["params"]]
 
 
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _check_not_root(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    if model in layers:
+        raise ValueError("the model is itself the layer, nothing holds it; use the layer's from_linear or to_linear")
+
+
+def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules in the place of others, under every name: a layer may be used in several places."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in new:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new[module])

@@ -1,0 +1,143 @@
+"""Write the tables of README.md and docs/method.md from the result files.
+
+    python benchmarks/tables.py           # write them
+    python benchmarks/tables.py --check   # only say whether they are what the files give; exit 1 if not
+
+A table stands between `<!-- table: PATH -->` and `<!-- end of table -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "docs/method.md")
+MARK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def origin(result: dict[str, Any]) -> str:
+    e = result["environment"]
+    return (f"{result['workload']}. {e['machine']}, torch {e['torch']}, Python {e['python']}, seed {e['seed']}, commit "
+            f"{e['commit'][:10]}{' with changes' if e['dirty'] else ''}: `{e['command']}`")  # fmt: skip
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f}"
+
+
+def targets(result: dict[str, Any]) -> str:
+    return "\n".join(
+        f"- {'reached' if outcome['reached'] else '**missed**'}: {target} (found {outcome['found']:.4g})"
+        for target, outcome in result["targets"].items()
+    )
+
+
+MEANING = {
+    "floor": "frozen weights, nothing learnt",
+    "full": "regular fine-tuning, AdamW",
+    "literal": "as published, regular products",
+    "literal-sparse-products": "as published, sparse-by-dense products (no token here is padding)",
+    "exact": "complete bases on plain weights, top 1 %",
+    "exact-adapter": "complete bases, frozen weight and `S`, top 1 %",
+    "truncated-memory": "a tenth of each side, default",
+    "truncated-speed": '... with `prefer="speed"`',
+    "truncated-memory-topk": "... default, top 10 % of the block",
+    "lora-rank-7": "PEFT's LoRA, rank 7",
+}
+
+
+def mlp_step(result: dict[str, Any]) -> str:
+    header = ["form", "step, ms (p20–p80)", "to floor", "to full", "to literal", "G multiply-adds",
+              "kept for backward, MB", "optimizer, MB", "trained entries"]  # fmt: skip
+    rows = []
+    for name, row in result["methods"].items():
+        ms, to, size = row["step_ms"], row["ratio_to"], row["bytes"]
+        rows.append([
+            f"`{name}`: {MEANING[name]}", f"{ms['p50']:.0f} ({ms['p20']:.0f}–{ms['p80']:.0f})",
+            f"{to['floor']:.2f}", f"{to['full']:.2f}", f"{to['literal']:.2f}",
+            "" if row["multiply_adds"] is None else f"{row['multiply_adds'] / 1e9:.1f}",
+            megabytes(size["saved_for_backward"]), megabytes(size["optimizer_state"]), f"{size['trainable_entries']:,}",
+        ])  # fmt: skip
+    return f"{markdown(header, rows)}\n\n{origin(result)}\n\n{targets(result)}"
+
+
+def calibration(result: dict[str, Any]) -> str:
+    seconds, size = result["seconds"], result["bytes"]
+    rows = [
+        ["extra memory at its peak, MB", megabytes(size["peak_extra"]),
+         f"{megabytes(size['paper_stack_one_group'])} (stack of 30 gradients, one group)"],
+        ["decompositions of both groups, complete bases, s", f"{seconds['complete_bases']:.1f}", ""],
+        ["... the leading tenth of each side, s", f"{seconds['leading_tenth']:.1f}", ""],
+    ]  # fmt: skip
+    if "svd_of_one_stack" in seconds:
+        rows.append(["one group of 30 gradients: decomposition, s", f"{seconds['bases_of_one_stack']:.1f}",
+                     f"{seconds['svd_of_one_stack']:.1f} (SVD of both unfoldings)"])  # fmt: skip
+        rows.append(["... Gram matrices of these 30 gradients, s", f"{seconds['gram_of_one_stack']:.1f}", ""])
+    rows.append(["all of calibration but the decompositions, s", f"{seconds['calibrate']:.0f}",
+                 f"{seconds['backpropagation_alone']:.0f} (the same backpropagation, gradients dropped)"])  # fmt: skip
+    return f"{markdown(['', 'here', 'compared with'], rows)}\n\n{origin(result)}\n\n{targets(result)}"
+
+
+def energy(result: dict[str, Any]) -> str:
+    steps = result["steps"]
+    header = ["bases calibrated by"]
+    header += [f"after {step} steps: {what}" for step in steps for what in ("top 1 %", "leading block")]
+    ways = list(next(iter(steps.values()))["shares"])
+    rows = []
+    for way in ways:
+        row = [way]
+        for step in steps.values():
+            up, down = step["shares"][way]["up"], step["shares"][way]["down"]
+            row += [f"{up[what]:.2f} / {down[what]:.2f}" for what in ("top", "block")]
+        rows.append(row)
+    return f"{markdown(header, rows)}\n\n{origin(result)}"
+
+
+RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
+    "mlp_step": mlp_step,
+    "calibration": calibration,
+    "energy": energy,
+}
+
+
+def filled(text: str) -> str:
+    """The document with each table made anew from its result file."""
+
+    def table(match: re.Match[str]) -> str:
+        result = json.loads((ROOT / match[2]).read_text(encoding="utf-8"))
+        return f"{match[1]}\n{RENDER[result['benchmark']](result)}\n\n{match[3]}"
+
+    return MARK.sub(table, text)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--check", action="store_true")
+    check = arguments.parse_args().check
+    stale = []
+    for document in DOCUMENTS:
+        path = ROOT / document
+        before = path.read_text(encoding="utf-8")
+        after = filled(before)
+        if before != after:
+            stale.append(document)
+            if not check:
+                path.write_text(after, encoding="utf-8")
+    if check and stale:
+        sys.exit(f"{', '.join(stale)}: a table is not what its result file gives; run python benchmarks/tables.py")
+    print("written: " + ", ".join(stale) if stale else "all tables are what the result files give")
+
+
+if __name__ == "__main__":
+    main()

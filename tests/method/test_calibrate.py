@@ -1,0 +1,402 @@
+"""Gram matrices against the plain sums of `reference.grams`, and what calibration holds in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from calibration import peak_bytes
+from sparsegrad_peft import CalibrationConfig, GramStatistics, SparseGradLinear, Trajectory, calibrate, group_linears
+from sparsegrad_peft.method import reference
+from sparsegrad_peft.method.calibrate import Calibration
+from sparsegrad_peft.method.gradients import stream_gradients
+
+F64 = torch.float64
+
+
+class Blocks(nn.Module):
+    """Blocks with roles of odd shapes: a Conv1D, a layer with one input, a layer with one output."""
+
+    def __init__(self, blocks: int = 3, width: int = 5, inner: int = 7) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "up": nn.Linear(width, inner),
+                    "narrow": nn.Linear(inner, 1),
+                    "wide": nn.Linear(1, inner, bias=False),
+                    "down": Conv1D(width, inner),
+                }
+            )
+            for _ in range(blocks)
+        )
+        self.drop = nn.Dropout(0.2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            y = torch.tanh(block["up"](x))
+            y = y + block["wide"](torch.sin(3 * block["narrow"](y)))
+            x = x + block["down"](self.drop(y))
+        return x.square().mean()
+
+
+def call(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch)
+
+
+def some_batches(n: int = 4, width: int = 5) -> list[Tensor]:
+    return [torch.randn(6, width, dtype=F64) for _ in range(n)]
+
+
+def collected(model: nn.Module, groups: dict[str, list[str]], batches: Any, **options: Any) -> dict[str, Tensor]:
+    """Group name -> the stack of gradients (n, out, in) that the paper decomposes."""
+    found: dict[str, list[Tensor]] = {name: [] for names in groups.values() for name in names}
+    stream_gradients(
+        model, list(found), lambda name, G: found[name].append(G.clone()), batches, loss_fn=call, **options
+    )
+    return {group: torch.stack([G for name in names for G in found[name]]) for group, names in groups.items()}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads only wait for each other on matrices this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# The sums
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("gram_dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_sums_of_all_groups(normalize: bool, gram_dtype: torch.dtype, tolerance: float, shared: bool) -> None:
+    """Each (out, in), over layers and steps: 1-dimensional sides and GPT-2's storage included."""
+    model, batches = Blocks(), some_batches()
+    groups = group_linears(model, shared=shared)
+    assert len(groups) == (4 if shared else 12)
+    calibration = calibrate(
+        model, batches, groups=groups, loss_fn=call, n_steps=4, normalize=normalize, gram_dtype=gram_dtype,
+        progress=False,
+    )  # fmt: skip
+    stacks = collected(model, groups, batches, n_steps=4)
+    assert list(calibration.groups) == list(groups)
+    for name, gram in calibration.groups.items():
+        expected_in, expected_out = reference.grams(stacks[name], normalize)
+        assert gram.gram_in.dtype == gram.gram_out.dtype == gram_dtype
+        assert gram.gram_in.shape == expected_in.shape
+        assert float((gram.gram_in - expected_in).norm() / expected_in.norm()) < tolerance
+        assert float((gram.gram_out - expected_out).norm() / expected_out.norm()) < tolerance
+        assert gram.n_gradients == len(stacks[name]) == 4 * len(groups[name])
+        assert (gram.name, gram.layers) == (name, tuple(groups[name]))
+        if normalize:  # each gradient has energy 1
+            assert float(gram.gram_in.trace()) == pytest.approx(gram.n_gradients, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"training": False}, {"training": True}, {"trajectory": Trajectory(lr=0.05)}, {"n_steps": 6}],
+    ids=["eval", "train", "trajectory", "batches again"],
+)
+def test_options_reach_the_stream(options: dict[str, Any]) -> None:
+    """Dropout acts in train mode, from the same random numbers in both runs; 6 steps take 4 batches anew."""
+    model, batches = Blocks(), some_batches()
+    groups = group_linears(model, ["up", "down"])
+    options = {"n_steps": 4, **options}
+    plain = calibrate(model, batches, groups=groups, loss_fn=call, progress=False, gram_dtype=F64, training=None,
+                      n_steps=5)  # fmt: skip
+    calibration = calibrate(model, batches, groups=groups, loss_fn=call, progress=False, gram_dtype=F64, **options)
+    stacks = collected(model, groups, batches, **options)
+    for name, gram in calibration.groups.items():
+        expected_in, expected_out = reference.grams(stacks[name])
+        torch.testing.assert_close(gram.gram_in, expected_in, rtol=1e-11, atol=1e-14)
+        torch.testing.assert_close(gram.gram_out, expected_out, rtol=1e-11, atol=1e-14)
+        assert not torch.allclose(gram.gram_in, plain.groups[name].gram_in)
+
+
+def test_without_groups_every_linear_layer_is_taken() -> None:
+    model, batches = Blocks(), some_batches()
+    calibration = calibrate(model, batches, loss_fn=call, n_steps=1, progress=False)
+    assert {name: list(gram.layers) for name, gram in calibration.groups.items()} == group_linears(model)
+
+
+def test_step_in_place_of_batches() -> None:
+    model, batches = Blocks(), some_batches()
+    groups = group_linears(model, ["up"])
+    stream = iter(batches)
+    one = calibrate(model, groups=groups, step=lambda: model(next(stream)), n_steps=4, progress=False)
+    other = calibrate(model, batches, groups=groups, loss_fn=call, n_steps=4, progress=False)
+    assert torch.equal(one.groups["blocks.*.up"].gram_in, other.groups["blocks.*.up"].gram_in)
+
+
+def test_sparsegrad_layers_give_the_gradient_of_the_whole_weight() -> None:
+    """A refresh calibrates the model in training: same sums as for plain layers with the trained weights."""
+    model, batches = Blocks(), some_batches()
+    groups = group_linears(model, ["up"])
+    basis = calibrate(model, batches, groups=groups, loss_fn=call, n_steps=4, progress=False, gram_dtype=F64).bases(
+        c=3, r=3, dtype=F64
+    )["blocks.*.up"]
+    for block in model.blocks:
+        block["up"] = SparseGradLinear.from_linear(block["up"], basis)
+        with torch.no_grad():
+            block["up"].S.normal_()
+    options: dict[str, Any] = {"groups": groups, "loss_fn": call, "n_steps": 4, "progress": False, "gram_dtype": F64}
+    found = calibrate(model, batches, **options).groups["blocks.*.up"]
+    for block in model.blocks:
+        block["up"] = block["up"].to_linear()
+    expected = calibrate(model, batches, **options).groups["blocks.*.up"]
+    torch.testing.assert_close(found.gram_in, expected.gram_in, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.gram_out, expected.gram_out, rtol=1e-9, atol=1e-12)
+
+
+def test_gram_device() -> None:
+    """On another device than the layers'; `meta`, which holds no values, shows that the argument is followed."""
+    model, batches = Blocks(1), some_batches(1)
+    options: dict[str, Any] = {"loss_fn": call, "n_steps": 1, "progress": False}
+    default = calibrate(model, batches, **options)
+    on_cpu = calibrate(model, batches, gram_device="cpu", **options)
+    on_meta = calibrate(model, batches, gram_device=torch.device("meta"), **options)
+    for name, gram in on_cpu.groups.items():
+        assert gram.gram_in.device.type == gram.gram_out.device.type == "cpu"
+        assert torch.equal(gram.gram_in, default.groups[name].gram_in)
+        assert on_meta.groups[name].gram_in.device.type == "meta"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_two_runs_agree_to_the_bit(training: bool) -> None:
+    """With dropout too: the random numbers are put back after the first run."""
+    model, batches = Blocks(), some_batches()
+    one, two = (calibrate(model, batches, loss_fn=call, n_steps=5, training=training, progress=False) for _ in range(2))
+    torch.rand(1)
+    third = calibrate(model, batches, loss_fn=call, n_steps=5, training=training, progress=False)
+    for name, gram in one.groups.items():
+        assert torch.equal(gram.gram_in, two.groups[name].gram_in)
+        assert torch.equal(gram.gram_out, two.groups[name].gram_out)
+        assert torch.equal(gram.gram_in, third.groups[name].gram_in) != training  # other random numbers, if it has any
+    for name, basis in one.bases().items():
+        other = two.bases()[name]
+        assert torch.equal(basis.U, other.U)
+        assert torch.equal(basis.V, other.V)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_called_where_gradients_are_off(mode: Callable[[], Any]) -> None:
+    model, batches = Blocks(), some_batches()
+    expected = calibrate(model, batches, loss_fn=call, n_steps=2, progress=False)
+    with mode():
+        found = calibrate(model, batches, loss_fn=call, n_steps=2, progress=False)
+    for name, gram in expected.groups.items():
+        assert torch.equal(found.groups[name].gram_in, gram.gram_in)
+        assert torch.equal(found.groups[name].gram_out, gram.gram_out)
+
+
+def test_under_autocast_the_sums_stay_accurate() -> None:
+    """The model's products are made in bfloat16, the sums of its gradients are not, and neither are the bases."""
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2))
+    batches = [torch.randn(8, 6) for _ in range(3)]
+    groups = {"up": ["0"]}
+    stacks: list[Tensor] = []
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        y = model(batch)
+        assert y.dtype == torch.bfloat16
+        return y.float().square().mean()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stream_gradients(model, ["0"], lambda _, G: stacks.append(G.clone()), batches, loss_fn=loss_fn, n_steps=3)
+        calibration = calibrate(model, batches, groups=groups, loss_fn=loss_fn, n_steps=3, progress=False)
+        calibration.bases()
+    expected_in, expected_out = reference.grams(torch.stack(stacks))
+    torch.testing.assert_close(calibration.groups["up"].gram_in, expected_in)
+    torch.testing.assert_close(calibration.groups["up"].gram_out, expected_out)
+
+
+# One gradient at a time
+
+
+def empty(out: int, in_: int, dtype: torch.dtype = F64) -> GramStatistics:
+    return GramStatistics("g", ("a",), torch.zeros(in_, in_, dtype=dtype), torch.zeros(out, out, dtype=dtype))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12])
+def test_normalized_gradients_count_alike_whatever_their_size(scale: float) -> None:
+    """Far down, squares and reciprocals of squares leave the range of float32; the sum must not see that."""
+    gradients = torch.randn(3, 4, 6, dtype=F64)
+    gram = empty(4, 6, torch.float32)
+    for G in gradients:
+        gram.add((G * scale).to(F64), normalize=True) if scale == 1e-30 else gram.add(G.float() * scale, normalize=True)
+    expected_in, expected_out = reference.grams(gradients, normalize=True)
+    torch.testing.assert_close(gram.gram_in.double(), expected_in, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gram.gram_out.double(), expected_out, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_zero_gradient_adds_nothing(normalize: bool) -> None:
+    gram = empty(4, 6)
+    G = torch.randn(4, 6, dtype=F64)
+    gram.add(G, normalize=normalize)
+    before = gram.gram_in.clone(), gram.gram_out.clone()
+    gram.add(torch.zeros(4, 6, dtype=F64), normalize=normalize)
+    assert torch.equal(gram.gram_in, before[0])
+    assert torch.equal(gram.gram_out, before[1])
+    assert gram.n_gradients == 2
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_add_leaves_the_gradient_alone(normalize: bool) -> None:
+    """A trajectory's update comes after it and takes the gradient as it is."""
+    gram, G = empty(4, 6), torch.randn(4, 6, dtype=F64)
+    before = G.clone()
+    gram.add(G, normalize=normalize)
+    assert torch.equal(G, before)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_gradient_that_is_not_finite_is_not_swallowed(normalize: bool) -> None:
+    """Statistics can be made by hand; the decomposition then says what is wrong."""
+    gram, G = empty(4, 6), torch.randn(4, 6, dtype=F64)
+    gram.add(G, normalize=normalize)
+    G[1, 2] = float("nan")
+    gram.add(G, normalize=normalize)
+    with pytest.raises(ValueError, match="entries that are not finite"):
+        Calibration({"g": gram}).bases()
+
+
+def test_half_precision_gradients_are_summed_in_float32() -> None:
+    """10000 squared is beyond float16."""
+    gram = empty(2, 3, torch.float32)
+    gram.add(torch.full((2, 3), 1e4, dtype=torch.float16))
+    torch.testing.assert_close(gram.gram_in, torch.full((3, 3), 2e8))
+
+
+# Memory
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
+def test_extra_memory_is_the_gram_matrices_and_one_gradient(normalize: bool, gram_dtype: torch.dtype) -> None:
+    """Over the same backward passes with every gradient dropped. The number of steps does not come into it."""
+    model = Blocks(blocks=3, width=96, inner=160).float()
+    groups = group_linears(model, ["up", "down"])
+    names = [name for layers in groups.values() for name in layers]
+    batches = [torch.randn(8, 96) for _ in range(4)]
+    config = CalibrationConfig(n_steps=4, normalize=normalize, gram_dtype=gram_dtype)
+    stream_gradients(model, names, lambda *_: None, batches[:1], loss_fn=call, n_steps=1)  # what is made once only
+
+    dropped = peak_bytes(lambda: stream_gradients(model, names, lambda *_: None, batches, loss_fn=call, n_steps=4))
+    kept = peak_bytes(lambda: calibrate(model, batches, groups=groups, loss_fn=call, config=config, progress=False))
+    stacked = peak_bytes(lambda: collected(model, groups, batches, n_steps=4))
+    size = gram_dtype.itemsize
+    gram, gradient = size * len(groups) * (96**2 + 160**2), size * 96 * 160
+    assert kept - dropped <= gram + gradient
+    assert kept - dropped >= gram  # the count sees what there is
+    assert stacked - dropped >= 4 * len(names) * 4 * 96 * 160  # and would see gradients that are kept
+
+
+# Configuration and messages
+
+
+def test_config_or_single_fields() -> None:
+    model, batches = Blocks(), some_batches()
+    config = CalibrationConfig(n_steps=2, normalize=True, gram_dtype=F64)
+    one = calibrate(model, batches, loss_fn=call, progress=False, config=config)
+    other = calibrate(model, batches, loss_fn=call, progress=False, n_steps=2, normalize=True, gram_dtype=F64)
+    assert one.config == other.config == config
+    for name, gram in one.groups.items():
+        assert torch.equal(gram.gram_in, other.groups[name].gram_in)
+    with pytest.raises(ValueError, match="either config or single fields, found both: config and n_steps, normalize"):
+        calibrate(model, batches, loss_fn=call, config=config, n_steps=2, normalize=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
+        calibrate(model, batches, loss_fn=call, steps=2)
+
+
+def test_defaults_are_the_papers() -> None:
+    model, batches = Blocks(1), some_batches()
+    calibration = calibrate(model, batches, loss_fn=call, progress=False)
+    assert calibration.config == CalibrationConfig(
+        n_steps=30, trajectory=None, normalize=False, training=True, gram_device=None, gram_dtype=torch.float32
+    )
+    assert all(gram.n_gradients == 30 for gram in calibration.groups.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_gram_dtype(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"gram_dtype must be torch\.float32 or torch\.float64, found {dtype}"):
+        calibrate(Blocks(), some_batches(), loss_fn=call, gram_dtype=dtype)
+
+
+def test_layers_of_a_group_share_a_shape() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"group 'mlp': the layers of a group share a shape, .*\(4, 3\).*\(3, 4\)"):
+        calibrate(model, groups={"mlp": ["0", "1"]}, step=lambda: model(torch.ones(1, 3)).sum())
+
+
+def test_groups_of_layers_that_are_not_there() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    with pytest.raises(ValueError, match="group 'mlp': the model has no modules named 5"):
+        calibrate(model, groups={"mlp": ["0", "5"]}, step=lambda: model(torch.ones(1, 3)).sum())
+    with pytest.raises(TypeError, match=r"1: expected a torch\.nn\.Linear or a Conv1D, found ReLU"):
+        calibrate(model, groups={"mlp": ["0", "1"]}, step=lambda: model(torch.ones(1, 3)).sum())
+
+
+@pytest.mark.parametrize("groups", [{"a": ["0"], "b": ["0"]}, {"a": ["0", "0"]}])
+def test_a_layer_belongs_to_one_group(groups: dict[str, list[str]]) -> None:
+    """Its gradients would be in the sums of the last group alone."""
+    model = nn.Sequential(nn.Linear(3, 4))
+    with pytest.raises(ValueError, match="0 is named twice, in groups 'a' and '[ab]'"):
+        calibrate(model, groups=groups, step=lambda: model(torch.ones(1, 3)).sum(), progress=False)
+
+
+def test_a_group_without_gradient_is_refused_by_name() -> None:
+    """A gradient that is 0 everywhere has no directions; the message names the group and its layers."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    calibration = calibrate(
+        model, groups={"first": ["0"], "second": ["1"]}, step=lambda: 0 * model(torch.ones(1, 3)).sum(), n_steps=2,
+        progress=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"group 'first' \(0\), input side has energy 0: no gradient reached these"):
+        calibration.bases()
+
+
+def test_bases_take_sizes_and_type() -> None:
+    model = Blocks()
+    calibration = calibrate(model, some_batches(), loss_fn=call, n_steps=4, progress=False, gram_dtype=F64)
+    bases = calibration.bases(c=1, r="full", dtype=F64)
+    assert list(bases) == list(calibration.groups)
+    assert {name: (tuple(b.U.shape), tuple(b.V.shape)) for name, b in bases.items()} == {
+        "blocks.*.up": ((1, 5), (7, 7)),
+        "blocks.*.narrow": ((1, 7), (1, 1)),
+        "blocks.*.wide": ((1, 1), (7, 7)),
+        "blocks.*.down": ((1, 7), (5, 5)),
+    }
+    assert all(b.U.dtype == F64 and b.layers == calibration.groups[name].layers for name, b in bases.items())
+    default = calibration.bases()
+    assert all(b.U.dtype == torch.float32 and b.is_complete for b in default.values())
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_bar(progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """On stderr: stdout is for what a program prints."""
+    calibrate(Blocks(), some_batches(), loss_fn=call, n_steps=2, progress=progress)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert ("Calibrating" in captured.err) == progress
+    assert (captured.err != "") == progress
+
+
+def test_progress_bar_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    calibrate(Blocks(1), some_batches(), loss_fn=call, n_steps=2)
+    assert "Calibrating" in capsys.readouterr().err

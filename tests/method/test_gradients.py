@@ -1,0 +1,614 @@
+"""Gradients are autograd's, one is held at a time, and the model is afterwards what it was, to the bit."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from sparsegrad_peft import Basis, SparseGradLinear, Trajectory
+from sparsegrad_peft.method.gradients import default_loss, normalized_step, sign_step, stream_gradients
+
+F64 = torch.float64
+TARGETS = ["up", "down"]
+
+
+class Net(nn.Module):
+    """What a forward pass can change: running statistics, a buffer that is replaced, three random number generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 10)
+        self.norm = nn.BatchNorm1d(10)
+        self.drop = nn.Dropout(0.3)
+        self.down = Conv1D(4, 10)  # GPT-2's: 10 in, 4 out, weight (10, 4)
+        self.head = nn.Linear(4, 3)
+        self.frozen = nn.Linear(6, 10)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("nothing", None)
+        self.double()
+
+    def forward(self, x: Tensor, labels: Tensor) -> SimpleNamespace:
+        self.calls = self.calls + 1  # another tensor in the buffer's place
+        x = self.drop(self.norm(torch.relu(self.up(x) + self.frozen(x))))
+        noise = random.random() + np.random.random()  # noqa: NPY002 - the global state is what is looked at
+        logits = self.head(self.down(x)) * (1 + 0.1 * noise)
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels))
+
+
+def a_net() -> Net:
+    """Part trained and part frozen, part in train mode, with gradients already there."""
+    net = Net()
+    net.frozen.requires_grad_(False)
+    net.down.weight.requires_grad_(False)  # a target that did not train before
+    net.norm.eval()
+    net.head.weight.grad = torch.randn(3, 4, dtype=F64)
+    net.up.weight.grad = torch.randn(10, 6, dtype=F64)
+    net.down.weight.grad = torch.randn(10, 4, dtype=F64)
+    net.head.weight.register_post_accumulate_grad_hook(lambda _: None)  # the user's own stays
+    return net
+
+
+def some_batches(n: int = 2) -> list[dict[str, Tensor]]:
+    return [{"x": torch.randn(8, 6, dtype=F64), "labels": torch.randint(0, 3, (8,))} for _ in range(n)]
+
+
+class Before:
+    """All there is to know of a model and of the random generators, to be compared to the bit."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.parameters = dict(model.named_parameters())
+        self.found = self._look()
+
+    def _look(self) -> dict[str, Any]:
+        def bits(tensor: Tensor | None) -> Any:
+            return None if tensor is None else (id(tensor), tensor.data_ptr(), tensor.detach().numpy().tobytes())
+
+        self.alive = [p.grad for p in self.model.parameters()] + list(self.model.buffers())  # so that no id is reused
+        return {
+            "parameters": {n: bits(p) for n, p in self.model.named_parameters()},
+            "requires_grad": {n: p.requires_grad for n, p in self.model.named_parameters()},
+            "grad": {n: bits(p.grad) for n, p in self.model.named_parameters()},
+            "hooks": {n: dict(p._post_accumulate_grad_hooks or {}) for n, p in self.model.named_parameters()},
+            "tensor hooks": {n: dict(p._backward_hooks or {}) for n, p in self.model.named_parameters()},
+            "module hooks": {n: (dict(m._forward_hooks), dict(m._backward_hooks), dict(m._forward_pre_hooks))
+                             for n, m in self.model.named_modules()},
+            "buffers": {(n, b): bits(t) for n, m in self.model.named_modules() for b, t in m._buffers.items()},
+            "modes": {n: m.training for n, m in self.model.named_modules()},
+            "torch": torch.get_rng_state().numpy().tobytes(),
+            "python": random.getstate(),
+            "numpy": str(np.random.get_state()),  # noqa: NPY002
+            "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        }  # fmt: skip
+
+    def assert_unchanged(self) -> None:
+        alive = self.alive
+        now = self._look()
+        assert len(alive) == len(self.alive)
+        for what, found in self.found.items():
+            assert now[what] == found, what
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads only wait for each other on matrices this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+
+
+# The gradients themselves
+
+
+@pytest.mark.parametrize("batch_shape", [(1,), (40,), (3, 5)])
+def test_gradients_of_plain_layers(batch_shape: tuple[int, ...]) -> None:
+    """(out, in) for GPT-2's Conv1D too, whose own gradient is (in, out)."""
+    model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), Conv1D(4, 10), nn.Tanh(), nn.Linear(4, 1, bias=False)).double()
+    batches = [torch.randn(*batch_shape, 6, dtype=F64) for _ in range(3)]
+    collected: list[tuple[str, Tensor]] = []
+    stream_gradients(
+        model, ["0", "2", "4"], lambda name, G: collected.append((name, G.clone())), batches,
+        loss_fn=lambda model, x: model(x).square().mean(), n_steps=3,
+    )  # fmt: skip
+    assert [name for name, _ in collected] == ["4", "2", "0"] * 3  # as the backward pass meets them
+    for step, x in enumerate(batches):
+        weights = [model[i].weight for i in (4, 2, 0)]
+        expected = list(torch.autograd.grad(model(x).square().mean(), weights))
+        expected[1] = expected[1].T
+        for (_, G), G_expected in zip(collected[3 * step : 3 * step + 3], expected, strict=True):
+            assert G.shape == G_expected.shape
+            torch.testing.assert_close(G, G_expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("prefer", ["memory", "speed"])
+@pytest.mark.parametrize("tokens", [2, 200])
+def test_gradient_of_a_sparsegrad_layer(complete: bool, packed: bool, prefer: str, tokens: int) -> None:
+    """With respect to the weight it acts with, `W + Vᵀ S U`; for a refresh of bases in mid-training."""
+    U, V = torch.linalg.qr(torch.randn(7, 7, dtype=F64)).Q, torch.linalg.qr(torch.randn(11, 11, dtype=F64)).Q
+    layer = SparseGradLinear.from_linear(
+        nn.Linear(7, 11, dtype=F64), Basis(U, V) if complete else Basis(U[:3], V[:5]), prefer=prefer
+    )
+    if packed:
+        layer.pack(torch.tensor([0, 3, 8, 11]))
+    with torch.no_grad():
+        layer.core.normal_()
+    x, factor = torch.randn(tokens, 7, dtype=F64), torch.randn(tokens, 11, dtype=F64)
+    found: list[Tensor] = []
+    stream_gradients(
+        nn.Sequential(nn.Tanh(), layer), ["1"], lambda _, G: found.append(G.clone()),
+        step=lambda: (layer(x).sin() * factor).sum(), n_steps=1,
+    )  # fmt: skip
+    plain = layer.to_linear()
+    assert float((plain.weight - layer.weight).detach().norm()) > 1  # S is not zero, so W alone gives another gradient
+    (expected,) = torch.autograd.grad((plain(x).sin() * factor).sum(), plain.weight)
+    torch.testing.assert_close(found[0], expected, rtol=1e-10, atol=1e-12)
+    assert layer.core.requires_grad
+    assert not layer.weight.requires_grad
+
+
+def test_never_more_than_one_gradient() -> None:
+    """The storage of each gradient is gone when the next one arrives. One that the callback keeps is seen to live."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), Conv1D(7, 6), nn.Tanh(), nn.Linear(7, 2)).double()
+    x = torch.randn(4, 5, dtype=F64)
+    passed: list[StorageWeakRef] = []
+    alive: list[int] = []
+    kept: list[Tensor] = []
+
+    def look(_: str, G: Tensor) -> None:
+        alive.append(sum(not one.expired() for one in passed))
+        passed.append(StorageWeakRef(G.untyped_storage()))
+        if len(passed) == 5:
+            kept.append(G)
+
+    for trajectory in (None, Trajectory(), Trajectory(update=normalized_step)):
+        del passed[:], alive[:], kept[:]
+        stream_gradients(
+            model, ["0", "2", "4"], look, step=lambda: model(x).square().sum(), n_steps=3, trajectory=trajectory
+        )
+        assert alive == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+        assert sum(not one.expired() for one in passed) == 1
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("trajectory", [None, Trajectory(lr=0.05)])
+def test_gradient_checkpointing(reentrant: bool, trajectory: Trajectory | None) -> None:
+    """Both kinds run parts of forward again in the backward pass, the older kind in a backward pass of its own."""
+    layers = [nn.Linear(5, 5, dtype=F64) for _ in range(3)]
+    model = nn.ModuleList(layers)
+    x = torch.randn(4, 5, dtype=F64)
+
+    def loss(checkpointed: bool) -> Tensor:
+        y = x.clone().requires_grad_()  # what model.enable_input_require_grads() does
+        for layer in layers:
+            y = checkpoint(_block, layer, y, use_reentrant=reentrant) if checkpointed else _block(layer, y)
+        return y.square().sum()
+
+    def collected(checkpointed: bool) -> list[Tensor]:
+        found: list[Tensor] = []
+        stream_gradients(
+            model, ["0", "1", "2"], lambda _, G: found.append(G.clone()),
+            step=lambda: loss(checkpointed), n_steps=2, trajectory=trajectory,
+        )  # fmt: skip
+        return found
+
+    before = Before(model)
+    found, expected = collected(True), collected(False)
+    assert len(found) == len(expected) == 6
+    for G, G_expected in zip(found, expected, strict=True):
+        torch.testing.assert_close(G, G_expected, rtol=1e-12, atol=1e-15)
+    before.assert_unchanged()
+
+
+def _block(layer: nn.Module, x: Tensor) -> Tensor:
+    return torch.tanh(layer(x))
+
+
+def test_reentrant_checkpointing_without_gradient_at_its_input() -> None:
+    """Everything before the first target is frozen, so this kind of checkpointing passes no gradient; said in words."""
+    model = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 2)])
+
+    def loss() -> Tensor:
+        return model[1](checkpoint(_block, model[0], torch.randn(4, 5), use_reentrant=True)).sum()
+
+    with (
+        pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"),
+        pytest.raises(ValueError, match=r"no gradient reached 0 at step 1: .*use use_reentrant=False"),
+    ):
+        stream_gradients(model, ["0", "1"], lambda *_: None, step=loss, n_steps=1)
+
+
+# Modes, batches, trajectory
+
+
+@pytest.mark.parametrize("training", [True, False, None])
+def test_train_or_eval_mode(training: bool | None) -> None:
+    net = a_net()
+    modes = {name: module.training for name, module in net.named_modules()}
+    assert len(set(modes.values())) == 2
+    seen = []
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        seen.append({name: module.training for name, module in model.named_modules()})
+        return default_loss(model, batch)
+
+    stream_gradients(net, TARGETS, lambda *_: None, some_batches(), n_steps=2, training=training, loss_fn=loss_fn)
+    expected = modes if training is None else dict.fromkeys(modes, training)
+    assert seen == [expected, expected]
+
+
+def test_train_mode_is_the_default() -> None:
+    net = nn.Sequential(nn.Linear(2, 2)).eval()
+    seen = []
+
+    def step() -> Tensor:
+        seen.append(net[0].training)
+        return net(torch.ones(1, 2)).sum()
+
+    stream_gradients(net, ["0"], lambda *_: None, step=step, n_steps=1)
+    assert seen == [True]
+
+
+def test_everything_but_the_targets_is_frozen_unless_on_a_trajectory() -> None:
+    net = a_net()
+    trained_before = {n for n, p in net.named_parameters() if p.requires_grad}
+    seen: list[set[str]] = []
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        seen.append({n for n, p in model.named_parameters() if p.requires_grad})
+        return default_loss(model, batch)
+
+    for trajectory in (None, Trajectory()):
+        stream_gradients(
+            net, TARGETS, lambda *_: None, some_batches(1), n_steps=1, loss_fn=loss_fn, trajectory=trajectory
+        )
+    assert seen[0] == {"up.weight", "down.weight"}
+    assert seen[1] == trained_before | {"down.weight"} != seen[0]
+
+
+def test_batches_start_again_when_they_run_out() -> None:
+    model, seen = nn.Linear(2, 1), []
+
+    def loss_fn(model: nn.Module, batch: int) -> Tensor:
+        seen.append(batch)
+        return model(torch.ones(1, 2)).sum()
+
+    stream_gradients(model, [""], lambda *_: None, [0, 1, 2], n_steps=7, loss_fn=loss_fn)
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+    del seen[:]
+    stream_gradients(model, [""], lambda *_: None, range(100), n_steps=2, loss_fn=loss_fn)
+    assert seen == [0, 1]  # no batch is taken that no step uses
+
+
+@pytest.mark.parametrize(
+    "update", [sign_step, normalized_step, lambda p, g, lr: p.sub_(lr * g)], ids=["sign", "normalized", "sgd"]
+)
+def test_trajectory_walks_as_the_update_says(update: Callable[[Tensor, Tensor, float], None]) -> None:
+    """Against the same walk made by hand: what trains and the targets move, the rest stays, later gradients follow."""
+    lr = 0.05
+    net = a_net()
+    net.drop.p = 0.0
+    batches = some_batches(3)
+    found: list[tuple[str, Tensor]] = []
+    seen: list[Tensor] = []
+
+    def on_gradient(name: str, G: Tensor) -> None:
+        found.append((name, G.clone()))
+        seen.append(net.head.bias.detach().clone())
+
+    def plain_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        hidden = model.norm(torch.relu(model.up(batch["x"]) + model.frozen(batch["x"])))
+        return nn.functional.cross_entropy(model.head(model.down(hidden)), batch["labels"])
+
+    start = {n: p.detach().clone() for n, p in net.named_parameters()}
+    walking = [n for n, p in net.named_parameters() if p.requires_grad or n == "down.weight"]
+    stream_gradients(
+        net, TARGETS, on_gradient, batches, n_steps=3, loss_fn=plain_loss, trajectory=Trajectory(lr=lr, update=update)
+    )
+    assert len({tuple(bias.tolist()) for bias in seen}) == 3  # really elsewhere in each step
+
+    twin = Net()
+    twin.load_state_dict(net.state_dict())
+    parameters = dict(twin.named_parameters())
+    for step, batch in enumerate(batches):
+        loss = plain_loss(twin, batch)
+        gradients = dict(zip(walking, torch.autograd.grad(loss, [parameters[n] for n in walking]), strict=True))
+        torch.testing.assert_close(found[2 * step][1], gradients["down.weight"].T, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found[2 * step + 1][1], gradients["up.weight"], rtol=1e-9, atol=1e-12)
+        with torch.no_grad():
+            for name in walking:
+                update(parameters[name], gradients[name].clone(), lr)
+    assert all(torch.equal(p, start[n]) for n, p in net.named_parameters())
+
+
+def test_step_lengths() -> None:
+    """`normalized_step` is as long as `sign_step`, along the gradient; a zero gradient moves nothing."""
+    start, gradient = torch.randn(3, 5, dtype=F64), torch.randn(3, 5, dtype=F64)
+    steps = []
+    for update in (sign_step, normalized_step):
+        parameter = start.clone()
+        update(parameter, gradient.clone(), 0.1)
+        steps.append(start - parameter)
+    torch.testing.assert_close(steps[0], 0.1 * gradient.sign())
+    torch.testing.assert_close(steps[1], 0.1 * 15**0.5 * gradient / gradient.norm())
+    torch.testing.assert_close(steps[0].norm(), steps[1].norm())
+    for update in (sign_step, normalized_step):
+        parameter = start.clone()
+        update(parameter, torch.zeros(3, 5, dtype=F64), 0.1)
+        assert torch.equal(parameter, start)
+
+
+# The model is afterwards what it was
+
+
+def interrupted(batches: list[Any], after: int) -> Iterator[Any]:
+    yield from batches[:after]
+    raise KeyboardInterrupt("from the batches")
+
+
+@pytest.mark.parametrize("trajectory", [None, Trajectory(lr=0.1)], ids=["fixed", "trajectory"])
+@pytest.mark.parametrize("training", [True, False, None])
+@pytest.mark.parametrize("how", ["to the end", "batches", "on_gradient", "loss_fn", "NaN loss"])
+def test_all_is_put_back(trajectory: Trajectory | None, training: bool | None, how: str) -> None:
+    """To the end, or stopped in the middle of the second step; meanwhile, all that is put back has really changed."""
+    net = a_net()
+    batches = some_batches(3)
+    start = {n: t.detach().clone() for n, t in (*net.named_parameters(), *net.named_buffers())}
+    generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[2]  # noqa: NPY002
+    seen: list[str] = []
+
+    def on_gradient(name: str, G: Tensor) -> None:
+        seen.append(name)
+        if how == "on_gradient" and len(seen) == 3:  # between the two targets of step 2
+            changed()
+            raise KeyboardInterrupt("from on_gradient")
+        if len(seen) == 4:
+            changed()
+
+    def changed() -> None:
+        assert net.calls is not start["calls"]
+        assert int(net.calls) == 2
+        assert not net.head.weight.grad_fn
+        assert net.head.weight.grad is None
+        if training:
+            assert not torch.equal(net.norm.running_mean, start["norm.running_mean"])
+            assert not torch.equal(torch.get_rng_state(), generators[0])
+        assert random.getstate() != generators[1]
+        assert np.random.get_state()[2] != generators[2]  # noqa: NPY002
+        moved = {n for n, p in net.named_parameters() if not torch.equal(p, start[n])}
+        walking = {n for n in start if n.startswith(("up", "down", "head", "norm.weight", "norm.bias"))}
+        assert moved == (walking if trajectory else set())
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        loss = default_loss(model, batch)
+        if len(seen) == 2 and how == "loss_fn":
+            raise KeyboardInterrupt("from loss_fn")
+        return loss * float("nan") if len(seen) == 2 and how == "NaN loss" else loss
+
+    def run() -> None:
+        source = interrupted(batches, 1) if how == "batches" else batches
+        stream_gradients(
+            net, TARGETS, on_gradient, source, n_steps=3, trajectory=trajectory, training=training, loss_fn=loss_fn
+        )
+
+    before = Before(net)
+    if how == "to the end":
+        run()
+        assert seen == ["down", "up"] * 3
+    elif how == "NaN loss":
+        with pytest.raises(ValueError, match="the loss of step 2 is nan"):
+            run()
+    else:
+        with pytest.raises(KeyboardInterrupt, match=f"from {how}" if how != "batches" else "from the batches"):
+            run()
+        assert seen == (["down", "up", "down"] if how == "on_gradient" else ["down", "up"])
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("trajectory", [None, Trajectory()])
+def test_called_where_gradients_are_off(mode: Callable[[], Any], trajectory: Trajectory | None) -> None:
+    net, batches = a_net(), some_batches()
+    expected: list[Tensor] = []
+    found: list[Tensor] = []
+    stream_gradients(net, TARGETS, lambda _, G: expected.append(G.clone()), batches, n_steps=3, trajectory=trajectory)
+    with mode():
+        before = Before(net)
+        stream_gradients(net, TARGETS, lambda _, G: found.append(G.clone()), batches, n_steps=3, trajectory=trajectory)
+        before.assert_unchanged()
+    assert len(found) == 6
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_an_interrupted_progress_bar_is_taken_down() -> None:
+    """Its thread must not draw on while a notebook keeps the traceback of the interrupt."""
+    model = nn.Linear(2, 2)
+
+    def interrupt(name: str, G: Tensor) -> None:
+        assert threading.active_count() > threads  # the bar's
+        raise KeyboardInterrupt
+
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt) as kept:
+        stream_gradients(model, [""], interrupt, step=lambda: model(torch.ones(1, 2)).sum(), n_steps=2, progress="bar")
+    assert kept.tb is not None
+    assert threading.active_count() == threads
+
+
+# What is refused, and in which words
+
+
+def run(model: nn.Module, targets: list[str], batches: Any = None, **options: Any) -> None:
+    """With what every test of an error would repeat; the model is left as it was by each of them."""
+    options.setdefault("n_steps", 2)
+    before = Before(model)
+    try:
+        stream_gradients(model, targets, options.pop("on_gradient", lambda *_: None), batches, **options)
+    finally:
+        before.assert_unchanged()
+
+
+def test_exactly_one_source_of_losses() -> None:
+    net = a_net()
+    with pytest.raises(ValueError, match="exactly one of batches and step"):
+        run(net, TARGETS)
+    with pytest.raises(ValueError, match="exactly one of batches and step"):
+        run(net, TARGETS, some_batches(), step=lambda: torch.zeros(()))
+
+
+@pytest.mark.parametrize("n_steps", [0, -1, 2.0, None, "3"])
+def test_number_of_steps(n_steps: Any) -> None:
+    with pytest.raises(ValueError, match=f"n_steps must be an integer of at least 1, found {n_steps!r}"):
+        run(a_net(), TARGETS, some_batches(), n_steps=n_steps)
+
+
+def test_targets_that_are_not_there() -> None:
+    with pytest.raises(ValueError, match=r"no modules named upp, down\.weight; it has, for instance: up, head, frozen"):
+        run(a_net(), ["upp", "up", "down.weight"], some_batches())
+    with pytest.raises(ValueError, match="expected at least one target layer"):
+        run(a_net(), [], some_batches())
+
+
+def test_targets_that_are_not_linear() -> None:
+    with pytest.raises(TypeError, match=r"norm: expected a torch\.nn\.Linear or a Conv1D, found BatchNorm1d"):
+        run(a_net(), ["up", "norm"], some_batches())
+
+
+def test_quantized_or_sharded_targets() -> None:
+    net = a_net()
+    net.up.weight = nn.Parameter(torch.zeros(10, 6, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"up: expected a floating point weight of shape \(10, 6\).*int8.*quantizing"):
+        run(net, ["up"], some_batches())
+    net.up.weight = nn.Parameter(torch.zeros(60))  # FSDP's flat parameter looks so
+    with pytest.raises(TypeError, match=r"up: .* with shape \(60,\); calibrate before quantizing or sharding"):
+        run(net, ["up"], some_batches())
+
+
+def test_two_targets_with_one_weight() -> None:
+    """Autograd has one gradient for both, the sum over their uses, so neither name would be right."""
+    net = a_net()
+    net.frozen.weight = net.up.weight
+    with pytest.raises(ValueError, match="up and frozen share one weight tensor"):
+        run(net, ["down", "up", "frozen"], some_batches())
+    found: list[str] = []
+    run(net, ["up"], some_batches(), on_gradient=lambda name, G: found.append(name))  # one of them is a gradient
+    assert found == ["up", "up"]
+
+
+@pytest.mark.parametrize(("empty", "words"), [([], "none"), (iter([]), "none")])
+def test_no_batches(empty: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"expected batches for 2 steps, found {words}"):
+        run(a_net(), TARGETS, empty)
+
+
+def test_too_few_batches() -> None:
+    batches = some_batches(2)
+    with pytest.raises(ValueError, match="expected batches for 3 steps, found 2, from an iterator that cannot be"):
+        run(a_net(), TARGETS, iter(batches), n_steps=3)
+    run(a_net(), TARGETS, iter(batches), n_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (1.0, "found float"),
+        (None, "found NoneType"),
+        (torch.zeros(2), r"found Tensor of shape \(2,\)"),
+        (torch.zeros(0), r"found Tensor of shape \(0,\)"),
+    ],
+)
+def test_loss_that_is_no_scalar(loss: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=f"the loss as a tensor with one element, {words}"):
+        run(a_net(), TARGETS, step=lambda: loss)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_loss_that_is_not_finite(value: str) -> None:
+    net = a_net()
+    batch = some_batches(1)[0]
+    steps: list[float] = [1.0, 1.0, float(value)]
+    with pytest.raises(ValueError, match=f"the loss of step 3 is {value}; no gradient"):
+        run(net, TARGETS, step=lambda: default_loss(net, batch) + steps.pop(0), n_steps=4)
+
+
+def test_loss_without_gradient() -> None:
+    net = a_net()
+    for step in (
+        lambda: net(**some_batches(1)[0]).loss.detach(),
+        lambda: net.head(torch.ones(1, 4, dtype=F64)).sum(),  # of a layer that is frozen meanwhile
+    ):
+        with pytest.raises(ValueError, match="the loss of step 1 does not depend on any target weight"):
+            run(net, TARGETS, step=step)
+
+
+def test_gradient_that_is_not_finite() -> None:
+    """The layer and the step are named, where the loss itself is finite: √0 has an infinite slope."""
+    net = a_net()
+    batch = some_batches(1)[0]
+    slopes = iter([False, True])
+
+    def loss() -> Tensor:
+        y = net.up(batch["x"]).sum()
+        return (y - y.detach()).abs().sqrt() if next(slopes) else y
+
+    with pytest.raises(ValueError, match=r"up: the gradient of step 2 is not finite; .*labels"):
+        run(net, ["up"], step=loss)
+
+
+def test_layer_that_no_gradient_reaches() -> None:
+    net = a_net()
+
+    def loss() -> Tensor:
+        hidden = net.up(torch.ones(2, 6, dtype=F64)).detach()
+        return net.down(hidden).sum()
+
+    with pytest.raises(ValueError, match="no gradient reached up, frozen at step 1: they do not take part in the loss"):
+        run(net, ["up", "down", "frozen"], step=loss)
+
+
+def test_batches_that_are_not_mappings() -> None:
+    with pytest.raises(TypeError, match=r"expected batches that are mappings, .*found tuple; pass loss_fn="):
+        run(a_net(), TARGETS, [(torch.ones(2, 6), torch.zeros(2))])
+
+
+def test_output_without_loss() -> None:
+    class Outputs(nn.Module):
+        def __init__(self, output: Any) -> None:
+            super().__init__()
+            self.layer, self.output = nn.Linear(2, 2), output
+
+        def forward(self, x: Tensor) -> Any:
+            return self.output
+
+    batches = [{"x": torch.ones(1, 2)}]
+    words = r"the model's output \({}\) has no loss; put labels into the batches \(\['x'\] were given\)"
+    with pytest.raises(TypeError, match=words.format("Tensor")):
+        run(Outputs(torch.ones(2)), ["layer"], batches)
+    with pytest.raises(TypeError, match=words.format("SimpleNamespace")):
+        run(Outputs(SimpleNamespace(loss=None)), ["layer"], batches)
+
+
+@pytest.mark.parametrize("lr", [0, -1e-4, float("nan")])
+def test_trajectory_learning_rate(lr: float) -> None:
+    with pytest.raises(ValueError, match=r"Trajectory\.lr must be above 0, found"):
+        Trajectory(lr=lr)

@@ -1,0 +1,433 @@
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from sparsegrad_peft import (
+    Basis,
+    LiteralSparseGradLinear,
+    SparseGradAdamW,
+    SparseGradLinear,
+    group_linears,
+    param_groups,
+    replace_linears,
+    restore_linears,
+)
+from sparsegrad_peft.method.groups import linear_shape
+
+MLP = r".*layer\.\d+\.(intermediate|output)\.dense"
+HIDDEN, INNER, LAYERS = 16, 24, 3
+KINDS = pytest.mark.parametrize("kind", ["complete", "truncated", "packed", "literal"])
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def bert() -> BertForSequenceClassification:
+    """Random weights, dropout off."""
+    config = BertConfig(
+        vocab_size=50, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=2, intermediate_size=INNER,
+        max_position_embeddings=16, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def orthogonal(n: int, rows: int | None = None) -> Tensor:
+    return torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q[:rows].float()
+
+
+def bases_for(model: nn.Module, groups: dict[str, list[str]], rows: int | None = None) -> dict[str, Basis]:
+    bases = {}
+    for group, names in groups.items():
+        out, in_ = linear_shape(model.get_submodule(names[0]), names[0])
+        bases[group] = Basis(orthogonal(in_, rows), orthogonal(out, rows))
+    return bases
+
+
+def surgery(model: nn.Module, kind: str) -> dict[str, nn.Module]:
+    groups = group_linears(model, MLP)
+    bases = bases_for(model, groups, 5 if kind == "truncated" else None)
+    if kind == "literal":
+        return replace_linears(model, groups, bases, LiteralSparseGradLinear.from_linear, density=0.05)
+    if kind == "packed":
+        return replace_linears(model, groups, bases, positions=torch.arange(0, 380, 19))
+    return replace_linears(model, groups, bases)
+
+
+def batch(size: int = 4) -> dict[str, Tensor]:
+    """With padding in half of the rows."""
+    mask = torch.ones(size, 7, dtype=torch.long)
+    mask[::2, 5:] = 0
+    return {
+        "input_ids": torch.randint(50, (size, 7)),
+        "attention_mask": mask,
+        "labels": torch.randint(3, (size,)),
+    }
+
+
+def logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**given).logits
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**batch()).loss.backward()
+        optimizer.step()
+
+
+def picture(model: nn.Module) -> dict[str, tuple[int, type, bool]]:
+    """Which module and parameter objects a model is made of."""
+    objects: dict[str, Any] = dict(model.named_modules()) | dict(model.named_parameters())
+    return {name: (id(what), type(what), getattr(what, "requires_grad", False)) for name, what in objects.items()}
+
+
+# replace_linears
+
+
+@KINDS
+def test_replacing_leaves_the_output(bert: nn.Module, kind: str) -> None:
+    """To the bit where a core of zeros is added to the layer's own weight; the literal form turns the weight twice."""
+    given = batch()
+    before = logits(bert, given)
+    surgery(bert, kind)
+    after = logits(bert, given)
+    if kind == "literal":
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(after, before)
+
+
+@KINDS
+def test_the_layers_of_a_group_share_one_basis_module(bert: nn.Module, kind: str) -> None:
+    groups = group_linears(bert, MLP)
+    assert [len(names) for names in groups.values()] == [LAYERS, LAYERS]
+    made = surgery(bert, kind)
+    assert list(made) == [name for names in groups.values() for name in names]
+    shared = []
+    for names in groups.values():
+        for name in names:
+            assert bert.get_submodule(name) is made[name]
+            assert made[name].basis is made[names[0]].basis  # type: ignore[comparison-overlap]
+        shared.append(made[names[0]].basis)
+    assert shared[0] is not shared[1]
+
+
+def test_a_shared_basis_stays_shared_when_the_model_is_moved_or_copied(bert: nn.Module) -> None:
+    surgery(bert, "complete")
+    for model in (copy.deepcopy(bert), bert.to(torch.float64), bert.half()):
+        found = {id(module) for module in model.modules() if isinstance(module, Basis)}
+        assert len(found) == 2
+
+
+def test_nothing_else_of_the_model_changes(bert: nn.Module) -> None:
+    before = picture(bert)
+    made = surgery(bert, "complete")
+    after = picture(bert)
+    for name, what in before.items():
+        if name in made or name.rpartition(".")[0] in made:
+            continue
+        assert after[name] == what, name
+    for name in made:
+        assert after[f"{name}.bias"] == before[f"{name}.bias"]
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "renamed"])
+def test_groups_and_bases_must_match(bert: nn.Module, change: str) -> None:
+    groups = group_linears(bert, MLP)
+    bases = bases_for(bert, groups)
+    first = next(iter(bases))
+    if change != "extra":
+        basis = bases.pop(first)
+    if change != "missing":
+        bases["other"] = basis if change == "renamed" else Basis.identity()
+    before = picture(bert)
+    with pytest.raises(ValueError, match=r"expected a basis for each group, found groups \[.*\] and bases \["):
+        replace_linears(bert, groups, bases)
+    assert picture(bert) == before
+
+
+def test_a_layer_that_is_not_there(bert: nn.Module) -> None:
+    groups = {"g": ["bert.encoder.layer.0.intermediate.dense", "bert.encoder.layer.9.intermediate.dense", "nowhere"]}
+    before = picture(bert)
+    with pytest.raises(ValueError, match=r"no modules named bert\.encoder\.layer\.9\.intermediate\.dense, nowhere"):
+        replace_linears(bert, groups, {"g": Basis.identity()})
+    assert picture(bert) == before
+
+
+def test_a_layer_in_two_groups(bert: nn.Module) -> None:
+    name = "bert.encoder.layer.0.intermediate.dense"
+    before = picture(bert)
+    with pytest.raises(ValueError, match=f"{name}, {name} stand for one layer in two groups"):
+        replace_linears(bert, {"a": [name], "b": [name]}, {"a": Basis.identity(), "b": Basis.identity()})
+    assert picture(bert) == before
+
+
+@pytest.mark.parametrize("fails_at", [1, 3, 2 * LAYERS])
+def test_a_make_that_fails_leaves_the_model_as_it_was(bert: nn.Module, fails_at: int) -> None:
+    calls = 0
+
+    def make(linear: nn.Module, basis: Basis, **options: Any) -> nn.Module:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise RuntimeError("out of memory")
+        return SparseGradLinear.from_linear(linear, basis, **options)
+
+    groups, given, before = group_linears(bert, MLP), batch(), picture(bert)
+    output = logits(bert, given)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        replace_linears(bert, groups, bases_for(bert, groups), make)
+    assert calls == fails_at
+    assert picture(bert) == before
+    assert torch.equal(logits(bert, given), output)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "error", "words"),
+    [
+        ("LayerNorm", {}, TypeError, "expected a torch.nn.Linear or a Conv1D, found LayerNorm"),
+        ("dense", {"positions": torch.tensor([10**6])}, ValueError, "expected positions between 0 and"),
+        ("dense", {"prefer": "nothing"}, ValueError, "prefer must be"),
+    ],
+)
+def test_a_layer_that_cannot_be_made_leaves_the_model_as_it_was(
+    bert: nn.Module, layer: str, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    """The first of the two can be made."""
+    names = ["classifier", f"bert.encoder.layer.0.output.{layer}"]
+    before = picture(bert)
+    with pytest.raises(error, match=words):
+        replace_linears(
+            bert, {"a": names[:1], "b": names[1:]}, {"a": Basis.identity(), "b": Basis.identity()}, **options
+        )
+    assert picture(bert) == before
+
+
+def test_a_replaced_layer_is_not_replaced_again(bert: nn.Module) -> None:
+    surgery(bert, "complete")
+    before = picture(bert)
+    with pytest.raises(TypeError, match="found SparseGradLinear"):
+        surgery(bert, "complete")
+    assert picture(bert) == before
+
+
+def test_a_model_that_is_itself_the_layer() -> None:
+    """There is no module to hold the new layer, so it is said and not put anywhere."""
+    linear = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="the model is itself the layer"):
+        replace_linears(linear, group_linears(linear), {"": Basis.identity()})
+    layer = SparseGradLinear.from_linear(linear, Basis.identity())
+    with pytest.raises(ValueError, match="the model is itself the layer"):
+        restore_linears(layer)
+    assert [name for name, _ in layer.named_children()] == ["basis"]
+    assert not list(linear.children())
+
+
+# restore_linears
+
+
+@KINDS
+def test_restoring_gives_the_plain_model_back(bert: nn.Module, kind: str) -> None:
+    """After training: the trained model's output, the original's classes, names, and shapes."""
+    original = copy.deepcopy(bert)
+    surgery(bert, kind)
+    given = batch()
+    untrained = logits(bert, given)
+    train(bert, SparseGradAdamW(param_groups(bert, density=None if kind in ("packed", "literal") else 0.1), lr=1e-2))
+    trained = logits(bert, given)
+    assert not torch.allclose(trained, untrained, atol=1e-3)
+
+    assert restore_linears(bert) == 2 * LAYERS
+    assert [(name, type(module)) for name, module in bert.named_modules()] == [
+        (name, type(module)) for name, module in original.named_modules()
+    ]
+    torch.testing.assert_close(logits(bert, given), trained, rtol=0, atol=1e-5)
+    state = bert.state_dict()
+    assert list(state) == list(original.state_dict())
+    original.load_state_dict(state, strict=True)
+    assert torch.equal(logits(original, given), logits(bert, given))
+    assert restore_linears(bert) == 0
+
+
+def test_restoring_keeps_train_and_eval_mode(bert: nn.Module) -> None:
+    surgery(bert, "complete")
+    bert.eval()
+    restore_linears(bert)
+    assert not any(module.training for module in bert.modules())
+
+
+class Tied(nn.Module):
+    """One linear layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())
+
+
+def test_a_layer_under_two_names_stays_one_layer() -> None:
+    """Replaced under one name only, its other use would go on with the frozen weight and miss all training."""
+    model = Tied()
+    linear = model.first
+    x = torch.randn(3, 4)
+    output = model(x)
+    replace_linears(model, group_linears(model), {"first": Basis(orthogonal(4), orthogonal(4))})
+    assert model.first is model.second
+    assert torch.equal(model(x), output)
+    with torch.no_grad():
+        model.first.S.normal_()
+    trained = model(x)
+    assert not torch.allclose(trained, output, atol=1e-2)
+    assert restore_linears(model) == 1
+    assert model.first is model.second
+    assert type(model.first) is nn.Linear
+    assert model.first is not linear
+    torch.testing.assert_close(model(x), trained, rtol=0, atol=1e-5)
+
+
+# param_groups
+
+
+def flags(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def cores(model: nn.Module) -> list[nn.Parameter]:
+    return [
+        module.W_tilde if isinstance(module, LiteralSparseGradLinear) else module.core
+        for module in model.modules()
+        if isinstance(module, SparseGradLinear | LiteralSparseGradLinear)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "expected"),
+    [
+        ("complete", {"k": 9}, {"sparse": True, "k": 9, "density": None}),
+        ("complete", {"density": 0.1}, {"sparse": True, "k": None, "density": 0.1}),
+        ("truncated", {"k": 9}, {"sparse": True, "k": 9, "density": None}),
+        ("truncated", {}, {"weight_decay": 0.0}),
+        ("packed", {}, {"weight_decay": 0.0}),
+        ("packed", {"density": 0.1}, {"weight_decay": 0.0}),
+        ("literal", {}, {"sparse": True}),
+        ("literal", {"density": 0.1}, {"sparse": True}),
+    ],
+)
+@pytest.mark.parametrize("lr", [None, 3e-3])
+def test_two_groups(
+    bert: nn.Module, kind: str, how: dict[str, Any], expected: dict[str, Any], lr: float | None
+) -> None:
+    """The cores with the flags of their kind, and the rest of what trains; each trainable parameter in one of them."""
+    bert.bert.embeddings.requires_grad_(False)
+    surgery(bert, kind)
+    core_group, rest = param_groups(bert, lr=lr, **how)
+    assert flags(core_group) == expected | ({} if lr is None else {"lr": lr})
+    assert flags(rest) == {}
+    assert [id(p) for p in core_group["params"]] == [id(p) for p in cores(bert)]
+    found = [id(p) for p in core_group["params"] + rest["params"]]
+    assert len(found) == len(set(found))
+    assert set(found) == {id(p) for p in bert.parameters() if p.requires_grad}
+    frozen = {id(p) for p in bert.bert.embeddings.parameters()}
+    frozen |= {id(m.weight) for m in bert.modules() if isinstance(m, SparseGradLinear)}
+    assert not frozen & set(found)
+    optimizer = SparseGradAdamW([core_group, rest], lr=0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5 if lr is None else lr, 0.5]
+
+
+def test_all_kinds_in_one_model() -> None:
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))
+    basis = Basis(orthogonal(6), orthogonal(6))
+    replace_linears(model, {"b": ["0"]}, {"b": basis})
+    replace_linears(model, {"p": ["1"]}, {"p": basis}, positions=torch.tensor([0, 7]))
+    replace_linears(model, {"l": ["2"]}, {"l": basis}, LiteralSparseGradLinear.from_linear, k=4)
+    replace_linears(model, {"f": ["3"]}, {"f": basis})
+    model[3].S.requires_grad_(False)  # a core that was frozen is in no group
+    block, literal, packed, rest = param_groups(model, k=5, lr=1e-2, rest_lr=1e-4, rest_weight_decay=0.01)
+    assert [block["params"], literal["params"], packed["params"]] == [
+        [model[0].S],
+        [model[2].W_tilde],
+        [model[1].values],
+    ]
+    assert flags(block) == {"sparse": True, "k": 5, "density": None, "lr": 1e-2}
+    assert flags(literal) == {"sparse": True, "lr": 1e-2}
+    assert flags(packed) == {"weight_decay": 0.0, "lr": 1e-2}
+    assert flags(rest) == {"lr": 1e-4, "weight_decay": 0.01}
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert [names[id(p)] for p in rest["params"]] == ["0.bias", "1.bias", "2.bias", "3.bias", "4.weight", "4.bias"]
+
+    whole, rest = param_groups(model)[-2:]
+    assert {names[id(p)] for p in whole["params"]} == {"0.S", "1.values"}
+    assert flags(whole) == {"weight_decay": 0.0}
+    assert flags(rest) == {}
+
+
+def test_without_a_rest() -> None:
+    """No empty groups."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.requires_grad_(False)
+    replace_linears(model, {"g": ["0"]}, {"g": Basis.identity()})
+    (only,) = param_groups(model, k=2, rest_lr=1e-3)
+    assert only["params"] == [model[0].S]
+
+
+@KINDS
+def test_a_step_moves_what_the_groups_say(bert: nn.Module, kind: str) -> None:
+    """Exactly `k` entries of each core, every other trainable parameter, and nothing frozen."""
+    bert.bert.pooler.requires_grad_(False)
+    surgery(bert, kind)
+    optimizer = SparseGradAdamW(param_groups(bert, **({} if kind in ("packed", "literal") else {"k": 11})), lr=1e-2)
+    before = {name: p.detach().clone() for name, p in bert.named_parameters()}
+    train(bert, optimizer, steps=1)
+    names = {id(p): name for name, p in bert.named_parameters()}
+    core_names = {names[id(core)] for core in cores(bert)}
+    assert len(core_names) == 2 * LAYERS
+    count = {"packed": 20, "literal": int(0.05 * HIDDEN * INNER)}.get(kind, 11)
+    for name, parameter in bert.named_parameters():
+        moved = int((parameter.detach() != before[name]).sum())
+        if name in core_names:
+            assert moved == count, name
+        elif parameter.requires_grad:
+            assert moved > 0, name
+        else:
+            assert moved == 0, name
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda model: restore_linears(model),
+        lambda model: [core.requires_grad_(False) for core in cores(model)],
+    ],
+    ids=["no layers", "frozen cores"],
+)
+def test_a_model_without_trainable_cores_is_refused(bert: nn.Module, spoil: Callable[[nn.Module], object]) -> None:
+    surgery(bert, "complete")
+    spoil(bert)
+    with pytest.raises(ValueError, match="no SparseGrad layer with a trainable core; call replace_linears first"):
+        param_groups(bert, k=3)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"k": 3, "density": 0.1}, "exactly one of k"),
+        ({"k": 10**6}, "k must be between 1"),
+        ({"density": 2.0}, "density"),
+    ],
+)
+def test_numbers_are_checked_by_the_optimizer(bert: nn.Module, how: dict[str, Any], words: str) -> None:
+    surgery(bert, "complete")
+    with pytest.raises(ValueError, match=f"parameter group 0, parameter of shape .*{words}"):
+        SparseGradAdamW(param_groups(bert, **how))

@@ -1,0 +1,130 @@
+"""README and docs: what they show runs, and what they say is what the result files give."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tables
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_counts() -> None:
+    assert len(PYTHON) == 2
+    assert len(RESULTS) == 3
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_readme_python_runs(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "example.py"
+    script.write_text(PYTHON[number], encoding="utf-8")
+    done = run(str(script), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    loss = float(re.search(r"loss ([0-9.]+)", done.stdout)[1])  # type: ignore[index]
+    assert loss < 0.6  # both examples learn: they start at about 1 and 0.7
+
+
+# What each command of the README is run as here: cut down, results out of the way.
+CUT_DOWN = {
+    "pip install .": None,  # `make test` installs the package before it runs this
+    "make test": None,  # is what runs this
+    "python benchmarks/mlp_step.py": ["--tokens", "64", "--repeats", "2"],
+    "python benchmarks/calibration.py": ["--steps", "1", "--batch", "1", "--tokens", "8", "--skip-svd"],
+}
+
+
+def test_every_readme_command_is_known() -> None:
+    assert set(COMMANDS) == set(CUT_DOWN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c, options in CUT_DOWN.items() if options])
+def test_readme_command_runs(command: str, tmp_path: Path) -> None:
+    done = run(*command.split()[1:], *CUT_DOWN[command], "--json", str(tmp_path / "result.json"))  # type: ignore[misc]
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    committed = json.loads(
+        (ROOT / "benchmarks" / "results" / f"{result['benchmark']}.json").read_text(encoding="utf-8")
+    )
+    assert result.keys() == committed.keys()
+    assert tables.RENDER[result["benchmark"]](result)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_result_files_say_where_they_come_from(path: Path) -> None:
+    environment: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["environment"]
+    assert re.fullmatch(r"[0-9a-f]{40}", environment["commit"])
+    assert environment["dirty"] is False
+    assert environment.keys() >= {"command", "time", "seed", "python", "torch", "sparsegrad_peft", "machine"}
+
+
+@pytest.mark.parametrize("document", tables.DOCUMENTS)
+def test_tables_are_what_the_result_files_give(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert tables.MARK.search(text)
+    assert tables.filled(text) == text, "stale: run python benchmarks/tables.py"
+
+
+def test_links_lead_somewhere() -> None:
+    checked = 0
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+            file, _, anchor = target.partition("#")
+            linked = (path.parent / file).resolve() if file else path
+            assert linked.exists(), f"{path.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
+            checked += 1
+    assert checked >= 10
+
+
+def test_method_page_names_functions_that_exist() -> None:
+    """The map from equation to function is followed here, line by line."""
+    import sparsegrad_peft.method.reference as reference
+
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+ \|[^|]*\| (`[^|]+`[^|]*) \| ([^|]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 11
+    for functions, oracle in rows:
+        for name in re.findall(r"`([\w.]+)`", functions):
+            parts = name.split(".")
+            code = "from sparsegrad_peft.method import " + parts[0] if parts[0].islower() else "import sparsegrad_peft"
+            scope: dict[str, Any] = {}
+            exec(code, scope)
+            found = scope[parts[0]] if parts[0].islower() and parts[0] in scope else None
+            if parts[0] == "adamw":
+                continue
+            if found is None:
+                found = getattr(scope["sparsegrad_peft"], parts[0])
+            for part in parts[1:]:
+                found = getattr(found, part)
+        for name in re.findall(r"`([\w.]+)`", oracle):
+            target: Any = reference
+            for part in name.split("."):
+                target = getattr(target, part)
