@@ -100,20 +100,24 @@ def main() -> None:
     kept = peak_bytes(lambda: calibrate(model, two, groups=groups, config=small, progress=False))
     gradient_bytes = 4 * 768 * 3072
     gram_bytes = 4 * 2 * (768**2 + 3072**2)
-    print(f"peak extra memory {(kept - dropped) / 1e6:.1f} MB (Gram matrices {gram_bytes / 1e6:.1f} MB, one gradient "
-          f"{gradient_bytes / 1e6:.1f} MB, the paper's stack of 30 {30 * gradient_bytes / 1e6:.0f} MB a group)")  # fmt: skip
+    print(
+        f"peak extra memory {(kept - dropped) / 1e6:.1f} MB (Gram matrices {gram_bytes / 1e6:.1f} MB, one gradient "
+        f"{gradient_bytes / 1e6:.1f} MB, the paper's stack of 30 {30 * gradient_bytes / 1e6:.0f} MB a group)"
+    )
 
     backprop_s, _ = timed(lambda: stream_gradients(model, layers, lambda *_: None, batches, n_steps=options.steps))
     calibrate_s, calibration = timed(lambda: calibrate(model, batches, groups=groups, n_steps=options.steps))
     full_s, _ = timed(calibration.bases)
     tenth_s, tenth = timed(lambda: calibration.bases(c=0.1, r=0.1))
-    print(f"backpropagation {backprop_s:.1f} s, calibration {calibrate_s:.1f} s, complete bases {full_s:.1f} s, a tenth "
-          f"of each side {tenth_s:.1f} s")  # fmt: skip
+    print(
+        f"backpropagation {backprop_s:.1f} s, calibration {calibrate_s:.1f} s, complete bases {full_s:.1f} s, "
+        f"a tenth of each side {tenth_s:.1f} s"
+    )
     captured = {}
     for name, gram in calibration.groups.items():
         for side, matrix in (("in", gram.gram_in), ("out", gram.gram_out)):
             exact = eigenbasis(matrix).spectrum
-            rows: int = (tenth[name].U if side == "in" else tenth[name].V).shape[0]  # type: ignore[union-attr]
+            rows: int = (tenth[name].U if side == "in" else tenth[name].V).shape[0]
             captured[f"{name}, {side}"] = float(eigenbasis(matrix, rows).spectrum.sum() / exact[:rows].sum())
     print(f"energy in the leading rows, of what exact eigenvectors hold: at least {min(captured.values()):.6f}")
 

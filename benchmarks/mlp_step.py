@@ -87,8 +87,8 @@ def build(tokens: int, seed: int) -> dict[str, Method]:
     add("floor", floor, None)
 
     full = copy.deepcopy(block)
-    full[0].bias.requires_grad_(False)  # type: ignore[union-attr, operator]
-    full[2].bias.requires_grad_(False)  # type: ignore[union-attr, operator]
+    full[0].bias.requires_grad_(False)
+    full[2].bias.requires_grad_(False)
     add(
         "full",
         full,
@@ -101,7 +101,9 @@ def build(tokens: int, seed: int) -> dict[str, Method]:
         add(name, changed, SparseGradAdamW(param_groups(changed)))
 
     folded = copy.deepcopy(full)
-    weights = {folded.get_submodule(name).weight: complete[g] for g, names in groups.items() for name in names}
+    weights: dict[nn.Parameter, Basis] = {
+        folded.get_parameter(f"{name}.weight"): complete[g] for g, names in groups.items() for name in names
+    }
     group = {"params": list(weights), "sparse": True, "density": DENSITY}
     add("exact", folded, SparseGradAdamW([group], bases=weights))
 
@@ -120,10 +122,16 @@ def build(tokens: int, seed: int) -> dict[str, Method]:
         print("peft is not installed: no LoRA row")
     else:
         config = LoraConfig(r=7, target_modules=["0", "2"])  # rank 7: the paper's for BERT-base
-        changed = get_peft_model(copy.deepcopy(block), config)  # type: ignore[arg-type]
+        changed = get_peft_model(copy.deepcopy(block), config)
         trained = [p for p in changed.parameters() if p.requires_grad]
         add("lora-rank-7", changed, torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0))
     return methods
+
+
+def leading(n: int) -> int:
+    count = row_count(LEADING, n)
+    assert count is not None
+    return count
 
 
 def counted(tokens: int) -> dict[str, int]:
@@ -140,7 +148,7 @@ def counted(tokens: int) -> dict[str, int]:
     for out, in_ in ((WIDE, HIDDEN), (HIDDEN, WIDE)):
         total["literal"] += 2 * tokens * (in_**2 + out**2 + in_ * out) + plain
         total["exact"] += 3 * plain + chain_cost(out, out, in_, in_) + out * in_ * min(out, in_)
-        r, c = row_count(LEADING, out), row_count(LEADING, in_)
+        r, c = leading(out), leading(in_)
         forming = chain_cost(out, r, c, in_)
         projected = tokens * in_ * c + chain_cost(r, out, tokens, c)
         total["truncated-memory"] += 2 * plain + 2 * forming + projected

@@ -23,7 +23,9 @@ _HOME = {
     "param_groups": "method.surgery",
     "refresh": "method.refresh",
     "replace_linears": "method.surgery",
+    "renew_positions": "method.refresh",
     "restore_linears": "method.surgery",
+    "select_positions": "method.positions",
     "sparse_dense_product": "method.selection",
     "topk_magnitude": "method.selection",
 }
@@ -41,7 +43,9 @@ if TYPE_CHECKING:
     from .method.linear import SparseGradLinear as SparseGradLinear
     from .method.literal import LiteralSparseGradLinear as LiteralSparseGradLinear
     from .method.optim import SparseGradAdamW as SparseGradAdamW
+    from .method.positions import select_positions as select_positions
     from .method.refresh import refresh as refresh
+    from .method.refresh import renew_positions as renew_positions
     from .method.selection import sparse_dense_product as sparse_dense_product
     from .method.selection import topk_magnitude as topk_magnitude
     from .method.surgery import param_groups as param_groups

@@ -1,4 +1,4 @@
-"""SparseGradLinear: the same output and gradients as the layer it replaces, in every setting that layers are used in."""
+"""SparseGradLinear: output and gradients of the layer it replaces, in every setting that layers are used in."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_saves_the_projected_input() -> None:
 
 
 def test_holds_nothing_else() -> None:
-    """No optimizer state and no captured activations: after a step the layer's attributes are those it was made with."""
+    """No optimizer state, no captured activations: after a step the layer has the attributes it was made with."""
     layer = a_layer()
     before = set(vars(layer))
     x = torch.randn(4, 7, dtype=F64, requires_grad=True)
@@ -318,7 +318,7 @@ def test_pack_refuses_to_drop_what_was_learnt_and_fold_keeps_it() -> None:
     x = torch.randn(4, 7, dtype=F64)
     expected, shared = layer(x), layer.weight
     kept = shared.detach().clone()
-    with pytest.raises(ValueError, match="packing 2 of 15 entries would drop 13 learnt ones.*call fold"):
+    with pytest.raises(ValueError, match=r"packing 2 of 15 entries would drop 13 learnt ones.*call fold"):
         layer.pack(torch.tensor([0, 1]))
     layer.fold()
     assert torch.equal(shared, kept)  # a model that shares the storage does not move
@@ -354,11 +354,11 @@ def test_errors() -> None:
         ValueError, match=r"basis is for layers with \(out, in\) = \(11, 7\), found a layer with \(7, 11\)"
     ):
         SparseGradLinear.from_linear(nn.Linear(11, 7), basis)
-    with pytest.raises(ValueError, match='prefer must be "memory" or "speed", found \'disk\''):
+    with pytest.raises(ValueError, match=r'prefer must be "memory" or "speed", found \'disk\''):
         SparseGradLinear.from_linear(nn.Linear(7, 11, dtype=F64), basis, prefer="disk")
     quantized = nn.Linear(7, 11)
     quantized.weight = nn.Parameter(torch.zeros(11, 7, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match="expected a floating point weight .out, in., found torch.int8"):
+    with pytest.raises(TypeError, match=r"expected a floating point weight .out, in., found torch.int8"):
         SparseGradLinear.from_linear(quantized, basis)
 
 

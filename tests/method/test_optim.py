@@ -348,10 +348,10 @@ def test_bad_parameters() -> None:
     p, basis = parameter(5, 5), Basis(orthogonal(5), orthogonal(5))
     with pytest.raises(ValueError, match='a parameter with a basis needs "sparse": True'):
         SparseGradAdamW([p], bases={p: basis})
+    q = parameter(4, 5)
     with pytest.raises(
         ValueError, match=r"basis is for layers with \(out, in\) = \(5, 5\), found a layer with \(4, 5\)"
     ):
-        q = parameter(4, 5)
         SparseGradAdamW([sparse(q, k=1)], bases={q: basis})
     with pytest.raises(ValueError, match=r"must be a matrix or a vector, found shape \(2, 2, 2\)"):
         SparseGradAdamW([sparse(parameter(2, 2, 2), k=1)])

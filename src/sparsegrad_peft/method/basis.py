@@ -174,9 +174,9 @@ class Basis(nn.Module):
 
 def check_orthonormal(matrix: Float[Tensor, "rows n"], side: str) -> None:
     """Raise unless the rows are orthonormal within `ORTHOGONALITY_TOLERANCE` of their data type."""
-    rows, n = matrix.shape
-    if rows > n:
-        raise ValueError(f"{side}: expected at most as many rows (directions) as columns, found shape {(rows, n)}")
+    shape = tuple(matrix.shape)
+    if len(shape) != 2 or not 1 <= shape[0] <= shape[1]:
+        raise ValueError(f"{side}: expected a matrix with 1 to as many rows (directions) as columns, found shape {shape}")
     tolerance = ORTHOGONALITY_TOLERANCE.get(matrix.dtype)
     if tolerance is None:
         raise TypeError(f"{side}: expected a floating point matrix, found {matrix.dtype}")

@@ -40,13 +40,13 @@ class GramStatistics:
     @torch.no_grad()
     def add(self, G: Tensor, *, normalize: bool = False) -> None:
         """Add one gradient (out, in); with `normalize`, scaled to Frobenius norm 1 (a zero gradient adds nothing)."""
-        G = G.to(self.gram_in.device, self.gram_in.dtype)
-        norm = float(G.norm()) if normalize else 1.0
-        if norm != 0:
-            if normalize:
-                G = G / norm  # before the product, which would underflow where G is tiny
-            self.gram_in.addmm_(G.T, G)
-            self.gram_out.addmm_(G, G.T)
+        given, G = G, G.to(self.gram_in.device, self.gram_in.dtype)
+        if normalize:
+            norm = float(G.norm()) or 1.0
+            # Before the products, where the square of a tiny norm would underflow; in place if G is a copy already.
+            G = G / norm if G is given else G.div_(norm)
+        self.gram_in.addmm_(G.T, G)
+        self.gram_out.addmm_(G, G.T)
         self.n_gradients += 1
 
 
@@ -161,16 +161,17 @@ def _merge(config: CalibrationConfig | None, options: dict[str, Any]) -> Calibra
 
 def _empty(model: nn.Module, name: str, layers: Sequence[str], config: CalibrationConfig) -> GramStatistics:
     modules = dict(model.named_modules())
-    shapes = {layer: linear_shape(modules[layer], layer) for layer in layers if layer in modules}
-    if len(shapes) < len(layers):
-        raise ValueError(f"group {name!r}: the model has no modules named {', '.join(set(layers) - set(shapes))}")
+    unknown = [layer for layer in layers if layer not in modules]
+    if unknown:
+        raise ValueError(f"group {name!r}: the model has no modules named {', '.join(unknown)}")
+    shapes = {layer: linear_shape(modules[layer], layer) for layer in layers}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"group {name!r}: the layers of a group share a shape, found (out, in) = {shapes}")
     out_features, in_features = next(iter(shapes.values()))
-    device = config.gram_device or modules[layers[0]].weight.device  # type: ignore[union-attr]
+    device = config.gram_device or modules[layers[0]].weight.device
     with torch.inference_mode(False):  # tensors made in a caller's inference mode could not be added to
-        gram_in = torch.zeros(in_features, in_features, dtype=config.gram_dtype, device=device)  # type: ignore[arg-type]
-        gram_out = torch.zeros(out_features, out_features, dtype=config.gram_dtype, device=device)  # type: ignore[arg-type]
+        gram_in = torch.zeros(in_features, in_features, dtype=config.gram_dtype, device=device)
+        gram_out = torch.zeros(out_features, out_features, dtype=config.gram_dtype, device=device)
     return GramStatistics(name, tuple(layers), gram_in, gram_out)
 
 

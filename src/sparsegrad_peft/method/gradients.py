@@ -154,10 +154,9 @@ def stream_gradients(
         trajectory.update(parameter, gradient, trajectory.lr)
 
     with ExitStack() as stack:
-        weights = {id(layers[name].weight) for name in names}
-        stack.enter_context(
-            _untouched(model, keep_values_of=walking + ([layers[n].weight for n in names] if trajectory else []))
-        )  # type: ignore[arg-type,misc]
+        targeted = [layer.get_parameter("weight") for layer in layers.values()]
+        weights = {id(weight) for weight in targeted}
+        stack.enter_context(_untouched(model, keep_values_of=[*walking, *targeted] if trajectory else []))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if training is not None:
@@ -206,7 +205,7 @@ def _find(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
         ):
             raise TypeError(
                 f"{name}: expected a floating point weight of shape {shape}, found {type(weight).__name__} of "
-                f"{weight.dtype} with shape {tuple(weight.shape)}; "  # type: ignore[union-attr]
+                f"{weight.dtype} with shape {tuple(weight.shape)}; "
                 "calibrate before quantizing or sharding the model, or pass ready statistics"
             )
     first_name: dict[int, str] = {}
@@ -265,7 +264,7 @@ def _counted(n_steps: int, progress: str | None) -> Generator[int, None, None]:
 
 
 @contextmanager
-def _untouched(model: nn.Module, keep_values_of: list[Tensor]) -> Iterator[None]:
+def _untouched(model: nn.Module, keep_values_of: list[nn.Parameter]) -> Iterator[None]:
     """Put the model and the random number generators back to the bit when the block ends, however it ends."""
     parameters = list(model.parameters())
     flags = [(p, p.requires_grad, p.grad) for p in parameters]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from .linear import SparseGradLinear, is_conv1d
 
@@ -19,8 +19,9 @@ def linear_shape(module: nn.Module, name: str) -> tuple[int, int]:
     if isinstance(module, nn.Linear | SparseGradLinear):
         return module.out_features, module.in_features
     if is_conv1d(module):
-        in_features, out_features = module.weight.shape  # type: ignore[misc, union-attr]
-        return out_features, in_features
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[1], weight.shape[0]
     raise TypeError(f"{name}: expected a torch.nn.Linear or a Conv1D, found {type(module).__name__}")
 
 

@@ -109,7 +109,7 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
         ValueError: `gram` is not square, not finite, not symmetric, has a negative trace, or is zero; `rows` is out of
             range.
     """
-    if gram.shape[0] != gram.shape[1]:
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"{name}: expected a square Gram matrix, found {tuple(gram.shape)}")
     n = gram.shape[0]
     check_rows(rows, n, name)

@@ -43,6 +43,8 @@ class SparseGradLinear(nn.Module):
         values, positions: (k) and (k), or None where not packed.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     S: nn.Parameter | None
     values: nn.Parameter | None
     positions: Tensor | None
@@ -117,7 +119,8 @@ class SparseGradLinear(nn.Module):
         U, V = self.basis.U, self.basis.V
         operands = (flat, self.weight, bias, self.core, self.positions, U, V, self.core_shape, self.prefer)
         with torch.autocast(x.device.type, enabled=False):
-            y = SparseGradFunction.apply(*operands) if torch.is_grad_enabled() else output_without_grad(*operands)
+            compute = SparseGradFunction.apply if torch.is_grad_enabled() else output_without_grad
+            y = compute(*operands)  # (T, out)
         return y.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
@@ -133,11 +136,8 @@ class SparseGradLinear(nn.Module):
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """A plain `nn.Linear` with the trained weight `W + Vᵀ S U`; this layer is left as it is."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(form_weight(self.weight, self.dense_core(), self.basis.U, self.basis.V).clone())
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return linear.train(self.training)
+        weight = form_weight(self.weight, self.dense_core(), self.basis.U, self.basis.V)
+        return plain_linear(weight, self.bias).train(self.training)
 
     @torch.no_grad()
     def pack(self, positions: Tensor) -> None:
@@ -207,6 +207,15 @@ def weight_and_bias(linear: nn.Module) -> tuple[Tensor, nn.Parameter | None]:
             f"expected a floating point weight (out, in), found {weight.dtype} of shape {tuple(weight.shape)}"
         )
     return (weight.T if is_conv1d(linear) else weight), bias  # type: ignore[return-value]
+
+
+def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """An `nn.Linear` that owns copies of a weight (out, in) and a bias."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    return linear
 
 
 def check_positions(positions: Tensor, numel: int) -> Tensor:

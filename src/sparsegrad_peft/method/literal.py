@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .basis import Basis
-from .linear import compute_dtype, weight_and_bias
+from .linear import compute_dtype, plain_linear, weight_and_bias
 from .selection import compressed_product, resolve_k, topk_magnitude
 
 Products = Literal["regular", "sparse"]
@@ -54,8 +54,8 @@ class LiteralFunction(torch.autograd.Function):
         x_tilde, W_tilde, U, V = ctx.saved_tensors
         U, V, W = (matrix.to(delta.dtype) for matrix in (U, V, W_tilde))
         if ctx.products == "sparse":
-            # Tokens without gradient are rows of zeros in δ and in every product that follows, so they are dropped
-            once.rows, delta_tilde = compressed_product(delta, V.T)  # (rows, out)
+            # Tokens without gradient are zero rows of δ and of every product that follows: dropped once, here.
+            rows, delta_tilde = compressed_product(delta, V.T)  # (rows, out)
             G_tilde = delta_tilde.T @ x_tilde[rows]
             grad_x = delta.new_zeros(delta.shape[0], U.shape[1])
             grad_x[rows] = delta_tilde @ W @ U
@@ -77,6 +77,8 @@ class LiteralSparseGradLinear(nn.Module):
         basis: complete on both sides.
         k: entries of the gradient kept in each backward pass.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -144,13 +146,9 @@ class LiteralSparseGradLinear(nn.Module):
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """A plain `nn.Linear` with the weight `Vᵀ W_tilde U`."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        U = self.basis.U
-        assert U is not None
-        linear.weight = nn.Parameter(self.basis.from_basis(self.W_tilde.to(U.dtype)).to(self.W_tilde.dtype))
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return linear.train(self.training)
+        wide = torch.promote_types(self.W_tilde.dtype, torch.float32)
+        weight = self.basis.from_basis(self.W_tilde.to(wide)).to(self.W_tilde.dtype)
+        return plain_linear(weight, self.bias).train(self.training)
 
     def extra_repr(self) -> str:
         """Shapes, for `print(model)`."""

@@ -205,8 +205,8 @@ class SparseGradAdamW(Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         beta1, beta2 = group["betas"]
         adamw(
-            params,  # type: ignore[arg-type]
-            [p.grad for p in params],  # type: ignore[misc]
+            params,
+            [p.grad for p in params],
             [self.state[p]["exp_avg"] for p in params],
             [self.state[p]["exp_avg_sq"] for p in params],
             [],

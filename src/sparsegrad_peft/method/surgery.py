@@ -35,8 +35,8 @@ def replace_linears(
         Layer name -> new layer.
 
     Raises:
-        ValueError: a group has no basis, a layer does not exist, is named twice or is the model itself; nothing has been
-            replaced then, nor if `make` fails.
+        ValueError: a group has no basis, a layer does not exist, is named twice or is the model itself; nothing has
+            been replaced then, nor if `make` fails.
     """
     if set(groups) != set(bases):
         raise ValueError(f"expected a basis for each group, found groups {sorted(groups)} and bases {sorted(bases)}")
