@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from sparsegrad_peft import Basis, SparseGradAdamW, SparseGradLinear
+from sparsegrad_peft import Basis, SparseGradAdamW, SparseGradLinear, refresh, replace_linears
 
 F64 = torch.float64
 
@@ -348,7 +348,7 @@ def test_positions_are_checked(positions: Tensor, error: type[Exception], words:
 
 def test_errors() -> None:
     basis = Basis(orthogonal(7, 3), orthogonal(11, 5))
-    with pytest.raises(TypeError, match="expected a torch.nn.Linear or a Conv1D, found Embedding"):
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Linear or a Conv1D, found Embedding"):
         SparseGradLinear.from_linear(nn.Embedding(7, 11), basis)
     with pytest.raises(
         ValueError, match=r"basis is for layers with \(out, in\) = \(11, 7\), found a layer with \(7, 11\)"
@@ -392,3 +392,31 @@ def test_one_dimensional_and_empty_inputs() -> None:
     assert empty.shape == (0, 11)
     empty.sum().backward()
     assert not layer.S.grad.any()
+
+
+def test_shared_basis_is_saved_once_and_moves_with_any_layer() -> None:
+    """One layer registers the basis, the others refer to it: a state dict holds it once and loads strictly."""
+    basis = Basis(orthogonal(7).float(), orthogonal(7).float())
+    model = nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 7), nn.Linear(7, 7))
+    layers = list(replace_linears(model, {"all": ["0", "1", "2"]}, {"all": basis}).values())
+    assert [layer.registers_basis for layer in layers] == [True, False, False]
+    stored = model.state_dict()
+    assert [name for name in stored if "basis" in name] == ["0.basis.U", "0.basis.V"]
+    twin = copy.deepcopy(model)
+    assert len({id(layer.basis) for layer in twin}) == 1
+    assert twin[2].basis is not basis
+    assert [layer.registers_basis for layer in twin] == [True, False, False]
+    with torch.no_grad():
+        twin[1].basis.U.zero_()
+    twin.load_state_dict(stored)
+    assert torch.equal(twin[1].basis.U, basis.U)
+    moved = copy.deepcopy(layers[1]).to("meta")  # alone, and only referring to its basis
+    assert moved.basis.U.device.type == "meta"
+    assert basis.U.device.type == "cpu"
+    twin.to("meta")
+    assert all(layer.basis.U.device.type == "meta" for layer in twin)
+    other = Basis(orthogonal(7).float(), orthogonal(7).float())
+    refresh(layers, other)
+    assert [layer.registers_basis for layer in layers] == [True, False, False]
+    assert all(layer.basis is other for layer in layers)
+    assert torch.equal(model.state_dict()["0.basis.U"], other.U)

@@ -169,9 +169,7 @@ def test_an_identity_side_is_a_basis_like_others(sides: str) -> None:
     eye_in, eye_out = torch.eye(IN, dtype=F64), torch.eye(OUT, dtype=F64)
     matrices = [(eye_in if b.U is None else b.U, eye_out if b.V is None else b.V) for b in (old, new)]
     expected = [reference.rotate(layer.S.detach(), *matrices[0], *matrices[1]) for layer in layers]
-    moments = [
-        reference.rotate(optimizer.state[layer.S]["exp_avg"], *matrices[0], *matrices[1]) for layer in layers
-    ]
+    moments = [reference.rotate(optimizer.state[layer.S]["exp_avg"], *matrices[0], *matrices[1]) for layer in layers]
     refresh(layers, new, optimizer)
     for layer, S, moment in zip(layers, expected, moments, strict=True):
         torch.testing.assert_close(layer.S.detach(), S, rtol=1e-12, atol=1e-12)
@@ -289,7 +287,7 @@ def test_first_moments_are_those_of_training_in_the_new_basis(new: tuple[int | N
     refresh(layers, basis, optimizer)
     for layer, twin in zip(layers, twins, strict=True):
         found, expected = optimizer.state[layer.S], twin_optimizer.state[twin.S]
-        assert expected["exp_avg"].abs().max() > 0.1
+        assert expected["exp_avg"].abs().max() > 0.01
         torch.testing.assert_close(found["exp_avg"], expected["exp_avg"], rtol=1e-10, atol=1e-10)
         assert found["step"] == expected["step"] == 5
         assert found["exp_avg_sq"].shape == expected["exp_avg_sq"].shape
@@ -567,8 +565,9 @@ def test_plain_weights_without_a_basis_are_refused() -> None:
 
 # New positions of a packed layer
 
-OLD = torch.tensor([2, 3, 5, 17, 40, 41, 60, 99])
-NEW = torch.tensor([99, 3, 0, 17, 50, 60, 107, 4])  # in no order: 3, 17, 60 and 99 stay
+OLD = torch.tensor([2, 3, 5, 17, 40, 41, 60, 85])
+NEW = torch.tensor([85, 3, 0, 17, 50, 60, 87, 4])  # in no order: 3, 17, 60 and 85 stay
+TRUNCATED = pytest.mark.parametrize("size", [(None, None), (11, 8)], ids=["complete", "truncated"])  # 108, 88 entries
 
 
 def packed(positions: Tensor = OLD, basis: Basis | None = None, **how: Any) -> tuple[SparseGradLinear, SparseGradAdamW]:
@@ -576,51 +575,45 @@ def packed(positions: Tensor = OLD, basis: Basis | None = None, **how: Any) -> t
     (layer,) = layers_on(basis or a_basis(), 1, positions=positions)
     optimizer = optimizer_for([layer], **how)
     train([layer], optimizer)
-    assert bool(layer.values.detach().all())
+    assert bool(layer.values.detach().any())
     return layer, optimizer
 
 
 @pytest.mark.parametrize("fold", [True, False])
-@pytest.mark.parametrize("size", [(None, None), (11, 8)])
+@TRUNCATED
 def test_entries_that_stay_keep_values_and_moments(fold: bool, size: tuple[int | None, int | None]) -> None:
-    """`NEW` has entries up to 107 of 108 in the complete basis, and is cut to what is there in the truncated one."""
-    basis = a_basis(*size)
-    numel = basis.U.shape[0] * basis.V.shape[0]
-    old, new = OLD.clamp_max(numel - 1), NEW.clamp_max(numel - 1).unique()
-    new = new[torch.randperm(new.numel())][: old.numel()]
-    old = torch.cat([old, torch.tensor([8, 9, 10])])[: new.numel()].unique()
-    layer, optimizer = packed(old, basis)
+    layer, optimizer = packed(OLD, a_basis(*size))
     values = dict(zip(layer.positions.tolist(), layer.values.tolist(), strict=True))
     state = {
         name: dict(zip(layer.positions.tolist(), optimizer.state[layer.values][name].tolist(), strict=True))
         for name in ("exp_avg", "exp_avg_sq")
     }
     parameter, step = layer.values, optimizer.state[layer.values]["step"].clone()
-    count = renew_positions(layer, new, optimizer, fold=fold)
+    assert renew_positions(layer, NEW, optimizer, fold=fold) == 4
 
-    ascending = sorted(new.tolist())
+    ascending = sorted(NEW.tolist())
     assert layer.positions.tolist() == ascending
     assert layer.positions.dtype == torch.int32
     assert layer.values is parameter
     assert layer.values.tolist() == [values.get(p, 0.0) for p in ascending]
-    assert count == sum(p not in values for p in ascending)
-    assert 0 < count < len(ascending)
     for name, kept in state.items():
         assert optimizer.state[layer.values][name].tolist() == [kept.get(p, 0.0) for p in ascending]
         assert any(kept[p] != 0 for p in ascending if p in kept)
     assert optimizer.state[layer.values]["step"] == step
 
 
-@pytest.mark.parametrize("size", [(None, None), (10, 11 - 2)])
-def test_folding_keeps_the_output(size: tuple[int | None, int | None]) -> None:
+@TRUNCATED
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_folding_keeps_the_output(with_optimizer: bool, size: tuple[int | None, int | None]) -> None:
     """What leaves goes into the frozen weight, whose old storage is left alone: others may hold it."""
-    (layer,) = layers_on(a_basis(*size), 1, positions=OLD.clamp_max(89))
-    optimizer = optimizer_for([layer])
-    train([layer], optimizer)
+    layer, optimizer = packed(OLD, a_basis(*size))
     x = torch.randn(5, IN, dtype=F64)
     output, weight = layer(x).detach(), layer.weight
     copied = weight.detach().clone()
-    renew_positions(layer, NEW.clamp_max(89)[[0, 1, 2, 3, 4, 5, 7]].unique(), fold=True)
+    if with_optimizer:
+        renew_positions(layer, NEW, optimizer)
+    else:
+        renew_positions(layer, NEW[:5])  # fewer
     torch.testing.assert_close(layer(x).detach(), output, rtol=1e-12, atol=1e-12)
     assert torch.equal(weight, copied)
     assert not torch.equal(layer.weight, copied)
@@ -631,7 +624,7 @@ def test_without_folding_what_leaves_is_dropped() -> None:
     layer, optimizer = packed()
     x = torch.randn(5, IN, dtype=F64)
     leaving = layer.dense_core().reshape(-1)
-    leaving[[3, 17, 60, 99]] = 0
+    leaving[[3, 17, 60, 85]] = 0
     dropped = layer.basis.from_basis(leaving.reshape(layer.core_shape))
     assert dropped.norm() > 0.01
     expected, weight = (layer(x) - x @ dropped.T).detach(), layer.weight
@@ -699,7 +692,11 @@ def test_folding_from_a_narrow_core_into_a_wide_weight(core: torch.dtype) -> Non
 @pytest.mark.parametrize(
     ("positions", "error", "words"),
     [
-        (torch.tensor([0, 108]), ValueError, "expected positions between 0 and 107, each once; found 2 .*from 0 to 108"),
+        (
+            torch.tensor([0, 108]),
+            ValueError,
+            "expected positions between 0 and 107, each once; found 2 .*from 0 to 108",
+        ),
         (torch.tensor([-1, 3]), ValueError, "expected positions between 0 and 107, each once; found 2 .*from -1 to 3"),
         (torch.tensor([4, 5, 4]), ValueError, r"each once; found 3 \(2 distinct\)"),
         (torch.tensor([], dtype=torch.int64), ValueError, "found 0 .*none"),

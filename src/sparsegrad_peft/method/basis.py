@@ -172,11 +172,43 @@ class Basis(nn.Module):
         return f"U={sides[0]}, V={sides[1]}, layers={len(self.layers)}"
 
 
+class HoldsBasis(nn.Module):
+    """A layer with a `Basis` that other layers may use too.
+
+    One of them registers the basis as its child, and so saves it with its state; the others only refer to it. That way a
+    state dict holds each basis once, which safetensors insists on. Whichever of them is moved moves the basis.
+    """
+
+    basis: Basis
+
+    def hold_basis(self, basis: Basis, *, register: bool) -> None:
+        """Use this basis from now on, as a registered child or as a mere reference."""
+        self._modules.pop("basis", None)
+        self.__dict__.pop("basis", None)
+        if register:
+            self.basis = basis
+        else:
+            self.__dict__["basis"] = basis  # past nn.Module.__setattr__, which would register it
+
+    @property
+    def registers_basis(self) -> bool:
+        """Whether the basis is a registered child."""
+        return "basis" in self._modules
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HoldsBasis:
+        super()._apply(fn, recurse)
+        if recurse and not self.registers_basis:
+            self.basis._apply(fn)
+        return self
+
+
 def check_orthonormal(matrix: Float[Tensor, "rows n"], side: str) -> None:
     """Raise unless the rows are orthonormal within `ORTHOGONALITY_TOLERANCE` of their data type."""
     shape = tuple(matrix.shape)
     if len(shape) != 2 or not 1 <= shape[0] <= shape[1]:
-        raise ValueError(f"{side}: expected a matrix with 1 to as many rows (directions) as columns, found shape {shape}")
+        raise ValueError(
+            f"{side}: expected a matrix with directions as rows, at most as many as columns, found shape {shape}"
+        )
     tolerance = ORTHOGONALITY_TOLERANCE.get(matrix.dtype)
     if tolerance is None:
         raise TypeError(f"{side}: expected a floating point matrix, found {matrix.dtype}")

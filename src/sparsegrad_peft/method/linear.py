@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .basis import Basis
+from .basis import Basis, HoldsBasis
 from .function import Prefer, SparseGradFunction, dense_core, form_weight, output_without_grad
 
 
@@ -25,7 +25,7 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-class SparseGradLinear(nn.Module):
+class SparseGradLinear(HoldsBasis):
     """Linear layer trained in the basis. Make one with `from_linear`.
 
     The trained core is an ordinary dense parameter, in one of two forms:
@@ -65,7 +65,7 @@ class SparseGradLinear(nn.Module):
         self.core_shape = basis.core_shape(self.out_features, self.in_features)
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
-        self.basis = basis
+        self.hold_basis(basis, register=True)
         self.prefer = prefer
         dtype = core_dtype or torch.promote_types(weight.dtype, torch.float32)
         self.S = nn.Parameter(torch.zeros(self.core_shape, dtype=dtype, device=weight.device))

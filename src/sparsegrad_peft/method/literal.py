@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .basis import Basis
+from .basis import Basis, HoldsBasis
 from .linear import compute_dtype, plain_linear, weight_and_bias
 from .selection import compressed_product, resolve_k, topk_magnitude
 
@@ -68,7 +68,7 @@ class LiteralFunction(torch.autograd.Function):
         return grad_x, grad_W, grad_bias, None, None, None, None, None
 
 
-class LiteralSparseGradLinear(nn.Module):
+class LiteralSparseGradLinear(HoldsBasis):
     """Linear layer in the published form, trained through `W_tilde` (out, in) with a COO gradient.
 
     Attributes:
@@ -101,7 +101,8 @@ class LiteralSparseGradLinear(nn.Module):
             )
         self.W_tilde = nn.Parameter(basis.to_basis(weight.detach().to(basis.U.dtype)).to(weight.dtype))
         self.register_parameter("bias", bias)
-        self.basis, self.k, self.products, self.select = basis, k, products, select
+        self.hold_basis(basis, register=True)
+        self.k, self.products, self.select = k, products, select
 
     @classmethod
     def from_linear(

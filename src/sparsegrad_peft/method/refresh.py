@@ -53,7 +53,7 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
     for layer in layers:
         assert layer.S is not None
         old, S = layer.basis, layer.S
-        update = old.from_basis(S.detach())  # (out, in)
+        update = layer.delta_weight()  # (out, in), float32 at least
         S_new = basis.to_basis(update)
         remainder = update - basis.from_basis(S_new)
         share = float(remainder.norm() / update.norm()) if update.any() else 0.0
@@ -65,9 +65,9 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
         outside.append(share)
         if optimizer is not None:
             rotate_moments(optimizer, S, old, basis, update.shape)
-        layer.basis, layer.core_shape = basis, (S_new.shape[0], S_new.shape[1])
-        S.data = S_new.to(S.dtype).contiguous()  # the parameter itself stays, for whoever holds it
-        S.grad = None
+        layer.hold_basis(basis, register=layer.registers_basis)
+        layer.core_shape = (S_new.shape[0], S_new.shape[1])
+        _set_core(S, S_new.to(S.dtype).contiguous())
     return outside
 
 
@@ -125,7 +125,18 @@ def _rotation(old: Tensor | None, new: Tensor | None) -> Tensor | None:
     """`new oldᵀ`, with None for the identity on either side."""
     if old is None or new is None:
         return new if old is None else old.T
-    return new @ old.T
+    wide = torch.promote_types(old.dtype, new.dtype)
+    return new.to(wide) @ old.to(wide).T
+
+
+def _set_core(core: nn.Parameter, value: Tensor) -> None:
+    """Write a value of any shape into a core; the parameter itself stays, for whoever holds it."""
+    core.grad = None
+    if value.shape != core.shape:
+        # A graph that is still alive, as that of the last loss is, keeps autograd's record of the old shape, by which the
+        # next gradient would be refused. Autograd drops the record when the data type changes.
+        core.data = core.new_empty(0, dtype=torch.float32 if core.dtype == torch.float64 else torch.float64)
+    core.data = value
 
 
 @torch.no_grad()
@@ -160,6 +171,7 @@ def renew_positions(
     stays = torch.isin(layer.positions, positions)
     if fold and layer.values[~stays].any():
         leaving = layer.values.new_zeros(r * c).index_copy_(0, old[~stays], layer.values[~stays].detach()).view(r, c)
+        leaving = leaving.to(torch.promote_types(leaving.dtype, torch.float32))
         added = layer.basis.from_basis(leaving).to(layer.weight.dtype)
         layer.weight = nn.Parameter(layer.weight + added, requires_grad=layer.weight.requires_grad)
 
@@ -169,11 +181,14 @@ def renew_positions(
 
     if optimizer is not None:
         state = optimizer.state.get(layer.values, {})
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name in state:
-                state[name] = moved(state[name])
-    layer.values.data = moved(layer.values.detach())
-    layer.values.grad = None
+        if "positions" in state:  # of a `sparse` group: moments of some of the values, at their places in `values`
+            slots = state["positions"].long()
+            kept = stays[slots]
+            state["positions"] = torch.searchsorted(positions, layer.positions[slots[kept]]).to(torch.int32)
+            state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"][kept], state["exp_avg_sq"][kept]
+        elif state:
+            state["exp_avg"], state["exp_avg_sq"] = moved(state["exp_avg"]), moved(state["exp_avg_sq"])
+    _set_core(layer.values, moved(layer.values.detach()))
     new = int((~torch.isin(positions, layer.positions)).sum())
     layer.positions = positions
     return new

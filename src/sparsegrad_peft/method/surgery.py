@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .basis import Basis
+from .basis import Basis, HoldsBasis
 from .linear import SparseGradLinear
 from .literal import LiteralSparseGradLinear
 
@@ -22,6 +22,8 @@ def replace_linears(
     **options: Any,
 ) -> dict[str, nn.Module]:
     """Replace the layers of each group in place; the layers of a group share its `Basis` module.
+
+    The first layer of a group registers the basis, the others refer to it (`HoldsBasis`): it is saved once.
 
     Args:
         model: changed in place.
@@ -51,6 +53,11 @@ def replace_linears(
         raise ValueError(f"{', '.join(twice)} stand for one layer in two groups, or twice in one")
     _check_not_root(model, chosen)
     made = {name: make(modules[name], bases[group], **options) for name, group in names}
+    registered: set[Basis] = set()
+    for layer in made.values():  # the first layer of a group saves its basis, see HoldsBasis
+        if isinstance(layer, HoldsBasis):
+            layer.hold_basis(layer.basis, register=layer.basis not in registered)
+            registered.add(layer.basis)
     _replace(model, {modules[name]: layer for name, layer in made.items()})
     return made
 

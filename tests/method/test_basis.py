@@ -1,0 +1,351 @@
+"""Basis: orthonormal or refused, shared by module, in its own type whatever the model is cast to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsegrad_peft import Basis, GramStatistics, SparseGradLinear
+from sparsegrad_peft.method.basis import ORTHOGONALITY_TOLERANCE, check_orthonormal
+
+F64 = torch.float64
+
+
+def orthogonal(n: int, rows: int | None = None, dtype: torch.dtype = F64) -> Tensor:
+    return torch.linalg.qr(torch.randn(n, n, dtype=F64)).Q[: rows or n].to(dtype)
+
+
+def statistics(out: int = 6, in_: int = 9, dtype: torch.dtype = torch.float32, layers: int = 2) -> GramStatistics:
+    names = tuple(f"layer.{i}" for i in range(layers))
+    gram = GramStatistics("mlp", names, torch.zeros(in_, in_, dtype=dtype), torch.zeros(out, out, dtype=dtype))
+    for G in torch.randn(12, out, in_, dtype=F64):
+        gram.add(G)
+    return gram
+
+
+class TwoLayers(nn.Module):
+    """A group of two layers with one basis, and another layer beside it."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        basis = Basis.from_gram(statistics(), c=5, r=4)
+        self.first, self.second = (
+            SparseGradLinear.from_linear(nn.Linear(9, 6, dtype=dtype), basis) for _ in range(2)
+        )  # fmt: skip
+        self.other = nn.Linear(6, 2, dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads only wait for each other on matrices this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def _shapes_unchecked() -> Iterator[None]:
+    """The test run checks shapes at each call; users meet the library's own messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# What is a basis
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), list(ORTHOGONALITY_TOLERANCE.items()))
+def test_orthonormal_within_the_types_tolerance(dtype: torch.dtype, tolerance: float) -> None:
+    """Rounding an accurate basis to the type is well inside; an error of twice the tolerance is refused."""
+    assert tolerance == {F64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    for rows in (1, 40, 64):
+        check_orthonormal(orthogonal(64, rows, dtype), "U")
+    for row, column in ((1, 1), (1, 2)):  # a length that is not 1, an angle that is not right
+        U = torch.eye(3, 4, dtype=F64)
+        U[row, column] += 2 * tolerance if row != column else tolerance
+        with pytest.raises(ValueError, match=r"U: rows are not orthonormal, \|U Uᵀ - I\| is up to .*"):
+            Basis(U.to(dtype), None)
+        U = torch.eye(3, 4, dtype=F64)
+        U[row, column] += 0.7 * tolerance if row != column else 0.35 * tolerance
+        Basis(U.to(dtype), None)
+
+
+def test_not_orthonormal() -> None:
+    """The message names the side, how far off it is, what is allowed, and the usual reason."""
+    with pytest.raises(
+        ValueError,
+        match=r"V: rows are not orthonormal, .* is up to 3 and may be 0\.0001 in torch\.float32; .*transpose",
+    ):
+        Basis(None, 2 * torch.eye(3))
+    # Directions in columns, as linalg.svd gives U: not orthonormal by rows where it is truncated.
+    with pytest.raises(ValueError, match=r"U: expected a matrix with directions as rows, .* found shape \(7, 3\)"):
+        Basis(orthogonal(7)[:, :3], None)
+    U = torch.eye(3)
+    U[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"U: rows are not orthonormal, .* up to nan"):
+        Basis(U, None)
+
+
+@pytest.mark.usefixtures("_shapes_unchecked")
+@pytest.mark.parametrize("shape", [(4,), (2, 2, 2), (), (0, 4)])
+def test_not_a_matrix(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"V: expected a matrix with directions as rows, at most as many as columns"):
+        Basis(None, torch.ones(shape))
+
+
+@pytest.mark.usefixtures("_shapes_unchecked")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_not_floating_point(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"U: expected a floating point matrix, found {dtype}"):
+        Basis(torch.eye(3).to(dtype), None)
+
+
+def test_orthonormality_is_checked_in_full_precision() -> None:
+    """Under autocast the check's own product would be rounded to bfloat16, and refuse every basis."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        Basis(orthogonal(64, 40, torch.float32), orthogonal(64))
+        Basis.from_gram(statistics(), c=5)
+
+
+def test_rows_are_stored_one_after_the_other() -> None:
+    """Selection gathers rows, which is many times faster so."""
+    basis = Basis(orthogonal(5).T, orthogonal(7).T[:3])
+    assert basis.U.is_contiguous()
+    assert basis.V.is_contiguous()
+
+
+# From Gram matrices
+
+
+@pytest.mark.parametrize("sums", [torch.float32, F64])
+@pytest.mark.parametrize("dtype", list(ORTHOGONALITY_TOLERANCE))
+def test_type_of_the_bases(sums: torch.dtype, dtype: torch.dtype) -> None:
+    """Any type from either type of sums: float64 bases, for a float64 model, from the default float32 sums too."""
+    gram = statistics(60, 90, sums)
+    basis = Basis.from_gram(gram, c=40, r=40, dtype=dtype)
+    expected = Basis.from_gram(gram, c=40, r=40, dtype=sums)
+    for name in ("U", "V"):
+        found = getattr(basis, name)
+        assert found.dtype == dtype
+        assert float((found.double() - getattr(expected, name).double()).abs().max()) < 1e-2
+        if dtype == F64:
+            assert float((found @ found.T - torch.eye(40)).abs().max()) < 1e-13
+            assert float((found - getattr(expected, name)).abs().max()) < 1e-5
+    assert basis.spectrum_in.dtype == basis.spectrum_out.dtype == sums
+
+
+def test_sizes_and_spectra_of_both_sides() -> None:
+    basis = Basis.from_gram(statistics(), c=5, r="full")
+    assert basis.U.shape == (5, 9)
+    assert basis.V.shape == (6, 6)
+    assert basis.spectrum_in.shape == (9,)
+    assert basis.spectrum_out.shape == (6,)
+    assert float(basis.spectrum_in.sum()) == pytest.approx(float(basis.spectrum_out.sum()), rel=1e-5)  # one energy
+    assert bool((basis.spectrum_in.diff() <= 0).all())
+    assert basis.layers == ("layer.0", "layer.1")
+
+
+def test_sizes_out_of_range_name_group_and_side() -> None:
+    with pytest.raises(ValueError, match=r"c, group 'mlp' \(layer\.0, layer\.1\): expected .*from 1 to 9, .*found 10"):
+        Basis.from_gram(statistics(), c=10)
+    with pytest.raises(ValueError, match=r"r, group 'mlp' \(layer\.0\): expected .*from 1 to 6, .*found 'half'"):
+        Basis.from_gram(statistics(layers=1), r="half")
+    with pytest.raises(TypeError, match=r"c, group 'mlp' \(layer\.0, layer\.1, layer\.2 and 9 more\): .*found True"):
+        Basis.from_gram(statistics(layers=12), c=True)
+
+
+# Into the basis and back
+
+
+def test_there_and_back() -> None:
+    basis = Basis(orthogonal(7), orthogonal(11))
+    G = torch.randn(11, 7, dtype=F64)
+    assert basis.is_complete
+    torch.testing.assert_close(basis.to_basis(G), basis.V @ G @ basis.U.T, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(basis.from_basis(basis.to_basis(G)), G, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(basis.to_basis(G).norm(), G.norm())  # nothing is lost
+
+
+@pytest.mark.parametrize(("c", "r"), [(3, 5), (7, 5), (3, 11), (1, 1)])
+def test_truncated_there_and_back_is_a_projection(c: int, r: int) -> None:
+    basis = Basis(orthogonal(7, c), orthogonal(11, r))
+    G, S = torch.randn(11, 7, dtype=F64), torch.randn(r, c, dtype=F64)
+    assert not basis.is_complete
+    torch.testing.assert_close(basis.to_basis(G), basis.V @ G @ basis.U.T, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(basis.from_basis(S), basis.V.T @ S @ basis.U, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(basis.to_basis(basis.from_basis(S)), S, rtol=1e-12, atol=1e-13)
+    assert float(basis.to_basis(G).norm()) < float(G.norm())
+
+
+def test_a_missing_side_is_the_identity() -> None:
+    U, V = orthogonal(7, 3), orthogonal(11, 5)
+    G = torch.randn(11, 7, dtype=F64)
+    eye_in, eye_out = torch.eye(7, dtype=F64), torch.eye(11, dtype=F64)
+    for basis, written_out in ((Basis(U, None), Basis(U, eye_out)), (Basis(None, V), Basis(eye_in, V))):
+        torch.testing.assert_close(basis.to_basis(G), written_out.to_basis(G))
+        S = basis.to_basis(G)
+        torch.testing.assert_close(basis.from_basis(S), written_out.from_basis(S))
+        assert basis.core_shape(11, 7) == written_out.core_shape(11, 7)
+        assert not basis.is_complete
+    assert Basis(orthogonal(7), None).is_complete
+
+
+def test_identity() -> None:
+    basis = Basis.identity()
+    G = torch.randn(11, 7)
+    assert torch.equal(basis.to_basis(G), G)
+    assert torch.equal(basis.from_basis(G), G)
+    assert basis.is_complete
+    assert basis.core_shape(11, 7) == (11, 7)
+    assert basis.core_shape(2, 3) == (2, 3)  # of layers of any shape
+    assert not basis.state_dict()
+    assert basis.to(F64) is basis
+
+
+def test_core_shape() -> None:
+    basis = Basis(orthogonal(7, 3), orthogonal(11, 5))
+    assert basis.core_shape(11, 7) == (5, 3)
+    for shape in ((7, 11), (11, 8), (12, 7)):
+        with pytest.raises(
+            ValueError,
+            match=rf"layers with \(out, in\) = \(11, 7\), found a layer with \({shape[0]}, {shape[1]}\); .*each",
+        ):
+            basis.core_shape(*shape)
+    with pytest.raises(ValueError, match=r"\(out, in\) = \(4, 7\), found a layer with \(4, 6\)"):
+        Basis(orthogonal(7, 3), None).core_shape(4, 6)
+
+
+def test_truncated() -> None:
+    """The leading rows, as a basis of its own: without the memory of the whole."""
+    whole = Basis.from_gram(statistics())
+    part = whole.truncated(c=4, r=2)
+    assert torch.equal(part.U, whole.U[:4])
+    assert torch.equal(part.V, whole.V[:2])
+    assert part.U.untyped_storage().nbytes() == 4 * 9 * 4
+    assert part.core_shape(6, 9) == (2, 4)
+    assert part.layers == whole.layers
+    assert torch.equal(part.spectrum_in, whole.spectrum_in)
+    one_side = whole.truncated(c=4)
+    assert one_side.core_shape(6, 9) == (6, 4)
+    assert torch.equal(one_side.V, whole.V)
+    assert whole.truncated().is_complete
+    assert whole.is_complete  # it is left as it is
+
+
+def test_truncated_out_of_range() -> None:
+    basis = Basis(orthogonal(7, 3), None)
+    for count in (0, 4, -1):
+        with pytest.raises(ValueError, match=f"c: expected .*from 1 to 3, .*found {count}"):
+            basis.truncated(c=count)
+    with pytest.raises(TypeError, match=r"c: expected .*found True"):
+        basis.truncated(c=True)
+    with pytest.raises(ValueError, match="r=2: this side is the identity, which has no leading rows"):
+        basis.truncated(r=2)
+
+
+# In a model: casts, moves, copies, checkpoints
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda m: m.half(),
+        lambda m: m.bfloat16(),
+        lambda m: m.double(),
+        lambda m: m.float(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to("cpu", torch.float16),
+        lambda m: m.to(torch.empty(0, dtype=F64)),
+        lambda m: m.half().double(),
+    ],
+    ids=["half", "bfloat16", "double", "float", "to bfloat16", "to cpu float16", "to like", "half double"],
+)
+@pytest.mark.parametrize("basis_dtype", [torch.float32, F64])
+def test_casts_leave_the_basis(cast: Callable[[nn.Module], nn.Module], basis_dtype: torch.dtype) -> None:
+    """A rounded basis is no longer orthogonal; the layers beside it follow the cast."""
+    model = TwoLayers()
+    model.first.basis = model.second.basis = Basis.from_gram(statistics(), c=5, r=4, dtype=basis_dtype)
+    before = {name: buffer.clone() for name, buffer in model.first.basis.named_buffers()}
+    assert len(before) == 4
+    cast(model)
+    plain = cast(nn.Linear(2, 2))
+    assert model.other.weight.dtype == model.first.weight.dtype == plain.weight.dtype
+    for name, buffer in model.first.basis.named_buffers():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer, before[name])
+    assert model.first.basis is model.second.basis
+
+
+def test_moves_are_followed() -> None:
+    """With a cast in the same call, too; `meta` is the other device that every machine has."""
+    for move in (lambda b: b.to("meta"), lambda b: b.to("meta", torch.bfloat16)):
+        basis = move(Basis.from_gram(statistics(), c=5, r=4))
+        assert {(str(b.device), b.dtype) for b in basis.buffers()} == {("meta", torch.float32)}
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda m: m.to(F64),
+        lambda m: m.half(),
+        copy.deepcopy,
+        lambda m: copy.deepcopy(m.to(F64)),
+        lambda m: m.to("meta").to_empty(device="cpu"),
+    ],
+    ids=["to", "half", "deepcopy", "to and deepcopy", "to_empty"],
+)
+def test_layers_go_on_sharing(work: Callable[[nn.Module], Any]) -> None:
+    model = work(TwoLayers())
+    assert model.first.basis is model.second.basis
+    assert model.first.basis.U.data_ptr() == model.second.basis.U.data_ptr()
+    assert len({b.untyped_storage().data_ptr() for b in model.buffers()}) == 4  # U, V and two spectra, once
+
+
+def test_copies_are_of_their_own() -> None:
+    model = TwoLayers()
+    twin = copy.deepcopy(model)
+    assert twin.first.basis is not model.first.basis
+    assert twin.first.basis.U.data_ptr() != model.first.basis.U.data_ptr()
+    assert twin.first.basis.layers == model.first.basis.layers
+    assert torch.equal(twin.first.basis.U, model.first.basis.U)
+
+
+def test_state_dict() -> None:
+    """The directions are saved, the spectra are not; loading fills the one basis that is shared."""
+    model, twin = TwoLayers(), TwoLayers()
+    assert not torch.equal(model.first.basis.U, twin.first.basis.U)
+    state = model.state_dict()
+    assert {name for name in state if "basis" in name} == {
+        f"{layer}.basis.{side}" for layer in ("first", "second") for side in ("U", "V")
+    }
+    twin.load_state_dict(state)
+    assert torch.equal(twin.first.basis.U, model.first.basis.U)
+    assert torch.equal(twin.second.basis.V, model.second.basis.V)
+    assert twin.first.basis is twin.second.basis
+    x = torch.randn(3, 9)
+    assert torch.equal(model.second(x), twin.second(x))
+
+
+def test_a_basis_is_not_trained() -> None:
+    model = TwoLayers()
+    assert not list(model.first.basis.parameters())
+    assert all(not buffer.requires_grad for buffer in model.first.basis.buffers())
+
+
+def test_printed() -> None:
+    basis = Basis(orthogonal(7, 3), None, layers=("a", "b"))
+    assert basis.extra_repr() == "U=(3, 7), V=identity, layers=2"
+    assert repr(basis) == "Basis(U=(3, 7), V=identity, layers=2)"
+    assert Basis.identity().extra_repr() == "U=identity, V=identity, layers=0"
