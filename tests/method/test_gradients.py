@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from calibration import LiveBytes
 from sparsegrad_peft import Basis, SparseGradLinear, Trajectory
 from sparsegrad_peft.method.gradients import default_loss, normalized_step, sign_step, stream_gradients
 
@@ -167,27 +168,49 @@ def test_gradient_of_a_sparsegrad_layer(complete: bool, packed: bool, prefer: st
     assert not layer.weight.requires_grad
 
 
-def test_never_more_than_one_gradient() -> None:
-    """The storage of each gradient is gone when the next one arrives. One that the callback keeps is seen to live."""
-    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), Conv1D(7, 6), nn.Tanh(), nn.Linear(7, 2)).double()
-    x = torch.randn(4, 5, dtype=F64)
+class GradientSized(LiveBytes):
+    """Counts the live tensors of exactly so many bytes, the model's own left out."""
+
+    def __init__(self, nbytes: int, model: nn.Module) -> None:
+        super().__init__()
+        self.nbytes, self.alive = nbytes, set[int]()
+        self.seen = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        if storage.nbytes() == self.nbytes and storage._cdata not in self.seen:
+            self.alive.add(storage._cdata)
+        super()._watch(storage)
+
+    def _forget(self, key: int, nbytes: int) -> None:
+        self.alive.discard(key)
+        super()._forget(key, nbytes)
+
+
+@pytest.mark.parametrize(
+    "trajectory", [None, Trajectory(), Trajectory(update=normalized_step)], ids=["fixed", "sign", "normalized"]
+)
+def test_never_more_than_one_gradient(trajectory: Trajectory | None) -> None:
+    """Each is gone when the next one arrives, and no copy of it is left; the test sees one that is kept."""
+    model = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), Conv1D(6, 7), nn.Tanh(), nn.Linear(6, 7)).double()
+    x = torch.randn(4, 6, dtype=F64)
     passed: list[StorageWeakRef] = []
-    alive: list[int] = []
+    alive: list[tuple[int, int]] = []
     kept: list[Tensor] = []
 
     def look(_: str, G: Tensor) -> None:
-        alive.append(sum(not one.expired() for one in passed))
+        alive.append((sum(not one.expired() for one in passed), len(counter.alive)))
         passed.append(StorageWeakRef(G.untyped_storage()))
         if len(passed) == 5:
             kept.append(G)
 
-    for trajectory in (None, Trajectory(), Trajectory(update=normalized_step)):
-        del passed[:], alive[:], kept[:]
+    counter = GradientSized(6 * 7 * 8, model)  # every weight has 42 entries, and nothing else has
+    with counter:
         stream_gradients(
             model, ["0", "2", "4"], look, step=lambda: model(x).square().sum(), n_steps=3, trajectory=trajectory
         )
-        assert alive == [0, 0, 0, 0, 0, 1, 1, 1, 1]
-        assert sum(not one.expired() for one in passed) == 1
+    before = 3 if trajectory else 0  # the trajectory's copies of the weights it started from
+    assert alive == [(0, before + 1)] * 5 + [(1, before + 2)] * 4
+    assert len(counter.alive) == 1
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -443,16 +466,20 @@ def test_called_where_gradients_are_off(mode: Callable[[], Any], trajectory: Tra
 def test_an_interrupted_progress_bar_is_taken_down() -> None:
     """Its thread must not draw on while a notebook keeps the traceback of the interrupt."""
     model = nn.Linear(2, 2)
+    started: list[threading.Thread] = []
 
     def interrupt(name: str, G: Tensor) -> None:
-        assert threading.active_count() > threads  # the bar's
+        started.extend(set(threading.enumerate()) - before)
         raise KeyboardInterrupt
 
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(KeyboardInterrupt) as kept:
         stream_gradients(model, [""], interrupt, step=lambda: model(torch.ones(1, 2)).sum(), n_steps=2, progress="bar")
     assert kept.tb is not None
-    assert threading.active_count() == threads
+    assert started
+    for thread in started:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
 
 
 # What is refused, and in which words

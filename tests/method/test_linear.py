@@ -420,3 +420,19 @@ def test_shared_basis_is_saved_once_and_moves_with_any_layer() -> None:
     assert [layer.registers_basis for layer in layers] == [True, False, False]
     assert all(layer.basis is other for layer in layers)
     assert torch.equal(model.state_dict()["0.basis.U"], other.U)
+
+
+@pytest.mark.parametrize("tokens", [2, 300])
+def test_narrow_core_on_a_wide_weight(tokens: int) -> None:
+    """`core_dtype` may be narrower than the weight's type; sums are made in the wider of the two."""
+    basis = Basis(orthogonal(32, 8).float(), orthogonal(48, 12).float())
+    layer = SparseGradLinear.from_linear(nn.Linear(32, 48), basis, core_dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.S.normal_(std=0.1)
+    x = torch.randn(tokens, 32)
+    y = layer(x)
+    y.sum().backward()
+    assert layer.S.grad.dtype == layer.S.dtype == torch.bfloat16
+    torch.testing.assert_close(layer.to_linear()(x), y, rtol=2e-2, atol=2e-2)
+    layer.fold()
+    torch.testing.assert_close(layer(x), y, rtol=2e-2, atol=2e-2)

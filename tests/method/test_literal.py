@@ -395,7 +395,7 @@ def make(
         (make(basis=Basis(orthogonal(5), orthogonal(4)[:1])), ValueError, r"needs a complete basis.*V=\(1, 4\)"),
         (make(basis=Basis.identity()), ValueError, "needs a complete basis.*found U=identity, V=identity"),
         (make(basis=Basis(orthogonal(5), None)), ValueError, "needs a complete basis.*V=identity"),
-        (make(basis=complete_basis(5, 4)), ValueError, r"basis is for layers with .* = \(5, 4\), found a layer with \(4, 5\)"),
+        (make(basis=complete_basis(5, 4)), ValueError, r"for layers with .* = \(5, 4\), found a layer with \(4, 5\)"),
         (make(products="dense"), ValueError, """products must be "regular" or "sparse", found 'dense'"""),
         (make(k=0), ValueError, "k must be between 1 and the 20 entries there are, found 0"),
         (make(k=21), ValueError, "k must be between 1 and the 20 entries there are, found 21"),

@@ -1,6 +1,6 @@
 from collections.abc import Callable, Iterator
 from functools import cache, reduce
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ def _one_thread() -> Iterator[None]:
 
 def matrices(*dims: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(sum(d * 31**i for i, d in enumerate(dims)))
-    return [torch.randn(a, b, generator=generator, dtype=torch.float64) for a, b in zip(dims, dims[1:], strict=False)]
+    return [torch.randn(a, b, generator=generator, dtype=torch.float64) for a, b in pairwise(dims)]
 
 
 def naive(factors: list[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsegrad_peft import Basis, SparseGradAdamW, SparseGradLinear, refresh
+from sparsegrad_peft import Basis, SparseGradAdamW, SparseGradLinear, refresh, replace_linears
 from sparsegrad_peft.method import reference
 from sparsegrad_peft.method.refresh import refresh_folded, renew_positions
 
@@ -88,7 +88,7 @@ def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("old", [(None, None), (5, 4), (5, None), (1, 1)])
 @pytest.mark.parametrize("new", [(None, None), (5, 4), (3, 7), (8, 8), (1, None)])
 def test_the_output_stays(old: tuple[int | None, int | None], new: tuple[int | None, int | None]) -> None:
-    """From any size to any other; what the new directions cannot hold goes into the frozen weight, and its share is told."""
+    """From any size to any other; what the new directions cannot hold goes into the weight, and its share is told."""
     layers = layers_on(a_basis(*old))
     train(layers, optimizer_for(layers))
     x = torch.randn(5, IN, dtype=F64)
@@ -331,8 +331,7 @@ def test_second_moments_keep_their_total() -> None:
 
 
 def test_second_moments_of_uncorrelated_entries_are_those_of_the_new_basis() -> None:
-    """The statement behind `R_V² exp_avg_sq (R_U²)ᵀ`: with independent entries of given variances in the old basis, it is
-    the variance of the entries in the new one."""
+    """What `R_V² exp_avg_sq (R_U²)ᵀ` stands for: independent entries of these variances, looked at in the new basis."""
     old, new = a_basis(), a_basis(4, 6)
     (layer,) = layers_on(old, 1)
     optimizer = optimizer_for([layer])
@@ -347,7 +346,7 @@ def test_second_moments_of_uncorrelated_entries_are_those_of_the_new_basis() -> 
     assert float((optimizer.state[layer.S]["exp_avg_sq"] / expected - 1).abs().max()) < 0.05  # standard error 0.01
 
 
-@pytest.mark.parametrize("new", [(None, None), (5, 4), (2, 2)])
+@pytest.mark.parametrize("new", [(None, None), (5, 4), (3, 3)])
 def test_as_many_sparse_moments_are_kept_as_there_were(new: tuple[int | None, int | None]) -> None:
     """Those of the largest second moments, each with both of its rotated values; fewer only where there is no room."""
     old, basis = a_basis(), a_basis(*new)
@@ -492,6 +491,19 @@ def test_layers_without_moments_yet() -> None:
     refresh(layers, a_basis(5, 5), optimizer)
     assert not optimizer.state
     train(layers, optimizer)
+
+
+def test_layers_that_share_a_basis_share_the_new_one() -> None:
+    """In a model: one module, saved once, before and after."""
+    model = nn.Sequential(*(nn.Linear(IN, IN, dtype=F64) for _ in range(3)))
+    replace_linears(model, {"all": ["0", "1", "2"]}, {"all": Basis(orthogonal(IN), orthogonal(IN))})
+    layers = [layer for layer in model if isinstance(layer, SparseGradLinear)]
+    saved = list(model.state_dict())
+    basis = Basis(orthogonal(IN, 3), orthogonal(IN, 2))
+    refresh(layers, basis)
+    assert [layer.basis for layer in layers] == [basis] * 3
+    assert list(model.state_dict()) == saved
+    assert sum(name.endswith("basis.U") for name in saved) == 1
 
 
 # Plain weights, selected from in a basis
@@ -718,3 +730,11 @@ def test_a_block_has_no_positions() -> None:
     (layer,) = layers_on(a_basis(), 1)
     with pytest.raises(ValueError, match=r"expected a packed layer, found a block; call pack\(positions\)"):
         renew_positions(layer, NEW)
+
+
+def test_refresh_refuses_a_core_smaller_than_what_the_optimizer_selects() -> None:
+    layer = SparseGradLinear.from_linear(nn.Linear(6, 6), Basis(torch.eye(6), torch.eye(6)))
+    optimizer = SparseGradAdamW([{"params": [layer.S], "sparse": True, "k": 20}])
+    with pytest.raises(ValueError, match="k must be between 1 and the 4 entries there are, found 20"):
+        refresh([layer], Basis(torch.eye(6)[:2], torch.eye(6)[:2]), optimizer)
+    assert layer.core_shape == (6, 6)

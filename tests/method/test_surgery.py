@@ -129,8 +129,23 @@ def test_the_layers_of_a_group_share_one_basis_module(bert: nn.Module, kind: str
 def test_a_shared_basis_stays_shared_when_the_model_is_moved_or_copied(bert: nn.Module) -> None:
     surgery(bert, "complete")
     for model in (copy.deepcopy(bert), bert.to(torch.float64), bert.half()):
-        found = {id(module) for module in model.modules() if isinstance(module, Basis)}
-        assert len(found) == 2
+        layers = [module for module in model.modules() if isinstance(module, SparseGradLinear)]
+        assert len(layers) == 2 * LAYERS
+        assert len({id(layer.basis) for layer in layers}) == 2
+        assert {layer.basis.U.dtype for layer in layers} == {torch.float32}
+
+
+def test_a_shared_basis_is_saved_once(bert: nn.Module) -> None:
+    """And what was saved is all there is: a model of other weights and bases becomes the same by loading it."""
+    config, given = bert.config, batch()
+    surgery(bert, "complete")
+    train(bert, SparseGradAdamW(param_groups(bert, k=9), lr=1e-2))
+    state = bert.state_dict()
+    assert sum(name.endswith("basis.U") for name in state) == sum(name.endswith("basis.V") for name in state) == 2
+    other = BertForSequenceClassification(config)
+    surgery(other, "complete")
+    other.load_state_dict(state, strict=True)
+    assert torch.equal(logits(other, given), logits(bert, given))
 
 
 def test_nothing_else_of_the_model_changes(bert: nn.Module) -> None:

@@ -175,8 +175,8 @@ class Basis(nn.Module):
 class HoldsBasis(nn.Module):
     """A layer with a `Basis` that other layers may use too.
 
-    One of them registers the basis as its child, and so saves it with its state; the others only refer to it. That way a
-    state dict holds each basis once, which safetensors insists on. Whichever of them is moved moves the basis.
+    One of them registers the basis as its child, and so saves it with its state; the others only refer to it. That way
+    a state dict holds each basis once, which safetensors insists on. Whichever of them is moved moves the basis.
     """
 
     basis: Basis

@@ -40,10 +40,9 @@ def dense_core(core: Tensor, positions: Tensor | None, shape: tuple[int, int]) -
 
 def form_weight(weight: Tensor, S: Tensor, U: Tensor | None, V: Tensor | None) -> Tensor:
     """`W + Vᵀ S U` (out, in), computed in the wider of the two types and rounded once to the type of `W`."""
-    wide = weight.to(torch.promote_types(weight.dtype, S.dtype))
-    return add_chain(wide, None if V is None else V.T.to(wide.dtype), S, None if U is None else U.to(wide.dtype)).to(
-        weight.dtype
-    )
+    wide = torch.promote_types(weight.dtype, S.dtype)
+    U, V = None if U is None else U.to(wide), None if V is None else V.to(wide)
+    return add_chain(weight.to(wide), None if V is None else V.T, S.to(wide), U).to(weight.dtype)
 
 
 def _forms(tokens: int, core_shape: tuple[int, int], weight: Tensor, prefer: Prefer) -> bool:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import random
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,8 +172,7 @@ def stream_gradients(
             weight: Tensor = layer.weight  # type: ignore[assignment]
             weight.requires_grad_(True)
             stack.callback(weight.register_post_accumulate_grad_hook(target_hook(name, layer)).remove)
-        # Closed also when interrupted: else the traceback would keep the generator, and with it the progress bar.
-        for number in stack.enter_context(closing(_counted(n_steps, progress))):
+        for number in _counted(n_steps, progress):
             loss = next_loss()
             _check_loss(loss, number)
             loss.backward()
@@ -251,7 +250,7 @@ def _check_loss(loss: Any, number: int) -> None:
         )
 
 
-def _counted(n_steps: int, progress: str | None) -> Generator[int, None, None]:
+def _counted(n_steps: int, progress: str | None) -> Iterator[int]:
     numbers = range(1, n_steps + 1)
     first_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if progress is None or not first_process:

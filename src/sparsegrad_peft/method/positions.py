@@ -29,7 +29,7 @@ def select_positions(
     trajectory: Trajectory | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Positions for `SparseGradLinear.pack`, or `renew_positions`: the `k` largest entries of `Σ G_tilde²` in each layer.
+    """Positions for `SparseGradLinear.pack` or `renew_positions`: the `k` largest entries of `Σ G_tilde²` in a layer.
 
     The layers may be linear ones still to be replaced, or SparseGrad layers in training. One matrix (r, c) is kept
     for each layer, in float32; the model is left as it was. Under `torch.distributed` the sums are all-reduced.

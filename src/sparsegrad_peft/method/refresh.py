@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .basis import Basis
 from .linear import SparseGradLinear, check_positions
 from .optim import SparseGradAdamW
-from .selection import topk_positions
+from .selection import resolve_k, topk_positions
 
 
 @torch.no_grad()
@@ -40,7 +40,8 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
         of its frozen weight; 0 for a complete basis.
 
     Raises:
-        ValueError: a layer is packed, or the basis does not fit; nothing has been changed then.
+        ValueError: a layer is packed, the basis does not fit, or the optimizer selects more entries than the new core
+            has; nothing has been changed then.
     """
     for layer in layers:
         if layer.S is None:
@@ -48,7 +49,9 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
                 "a packed layer keeps its positions in the old basis and cannot be given another; call fold() and "
                 "unpack() first, then pack() new positions"
             )
-        basis.core_shape(layer.out_features, layer.in_features)
+        shape = basis.core_shape(layer.out_features, layer.in_features)
+        if optimizer is not None:
+            _check_k(optimizer, layer.S, shape)
     outside = []
     for layer in layers:
         assert layer.S is not None
@@ -121,6 +124,12 @@ def rotate_moments(
     state["exp_avg"], state["exp_avg_sq"] = exp_avg, exp_avg_sq
 
 
+def _check_k(optimizer: SparseGradAdamW, S: nn.Parameter, shape: tuple[int, int]) -> None:
+    for group in optimizer.param_groups:
+        if group["k"] is not None and any(parameter is S for parameter in group["params"]):
+            resolve_k(shape[0] * shape[1], group["k"])
+
+
 def _rotation(old: Tensor | None, new: Tensor | None) -> Tensor | None:
     """`new oldᵀ`, with None for the identity on either side."""
     if old is None or new is None:
@@ -133,8 +142,8 @@ def _set_core(core: nn.Parameter, value: Tensor) -> None:
     """Write a value of any shape into a core; the parameter itself stays, for whoever holds it."""
     core.grad = None
     if value.shape != core.shape:
-        # A graph that is still alive, as that of the last loss is, keeps autograd's record of the old shape, by which the
-        # next gradient would be refused. Autograd drops the record when the data type changes.
+        # A graph that is still alive, as that of the last loss is, keeps autograd's record of the old shape, by which
+        # the next gradient would be refused. Autograd drops the record when the data type changes.
         core.data = core.new_empty(0, dtype=torch.float32 if core.dtype == torch.float64 else torch.float64)
     core.data = value
 

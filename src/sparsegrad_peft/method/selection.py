@@ -39,7 +39,7 @@ def resolve_k(numel: int, k: int | None = None, density: float | None = None) ->
         raise TypeError(f"density is a share of the entries and must be a number, found {density!r}")
     if not 0 < density <= 1:
         raise ValueError(f"density must be above 0 and at most 1 (0.01 keeps one entry in a hundred), found {density}")
-    return max(1, math.floor(density * numel))
+    return max(1, math.floor(round(density * numel, 6)))  # 0.29 of 100 is 29, though 0.29 * 100 is a little less
 
 
 # A matrix is sampled at this stride to guess a bound below its k-th largest entry. A prime, so that the sample does not
