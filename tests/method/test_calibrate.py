@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -61,20 +61,6 @@ def collected(model: nn.Module, groups: dict[str, list[str]], batches: Any, **op
         model, list(found), lambda name, G: found[name].append(G.clone()), batches, loss_fn=call, **options
     )
     return {group: torch.stack([G for name in names for G in found[name]]) for group, names in groups.items()}
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads only wait for each other on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # The sums

@@ -92,7 +92,7 @@ def test_one_role_of_two_shapes_is_two_groups() -> None:
     }
     # (4, 6) and (6, 4) have equal numbers of entries and are two shapes.
     turned = nn.ModuleList([nn.Linear(4, 6), nn.Linear(6, 4)])
-    assert group_linears(turned) == {"* (6x4)": ["0"], "* (4x6)": ["1"]}
+    assert group_linears(turned) == {"0": ["0"], "1": ["1"]}
 
 
 def test_only_whole_numbers_are_block_numbers() -> None:
@@ -107,7 +107,7 @@ def test_sparsegrad_layers_are_linear_layers() -> None:
     """Calibration for a refresh looks at a model whose layers have been replaced."""
     layer = SparseGradLinear.from_linear(nn.Linear(3, 5), Basis.identity())
     model = nn.Sequential(layer, nn.ReLU(), nn.Linear(5, 3))
-    assert group_linears(model) == {"* (5x3)": ["0"], "* (3x5)": ["2"]}
+    assert group_linears(model) == {"0": ["0"], "2": ["2"]}
     assert linear_shape(layer, "0") == (5, 3)
 
 
@@ -124,3 +124,17 @@ def test_shape_of_what_is_not_linear() -> None:
     with pytest.raises(TypeError, match=r"emb: .*found Embedding"):
         linear_shape(nn.Embedding(3, 3), "emb")
     assert linear_shape(nn.Linear(3, 5, device=torch.device("meta")), "meta") == (5, 3)
+
+
+def test_numbers_inside_a_sequential_are_no_block_numbers() -> None:
+    """Two square layers of one `Sequential` have different roles; layers listed in a `ModuleList` have one."""
+    model = nn.ModuleDict({
+        "blocks": nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)) for _ in range(2)),
+        "experts": nn.ModuleList(nn.Linear(4, 4) for _ in range(3)),
+    })  # fmt: skip
+    assert group_linears(model) == {
+        "blocks.*.0": ["blocks.0.0", "blocks.1.0"],
+        "blocks.*.2": ["blocks.0.2", "blocks.1.2"],
+        "experts.*": ["experts.0", "experts.1", "experts.2"],
+    }
+    assert group_linears(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))) == {"0": ["0"], "1": ["1"]}

@@ -50,20 +50,6 @@ def with_spectrum(spectrum: Tensor) -> Tensor:
     return (gram + gram.T) / 2
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads only wait for each other on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def _shapes_unchecked() -> Iterator[None]:
     """The test run checks shapes at each call; users meet the library's own messages."""

@@ -1,5 +1,5 @@
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,16 +20,6 @@ from sparsegrad_peft.method.selection import (
 
 F64 = torch.float64
 BOTH = pytest.mark.parametrize("products", ["regular", "sparse"])
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    """One thread: handing out work this small takes longer than the work, and on a busy machine a hundred times."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def orthogonal(n: int) -> Tensor:

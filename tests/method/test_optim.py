@@ -17,11 +17,6 @@ from sparsegrad_peft import Basis, LiteralSparseGradLinear, SparseGradAdamW, Spa
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def orthogonal(n: int, rows: int | None = None) -> Tensor:
     return torch.linalg.qr(torch.randn(n, n, dtype=F64)).Q[: rows or n]
 

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, reduce
 from itertools import pairwise, product
 from typing import Any
@@ -11,15 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsegrad_peft.method.products import add_chain, chain, chain_cost
 
 SIZES = (1, 2, 3, 7, 40)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Handing out work this small takes longer than the work, and on a busy machine a hundred times."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def matrices(*dims: int) -> list[Tensor]:

@@ -1,5 +1,4 @@
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,16 +13,6 @@ from sparsegrad_peft.method.refresh import refresh_folded, renew_positions
 F64 = torch.float64
 OUT, IN = 9, 12
 HOW = pytest.mark.parametrize("how", [{}, {"sparse": True, "k": 7}], ids=["dense", "sparse"])
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    """One thread: handing out work this small takes longer than the work, and on a busy machine a hundred times."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def orthogonal(n: int, rows: int | None = None, dtype: torch.dtype = F64) -> Tensor:

@@ -1,6 +1,6 @@
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,15 +24,6 @@ from sparsegrad_peft.method.selection import (
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Handing out work this small takes longer than the work, and on a busy machine a hundred times."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def bare(function: Callable[..., Any]) -> Callable[..., Any]:

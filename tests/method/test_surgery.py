@@ -1,5 +1,5 @@
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,16 +22,6 @@ from sparsegrad_peft.method.groups import linear_shape
 MLP = r".*layer\.\d+\.(intermediate|output)\.dense"
 HIDDEN, INNER, LAYERS = 16, 24, 3
 KINDS = pytest.mark.parametrize("kind", ["complete", "truncated", "packed", "literal"])
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    """One thread: handing out work this small takes longer than the work, and on a busy machine a hundred times."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from .basis import Basis
 from .gradients import Step, Trajectory, default_loss, stream_gradients
 from .groups import group_linears, linear_shape
 from .hosvd import Rows
+from .processes import sum_over_processes, taken_from_first
 
 
 @dataclass
@@ -79,6 +80,7 @@ class Calibration:
     groups: dict[str, GramStatistics]
     config: CalibrationConfig = field(default_factory=CalibrationConfig)
 
+    @torch.inference_mode(False)  # bases made under it could not be saved for backward
     def bases(self, *, c: Rows = "full", r: Rows = "full", dtype: torch.dtype = torch.float32) -> dict[str, Basis]:
         """One `Basis` for each group (see `Basis.from_gram`); equal to the bit on every process.
 
@@ -98,7 +100,7 @@ def calibrate(
     progress: bool = True,
     **options: Any,
 ) -> Calibration:
-    """Gram matrices of the gradients of each group of layers; the model is left exactly as it was.
+    r"""Gram matrices of the gradients of each group of layers; the model is left exactly as it was.
 
     Peak extra memory is the Gram matrices and one layer's gradient (and, with a `Trajectory`, a copy of what walks).
     Under `torch.distributed`, each process passes its own batches; the sums are all-reduced, so that every process
@@ -122,7 +124,7 @@ def calibrate(
             refuses.
 
     Example:
-        >>> groups = group_linears(model, ["intermediate.dense", r"layer.0.output.dense"])
+        >>> groups = group_linears(model, r".*layer\.\d+\.(intermediate|output)\.dense")
         >>> bases = calibrate(model, loader, groups=groups, n_steps=30).bases(c=0.25, r=0.25)
     """
     config = _merge(config, options)
@@ -147,9 +149,8 @@ def calibrate(
         trajectory=config.trajectory,
         progress="Calibrating" if progress else None,
     )
-    if torch.distributed.is_initialized():
-        for gram in statistics.values():
-            _all_reduce(gram)
+    for gram in statistics.values():
+        _sum_over_processes(gram)
     return Calibration(statistics, config)
 
 
@@ -182,19 +183,13 @@ def _agreed(gram: GramStatistics, c: Rows, r: Rows, dtype: torch.dtype) -> Basis
     vectors and, for a share of energy, another number of them. So the first process's are taken, numbers included.
     """
     basis = Basis.from_gram(gram, c=c, r=r, dtype=dtype)
-    if torch.distributed.is_initialized():
-        for name, buffer in list(basis.named_buffers()):
-            shape = torch.tensor(buffer.shape, device=buffer.device)
-            torch.distributed.broadcast(shape, src=0)
-            agreed = buffer if shape.tolist() == list(buffer.shape) else buffer.new_empty(shape.tolist())
-            torch.distributed.broadcast(agreed, src=0)
-            setattr(basis, name, agreed)
+    for name, buffer in list(basis.named_buffers()):
+        setattr(basis, name, taken_from_first(buffer))
     return basis
 
 
-def _all_reduce(gram: GramStatistics) -> None:
-    count = torch.tensor(gram.n_gradients, device=gram.gram_in.device)
+def _sum_over_processes(gram: GramStatistics) -> None:
+    count = torch.tensor(gram.n_gradients)
     for tensor in (gram.gram_in, gram.gram_out, count):
-        torch.distributed.all_reduce(tensor)
-        torch.distributed.broadcast(tensor, src=0)  # a reduction need not give every process the same rounding
+        sum_over_processes(tensor)
     gram.n_gradients = int(count)

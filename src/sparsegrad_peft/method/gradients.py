@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .basis import Basis
 from .groups import linear_shape
 from .linear import is_conv1d
+from .processes import is_first
 
 Step = Callable[[], Tensor]
 
@@ -252,8 +253,7 @@ def _check_loss(loss: Any, number: int) -> None:
 
 def _counted(n_steps: int, progress: str | None) -> Iterator[int]:
     numbers = range(1, n_steps + 1)
-    first_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if progress is None or not first_process:
+    if progress is None or not is_first():
         yield from numbers
         return
     from rich.console import Console

@@ -30,8 +30,9 @@ def group_linears(
 ) -> dict[str, list[str]]:
     """Names of the model's linear layers, grouped by role and shape.
 
-    Two layers have the same role when their names differ in numbers only: `encoder.layer.0.intermediate.dense` and
-    `encoder.layer.5.intermediate.dense` form the group `encoder.layer.*.intermediate.dense`.
+    Two layers have the same role when their names differ in the numbers of blocks only: `layer.0.output.dense` and
+    `layer.5.output.dense` form the group `layer.*.output.dense`. The last part of a name is a block's number in a
+    `ModuleList` alone: the layers `mlp.0` and `mlp.2` of a `Sequential` have roles of their own.
 
     Args:
         model: where to look.
@@ -56,7 +57,7 @@ def group_linears(
         raise ValueError(f"target_modules={target_modules!r} matches no linear layer; the model has: {some}")
     groups: dict[str, list[str]] = {}
     for name in chosen:
-        role = re.sub(r"(?<![^.])\d+(?![^.])", "*", name) if shared else name
+        role = _role(model, name) if shared else name
         groups.setdefault(role, []).append(name)
     split: dict[str, list[str]] = {}
     for role, names in groups.items():
@@ -66,6 +67,13 @@ def group_linears(
             key = role if len(shapes) == 1 else f"{role} ({out_features}x{in_features})"
             split.setdefault(key, []).append(name)
     return split
+
+
+def _role(model: nn.Module, name: str) -> str:
+    parent, _, last = name.rpartition(".")
+    blocks = re.sub(r"(?<![^.])\d+(?![^.])", "*", parent)
+    numbered = last.isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList)
+    return f"{blocks}{'.' if parent else ''}{'*' if numbered else last}"
 
 
 def _matches(name: str, target_modules: Iterable[str] | str | None) -> bool:

@@ -55,7 +55,7 @@ class Eigenbasis:
     @property
     def captured(self) -> float:
         """Share of the gradient energy that lies in the rows kept, 0 to 1."""
-        return float(self.spectrum[: self.vectors.shape[0]].sum()) / self.energy
+        return min(1.0, float(self.spectrum[: self.vectors.shape[0]].sum()) / self.energy)
 
 
 def check_rows(rows: Rows, n: int, what: str) -> None:

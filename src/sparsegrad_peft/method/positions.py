@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .basis import Basis
 from .gradients import Step, Trajectory, default_loss, stream_gradients
 from .groups import linear_shape
+from .processes import sum_over_processes
 from .selection import resolve_k, topk_positions
 
 
@@ -73,9 +74,7 @@ def select_positions(
     )  # fmt: skip
     positions = {}
     for layer in basis_of:  # the same order on every process, unlike that in which gradients arrive
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(squares[layer])
-            torch.distributed.broadcast(squares[layer], src=0)
+        sum_over_processes(squares[layer])
         flat = squares[layer].reshape(-1)
         positions[layer] = topk_positions(flat, resolve_k(flat.numel(), k, density)).to(torch.int32)
     return positions
