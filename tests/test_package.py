@@ -16,7 +16,7 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("name", sparsegrad_peft.__all__)
+@pytest.mark.parametrize("name", sparsegrad_peft._HOME)
 def test_every_name_is_that_of_its_module(name: str) -> None:
     what = getattr(sparsegrad_peft, name)
     home = importlib.import_module(f"sparsegrad_peft.{sparsegrad_peft._HOME[name]}")
@@ -71,6 +71,19 @@ def test_a_name_that_is_not_there() -> None:
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
         exec("from sparsegrad_peft import nothing")
     assert not hasattr(sparsegrad_peft, "torch")
+
+
+def test_without_peft_the_adapter_says_what_to_install() -> None:
+    out = run(
+        "import sys\n"
+        "sys.modules['peft'] = None\n"
+        "from sparsegrad_peft import *\n"
+        "try:\n"
+        "    from sparsegrad_peft import SparseGradConfig\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    assert out == "SparseGradConfig needs PEFT: pip install 'sparsegrad-peft[peft]'"
 
 
 def test_neither_transformers_nor_peft_is_needed() -> None:

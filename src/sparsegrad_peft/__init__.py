@@ -16,9 +16,11 @@ _HOME = {
     "GramStatistics": "method.calibrate",
     "LiteralSparseGradLinear": "method.literal",
     "SparseGradAdamW": "method.optim",
+    "SparseGradConfig": "tuner.config",
     "SparseGradLinear": "method.linear",
     "Trajectory": "method.gradients",
     "calibrate": "method.calibrate",
+    "calibrate_adapter": "tuner.calibration",
     "group_linears": "method.groups",
     "param_groups": "method.surgery",
     "refresh": "method.refresh",
@@ -29,7 +31,8 @@ _HOME = {
     "sparse_dense_product": "method.selection",
     "topk_magnitude": "method.selection",
 }
-__all__ = sorted(_HOME)
+# Those of the PEFT adapter are left out, so that `import *` works where PEFT is not installed.
+__all__ = sorted(name for name, home in _HOME.items() if not home.startswith("tuner"))
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
@@ -51,13 +54,20 @@ if TYPE_CHECKING:
     from .method.surgery import param_groups as param_groups
     from .method.surgery import replace_linears as replace_linears
     from .method.surgery import restore_linears as restore_linears
+    from .tuner.calibration import calibrate_adapter as calibrate_adapter
+    from .tuner.config import SparseGradConfig as SparseGradConfig
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    try:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name == "peft":
+            raise ImportError(f"{name} needs PEFT: pip install 'sparsegrad-peft[peft]'") from error
+        raise
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *_HOME]

@@ -92,7 +92,7 @@ def test_one_role_of_two_shapes_is_two_groups() -> None:
     }
     # (4, 6) and (6, 4) have equal numbers of entries and are two shapes.
     turned = nn.ModuleList([nn.Linear(4, 6), nn.Linear(6, 4)])
-    assert group_linears(turned) == {"0": ["0"], "1": ["1"]}
+    assert group_linears(turned) == {"* (6x4)": ["0"], "* (4x6)": ["1"]}
 
 
 def test_only_whole_numbers_are_block_numbers() -> None:

@@ -79,6 +79,13 @@ class Basis(nn.Module):
         return cls(None, None)
 
     @classmethod
+    def allocate(cls, *, r: int, c: int, out_features: int, in_features: int) -> Basis:
+        """Room for a basis whose numbers are still to be loaded; zeros until then."""
+        basis = cls(None, None)
+        basis.U, basis.V = torch.zeros(c, in_features), torch.zeros(r, out_features)
+        return basis
+
+    @classmethod
     def from_gram(
         cls, gram: GramStatistics, *, c: Rows = "full", r: Rows = "full", dtype: torch.dtype = torch.float32
     ) -> Basis:

@@ -10,6 +10,8 @@ adapter of `r · c` entries. `W` stays in its own basis: rotating every token is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,43 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return weight.dtype
+
+
+def apply_core(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    core: Tensor,
+    positions: Tensor | None,
+    basis: Basis,
+    prefer: Prefer,
+) -> Tensor:
+    """`y = x (W + Vᵀ S U)ᵀ + b` for any leading dimensions, under autocast or not.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+        bias: (out,) or None.
+        core: `S` (r, c), or packed values (k).
+        positions: (k,) of the packed values, or None.
+        basis: which fits the weight.
+        prefer: see `function.py`.
+
+    Returns:
+        (..., out).
+    """
+    out_features, in_features = weight.shape
+    dtype = compute_dtype(x, weight)
+    flat = x.reshape(-1, in_features)  # (T, in)
+    if torch.is_autocast_enabled(x.device.type):
+        flat = flat.to(dtype)
+    U, V = basis.U, basis.V
+    core_shape = (out_features if V is None else V.shape[0], in_features if U is None else U.shape[0])
+    operands = (flat, weight, None if bias is None else bias.to(dtype), core, positions, U, V, core_shape, prefer)
+    with torch.autocast(x.device.type, enabled=False):
+        compute = SparseGradFunction.apply if torch.is_grad_enabled() else output_without_grad
+        y = compute(*operands)  # (T, out)
+    return y.view(*x.shape[:-1], out_features)
 
 
 class SparseGradLinear(HoldsBasis):
@@ -110,18 +149,11 @@ class SparseGradLinear(HoldsBasis):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        dtype = compute_dtype(x, self.weight)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        flat = x.reshape(-1, self.in_features)  # (T, in)
-        if autocast:
-            flat = flat.to(dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        U, V = self.basis.U, self.basis.V
-        operands = (flat, self.weight, bias, self.core, self.positions, U, V, self.core_shape, self.prefer)
-        with torch.autocast(x.device.type, enabled=False):
-            compute = SparseGradFunction.apply if torch.is_grad_enabled() else output_without_grad
-            y = compute(*operands)  # (T, out)
-        return y.view(*x.shape[:-1], self.out_features)
+        return apply_core(x, self.weight, self.bias, self.core, self.positions, self.basis, self.prefer)
+
+    def trained_cores(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What this layer trains in the basis, and how: ("block", S) or ("packed", values)."""
+        yield ("block" if self.S is not None else "packed"), self.core
 
     @torch.no_grad()
     def dense_core(self) -> Tensor:

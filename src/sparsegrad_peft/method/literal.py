@@ -11,7 +11,7 @@ DDP and FSDP refuse it. Use it on one device, without accumulation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -143,6 +143,10 @@ class LiteralSparseGradLinear(HoldsBasis):
                 flat, self.W_tilde, bias, self.basis.U, self.basis.V, self.k, self.products, self.select
             )
         return y.view(*x.shape[:-1], self.out_features)
+
+    def trained_cores(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What this layer trains in the basis, and how: ("coo", W_tilde), whose gradient has been selected from."""
+        yield "coo", self.W_tilde
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:

@@ -88,15 +88,11 @@ def param_groups(
     Raises:
         ValueError: the model has no SparseGrad layer with a trainable core.
     """
-    layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
-    blocks, packed, literal = [], [], []
-    for layer in layers:
-        if isinstance(layer, LiteralSparseGradLinear):
-            literal.append(layer.W_tilde)
-        elif layer.S is not None:
-            blocks.append(layer.S)
-        else:
-            packed.append(layer.core)
+    cores: dict[str, list[nn.Parameter]] = {"block": [], "packed": [], "coo": []}
+    for module in model.modules():
+        for kind, core in getattr(module, "trained_cores", tuple)():  # the layer says what is its own
+            cores[kind].append(core)
+    blocks, packed, literal = cores.values()
     if k is None and density is None:
         packed, blocks = packed + blocks, []
     own = {id(parameter) for parameter in (*blocks, *packed, *literal)}

@@ -1,0 +1,17 @@
+"""SparseGrad as a PEFT adapter: importing this registers the method with PEFT.
+
+    config       SparseGradConfig
+    targets      which layers are the MLP's, by architecture or by structure
+    layer        one adapted layer: any number of adapters, merge, unmerge, mixed batches
+    model        which module is replaced by what; saving and loading of shared bases
+    calibration  bases for an adapter, after get_peft_model
+    register     the one contact with PEFT's registry
+
+The mathematics is in `sparsegrad_peft.method`.
+"""
+
+from .config import SparseGradConfig
+from .model import SparseGradModel
+from .register import register
+
+register(SparseGradConfig, SparseGradModel)

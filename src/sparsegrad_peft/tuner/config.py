@@ -1,0 +1,76 @@
+"""SparseGradConfig: what a SparseGrad adapter is, in PEFT's manner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from ..method.function import Prefer
+from ..method.hosvd import Rows, check_rows
+from .register import ensure_peft_type
+
+
+@dataclass
+class SparseGradConfig(PeftConfig):
+    """Configuration of a SparseGrad adapter, for `get_peft_model`.
+
+    The adapter is usable at once: until it is calibrated it trains the whole of `S` in the original space (MeProp's
+    rule if the optimizer selects), and starts as a no-op. `calibrate_adapter` gives it its bases, and `S` its size
+    (r, c).
+
+    Args:
+        c: rows of `U` to keep, the input side: "full", a count, a fraction, or "energy:SHARE".
+        r: rows of `V` to keep, the output side, likewise. This is no rank.
+        shared: one pair of bases for all layers with the same role and shape (the paper), or one for each layer.
+        prefer: "memory" saves the projected input for backward, "speed" whatever costs the fewest multiply-adds.
+        target_modules: which layers, as in PEFT: name endings, a regular expression, or "all-linear". None: the MLP
+            linears of the architecture.
+        exclude_modules: layers to leave out.
+        layers_to_transform: numbers of the blocks to adapt; None adapts all.
+        layers_pattern: name of the list of blocks, where `layers_to_transform` needs it.
+        init_weights: True starts as a no-op; False with random values, for tests.
+        modules_to_save: other modules to train and save whole, such as the head.
+        trainable_token_indices: tokens whose embeddings are trained, see PEFT.
+        core_shapes: written by calibration: layer name -> [group, r, c, out, in]; empty before.
+    """
+
+    c: Rows = field(default=0.1, metadata={"help": "rows of U to keep (input side)"})
+    r: Rows = field(default=0.1, metadata={"help": "rows of V to keep (output side); no rank"})
+    shared: bool = field(default=True, metadata={"help": "one pair of bases a group of layers, or one a layer"})
+    prefer: Prefer = field(default="memory", metadata={"help": '"memory" or "speed"'})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to adapt; None: the MLPs"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to leave out"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "numbers of the blocks"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of blocks"})
+    init_weights: bool = field(default=True, metadata={"help": "start as a no-op"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "other modules to train whole"})
+    trainable_token_indices: Any = field(default=None, metadata={"help": "tokens whose embeddings are trained"})
+    core_shapes: dict[str, list[Any]] = field(default_factory=dict, metadata={"help": "written by calibration"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = ensure_peft_type()
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform, found None")
+        if self.prefer not in ("memory", "speed"):
+            raise ValueError(f'prefer must be "memory" or "speed", found {self.prefer!r}')
+        for name in ("c", "r"):
+            _check_size(name, getattr(self, name))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the adapter has its bases."""
+        return bool(self.core_shapes)
+
+
+def _check_size(name: str, rows: Rows) -> None:
+    """What can be checked before the layers are known; counts above a layer's size are refused at calibration."""
+    if not isinstance(rows, int) or isinstance(rows, bool):
+        check_rows(rows, 1, name)
+    elif rows < 1:
+        raise ValueError(f"{name} is a count of rows and must be at least 1, found {rows}")

@@ -1,0 +1,149 @@
+"""Which module is replaced by what, and how shared bases are saved once and loaded for all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+
+from ..method.basis import Basis
+from ..method.linear import is_conv1d
+from .config import SparseGradConfig
+from .layer import SparseGradLayer, SparseGradTunerLinear
+from .register import PREFIX
+from .targets import TARGETS, find_mlp_linears
+
+logger = logging.getLogger(__name__)
+
+_BASIS, _ROOT = ".sparsegrad_basis.", "base_model.model."
+
+
+def _group_of(config: PeftConfig, layer: str) -> str:
+    """The group of a layer, as calibration wrote it down."""
+    return getattr(config, "core_shapes", {}).get(layer.removeprefix(_ROOT), [layer])[0]
+
+
+class SparseGradModel(BaseTuner):
+    """The adapted model, made by `get_peft_model(model, SparseGradConfig(...))`."""
+
+    prefix = PREFIX
+    tuner_layer_cls = SparseGradLayer
+    target_module_mapping = TARGETS  # type: ignore[assignment]  # PEFT takes regular expressions too
+
+    def _prepare_adapter_config(self, peft_config: SparseGradConfig, model_config: dict[str, Any]) -> SparseGradConfig:
+        if peft_config.target_modules is None:
+            known = TARGETS.get(model_config.get("model_type", ""))
+            peft_config.target_modules = known or find_mlp_linears(self.model)
+            if not peft_config.target_modules:
+                raise ValueError(
+                    f"no MLP layers known for model_type {model_config.get('model_type')!r}, and none found by "
+                    "structure; please specify `target_modules` in the config"
+                )
+            logger.info("target_modules, %s: %s", "known" if known else "by structure", peft_config.target_modules)
+        return peft_config
+
+    def _prepare_model(self, peft_config: SparseGradConfig, model: nn.Module) -> None:
+        self._bases: dict[str, Basis] = {}  # group -> basis, while one adapter is injected
+
+    def _create_and_replace(  # type: ignore[override]
+        self, config: SparseGradConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, **optional_kwargs: Any,
+    ) -> None:  # fmt: skip
+        basis = self._basis_for(config, current_key)
+        if isinstance(target, SparseGradLayer):
+            target.update_layer(adapter_name, config, basis)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not (isinstance(base, nn.Linear) or is_conv1d(base) or resolve_quantization_backend(base) is not None):
+            raise TypeError(
+                f"Target module {target} is not supported. SparseGrad adapts `torch.nn.Linear`, "
+                "`transformers.pytorch_utils.Conv1D` and quantized linear layers."
+            )
+        kwargs = get_quantization_kwargs(self.model)
+        new_module = SparseGradTunerLinear(target, adapter_name, config, basis, **kwargs)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)  # another adapter is the one that trains
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _basis_for(self, config: SparseGradConfig, key: str) -> Basis:
+        """The identity before calibration; afterwards room for the group's basis, which the checkpoint fills."""
+        if not config.calibrated:
+            return Basis.identity()
+        if key not in config.core_shapes:
+            raise ValueError(
+                f"the adapter was calibrated for {', '.join(list(config.core_shapes)[:3])}, ... and not for {key}; "
+                "it belongs to another model, or target_modules was changed"
+            )
+        group, r, c, out_features, in_features = config.core_shapes[key]
+        if group not in self._bases:
+            self._bases[group] = Basis.allocate(r=r, c=c, out_features=out_features, in_features=in_features)
+        return self._bases[group]
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        kept, saved = {}, set()
+        for key, value in entries.items():
+            if _BASIS in key:  # once for each group: the first layer's
+                layer, _, side = key.partition(_BASIS)
+                group = (_group_of(config, layer), side)
+                if group in saved:
+                    continue
+                saved.add(group)
+            kept[key] = value
+        return kept
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        bases = {}
+        for key, value in state_dict.items():
+            if _BASIS in key:
+                layer, _, side = key.partition(_BASIS)
+                bases[_group_of(config, layer), side] = value
+        shared = {  # for all layers of the group again: each holds the one module
+            f"{_ROOT}{layer}{_BASIS}{side}": value
+            for (group, side), value in bases.items()
+            for layer, shape in getattr(config, "core_shapes", {}).items()
+            if shape[0] == group
+        }
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, {**state_dict, **shared})
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` on to the layers, for batches of several adapters."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [module for module in self.modules() if isinstance(module, SparseGradLayer)]
+        known = {name for layer in layers for name in layer.sparsegrad_S}
+        unknown = sorted(set(adapter_names) - known - {"__base__"})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+        def with_names(module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> tuple[Any, Any]:
+            return args, {**kwargs, "adapter_names": names}
+
+        handles = [
+            layer.register_forward_pre_hook(partial(with_names, names=adapter_names), with_kwargs=True)
+            for layer in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,0 +1,77 @@
+"""Which linear layers are a transformer's MLP: known for the families that people use, found by structure elsewhere."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from torch import nn
+
+from ..method.groups import linear_shape
+from ..method.linear import is_conv1d
+
+# Regular expressions for whole names (PEFT's `target_modules` as a string). `layer.N.output.dense` is the MLP's second
+# layer in BERT and its relatives; `layer.N.attention.output.dense` is not, so a name ending would not do.
+_BERT = r"(.*\.)?layer\.\d+\.(intermediate|output)\.dense"
+_FC = r"(.*\.)?(fc1|fc2)"
+_GATED = r"(.*\.)?mlp\.(gate_proj|up_proj|down_proj)"
+
+TARGETS: dict[str, str] = {
+    "albert": r"(.*\.)?(ffn|ffn_output)",
+    "bart": _FC,
+    "bert": _BERT,
+    "deberta": _BERT,
+    "deberta-v2": _BERT,
+    "dinov2": r"(.*\.)?mlp\.(fc1|fc2|weights_in|weights_out)",
+    "distilbert": r"(.*\.)?ffn\.(lin1|lin2)",
+    "electra": _BERT,
+    "gemma": _GATED,
+    "gemma2": _GATED,
+    "gemma3_text": _GATED,
+    "gpt2": r"(.*\.)?mlp\.(c_fc|c_proj)",
+    "gpt_neox": r"(.*\.)?mlp\.(dense_h_to_4h|dense_4h_to_h)",
+    "gptj": r"(.*\.)?mlp\.(fc_in|fc_out)",
+    "llama": _GATED,
+    "mbart": _FC,
+    "mistral": _GATED,
+    "mpnet": _BERT,
+    "mt5": r"(.*\.)?DenseReluDense\.(wi|wi_0|wi_1|wo)",
+    "opt": _FC,
+    "phi": r"(.*\.)?mlp\.(fc1|fc2)",
+    "phi3": r"(.*\.)?mlp\.(gate_up_proj|down_proj)",
+    "qwen2": _GATED,
+    "qwen3": _GATED,
+    "roberta": _BERT,
+    "t5": r"(.*\.)?DenseReluDense\.(wi|wi_0|wi_1|wo)",
+    "vit": r"(.*\.)?(layer\.\d+\.(intermediate|output)\.dense|mlp\.(fc1|fc2))",
+    "whisper": _FC,
+    "xlm-roberta": _BERT,
+}
+"""`config.model_type` -> the MLP linears."""
+
+
+def find_mlp_linears(model: nn.Module) -> list[str]:
+    """Names of the layers that look like an MLP's: in a repeated block, one that widens and one that narrows again.
+
+    Within a block (an entry of a `ModuleList` or `Sequential`), linear layers (m, d) and (d, m) with m different from d
+    belong together. Attention has square layers, or narrow ones without a counterpart.
+    """
+    blocks: dict[str, list[tuple[str, tuple[int, int]]]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or is_conv1d(module):
+            block = _block_of(model, name)
+            if block is not None:
+                blocks[block].append((name, linear_shape(module, name)))
+    found = []
+    for layers in blocks.values():
+        shapes = {shape for _, shape in layers}
+        found += [name for name, (out, in_) in layers if out != in_ and (in_, out) in shapes]
+    return found
+
+
+def _block_of(model: nn.Module, name: str) -> str | None:
+    """The innermost numbered module that a layer lies in, itself and bare `Sequential`s of layers aside."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if parts[end - 1].isdigit():
+            return ".".join(parts[:end])
+    return None

@@ -1,0 +1,139 @@
+"""The MLP linears of each family, on a tiny model of it; and those found by structure where nothing is known."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from models import batch, make
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from sparsegrad_peft import SparseGradConfig
+from sparsegrad_peft.method.groups import group_linears
+from sparsegrad_peft.tuner.layer import SparseGradLayer
+from sparsegrad_peft.tuner.targets import TARGETS, find_mlp_linears
+
+ENCODER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+}
+DECODER = {**ENCODER, "num_key_value_heads": 1, "head_dim": 8}
+BART = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 2, "decoder_layers": 2,
+        "encoder_attention_heads": 2, "decoder_attention_heads": 2}  # fmt: skip
+T5 = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
+IMAGE = {**ENCODER, "image_size": 8, "patch_size": 4, "num_channels": 1}
+
+# model type -> (configuration of a tiny model, names of the MLP's layers in one block, number of blocks)
+FAMILIES: dict[str, tuple[dict[str, Any], set[str], int]] = {
+    "albert": ({**ENCODER, "embedding_size": 8}, {"ffn", "ffn_output"}, 1),  # one block, used several times
+    "bart": ({**BART, "vocab_size": 50}, {"fc1", "fc2"}, 4),
+    "bert": (ENCODER, {"intermediate.dense", "output.dense"}, 2),
+    "deberta": ({**ENCODER, "pooler_hidden_size": 16}, {"intermediate.dense", "output.dense"}, 2),
+    "deberta-v2": ({**ENCODER, "pooler_hidden_size": 16}, {"intermediate.dense", "output.dense"}, 2),
+    "dinov2": ({**IMAGE, "mlp_ratio": 2}, {"fc1", "fc2"}, 2),
+    "distilbert": ({"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 50}, {"lin1", "lin2"}, 2),
+    "electra": ({**ENCODER, "embedding_size": 8}, {"intermediate.dense", "output.dense"}, 2),
+    "gemma": (DECODER, {"gate_proj", "up_proj", "down_proj"}, 2),
+    "gemma2": (DECODER, {"gate_proj", "up_proj", "down_proj"}, 2),
+    "gemma3_text": (DECODER, {"gate_proj", "up_proj", "down_proj"}, 2),
+    "gpt2": ({"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50}, {"c_fc", "c_proj"}, 2),
+    "gpt_neox": (ENCODER, {"dense_h_to_4h", "dense_4h_to_h"}, 2),
+    "gptj": ({"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4, "vocab_size": 50}, {"fc_in", "fc_out"}, 2),
+    "llama": (DECODER, {"gate_proj", "up_proj", "down_proj"}, 2),
+    "mbart": ({**BART, "vocab_size": 50}, {"fc1", "fc2"}, 4),
+    "mistral": (DECODER, {"gate_proj", "up_proj", "down_proj"}, 2),
+    "mpnet": (ENCODER, {"intermediate.dense", "output.dense"}, 2),
+    "mt5": ({**T5, "feed_forward_proj": "gated-gelu"}, {"wi_0", "wi_1", "wo"}, 4),
+    "opt": ({"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50,
+             "word_embed_proj_dim": 16}, {"fc1", "fc2"}, 2),
+    "phi": (ENCODER, {"fc1", "fc2"}, 2),
+    "phi3": ({**ENCODER, "pad_token_id": 0}, {"gate_up_proj", "down_proj"}, 2),
+    "qwen2": (DECODER, {"gate_proj", "up_proj", "down_proj"}, 2),
+    "qwen3": (DECODER, {"gate_proj", "up_proj", "down_proj"}, 2),
+    "roberta": (ENCODER, {"intermediate.dense", "output.dense"}, 2),
+    "t5": (T5, {"wi", "wo"}, 4),
+    "vit": (IMAGE, {"fc1", "fc2"}, 2),
+    "whisper": ({**BART, "vocab_size": 50, "num_mel_bins": 4, "max_source_positions": 8, "pad_token_id": 0,
+                 "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}, {"fc1", "fc2"}, 4),
+    "xlm-roberta": (ENCODER, {"intermediate.dense", "output.dense"}, 2),
+}  # fmt: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+
+def model_of(kind: str) -> nn.Module:
+    return AutoModel.from_config(AutoConfig.for_model(kind, **FAMILIES[kind][0]))
+
+
+def test_every_family_has_a_case() -> None:
+    assert FAMILIES.keys() == TARGETS.keys()
+    assert len(FAMILIES) == 29
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_default_targets_are_the_mlp(kind: str) -> None:
+    _, endings, blocks = FAMILIES[kind]
+    model = get_peft_model(model_of(kind), SparseGradConfig())
+    names = [name for name, module in model.named_modules() if isinstance(module, SparseGradLayer)]
+    assert len(names) == len(endings) * blocks
+    assert all(any(name.endswith(ending) for ending in endings) for name in names)
+    assert not any("attention" in name or "attn" in name for name in names)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_structure_finds_the_same_layers(kind: str) -> None:
+    """What is known by name is what the search by structure finds, so an unknown model is in good hands."""
+    model = model_of(kind)
+    known = {name for names in group_linears(model, TARGETS[kind]).values() for name in names}
+    if kind == "phi3":  # gate and up in one matrix: twice as wide on the way up as on the way down
+        pytest.skip("the fused gate_up_proj has no mirror image, and is known by name")
+    assert set(find_mlp_linears(model)) == known
+
+
+def test_attention_output_of_bert_is_no_mlp_layer() -> None:
+    """IA3's table of feed-forward layers has `output.dense`, which also ends the name of the attention's output."""
+    model = model_of("bert")
+    found = {name for names in group_linears(model, TARGETS["bert"]).values() for name in names}
+    assert "encoder.layer.0.output.dense" in found
+    assert "encoder.layer.0.attention.output.dense" not in found
+
+
+def test_unknown_architecture(caplog: pytest.LogCaptureFixture) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(8, 8)
+            self.wide = nn.Linear(8, 24)
+            self.narrow = nn.Linear(24, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.narrow(torch.relu(self.wide(self.mix(x))))
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(Block(), Block()), nn.Linear(8, 4))
+    with caplog.at_level(logging.INFO, logger="sparsegrad_peft"):
+        adapted = get_peft_model(model, SparseGradConfig())
+    names = [name for name, module in adapted.named_modules() if isinstance(module, SparseGradLayer)]
+    assert [name.removeprefix("base_model.model.") for name in names] == [
+        "1.0.wide",
+        "1.0.narrow",
+        "1.1.wide",
+        "1.1.narrow",
+    ]
+    assert "by structure" in caplog.text
+    assert "1.0.narrow" in caplog.text
+    with pytest.raises(ValueError, match="none found by structure; please specify `target_modules`"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), SparseGradConfig())
+
+
+def test_chosen_layers_are_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="sparsegrad_peft"):
+        model = get_peft_model(make("bert"), SparseGradConfig())
+    assert "target_modules, known" in caplog.text
+    assert model(**batch("bert")).loss > 0
