@@ -21,7 +21,7 @@ class SparseGradLayer(BaseTunerLayer):
     """What PEFT asks of an adapted layer; the forward pass is in `SparseGradTunerLinear`."""
 
     adapter_layer_names = ("sparsegrad_S",)  # trained
-    other_param_names = ("sparsegrad_basis",)  # frozen
+    other_param_names = ("sparsegrad_basis", "sparsegrad_prefer")  # frozen; deleted with the adapter
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -96,8 +96,7 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            if self.merged:
-                raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first")
+            self._check_mixed_batch(x, adapter_names)
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.sparsegrad_S]
         if self.merged or not active:
@@ -130,6 +129,17 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
         x_tilde = x if U is None else nn.functional.linear(x, U)
         y_tilde = nn.functional.linear(x_tilde, S)
         return y_tilde if V is None else y_tilde @ V
+
+    def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):  # also where a model folds examples and positions into one dimension
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
 from ..method.basis import Basis
@@ -122,7 +122,7 @@ class SparseGradModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names` on to the layers, for batches of several adapters."""
+        """Hand `adapter_names` on to the layers and the modules to save, for batches of several adapters."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -138,9 +138,16 @@ class SparseGradModel(BaseTuner):
         def with_names(module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> tuple[Any, Any]:
             return args, {**kwargs, "adapter_names": names}
 
+        beams = kwargs.get("num_beams")
+        repeated = [name for name in adapter_names for _ in range(beams if isinstance(beams, int) else 1)]
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else self.model
+        once = set(encoder.modules()) if encoder is not self.model else set()  # sees each example once, not each beam
         handles = [
-            layer.register_forward_pre_hook(partial(with_names, names=adapter_names), with_kwargs=True)
-            for layer in layers
+            module.register_forward_pre_hook(
+                partial(with_names, names=list(adapter_names) if module in once else repeated), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, (SparseGradLayer, AuxiliaryTrainingWrapper))  # the latter: modules_to_save
         ]
         try:
             yield

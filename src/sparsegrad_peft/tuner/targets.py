@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 
 from torch import nn
@@ -48,24 +49,36 @@ TARGETS: dict[str, str] = {
 }
 """`config.model_type` -> the MLP linears."""
 
+_ATTENTION = re.compile(r"att(n|ention)|(^|[._])(q|k|v|o|qkv|kv|query|key|value)(_proj|_lin)?(\.|$)", re.IGNORECASE)
+
 
 def find_mlp_linears(model: nn.Module) -> list[str]:
     """Names of the layers that look like an MLP's: in a repeated block, one that widens and one that narrows again.
 
     Within a block (an entry of a `ModuleList` or `Sequential`), linear layers (m, d) and (d, m) with m different from d
-    belong together. Attention has square layers, or narrow ones without a counterpart.
+    belong together, as do (2m, d) and (d, m), where gate and up are one matrix. Attention mostly has square layers, or
+    narrow ones without a counterpart; where its heads are wider than the model, its name has to tell.
     """
     blocks: dict[str, list[tuple[str, tuple[int, int]]]] = defaultdict(list)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or is_conv1d(module):
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and not _ATTENTION.search(name):
             block = _block_of(model, name)
             if block is not None:
                 blocks[block].append((name, linear_shape(module, name)))
     found = []
     for layers in blocks.values():
         shapes = {shape for _, shape in layers}
-        found += [name for name, (out, in_) in layers if out != in_ and (in_, out) in shapes]
+        found += [name for name, shape in layers if _has_counterpart(shape, shapes)]
     return found
+
+
+def _has_counterpart(shape: tuple[int, int], shapes: set[tuple[int, int]]) -> bool:
+    out, in_ = shape
+    if out != in_ and (in_, out) in shapes:
+        return True
+    fused_up = out != 2 * in_ and out % 2 == 0 and (in_, out // 2) in shapes  # gate and up in one matrix
+    down_of_fused = in_ != out and (2 * in_, out) in shapes
+    return fused_up or down_of_fused
 
 
 def _block_of(model: nn.Module, name: str) -> str | None:
