@@ -1,6 +1,7 @@
 """The method, in plain PyTorch: no transformers, no peft.
 
-    calibrate    gradients of a few steps -> Gram matrices     (gradients.py streams them, groups.py says whose)
+    calibrate    gradients of a few steps -> Gram matrices     (gradients.py streams them, groups.py says whose,
+                                                               untouched.py puts the model back)
     hosvd        Gram matrices -> orthogonal factors, spectra
     basis        Basis(U, V), shared by a group of layers
     selection    gradient in the basis -> its k largest entries

@@ -8,20 +8,18 @@ is held, and puts back to the bit whatever it touched, also when it is interrupt
 from __future__ import annotations
 
 import itertools
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .basis import Basis
 from .groups import linear_shape
 from .linear import is_conv1d
 from .processes import is_first
+from .untouched import untouched
 
 Step = Callable[[], Tensor]
 
@@ -96,9 +94,8 @@ def stream_gradients(
     """Run `n_steps` of backpropagation and hand each target's gradient to `on_gradient(name, G)`.
 
     `G` is (out, in) whatever the layer's storage, and is dropped after the call: copy what is to be kept, and do not
-    write into it. Everything else is
-    frozen meanwhile, as in the paper's preliminary phase. Weights, `requires_grad`, `.grad`, buffers, train and eval
-    modes, hooks and the random number generators are afterwards what they were.
+    write into it. Everything else is frozen meanwhile, as in the paper's preliminary phase. Weights, `requires_grad`,
+    `.grad`, buffers, train and eval modes, hooks and the random number generators are afterwards what they were.
 
     Args:
         model: a plain module; unwrap DDP and FSDP first.
@@ -157,7 +154,7 @@ def stream_gradients(
     with ExitStack() as stack:
         targeted = [layer.get_parameter("weight") for layer in layers.values()]
         weights = {id(weight) for weight in targeted}
-        stack.enter_context(_untouched(model, keep_values_of=[*walking, *targeted] if trajectory else []))
+        stack.enter_context(untouched(model, keep_values_of=[*walking, *targeted] if trajectory else []))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if training is not None:
@@ -260,40 +257,3 @@ def _counted(n_steps: int, progress: str | None) -> Iterator[int]:
     from rich.progress import track
 
     yield from track(numbers, description=progress, console=Console(stderr=True))
-
-
-@contextmanager
-def _untouched(model: nn.Module, keep_values_of: list[nn.Parameter]) -> Iterator[None]:
-    """Put the model and the random number generators back to the bit when the block ends, however it ends."""
-    parameters = list(model.parameters())
-    flags = [(p, p.requires_grad, p.grad) for p in parameters]
-    modes = [(m, m.training) for m in model.modules()]
-    # Bases are buffers that no forward changes, and large; other buffers are small (BatchNorm's statistics, say).
-    of_bases = {id(b) for m in model.modules() if isinstance(m, Basis) for b in m.buffers()}
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if id(b) not in of_bases]
-    places = [(m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items()]
-    unique = {id(t): t for t in keep_values_of}
-    values = [(t, t.detach().to("cpu", copy=True)) for t in unique.values()]
-    python_state = random.getstate()
-    numpy_random = sys.modules["numpy"].random if "numpy" in sys.modules else None
-    numpy_state = numpy_random.get_state() if numpy_random else None
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
-            yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):  # batch_norm writes without counting up the buffer's version
-                    buffer.copy_(value)
-        for module, name, place in places:
-            module._buffers[name] = place  # a forward may have put a new tensor there
-        for parameter, requires_grad, grad in flags:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        for module, mode in modes:
-            module.training = mode
-        random.setstate(python_state)
-        if numpy_random:
-            numpy_random.set_state(numpy_state)

@@ -1,0 +1,54 @@
+"""A block of work after which a model is, to the bit, what it was before."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .basis import Basis
+
+
+@contextmanager
+def untouched(model: nn.Module, keep_values_of: list[nn.Parameter]) -> Iterator[None]:
+    """Put the model and the random number generators back to the bit when the block ends, however it ends.
+
+    Gradients, `requires_grad`, modes and buffers are put back; of the parameters' values, those in `keep_values_of`, of
+    which a copy is kept on the CPU meanwhile. Generators: PyTorch's on the CPU and on CUDA, Python's, and NumPy's.
+    """
+    parameters = list(model.parameters())
+    flags = [(p, p.requires_grad, p.grad) for p in parameters]
+    modes = [(m, m.training) for m in model.modules()]
+    # Bases are buffers that no forward changes, and large; other buffers are small (BatchNorm's statistics, say).
+    of_bases = {id(b) for m in model.modules() if isinstance(m, Basis) for b in m.buffers()}
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if id(b) not in of_bases]
+    places = [(m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items()]
+    unique = {id(t): t for t in keep_values_of}
+    values = [(t, t.detach().to("cpu", copy=True)) for t in unique.values()]
+    python_state = random.getstate()
+    numpy_random = sys.modules["numpy"].random if "numpy" in sys.modules else None
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):  # batch_norm writes without counting up the buffer's version
+                    buffer.copy_(value)
+        for module, name, place in places:
+            module._buffers[name] = place  # a forward may have put a new tensor there
+        for parameter, requires_grad, grad in flags:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        for module, mode in modes:
+            module.training = mode
+        random.setstate(python_state)
+        if numpy_random:
+            numpy_random.set_state(numpy_state)
