@@ -190,20 +190,13 @@ def main() -> None:
         ratios = row["ratio_to"]
         print(f"{name:26}{row['step_ms']['p50']:12.1f}{ratios['floor']:8.2f}{ratios['full']:8.2f}{ratios['literal']:9.2f}"
               f"{row['bytes']['saved_for_backward'] / 1e6:16.1f} MB")  # fmt: skip
-    speed, truncated = (
-        result["methods"]["exact"]["ratio_to"]["literal"],
-        result["methods"]["truncated-speed"]["ratio_to"],
-    )
+    ratio = {name: row["ratio_to"] for name, row in result["methods"].items()}
+    exact, default, speed = ratio["exact"]["literal"], ratio["truncated-memory"], ratio["truncated-speed"]
     result["targets"] = {
-        "exact at least 2x faster than literal": {"found": round(1 / speed, 2), "reached": speed <= 0.5},
-        "truncated at most 1.15x the floor": {
-            "found": truncated["floor"],
-            "reached": truncated["floor"] <= 1.15,
-        },
-        "truncated faster than full fine-tuning": {
-            "found": truncated["full"],
-            "reached": truncated["full"] < 1,
-        },
+        "exact at least 2x faster than literal": {"found": round(1 / exact, 2), "reached": exact <= 0.5},
+        "truncated at most 1.15x the floor": {"found": default["floor"], "reached": default["floor"] <= 1.15},
+        '... with prefer="speed"': {"found": speed["floor"], "reached": speed["floor"] <= 1.15},
+        "truncated faster than full fine-tuning": {"found": default["full"], "reached": default["full"] < 1},
     }
     for target, outcome in result["targets"].items():
         print(f"{'reached' if outcome['reached'] else 'MISSED ':8} {target}: {outcome['found']}")

@@ -3,9 +3,9 @@
     G_tilde = V G Uᵀ  ──► topk_magnitude ──► SparseAdam's rule on k entries ──► S, or W ← W + Vᵀ Δ U
 
 Selection happens once, here, on the final gradient: after all micro-batches have been added up, after processes have
-been averaged, after unscaling and clipping. The union of selections made on the parts would touch two to seven times
-as many entries and still miss a third of the right ones. Every gradient that reaches `.grad` is dense, so
-accumulation, DDP, clipping and `GradScaler` need to know nothing of it.
+been averaged, after unscaling and clipping. The union of selections made on the parts has more than `k` entries, and
+still not all of the right ones. Every gradient that reaches `.grad` is dense, so accumulation, DDP, clipping and
+`GradScaler` need to know nothing of it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class SparseGradAdamW(Optimizer):
 
     Args:
         params: parameters, or groups as above.
-        lr: learning rate. Selected entries want about ten times the rate of full fine-tuning.
+        lr: learning rate. Selected entries want a larger one than full fine-tuning; ten times it is a start.
         betas: decay of the first and second moments.
         eps: added to the root of the second moment: before bias correction in `sparse` groups (SparseAdam), after it in
             the others (AdamW).
