@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
@@ -48,6 +50,20 @@ class SparseGradModel(BaseTuner):
                 )
             logger.info("target_modules, %s: %s", "known" if known else "by structure", peft_config.target_modules)
         return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
+        """As in PEFT, but `layers_to_transform` holds for all targets.
+
+        PEFT looks at it only where a layer is targeted by the ending of its name; the default targets are a regular
+        expression or whole names.
+        """
+        found = check_target_module_exists(peft_config, key)
+        if not found or getattr(peft_config, "layers_to_transform", None) is None or "." not in key:
+            return found
+        by_ending = copy(peft_config)
+        by_ending.target_modules = {key.rpartition(".")[2]}
+        return check_target_module_exists(by_ending, key)
 
     def _prepare_model(self, peft_config: SparseGradConfig, model: nn.Module) -> None:
         self._bases: dict[str, Basis] = {}  # group -> basis, while one adapter is injected
