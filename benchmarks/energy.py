@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def minilm(labels: int = 2) -> tuple[nn.Module, Any]:
 
 def sst2(limit: int) -> list[tuple[str, int]]:
     """Rows of SST-2's training set."""
-    path = Path(os.environ["SPARSEGRAD_DATA"]) / "glue" / "SST-2" / "train.tsv"
+    path = Path(os.environ.get("SPARSEGRAD_DATA", "")) / "glue" / "SST-2" / "train.tsv"
+    if not path.is_file():
+        sys.exit(f"{path} is no file: set SPARSEGRAD_DATA to a folder with glue/SST-2/train.tsv (GLUE's own file)")
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         return [(row["sentence"], int(row["label"])) for row, _ in zip(rows, range(limit), strict=False)]

@@ -2,7 +2,8 @@
 
 The mode-n factor of a higher-order SVD holds the left singular vectors of the mode-n unfolding of the stack of
 gradients, that is, the eigenvectors of that unfolding's Gram matrix: `Σ GᵀG` for the input side, `Σ GGᵀ` for the output
-side. So the stack, 276 MB for BERT-base, is never built, and a symmetric eigendecomposition replaces its SVD.
+side. So the stack, 276 MB for BERT-base in the paper, is never built, and a symmetric eigendecomposition replaces its
+SVD.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _ITERATE_FRACTION = 0.15
 _ENERGY_TOLERANCE = 1e-4  # relative gain in captured energy under which the iteration stops
 _MAX_ITERATIONS = 24
 
-# A fraction becomes the nearest multiple of this: the matrix units of CPUs and GPUs lose up to a fifth on other sizes.
+# A fraction becomes the nearest multiple of this, a size that the matrix units of CPUs and GPUs are made for.
 _ALIGN = 8
 
 

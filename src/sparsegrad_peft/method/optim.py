@@ -64,7 +64,7 @@ class SparseGradAdamW(Optimizer):
 
     Args:
         params: parameters, or groups as above.
-        lr: learning rate. Selected entries want a larger one than full fine-tuning; ten times it is a start.
+        lr: learning rate. That of full fine-tuning is for dense updates: search it anew for selected entries.
         betas: decay of the first and second moments.
         eps: added to the root of the second moment: before bias correction in `sparse` groups (SparseAdam), after it in
             the others (AdamW).
@@ -105,10 +105,9 @@ class SparseGradAdamW(Optimizer):
     def _check(self, group: dict[str, Any], number: int) -> None:
         where = f"parameter group {number}"
         beta1, beta2 = group["betas"]
-        bounds = {"lr": (0, math.inf), "eps": (0, math.inf), "weight_decay": (0, math.inf)}
-        for name, (low, high) in bounds.items():
-            if not low <= group[name] <= high:
-                raise ValueError(f"{where}: {name} must be at least {low}, found {group[name]}")
+        for name in ("lr", "eps", "weight_decay"):
+            if not 0 <= group[name] < math.inf:
+                raise ValueError(f"{where}: {name} must be at least 0 and finite, found {group[name]}")
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
             raise ValueError(f"{where}: betas must lie in [0, 1), found {group['betas']}")
         selects = group["k"] is not None or group["density"] is not None

@@ -58,12 +58,11 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
         old, S = layer.basis, layer.S
         update = layer.delta_weight()  # (out, in), float32 at least
         S_new = basis.to_basis(update)
-        remainder = update - basis.from_basis(S_new)
-        share = float(remainder.norm() / update.norm()) if update.any() else 0.0
-        if basis.is_complete:
-            share = 0.0  # rounding only
-        elif share > 0:
-            weight = (layer.weight + remainder.to(layer.weight.dtype)).to(layer.weight.dtype)
+        share = 0.0
+        if not basis.is_complete and update.any():
+            remainder = update - basis.from_basis(S_new)
+            share = float(remainder.norm() / update.norm())
+            weight = layer.weight + remainder.to(layer.weight.dtype)
             layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         outside.append(share)
         if optimizer is not None:
