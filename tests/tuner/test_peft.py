@@ -11,42 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import adapted, differs, tuner_layers
 from models import GROUPS, LAYERS, MAKE, batch, logits, make
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors import safe_open
-from torch import Tensor, nn
 
 from sparsegrad_peft import SparseGradAdamW, SparseGradConfig, calibrate_adapter, param_groups
-from sparsegrad_peft.tuner.layer import SparseGradLayer
 
 KINDS = list(MAKE)
 
 # transformers 5.23 renames gradient to activation checkpointing; peft 0.21 and transformers 5.20 have the old names.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-
-
-def tuner_layers(model: nn.Module) -> list[SparseGradLayer]:
-    return [module for module in model.modules() if isinstance(module, SparseGradLayer)]
-
-
-def adapted(kind: str, *, calibrated: bool = True, trained: int = 3, **options: Any) -> tuple[PeftModel, nn.Module]:
-    """An adapted model after a few steps of training, and the untouched base."""
-    base = make(kind)
-    model = get_peft_model(copy.deepcopy(base), SparseGradConfig(**{"c": 0.5, "r": 0.25, **options}))
-    data = batch(kind)
-    if calibrated:
-        calibrate_adapter(model, [data], n_steps=3, training=False, progress=False)
-    if trained:
-        optimizer = SparseGradAdamW(param_groups(model, density=0.2), lr=0.02)
-        for _ in range(trained):
-            model(**data).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return model.eval(), base
-
-
-def differs(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
 
 
 @pytest.mark.parametrize("kind", KINDS)

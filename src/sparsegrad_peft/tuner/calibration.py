@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from ..method.calibrate import Calibration, CalibrationConfig, calibrate
-from ..method.groups import group_linears
+from .bases import layers_of, set_bases, wrapped_groups
 from .config import SparseGradConfig
 from .layer import SparseGradLayer
 
@@ -27,6 +28,9 @@ def calibrate_adapter(
     The core of each layer is then a new parameter of the size that the adapter's `c` and `r` ask for: make the
     optimizer afterwards. What is saved with the adapter is enough to load it; calibration is never needed again.
 
+    An adapter made with `get_peft_model(..., low_cpu_mem_usage=True)` takes no memory before this: worth it for large
+    models, where the cores of the original space are as large as the weights.
+
     Args:
         model: from `get_peft_model`, or any model with a SparseGrad adapter in it.
         batches: what the model takes, with labels: `model(**batch).loss`. See `sparsegrad_peft.calibrate`.
@@ -39,35 +43,58 @@ def calibrate_adapter(
         The statistics, to be used again.
 
     Raises:
-        ValueError: the model has no such adapter, the adapter has already learnt something, the statistics are of other
-            layers, and whatever `calibrate` refuses.
+        ValueError: the model has no such adapter, the adapter trains in the original space or has already learnt
+            something, the statistics are of other layers, and whatever `calibrate` refuses.
+        TypeError: the layers are quantized, and no ready statistics were given.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, SparseGradLayer) and adapter_name in module.sparsegrad_S
-    }
+    layers = layers_of(model, adapter_name)
     if not layers:
         raise ValueError(f"the model has no SparseGrad adapter named {adapter_name!r}; make one with get_peft_model")
-    learnt = [name for name, layer in layers.items() if bool(layer.sparsegrad_S[adapter_name].any())]
+    peft_config: SparseGradConfig = model.peft_config[adapter_name]  # type: ignore[index, assignment]
+    if peft_config.original_space:
+        raise ValueError(
+            f"adapter {adapter_name!r} trains in the original space (original_space=True) and takes no bases; make it "
+            "with original_space=False to calibrate it"
+        )
+    quantized = {n: backend.backend_name for n, layer in layers.items() if (backend := layer.quantization_backend)}
+    if quantized and calibration is None:
+        name, kind = next(iter(quantized.items()))
+        raise TypeError(
+            f"{name} is quantized ({kind}), and a quantized weight has no gradient. Calibrate the adapter on the "
+            "unquantized model, save it, and load it onto the quantized one; or pass ready statistics, calibration=..."
+        )
+    cores = {name: layer.sparsegrad_S[adapter_name] for name, layer in layers.items()}
+    learnt = [name for name, core in cores.items() if not core.is_meta and bool(core.any())]
     if learnt:
         raise ValueError(
             f"adapter {adapter_name!r} has already learnt something ({len(learnt)} of {len(layers)} layers, such as "
             f"{learnt[0]}); calibrate before training, or merge it and add a new adapter"
         )
-    peft_config: SparseGradConfig = model.peft_config[adapter_name]  # type: ignore[index, assignment]
-    wrapped = {f"{name}.base_layer": name for name in layers}
-    groups = group_linears(model, list(wrapped), shared=peft_config.shared)
+    groups = wrapped_groups(model, layers, shared=peft_config.shared)
     if calibration is None:
-        calibration = calibrate(model, batches, groups=groups, config=config, **options)
+        with _left_out(adapter_name, layers.values()):
+            calibration = calibrate(model, batches, groups=groups, config=config, **options)
     elif {name: tuple(names) for name, names in groups.items()} != {n: g.layers for n, g in calibration.groups.items()}:
         raise ValueError(f"the statistics are of groups {list(calibration.groups)}, the adapter has {list(groups)}")
-    bases = calibration.bases(c=peft_config.c, r=peft_config.r)
-    for group, names in groups.items():
-        for name in names:
-            layer = layers[wrapped[name]]
-            layer.set_basis(adapter_name, bases[group])
-            r, c = layer.sparsegrad_S[adapter_name].shape
-            key = wrapped[name].removeprefix("base_model.model.")
-            peft_config.core_shapes[key] = [group, r, c, layer.out_features, layer.in_features]
+    set_bases(model, adapter_name, groups, calibration.bases(c=peft_config.c, r=peft_config.r))
     return calibration
+
+
+@contextmanager
+def _left_out(adapter_name: str, layers: Iterable[SparseGradLayer]) -> Iterator[None]:
+    """Take an adapter out of the forward pass: it adds nothing yet, by a product with a core as large as the weight.
+
+    Not by `set_adapter`, which would change what trains. The cores count as frozen meanwhile, so that a `Trajectory`
+    does not keep a copy of them.
+    """
+    held = [(layer, layer.sparsegrad_S[adapter_name]) for layer in layers]
+    before = [(layer._active_adapter, core.requires_grad) for layer, core in held]
+    try:
+        for layer, core in held:
+            layer._active_adapter = [name for name in layer.active_adapters if name != adapter_name]
+            core.requires_grad_(False)
+        yield
+    finally:
+        for (layer, core), (active, requires_grad) in zip(held, before, strict=True):
+            layer._active_adapter = active
+            core.requires_grad_(requires_grad)

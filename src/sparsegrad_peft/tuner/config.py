@@ -16,14 +16,15 @@ from .register import ensure_peft_type
 class SparseGradConfig(PeftConfig):
     """Configuration of a SparseGrad adapter, for `get_peft_model`.
 
-    The adapter is usable at once: until it is calibrated it trains the whole of `S` in the original space (MeProp's
-    rule if the optimizer selects), and starts as a no-op. `calibrate_adapter` gives it its bases, and `S` its size
-    (r, c).
+    The adapter starts as a no-op. `calibrate_adapter` gives it its bases, and `S` its size (r, c). Until then it trains
+    the whole of `S` in the original space, and warns; with `original_space=True` that is what you want.
 
     Args:
         c: rows of `U` to keep, the input side: "full", a count, a fraction, or "energy:SHARE".
         r: rows of `V` to keep, the output side, likewise. This is no rank.
         shared: one pair of bases for all layers with the same role and shape (the paper), or one for each layer.
+        original_space: train in the original space on purpose, without bases: MeProp's rule, if the optimizer selects.
+            `c`, `r` and `shared` then mean nothing.
         prefer: "memory" saves the projected input for backward, "speed" whatever costs the fewest multiply-adds.
         target_modules: which layers, as in PEFT: name endings, a regular expression, or "all-linear". None: the MLP
             linears of the architecture.
@@ -39,6 +40,7 @@ class SparseGradConfig(PeftConfig):
     c: Rows = field(default=0.1, metadata={"help": "rows of U to keep (input side)"})
     r: Rows = field(default=0.1, metadata={"help": "rows of V to keep (output side); no rank"})
     shared: bool = field(default=True, metadata={"help": "one pair of bases a group of layers, or one a layer"})
+    original_space: bool = field(default=False, metadata={"help": "no bases, on purpose: MeProp's rule"})
     prefer: Prefer = field(default="memory", metadata={"help": '"memory" or "speed"'})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to adapt; None: the MLPs"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to leave out"})
@@ -61,6 +63,23 @@ class SparseGradConfig(PeftConfig):
             raise ValueError(f'prefer must be "memory" or "speed", found {self.prefer!r}')
         for name in ("c", "r"):
             _check_size(name, getattr(self, name))
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> SparseGradConfig:
+        """The paper's bases: complete, one pair for all layers of a role. The rest of its recipe is not the adapter's:
+
+        - 30 steps of calibration before training: `calibrate_adapter(model, batches, n_steps=30)`;
+        - the largest 1 % of each layer's gradient in each step, by SparseAdam:
+          `SparseGradAdamW(param_groups(model, density=0.01), lr=...)`;
+        - on GLUE, the rest of the model trained by AdamW. The file of an adapter does not hold that, but for
+          `modules_to_save`; `replace_linears` on the model itself is made for it.
+
+        `S` has as many entries as the layers' weights, and so have its gradient and checkpoint.
+
+        Args:
+            overrides: fields of the configuration, such as `task_type`.
+        """
+        return cls(**{"c": "full", "r": "full", "shared": True, **overrides})
 
     @property
     def calibrated(self) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from ..method.basis import Basis
@@ -16,21 +18,26 @@ from ..method.function import Prefer
 from ..method.linear import apply_core, is_conv1d, weight_and_bias
 from .config import SparseGradConfig
 
+_PLAIN = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+# Identities that a warning was given for: all layers of an uncalibrated adapter share one, so each adapter warns once.
+_WARNED: WeakSet[Basis] = WeakSet()
+
 
 class SparseGradLayer(BaseTunerLayer):
     """What PEFT asks of an adapted layer; the forward pass is in `SparseGradTunerLinear`."""
 
     adapter_layer_names = ("sparsegrad_S",)  # trained
-    other_param_names = ("sparsegrad_basis", "sparsegrad_prefer")  # frozen; deleted with the adapter
+    # Frozen; deleted with the adapter.
+    other_param_names = ("sparsegrad_basis", "sparsegrad_prefer", "sparsegrad_original_space")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.sparsegrad_S = nn.ParameterDict()  # adapter -> (r, c)
         self.sparsegrad_basis = nn.ModuleDict()  # adapter -> Basis, one module for all layers of a group
         self.sparsegrad_prefer: dict[str, Prefer] = {}
-        self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
-        )
+        self.sparsegrad_original_space: dict[str, bool] = {}  # adapter -> trains without bases on purpose
+        self.quantization_backend = _quantization_backend(self.get_base_layer(), kwargs)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         in_features, out_features = _get_in_out_features(self.get_base_layer())
@@ -42,22 +49,39 @@ class SparseGradLayer(BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: SparseGradConfig, basis: Basis) -> None:
         """Add an adapter, or replace the one of that name."""
         r, c = basis.core_shape(self.out_features, self.in_features)
-        S = torch.zeros(r, c)
-        if not config.init_weights:
-            nn.init.normal_(S, std=(r * c) ** -0.25)  # an update of about the size of an ordinary weight
         self.sparsegrad_basis[adapter_name] = basis
-        self.sparsegrad_S[adapter_name] = nn.Parameter(S)
+        # Filled when it is in its place: with low_cpu_mem_usage that is on the meta device, and nothing is allocated.
+        self.sparsegrad_S[adapter_name] = nn.Parameter(torch.empty(r, c))
+        if config.init_weights:
+            nn.init.zeros_(self.sparsegrad_S[adapter_name])
+        else:  # an update of about the size of an ordinary weight
+            nn.init.normal_(self.sparsegrad_S[adapter_name], std=(r * c) ** -0.25)
         self.sparsegrad_prefer[adapter_name] = config.prefer
+        self.sparsegrad_original_space[adapter_name] = config.original_space
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
     def set_basis(self, adapter_name: str, basis: Basis) -> None:
-        """Give an adapter that has learnt nothing a basis; its core gets the size that goes with it, and is zero."""
+        """Give an adapter a basis; its core gets the size that goes with it, and is zero."""
         old = self.sparsegrad_S[adapter_name]
-        core = torch.zeros(basis.core_shape(self.out_features, self.in_features), dtype=old.dtype, device=old.device)
-        self.sparsegrad_basis[adapter_name] = basis.to(old.device)
+        device = self._base_device_and_dtype()[0] if old.is_meta else old.device
+        core = torch.zeros(basis.core_shape(self.out_features, self.in_features), dtype=old.dtype, device=device)
+        self.sparsegrad_basis[adapter_name] = basis.to(device)
         self.sparsegrad_S[adapter_name] = nn.Parameter(core, requires_grad=old.requires_grad)
+
+    def _base_device_and_dtype(self) -> tuple[torch.device | None, torch.dtype | None]:
+        return self._get_base_layer_device_and_dtype(self.get_base_layer())
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As in PEFT, which leaves cores on the meta device alone: give those the type of the base layer too.
+
+        PEFT widens half precision afterwards, or not; so the type tells `set_basis` what is wanted.
+        """
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        core, dtype = self.sparsegrad_S[adapter_name], self._base_device_and_dtype()[1]
+        if core.is_meta and dtype is not None and dtype.is_floating_point:
+            self.sparsegrad_S[adapter_name] = nn.Parameter(core.detach().to(dtype), requires_grad=core.requires_grad)
 
     def trained_cores(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The cores of all adapters, for `param_groups`."""
@@ -101,14 +125,48 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
         active = [name for name in self.active_adapters if name in self.sparsegrad_S]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
+        for name in active:
+            self._check_basis(name, x)
         if len(active) == 1 and self._is_plain():
             return self._fast(x, active[0])
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
+            self._check_gradient(x, result)
             result = self.quantization_backend.maybe_clone_base_result(result)
         for name in active:
             result = result + self._update(x, name).to(result.dtype)
         return result
+
+    def _check_basis(self, adapter: str, x: Tensor) -> None:
+        """Say so once if an adapter trains without the bases that it was to get, and at once if it cannot run."""
+        S, basis = self.core_and_basis(adapter)
+        if S.is_meta and not x.is_meta:
+            raise RuntimeError(
+                f"adapter {adapter!r} was made with low_cpu_mem_usage=True and has no core yet: call "
+                "calibrate_adapter(model, batches), or load weights into it"
+            )
+        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled() and S.requires_grad):
+            return
+        uncalibrated = basis.U is None and basis.V is None and not self.sparsegrad_original_space[adapter]
+        if uncalibrated and basis not in _WARNED:
+            _WARNED.add(basis)
+            warnings.warn(
+                f"adapter {adapter!r} trains without bases: call calibrate_adapter(model, batches) before you make the "
+                "optimizer, or say original_space=True in SparseGradConfig if this is what you want",
+                stacklevel=2,
+            )
+
+    def _check_gradient(self, x: Tensor, result: Tensor) -> None:
+        """Kernels made for inference have no backward: whatever is before the layer would silently learn nothing."""
+        if not (self.training and x.requires_grad and torch.is_grad_enabled()):
+            return
+        if not result.requires_grad or _reordered(self.get_base_layer()):
+            assert self.quantization_backend is not None
+            raise RuntimeError(
+                f"the quantized base layer ({self.quantization_backend.backend_name}) passes no gradient back to its "
+                "input, so it cannot be trained through. torchao: quantize weights only, not activations. bitsandbytes "
+                "on a CPU: after inference, model.state_dict() puts 4-bit weights into the order that training needs"
+            )
 
     def _is_plain(self) -> bool:
         """Whether base layer and update can be one product: a bare linear layer, with no hooks to be called."""
@@ -148,18 +206,38 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
             result[rows] += self._update(x[rows], name).to(result.dtype)
         return result
 
+    def get_base_weight(self) -> Tensor:
+        """As in PEFT: the weight as plain numbers; a copy if it is quantized."""
+        if _reordered(self.get_base_layer()):
+            # PEFT takes the new order for the old one: all entries wrong, and no error. Asking for the state puts it
+            # back.
+            self.get_base_layer().state_dict()
+        return super().get_base_weight()
+
+    def _warn_of_rounding(self) -> None:
+        if self.quantization_backend is not None:
+            warnings.warn(
+                f"the base weight is quantized ({self.quantization_backend.backend_name}): its sum with the adapter's "
+                "update is quantized anew, and what is small beside the steps of the quantization is lost; load the "
+                "adapter onto the unquantized model for an exact merge",
+                stacklevel=3,
+            )
+
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' updates to the base weight; `safe_merge` checks for values that are not finite first."""
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.sparsegrad_S:
                 continue
+            self._warn_of_rounding()
             weight = self.get_base_weight()
-            merged = weight + self.get_delta_weight(name).to(weight.dtype)
+            merged = (weight + self.get_delta_weight(name)).to(weight.dtype)  # in the wider type, rounded once
             if safe_merge and not bool(torch.isfinite(merged).all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self.set_base_weight(merged)
             self.merged_adapters.append(name)
 
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Take the merged updates out of the base weight again, to rounding."""
         if not self.merged:
@@ -168,8 +246,9 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.sparsegrad_S:
+                self._warn_of_rounding()
                 weight = self.get_base_weight()
-                self.set_base_weight(weight - self.get_delta_weight(name).to(weight.dtype))
+                self.set_base_weight((weight - self.get_delta_weight(name)).to(weight.dtype))
 
     def extra_repr(self) -> str:
         """Of the quantization, for `print(model)`."""
@@ -177,3 +256,34 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
 
     def __repr__(self) -> str:
         return "sparsegrad." + super().__repr__()
+
+
+def _reordered(base: nn.Module) -> bool:
+    """Whether bitsandbytes has reordered a 4-bit weight, which it does at the first inference on CPUs with AVX512-BF16.
+
+    The weight is then good for inference alone. Seen with bitsandbytes 0.50.
+    """
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def _quantization_backend(base: nn.Module, options: dict[str, Any]) -> QuantizationBackend | None:
+    """What reads and writes the weight of a quantized layer; None for a plain one.
+
+    Raises:
+        ValueError: torchao's quantization was put on by hand, so that PEFT does not know which it is.
+        TypeError: the weight is quantized in a way that PEFT does not know.
+    """
+    try:
+        backend = resolve_quantization_backend(base, get_apply_tensor_subclass=options.get("get_apply_tensor_subclass"))
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Load the base model with quantization_config=TorchAoConfig(...), in place of torchao.quantize_"
+        ) from error
+    weight = getattr(base, "weight", None)
+    if backend is None and isinstance(weight, Tensor) and weight.dtype not in _PLAIN:
+        raise TypeError(
+            f"{type(base).__name__} has a weight of {weight.dtype}, quantized in a way that PEFT does not know; "
+            "adapt the unquantized model"
+        )
+    return backend

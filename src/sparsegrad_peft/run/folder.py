@@ -1,0 +1,163 @@
+"""The files of a run. Each is written whole or not at all, so that a kill or a full disk leaves the former one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .arguments import RunArguments
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place, then put it there: readers see the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
+    """Let `save` fill a folder beside its place, then put it there; a former one is whole until then, or comes back."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    former = folder.with_name(f".{folder.name}.former")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        save(draft)
+        if folder.exists():
+            os.replace(folder, former)
+        os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if former.exists() and not folder.exists():
+            os.replace(former, folder)
+        shutil.rmtree(former, ignore_errors=True)
+
+
+class RunFolder:
+    """Where a run is kept.
+
+    config.yaml       what was asked for, as run
+    environment.json  commit, versions, device, seed
+    metrics.json      the trainer's log: loss, learning rate, scores
+    adapter/          the best evaluation's adapter; or model/, where the method trains the weights themselves
+    tokenizer/        with which the model was trained
+    result.json       scores, times, memory: written last, so it says that the run is finished
+    curves.png        loss and score
+    checkpoints/      while it runs
+    merged/           after `sparsegrad merge`
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the trainer's checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.path / "result.json").is_file()
+
+    @property
+    def weights(self) -> Path:
+        """The adapter, or the model."""
+        adapter = self.path / "adapter"
+        return adapter if adapter.is_dir() else self.path / "model"
+
+    def start(self, arguments: RunArguments) -> None:
+        """Take the folder for this run, or take up the one that is there.
+
+        Raises:
+            FileExistsError: the folder holds something else; the message says in what it differs.
+        """
+        config = arguments.as_dict()
+        if (self.path / "config.yaml").is_file():
+            there = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+            differing = sorted(name for name, (a, b) in _differences(there, config).items() if a != b)
+            if differing:
+                found = _differences(there, config)
+                words = ", ".join(f"{name} ({found[name][0]} there, {found[name][1]} here)" for name in differing[:5])
+                raise FileExistsError(
+                    f"{self} holds another run, which differs in {words}; choose another output folder, or remove it"
+                )
+            return
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise FileExistsError(
+                f"{self} is not empty and holds no run (no config.yaml); choose another output folder"
+            )
+        self.write_yaml("config.yaml", config)
+
+    def read_arguments(self) -> dict[str, Any]:
+        """What the run was asked for.
+
+        Raises:
+            FileNotFoundError: this is no run folder.
+        """
+        path = self.path / "config.yaml"
+        if not path.is_file():
+            several = sorted(self.path.glob("seed-*"))
+            hint = f"; it holds several runs, name one of them, such as {several[0]}" if several else ""
+            raise FileNotFoundError(f"{self} is no run folder (no config.yaml){hint}")
+        found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return found
+
+    def read_result(self) -> dict[str, Any]:
+        """Scores, times and memory of a finished run."""
+        found: dict[str, Any] = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+        return found
+
+    def write_yaml(self, name: str, content: Any) -> None:
+        """Write a YAML file."""
+        write_whole(self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file; NaN and infinity are refused, since JSON has none."""
+        write_whole(self.path / name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that is whole: a kill or a full disk may have cut the last one off."""
+        found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        return next((path for path in reversed(found) if _is_whole(path)), None)
+
+    def drop_broken_checkpoints(self) -> None:
+        """Remove what is not whole, so that the trainer does not count it."""
+        for path in self.checkpoints.glob("checkpoint-*"):
+            if not _is_whole(path):
+                shutil.rmtree(path)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """The trainer writes its state last, in one piece of JSON."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _differences(there: Any, here: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    if not (isinstance(there, dict) and isinstance(here, dict)):
+        return {prefix: (there, here)}
+    return {
+        name: pair
+        for key in {*there, *here}
+        for name, pair in _differences(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else key).items()
+    }

@@ -1,0 +1,45 @@
+"""Loss and score of a run as an image."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def curves(log: list[dict[str, Any]], metric: str, title: str) -> bytes:
+    """A PNG of the training and evaluation loss, and of the score, against the optimizer's steps.
+
+    Args:
+        log: `trainer.state.log_history`.
+        metric: which score to draw, without "eval_".
+        title: of the picture.
+    """
+    figure = Figure(figsize=(8, 3.2), layout="constrained")  # no pyplot: no window, no state
+    FigureCanvasAgg(figure)
+    losses, scores = figure.subplots(1, 2)
+    for axes, series, label in (
+        (losses, "loss", "training"),
+        (losses, "eval_loss", "evaluation"),
+        (scores, f"eval_{metric}", metric.replace("_", " ")),
+    ):
+        points = [(entry["step"], entry[series]) for entry in log if series in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    losses.set(xlabel="step", ylabel="loss")
+    scores.set(xlabel="step", ylabel=metric.replace("_", " "))
+    losses.legend()
+    for axes in (losses, scores):
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def write_curves(path: Path, log: list[dict[str, Any]], metric: str, title: str) -> None:
+    """Draw and write it."""
+    path.write_bytes(curves(log, metric, title))

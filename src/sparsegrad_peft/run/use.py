@@ -1,0 +1,174 @@
+"""A finished run, put to use: evaluate, predict, merge."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..tasks.arguments import DataArguments
+from ..tasks.load import load_task
+from ..tasks.metrics import predictions_of, score
+from ..tasks.read import read_rows
+from ..tasks.task import Task
+from .folder import RunFolder, save_whole, write_whole
+from .train import load_model, load_tokenizer, quiet
+
+_BATCH = 64
+
+
+@dataclass
+class Finished:
+    """A run's model, with its adapter, its tokenizer and its task."""
+
+    folder: RunFolder
+    config: dict[str, Any]
+    task: Task
+    model: nn.Module
+    tokenizer: Any
+
+    @torch.inference_mode()
+    def logits(self, rows: Iterable[tuple[str, ...]]) -> np.ndarray[Any, Any]:
+        """(rows, classes), for rows of one text or two."""
+        texts, found = list(rows), []
+        device = next(self.model.parameters()).device
+        for start in range(0, len(texts), _BATCH):
+            columns = zip(*texts[start : start + _BATCH], strict=True)
+            batch = self.tokenizer(
+                *map(list, columns), padding=True, truncation=True, max_length=self.config["data"]["max_length"],
+                return_tensors="pt",
+            )  # fmt: skip
+            found.append(self.model(**batch.to(device)).logits.float().cpu())
+        return torch.cat(found).numpy()
+
+
+def open_run(path: str | Path) -> Finished:
+    """Load a finished run.
+
+    Raises:
+        FileNotFoundError: no run folder, or a run that did not come to its end.
+    """
+    folder = RunFolder(path)
+    config = folder.read_arguments()
+    if not folder.finished:
+        raise FileNotFoundError(
+            f"{folder} holds a run that is not finished; go on with it by sparsegrad train "
+            f"--config {folder.path / 'config.yaml'}"
+        )
+    data = DataArguments(**config["data"])
+    task = load_task(config["task"], data)
+    tokenizer = load_tokenizer(config["model"])
+    adapter = folder.path / "adapter"
+    if adapter.is_dir():
+        # The head's numbers are the adapter's; those of the new head that is made here are written over.
+        base = load_model(config["model"], task, tokenizer)
+        with quiet():
+            model: nn.Module = PeftModel.from_pretrained(base, str(adapter))
+    else:
+        model = load_model(config["model"], task, tokenizer, folder.path / "model")
+    if torch.cuda.is_available():
+        model.cuda()
+    return Finished(folder, config, task, model.eval(), tokenizer)
+
+
+def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, float]]:
+    """Scores of a finished run on its task's evaluation rows: split -> metric -> score.
+
+    Raises:
+        ValueError: the task has no such split; and what `open_run` raises.
+    """
+    run = open_run(path)
+    splits = run.task.evaluation_splits
+    if split is not None and split not in run.task.splits:
+        raise ValueError(f"{run.task.name} has splits {', '.join(run.task.splits)}; found {split!r}")
+    scores = {}
+    for name in [split] if split else splits:
+        data = run.task.splits[name]
+        rows = zip(*(data[column] for column in run.task.text), strict=True)
+        predictions = predictions_of(run.logits(rows), run.task.labels is None)
+        scores[name] = score(run.task.metrics, np.asarray(data["label"]), predictions)
+    return scores
+
+
+def predict(path: str | Path, file: str | Path | None = None, texts: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """What a finished run says of new rows: the columns of the text, "prediction", and the probability of each class.
+
+    Args:
+        path: the run.
+        file: CSV, TSV, JSON or JSON lines with the task's text columns.
+        texts: or a row, as one or two strings.
+
+    Raises:
+        ValueError: neither or both are given, a column is missing, a row has the wrong number of texts.
+    """
+    run = open_run(path)
+    columns, given = run.task.text, list(texts)
+    if (file is None) == (not given):
+        raise ValueError("predict: expected either a file or texts")
+    if file is None:
+        if len(given) != len(columns):
+            raise ValueError(f"{run.task.name} takes {len(columns)} texts ({', '.join(columns)}), found {len(given)}")
+        rows: list[dict[str, str]] = [dict(zip(columns, given, strict=True))]
+    else:
+        rows = list(read_rows(Path(file)))
+        missing = [column for column in columns if column not in rows[0]]
+        if missing:
+            raise ValueError(f"{file}: expected a column {missing[0]!r}, found {', '.join(map(repr, rows[0]))}")
+    logits = run.logits(tuple(row[column] for column in columns) for row in rows)
+    labels = run.task.labels
+    if labels is None:
+        return [{**row, "prediction": float(value)} for row, value in zip(rows, logits[:, 0], strict=True)]
+    probabilities = torch.from_numpy(logits).softmax(-1).tolist()
+    return [
+        {**row, "prediction": labels[max(range(len(labels)), key=found.__getitem__)],
+         **{f"p({name})": round(p, 6) for name, p in zip(labels, found, strict=True)}}
+        for row, found in zip(rows, probabilities, strict=True)
+    ]  # fmt: skip
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Predictions as a CSV file."""
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, buffer.getvalue())
+
+
+def merge(path: str | Path) -> tuple[Path, bool]:
+    """The model with what was learnt in its weights, as a plain `transformers` folder `merged/` of the run.
+
+    Returns:
+        The folder, and whether it was made now: False if it was there already.
+
+    Raises:
+        ValueError: the run has no adapter: its `model/` is already plain.
+    """
+    folder = RunFolder(path)
+    folder.read_arguments()
+    target = folder.path / "merged"
+    if (target / "config.json").is_file():
+        return target, False
+    if (folder.path / "model").is_dir():
+        raise ValueError(f"{folder} trained the weights themselves, there is nothing to merge: {folder.path / 'model'}")
+    run = open_run(path)
+    assert isinstance(run.model, PeftModel)
+    plain = run.model.merge_and_unload(safe_merge=True)
+
+    def save(draft: Path) -> None:
+        plain.save_pretrained(draft)
+        run.tokenizer.save_pretrained(draft)
+
+    if target.exists():  # cut off by a kill
+        shutil.rmtree(target)
+    save_whole(target, save)
+    return target, True

@@ -1,0 +1,46 @@
+"""A task by its name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from datasets import Dataset
+
+from .arguments import DataArguments, check_task
+from .files import load_files
+from .glue import load_glue
+from .metrics import check_metrics
+from .task import Task
+
+
+def load_task(name: str, data: DataArguments | None = None) -> Task:
+    """A task by its name, with the rows that `data` asks for.
+
+    Raises:
+        ValueError, FileNotFoundError: see `check_task`, `load_glue` and `load_files`.
+    """
+    data = data or DataArguments()
+    check_task(name, data)
+    check_metrics(data.metrics or ())
+    if name == "files":
+        assert data.validation_file is not None
+        task = load_files(
+            data.train_file, data.validation_file, text=data.text, label=data.label, labels=data.labels,
+            regression=data.regression,
+        )  # fmt: skip
+    elif name == "acceptability":
+        task = load_acceptability()
+    else:
+        task = load_glue(name.removeprefix("glue/"), data.folder)
+    if data.metrics:
+        task = replace(task, metrics=tuple(data.metrics))
+    return task.limited(data.train_rows, data.validation_rows)
+
+
+def load_acceptability(n_train: int = 4000, n_dev: int = 800, seed: int = 0) -> Task:
+    """Sentences of the package's own grammar, acceptable or not, in the manner of BLiMP."""
+    from .acceptability import generate
+
+    splits = {name: Dataset.from_list(rows) for name, rows in generate(n_train, n_dev, seed).items()}
+    labels = ("unacceptable", "acceptable")
+    return Task("acceptability", ("sentence",), labels, ("matthews_correlation", "accuracy"), splits, f"seed {seed}")

@@ -1,0 +1,222 @@
+"""A saved SparseGrad adapter as a LoRA adapter, for servers that know nothing else (vLLM, llama.cpp, TGI).
+
+    Vᵀ S U = (Vᵀ P √s) (√s Qᵀ U) = B A        S = P diag(s) Qᵀ, the SVD of the small core (r, c)
+
+`U` and `V` have orthonormal rows, so the SVD of the core is that of the update: its leading `R` terms are the best
+approximation of rank `R` there is, and the error is known exactly. The adapter's folder is enough, no model is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .bases import BASIS, CORE, ROOT
+from .register import NAME, PREFIX
+
+logger = logging.getLogger(__name__)
+
+_MADE_BY = {"format": "pt", "made_by": "sparsegrad_peft.export_lora"}  # metadata of the file: tells a former export
+_CARRIED = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save",
+            "trainable_token_indices")  # fmt: skip
+
+
+@dataclass
+class _Factors:
+    """The SVD of one layer's update, strongest direction first: `B diag(s) A`."""
+
+    B: Tensor
+    "(out, R): `Vᵀ P`"
+    s: Tensor
+    "(R,) singular values, descending"
+    A: Tensor
+    "(R, in): `Qᵀ U`"
+    rank: int
+    "singular values that stand above the rounding of `S`"
+    dtype: torch.dtype
+    "of the LoRA matrices: the core's, at least float32"
+
+    def error(self, rank: int) -> float:
+        """`|update - its best approximation of this rank| / |update|`, Frobenius norms."""
+        total = float(self.s.norm())
+        return float(self.s[min(rank, self.rank) :].norm()) / total if total else 0.0
+
+    def lora(self, rank: int) -> tuple[Tensor, Tensor]:
+        """`B` (out, rank) and `A` (rank, in), with zeros where the update has not as many directions."""
+        kept = min(rank, self.rank)
+        root = self.s[:kept].sqrt()  # half to each side: their entries are of one size, which suits half precision
+        B, A = self.B.new_zeros(len(self.B), rank), self.A.new_zeros(rank, self.A.shape[1])
+        B[:, :kept], A[:kept] = self.B[:, :kept] * root, root[:, None] * self.A[:kept]
+        return B.to(self.dtype), A.to(self.dtype)
+
+
+def export_lora(
+    adapter: str | Path, out: str | Path, rank: int | Literal["full"], *, fan_in_fan_out: bool = False
+) -> dict[str, float]:
+    """Write a LoRA adapter that computes what a saved SparseGrad adapter does, or the nearest of a given rank.
+
+    All layers get one rank and a scaling of 1, which every server takes. What the adapter holds besides is carried over
+    as it is: `modules_to_save` such as a new head, and trained tokens. (PEFT loads them; vLLM refuses them.)
+
+    Args:
+        adapter: folder of a SparseGrad adapter, as `save_pretrained` wrote it.
+        out: folder to be written. It may exist if it is empty or an earlier export, which is replaced.
+        rank: of the LoRA adapter, for all layers; "full" takes the largest that an update has, and loses nothing.
+        fan_in_fan_out: what PEFT calls a model of `Conv1D` layers (GPT-2). The adapter does not know its layers' kind,
+            the matrices are the same for both, and PEFT corrects the flag with a warning when it loads the adapter.
+
+    Returns:
+        Layer name -> relative error of its update in the Frobenius norm: 0.1 says that a tenth of it is lost.
+
+    Raises:
+        FileNotFoundError: the folder or one of its two files is missing.
+        FileExistsError: `out` is a file, or holds something that is no earlier export.
+        ValueError: the rank is no positive count, the folder is no SparseGrad adapter, or its files are damaged.
+    """
+    if rank != "full" and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise ValueError(f'rank must be a count of at least 1, or "full", found {rank!r}')
+    out = Path(out).resolve()
+    _check_replaceable(out)
+    config, tensors = _read(Path(adapter))
+    factors = _factors(config.get("core_shapes") or {}, tensors)
+    carried = {name: value for name, value in tensors.items() if f".{PREFIX}" not in name}
+
+    largest = max(1, *(layer.rank for layer in factors.values()))  # a rank of 0 is no LoRA adapter
+    if rank != "full" and rank > largest:
+        logger.warning("no layer's update has a rank above %d: exported at that rank, and not at %d", largest, rank)
+    chosen = largest if rank == "full" else min(rank, largest)
+    lora = {}
+    for name, layer in factors.items():
+        lora[f"{ROOT}{name}.lora_B.weight"], lora[f"{ROOT}{name}.lora_A.weight"] = layer.lora(chosen)
+    options: dict[str, Any] = {key: config.get(key) for key in _CARRIED}
+    options |= {"r": chosen, "lora_alpha": chosen, "fan_in_fan_out": fan_in_fan_out, "inference_mode": True}
+    lora_config = LoraConfig(**options)
+    # Whole names, as a list. Bare endings (`down_proj`) may match layers that were not adapted, which cannot be told
+    # without the model. A regular expression would do for PEFT, but not for servers, which read a list and go by the
+    # last part of each name or by the tensors' names. Sorted and no set: the same adapter gives the same names.
+    lora_config.target_modules = sorted(factors)
+    if carried:
+        logger.warning(
+            "the adapter holds %d tensors besides its updates (modules_to_save, trained tokens), such as %s; PEFT "
+            "loads them with the LoRA adapter, a server may not", len(carried), next(iter(carried)),
+        )  # fmt: skip
+    _write(out, lora_config, lora | carried)
+    return {name: layer.error(chosen) for name, layer in factors.items()}
+
+
+def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of a SparseGrad adapter."""
+    config_path, weights_path = adapter / CONFIG_NAME, adapter / SAFETENSORS_WEIGHTS_NAME
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{adapter} is no saved adapter: it has no {path.name}")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_path} is damaged: {error}") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != NAME:
+        raise ValueError(f"{adapter} is no SparseGrad adapter: its peft_type is {kind!r}, expected {NAME!r}")
+    try:
+        return config, load_file(weights_path)
+    except SafetensorError as error:
+        raise ValueError(f"{weights_path} is damaged or cut off ({error}); save or copy the adapter again") from error
+
+
+@torch.no_grad()
+def _factors(core_shapes: dict[str, list[Any]], tensors: dict[str, Tensor]) -> dict[str, _Factors]:
+    """Layer name -> SVD of its update."""
+    group_of = {layer: shape[0] for layer, shape in core_shapes.items()}
+    bases = {}  # a basis is saved with the first layer of its group
+    for key, value in tensors.items():
+        if BASIS in key:
+            layer, _, side = key.removeprefix(ROOT).partition(BASIS)
+            bases[group_of.get(layer, layer), side] = value
+    cores = {k.removeprefix(ROOT).removesuffix(CORE): v for k, v in tensors.items() if k.endswith(CORE)}
+    missing = sorted(set(core_shapes) - set(cores))
+    if missing or not cores:
+        raise ValueError(
+            f"the adapter has no core S for {', '.join(missing[:3]) or 'any layer'}; its files are damaged"
+        )
+    factors = {}
+    for layer, S in cores.items():
+        group = group_of.get(layer, layer)
+        U, V = bases.get((group, "U")), bases.get((group, "V"))  # both None before calibration: the original space
+        if layer in core_shapes:
+            _, r, c, out_features, in_features = core_shapes[layer]
+            found = [None if tensor is None else tuple(tensor.shape) for tensor in (S, U, V)]
+            if found != [(r, c), (c, in_features), (r, out_features)]:
+                raise ValueError(
+                    f"{layer}: expected S, U and V of shapes {(r, c)}, {(c, in_features)} and {(r, out_features)}, "
+                    f"found {found}; the adapter's two files do not belong together"
+                )
+        elif core_shapes:
+            raise ValueError(f"{layer} is not among the layers of the configuration; the two files do not fit")
+        if not bool(S.isfinite().all()):
+            raise ValueError(f"{layer}: the core S holds values that are not finite")
+        factors[layer] = _decompose(S, U, V)
+    return factors
+
+
+def _decompose(S: Tensor, U: Tensor | None, V: Tensor | None) -> _Factors:
+    P, s, Q = torch.linalg.svd(S.double(), full_matrices=False)
+    dtype = torch.promote_types(S.dtype, torch.float32)
+    # Rounding S to its type adds a matrix of random entries, whose largest singular value is below eps of S's own.
+    rank = int((s > torch.finfo(dtype).eps * s[0]).sum())
+    return _Factors(
+        B=P[:, :rank] if V is None else V.double().T @ P[:, :rank],
+        s=s,
+        A=Q[:rank] if U is None else Q[:rank] @ U.double(),
+        rank=rank,
+        dtype=dtype,
+    )
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raise unless nothing is lost if `out` is replaced: it does not exist, is empty, or is an earlier export."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise FileExistsError(f"{out} is a file; name a folder that does not exist")
+    files = {path.name for path in out.iterdir()}
+    if files and not (files == {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME} and _was_exported(out)):
+        raise FileExistsError(f"{out} holds {', '.join(sorted(files)[:3])}, and is no earlier export; name another one")
+
+
+def _was_exported(out: Path) -> bool:
+    try:
+        with safe_open(out / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+            return file.metadata() == _MADE_BY
+    except SafetensorError:
+        return False
+
+
+def _write(out: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+    """Write to a folder beside `out`, and put it in its place when it is complete."""
+    new, old = (out.with_name(f".{out.name}.{os.getpid()}.{age}") for age in ("new", "old"))
+    new.mkdir(parents=True)
+    try:
+        config.save_pretrained(str(new))
+        save_file(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata=_MADE_BY)
+        if out.exists():
+            os.replace(out, old)  # a folder that is not empty cannot be replaced at once
+        os.replace(new, out)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists():
+            if out.exists():
+                shutil.rmtree(old)
+            else:
+                os.replace(old, out)

@@ -1,0 +1,189 @@
+"""An adapter without bases: when it says so, and how it gets them, also where its cores were never allocated."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import adapted, cores, differs, train, tuner_layers
+from models import LAYERS, batch, logits, make
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from sparsegrad_peft import Calibration, SparseGradConfig, Trajectory, calibrate_adapter
+from sparsegrad_peft.tuner.layer import SparseGradTunerLinear
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+
+def heard(model: nn.Module, steps: int = 2) -> list[str]:
+    """Warnings of some forward passes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            model(**batch("bert"))
+    return [str(w.message) for w in caught if w.category is UserWarning]
+
+
+def test_training_without_bases_warns_once_for_each_adapter() -> None:
+    model = get_peft_model(make("bert"), SparseGradConfig()).train()
+    (words,) = heard(model)  # of six layers, in two steps
+    assert "adapter 'default' trains without bases: call calibrate_adapter(model, batches) before you make" in words
+    assert "original_space=True" in words
+    assert not heard(model)
+    model.add_adapter("other", SparseGradConfig())
+    assert not heard(model)  # not active
+    model.set_adapter("other")
+    (words,) = heard(model)
+    assert "adapter 'other'" in words
+
+
+def test_what_does_not_train_without_bases_is_silent() -> None:
+    model = get_peft_model(make("bert"), SparseGradConfig())
+    assert not heard(model.eval())
+    with torch.no_grad():
+        assert not heard(model.train())
+    model.requires_grad_(False)
+    assert not heard(model)
+    model = get_peft_model(make("bert"), SparseGradConfig(original_space=True)).train()
+    assert not heard(model)
+    model, _ = adapted("bert")
+    assert not heard(model.train())
+    assert len(heard(get_peft_model(make("bert"), SparseGradConfig()).train())) == 1  # the others were silent, not deaf
+
+
+def test_copies_of_a_model_that_has_warned(tmp_path: Path) -> None:
+    """What remembers the warning holds on to no model, and hinders no copy."""
+    model = get_peft_model(make("bert"), SparseGradConfig()).train()
+    assert len(heard(model)) == 1
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+        assert len(heard(twin)) == 1
+        assert not heard(twin)
+
+
+def test_original_space_is_not_calibrated() -> None:
+    model = get_peft_model(make("bert"), SparseGradConfig(original_space=True))
+    with pytest.raises(ValueError, match=r"original space .*takes no bases; make it with original_space=False"):
+        calibrate_adapter(model, [batch("bert")], n_steps=1)
+
+
+def test_calibration_leaves_the_adapter_out_and_others_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter adds nothing yet; others that are active change the gradients, as they will in training."""
+    model, _ = adapted("bert", c=0.25)
+    model.add_adapter("new", SparseGradConfig(c=0.5, r=0.5))
+    model.base_model.set_adapter(["default", "new"])
+    used = []
+    core_and_basis = SparseGradTunerLinear.core_and_basis
+    monkeypatch.setattr(
+        SparseGradTunerLinear, "core_and_basis", lambda self, name: used.append(name) or core_and_basis(self, name)
+    )
+    mine = cores(model, "new")
+    statistics = calibrate_adapter(model, [batch("bert")], adapter_name="new", n_steps=1, progress=False)
+    assert set(used) == {"default"}
+    assert all(layer.active_adapters == ["default", "new"] for layer in tuner_layers(model))
+    assert all(core.requires_grad for core in (*cores(model, "new"), *cores(model)))
+    without = get_peft_model(make("bert"), SparseGradConfig(c=0.5, r=0.5))
+    other = calibrate_adapter(without, [batch("bert")], n_steps=1, progress=False)
+    assert other.groups.keys() == statistics.groups.keys()
+    for group, gram in other.groups.items():
+        assert not torch.equal(gram.gram_in, statistics.groups[group].gram_in)
+    assert not {id(core) for core in mine} & {id(core) for core in cores(model, "new")}
+
+
+def test_an_interrupted_calibration_puts_the_adapter_back() -> None:
+    model = get_peft_model(make("bert"), SparseGradConfig())
+
+    def broken(model: nn.Module, batch: object) -> Tensor:
+        assert all(layer.active_adapters == [] for layer in tuner_layers(model))
+        assert not any(core.requires_grad for core in cores(model))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_adapter(model, [batch("bert")], loss_fn=broken, progress=False)
+    assert all(layer.active_adapters == ["default"] for layer in tuner_layers(model))
+    assert all(core.requires_grad for core in cores(model))
+    assert not model.peft_config["default"].calibrated
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("trajectory", [None, Trajectory(lr=1e-3)])
+def test_cores_that_were_never_allocated(kind: str, trajectory: Trajectory | None, tmp_path: Path) -> None:
+    """`low_cpu_mem_usage=True`: no (out, in) cores before calibration, and the same adapter afterwards."""
+    data = batch(kind)
+    task = {"bert": "SEQ_CLS"}.get(kind, "CAUSAL_LM")
+    outputs = []
+    for low_cpu_mem_usage in (True, False):
+        config = SparseGradConfig(c=0.5, r=0.25, task_type=task)
+        model = get_peft_model(make(kind), config, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert all(core.is_meta is low_cpu_mem_usage for core in cores(model))
+        calibrate_adapter(model, [data], n_steps=2, training=False, trajectory=trajectory, progress=False)
+        assert all(core.device.type == "cpu" and core.dtype == torch.float32 for core in cores(model))
+        assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        assert len(cores(model)) == LAYERS[kind]
+        train(model, data)
+        outputs.append(logits(model.eval(), data))
+    assert differs(outputs[0], logits(make(kind), data)) > 1e-4
+    assert differs(*outputs) == 0
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make(kind), str(tmp_path)).eval()
+    assert differs(logits(loaded, data), outputs[0]) == 0
+
+
+def statistics_of(kind: str) -> Calibration:
+    model = get_peft_model(make(kind), SparseGradConfig())
+    return calibrate_adapter(model, [batch(kind)], n_steps=1, progress=False)
+
+
+def test_ready_statistics_for_cores_that_were_never_allocated() -> None:
+    model = get_peft_model(make("bert"), SparseGradConfig(c=0.5, r=0.25), low_cpu_mem_usage=True)
+    calibrate_adapter(model, calibration=statistics_of("bert"))
+    assert differs(logits(model, batch("bert")), logits(make("bert"), batch("bert"))) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_type_of_cores_that_were_never_allocated(dtype: torch.dtype, autocast_adapter_dtype: bool) -> None:
+    types = []
+    for low_cpu_mem_usage in (True, False):
+        model = get_peft_model(
+            make("llama").to(dtype), SparseGradConfig(), low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )  # fmt: skip
+        calibrate_adapter(model, calibration=statistics_of("llama"))
+        types.append({core.dtype for core in cores(model)})
+        assert all(layer.sparsegrad_basis["default"].U.dtype == torch.float32 for layer in tuner_layers(model))
+    assert types[0] == types[1] == {torch.float32 if autocast_adapter_dtype else dtype}
+
+
+def test_a_core_that_is_not_there_says_so() -> None:
+    model = get_peft_model(make("bert"), SparseGradConfig(), low_cpu_mem_usage=True)
+    with pytest.raises(RuntimeError, match=r"low_cpu_mem_usage=True and has no core yet: call calibrate_adapter"):
+        logits(model, batch("bert"))
+
+
+def test_calibrating_through_the_tuner_gives_the_same_names() -> None:
+    """`PeftModel`, the tuner within it, and a model with injected layers name a layer differently; files do not."""
+    shapes = []
+    for inner in (lambda m: m, lambda m: m.base_model, lambda m: m.base_model.model):
+        model = get_peft_model(make("bert"), SparseGradConfig(c=0.5, r=0.5))
+        calibrate_adapter(inner(model), [batch("bert")], n_steps=1, progress=False)
+        shapes.append({name: shape[1:] for name, shape in model.peft_config["default"].core_shapes.items()})
+    assert shapes[0] == shapes[1] == shapes[2]
+    assert next(iter(shapes[0])) == "bert.encoder.layer.0.intermediate.dense"
+
+
+def test_the_papers_configuration() -> None:
+    config = SparseGradConfig.paper(task_type="SEQ_CLS", shared=True)
+    assert (config.c, config.r, config.shared, config.task_type) == ("full", "full", True, "SEQ_CLS")
+    assert SparseGradConfig.paper(c=0.5).c == 0.5
+    model = get_peft_model(make("bert"), config)
+    calibrate_adapter(model, [batch("bert")], n_steps=1, progress=False)
+    for layer in tuner_layers(model):
+        assert layer.sparsegrad_basis["default"].is_complete
+        assert layer.sparsegrad_S["default"].shape == (layer.out_features, layer.in_features)

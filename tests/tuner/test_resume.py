@@ -1,0 +1,199 @@
+"""Weights loaded into an adapter that is there already, as a Trainer that resumes does; and weights that do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import adapted, cores, differs, train, tuner_layers
+from models import GROUPS, MAKE, batch, logits, make
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from sparsegrad_peft import SparseGradConfig, calibrate_adapter
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+
+def small_bert(**sizes: int) -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, **sizes}
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=60, num_attention_heads=2, max_position_embeddings=16, **sizes)
+    ).eval()
+
+
+@pytest.mark.parametrize("kind", list(MAKE))
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_calibrated_weights_into_an_uncalibrated_adapter(
+    kind: str, shared: bool, low_cpu_mem_usage: bool, tmp_path: Path
+) -> None:
+    model, _ = adapted(kind, shared=shared)
+    data = batch(kind)
+    model.save_pretrained(tmp_path)
+    # What the script would have calibrated, had it not been resumed, is of another size.
+    fresh = get_peft_model(make(kind), SparseGradConfig(shared=shared), low_cpu_mem_usage=low_cpu_mem_usage)
+    result = fresh.load_adapter(str(tmp_path), "default", is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert differs(logits(fresh.eval(), data), logits(model, data)) == 0
+    assert fresh.peft_config["default"].core_shapes == model.peft_config["default"].core_shapes
+    count = GROUPS[kind] if shared else len(tuner_layers(model))
+    assert len({id(layer.sparsegrad_basis["default"]) for layer in tuner_layers(fresh)}) == count
+    assert all(core.requires_grad for core in cores(fresh))
+    with pytest.raises(ValueError, match="already learnt something"):
+        calibrate_adapter(fresh, [data])
+    train(fresh, data, 2)
+    train(model, data, 2)
+    assert differs(logits(fresh, data), logits(model, data)) == 0
+    fresh.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(make(kind), str(tmp_path / "again")).eval()
+    assert differs(logits(again, data), logits(fresh, data)) == 0
+
+
+def test_weights_of_another_name_and_without_a_peft_model() -> None:
+    model, _ = adapted("bert")
+    weights = get_peft_model_state_dict(model)
+    data = batch("bert")
+    fresh = get_peft_model(make("bert"), SparseGradConfig(), adapter_name="mine").eval()
+    set_peft_model_state_dict(fresh, weights, adapter_name="mine")
+    assert differs(logits(fresh, data), logits(model, data)) == 0
+    injected = make("bert")
+    injected.add_adapter(SparseGradConfig(), adapter_name="mine")
+    set_peft_model_state_dict(injected.eval(), weights, adapter_name="mine")
+    assert differs(logits(injected, data), logits(model, data)) == 0
+
+
+def trainer(folder: Path, *, calibrated: bool) -> Trainer:
+    model = get_peft_model(make("bert"), SparseGradConfig(c=0.5, r=0.5, task_type="SEQ_CLS"))
+    rows = batch("bert", 24)
+    if calibrated:
+        calibrate_adapter(model, [rows], n_steps=2, progress=False)
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=3,
+        report_to=[], use_cpu=True, disable_tqdm=True, seed=0, logging_steps=3,
+    )  # fmt: skip
+    dataset: Any = [{key: value[i] for key, value in rows.items()} for i in range(24)]
+    return Trainer(model=model, args=arguments, train_dataset=dataset)
+
+
+def test_a_trainer_resumes_into_the_adapter_that_the_script_makes(tmp_path: Path) -> None:
+    """No calibration in the second run: the bases come with the checkpoint."""
+    straight = trainer(tmp_path / "straight", calibrated=True)
+    straight.train()
+    resumed = trainer(tmp_path / "resumed", calibrated=False)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
+    assert resumed.state.global_step == 6
+    data = batch("bert")
+    expected = logits(straight.model.eval(), data)
+    at_checkpoint = PeftModel.from_pretrained(make("bert"), str(tmp_path / "straight" / "checkpoint-3")).eval()
+    assert differs(logits(at_checkpoint, data), expected) > 1e-4  # the steps after it count
+    assert differs(logits(resumed.model.eval(), data), expected) == 0
+
+
+def test_uncalibrated_weights_into_a_calibrated_adapter(tmp_path: Path) -> None:
+    model, _ = adapted("bert", calibrated=False)
+    model.save_pretrained(tmp_path)
+    calibrated, _ = adapted("bert")
+    before = logits(calibrated, batch("bert"))
+    with pytest.raises(ValueError, match=r"'default' is calibrated, the weights are of one that is not.*another name"):
+        calibrated.load_adapter(str(tmp_path), "default")
+    assert differs(logits(calibrated, batch("bert")), before) == 0
+    calibrated.load_adapter(str(tmp_path), "other")
+    calibrated.set_adapter("other")
+    assert differs(logits(calibrated, batch("bert")), logits(model, batch("bert"))) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"original_space": True}, r"original space \(original_space=True\), the weights come with bases"),
+        ({"shared": False}, r"no bases for the layers bert.encoder.layer.1.intermediate.dense, .* with shared=True"),
+        (
+            {"target_modules": r".*layer\.[01]\.(intermediate|output)\.dense"},
+            r"made for 6 layers, such as bert.encoder.layer.0.intermediate.dense, and this one with 4 adapted layers "
+            r"has no bert.encoder.layer.2.intermediate.dense \(its core there: \(8, 8\)\)",
+        ),
+        (
+            {"target_modules": r".*layer\.\d\..*dense"},
+            r"6 layers, .* 9 adapted layers also has .*attention.output.dense",
+        ),
+    ],
+)
+def test_an_adapter_of_another_kind(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """Refused before anything is changed."""
+    adapted("bert")[0].save_pretrained(tmp_path)
+    fresh = get_peft_model(make("bert"), SparseGradConfig(**options))
+    before = cores(fresh)
+    with pytest.raises(ValueError, match=words):
+        fresh.load_adapter(str(tmp_path), "default")
+    assert all(a is b for a, b in zip(cores(fresh), before, strict=True))
+    assert not fresh.peft_config["default"].calibrated
+
+
+def test_bases_of_each_layer_into_an_adapter_that_shares_them(tmp_path: Path) -> None:
+    adapted("bert", shared=False)[0].save_pretrained(tmp_path)
+    fresh = get_peft_model(make("bert"), SparseGradConfig())
+    with pytest.raises(ValueError, match=r"hold 3 bases for the layers .* has shared=True: make it with shared=False"):
+        fresh.load_adapter(str(tmp_path), "default")
+
+
+@pytest.mark.parametrize("into_existing", [True, False])
+@pytest.mark.parametrize(
+    ("sizes", "words", "words_if_fresh"),
+    [
+        (
+            {"intermediate_size": 48},
+            r"bert.encoder.layer.0.intermediate.dense has \(out, in\) = \(32, 16\) there and \(48, 16\) here",
+            r"bert.encoder.layer.0.intermediate.dense had \(out, in\) = \(32, 16\) .*, and has \(48, 16\) here",
+        ),
+        (
+            {"num_hidden_layers": 2},
+            r"6 layers, .* 4 adapted layers has no bert.encoder.layer.2.intermediate.dense",
+            None,
+        ),
+        (
+            {"num_hidden_layers": 4},
+            r"6 layers, .* 8 adapted layers also has bert.encoder.layer.3.intermediate.dense",
+            r"calibrated for bert.encoder.layer.0.intermediate.dense, .* and not for bert.encoder.layer.3.inter",
+        ),
+    ],
+)
+def test_an_adapter_of_another_base(
+    sizes: dict[str, int], words: str, words_if_fresh: str | None, into_existing: bool, tmp_path: Path
+) -> None:
+    adapted("bert")[0].save_pretrained(tmp_path)
+    base = small_bert(**sizes)
+    if into_existing:
+        model = get_peft_model(base, SparseGradConfig())
+        with pytest.raises(ValueError, match=words):
+            model.load_adapter(str(tmp_path), "default")
+    else:
+        with pytest.raises(ValueError, match=words_if_fresh or words):
+            PeftModel.from_pretrained(base, str(tmp_path))
+
+
+def test_an_adapter_of_another_architecture(tmp_path: Path) -> None:
+    adapted("bert")[0].save_pretrained(tmp_path)
+    model = get_peft_model(make("llama"), SparseGradConfig())
+    with pytest.raises(ValueError, match=r"6 layers, such as bert.*, and this one with 9 adapted layers has no bert"):
+        model.load_adapter(str(tmp_path), "default")
+    with pytest.raises(ValueError, match=r"Target modules .*intermediate.* not found in the base model"):
+        PeftModel.from_pretrained(make("llama"), str(tmp_path))
+
+
+def test_modules_to_save_alone_load() -> None:
+    """Weights without any core are none of the checks' business."""
+    model = get_peft_model(make("bert"), SparseGradConfig(task_type="SEQ_CLS"))
+    head = {key: value + 1 for key, value in get_peft_model_state_dict(model).items() if "classifier" in key}
+    assert head
+    before = model.base_model.model.classifier.weight.detach().clone()
+    set_peft_model_state_dict(model, head)
+    assert differs(model.base_model.model.classifier.weight.detach(), before + 1) == 0

@@ -1,0 +1,162 @@
+"""What PEFT offers beyond the life of one adapter: weighted sums, hot swaps, compiled models."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import adapted, cores, differs, train, tuner_layers
+from models import batch, logits, make
+from peft import PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from torch import Tensor, nn
+
+from sparsegrad_peft import SparseGradConfig, calibrate_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+
+def deltas(model: nn.Module, adapter: str) -> list[Tensor]:
+    with torch.no_grad():
+        return [layer.get_delta_weight(adapter) for layer in tuner_layers(model)]
+
+
+def pair(kind: str = "bert", *, calibrated: bool = True) -> PeftModel:
+    """Adapters "one" and "two", from the same statistics and trained apart."""
+    model = get_peft_model(make(kind), SparseGradConfig(c=0.5, r=0.25, original_space=not calibrated), "one")
+    model.add_adapter("two", SparseGradConfig(c=0.5, r=0.25, original_space=not calibrated))
+    if calibrated:
+        statistics = calibrate_adapter(model, [batch(kind)], adapter_name="one", n_steps=3, progress=False)
+        calibrate_adapter(model, adapter_name="two", calibration=statistics)
+    for name, lr in (("one", 0.02), ("two", 0.1)):
+        model.set_adapter(name)
+        train(model, batch(kind), 2, lr)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_weighted_sum(kind: str, calibrated: bool, tmp_path: Path) -> None:
+    data = batch(kind)
+    model = pair(kind, calibrated=calibrated)
+    before = logits(model, data)
+    model.add_weighted_adapter(["one", "two"], [2.0, -0.5], "sum")
+    assert model.active_adapters == ["two"]
+    assert differs(logits(model, data), before) == 0
+    for one, two, both in zip(*(deltas(model, name) for name in ("one", "two", "sum")), strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(both, 2 * one - 0.5 * two)
+    assert not any(core.requires_grad for core in cores(model, "sum"))
+    model.set_adapter("sum")
+    expected = logits(model, data)
+    assert differs(expected, before) > 1e-4
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(make(kind), str(tmp_path / "sum")).eval()
+    assert differs(logits(loaded, data), expected) == 0
+    model.delete_adapter("one")
+    model.delete_adapter("two")
+    assert differs(logits(model, data), expected) == 0
+    train(model, data, 1)  # it is an adapter like any other
+    assert differs(logits(model, data), expected) > 1e-5
+
+
+def test_a_weighted_sum_has_bases_of_its_own() -> None:
+    """Weights loaded into an adapter are copied into its bases; that must not reach another adapter."""
+    model = pair()
+    model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "sum")
+    assert len({id(layer.sparsegrad_basis["sum"]) for layer in tuner_layers(model)}) == 2
+    for layer in tuner_layers(model):
+        mine, theirs = layer.sparsegrad_basis["sum"], layer.sparsegrad_basis["one"]
+        assert torch.equal(mine.U, theirs.U)
+        assert mine.U.data_ptr() != theirs.U.data_ptr()
+    assert model.peft_config["sum"].core_shapes == model.peft_config["one"].core_shapes
+    assert model.peft_config["sum"].core_shapes is not model.peft_config["one"].core_shapes
+
+
+def test_weighted_sums_that_are_refused() -> None:
+    model = pair()
+    model.add_adapter("other", SparseGradConfig(c=0.5, r=0.25))
+    data = {key: value.flip(-1) for key, value in batch("bert").items()}
+    model.set_adapter("other")
+    calibrate_adapter(model, [data], adapter_name="other", n_steps=3, progress=False)
+    model.add_adapter("bare", SparseGradConfig(original_space=True))
+    model.add_adapter("fewer", SparseGradConfig(target_modules=["intermediate.dense"]))
+    names = list(model.peft_config)
+    for adapters, weights, words in (
+        (
+            ["one", "other"],
+            [1, 1],
+            r"'one' and 'other' have other bases in .*layer.0.intermediate.dense; a weighted sum is",
+        ),
+        (
+            ["one", "other"],
+            [1, 1],
+            r"Merge one after the other into the model, or convert them with peft.convert_to_lora",
+        ),
+        (["one", "bare"], [1, 1], r"'one' and 'bare' have other bases"),
+        (["one", "fewer"], [1, 1], r"'one' and 'fewer' adapt other layers, such as .*output.dense"),
+        (["one", "none"], [1, 1], r"no adapter named none; there are one, two"),
+        (["one"], [1, 1], r"expected adapters and as many finite weights"),
+        ([], [], r"expected adapters"),
+        (["one"], [float("nan")], r"finite weights"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.add_weighted_adapter(adapters, weights, "sum")
+    with pytest.raises(ValueError, match="an adapter named 'two' already"):
+        model.add_weighted_adapter(["one"], [1.0], "two")
+    with pytest.raises(ValueError, match=r'combination_type must be "linear", found .svd.'):
+        model.add_weighted_adapter(["one", "two"], [1, 1], "sum", combination_type="svd")
+    assert list(model.peft_config) == names
+    assert all("sum" not in layer.sparsegrad_S for layer in tuner_layers(model))
+
+
+def test_weighted_sum_with_a_head_is_refused() -> None:
+    model, _ = adapted("bert", task_type="SEQ_CLS")
+    with pytest.raises(ValueError, match=r"modules trained whole \(.*classifier\), which cannot be summed"):
+        model.add_weighted_adapter(["default"], [0.5], "half")
+
+
+def test_hotswap_is_refused_by_peft(tmp_path: Path) -> None:
+    """PEFT swaps LoRA adapters only, and says so; loading into an adapter that is there swaps one of the same size."""
+    model, _ = adapted("bert")
+    other = pair()
+    before = logits(model, batch("bert"))
+    other.save_pretrained(tmp_path, selected_adapters=["two"])
+    with pytest.raises(ValueError, match=r"Hotswapping only supports .* but SPARSEGRAD was passed"):
+        hotswap_adapter(model, str(tmp_path / "two"), "default")
+    assert differs(logits(model, batch("bert")), before) == 0
+    held = cores(model)
+    model.load_adapter(str(tmp_path / "two"), "default")
+    assert all(a is b for a, b in zip(cores(model), held, strict=True))  # so nothing is compiled anew
+    assert differs(logits(model, batch("bert")), logits(other, batch("bert"))) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, while tracing
+@pytest.mark.parametrize(("kind", "calibrated"), [("bert", True), ("bert", False), ("llama", True)])
+def test_compiled(kind: str, calibrated: bool) -> None:
+    """One graph without breaks, forward and backward, and the same numbers; the warning is left out of it."""
+    model, _ = adapted(kind, calibrated=calibrated, trained=2 * calibrated)
+    data: dict[str, Any] = batch(kind)
+    if kind == "llama":
+        data["use_cache"] = False
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    results = []
+    try:
+        for run in (model, compiled):
+            warns = run is model and not calibrated
+            with pytest.warns(UserWarning, match="trains without bases") if warns else nullcontext():
+                output = run.train()(**data)
+            output.loss.backward()
+            grads = [core.grad for core in cores(run)]
+            results.append((output.logits.detach(), grads, logits(run.eval(), data)))
+    finally:
+        torch._dynamo.reset()
+    (mine, mine_grads, mine_eval), (theirs, their_grads, their_eval) = results
+    torch.testing.assert_close(theirs, mine)
+    torch.testing.assert_close(their_eval, mine_eval)
+    assert all(grad.abs().max() > 0 for grad in mine_grads)
+    torch.testing.assert_close(their_grads, mine_grads, rtol=1e-4, atol=1e-6)
