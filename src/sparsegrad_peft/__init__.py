@@ -16,11 +16,15 @@ _HOME = {
     "GramStatistics": "method.calibrate",
     "LiteralSparseGradLinear": "method.literal",
     "SparseGradAdamW": "method.optim",
+    "SparseGradCalibration": "tuner.trainer",
     "SparseGradConfig": "tuner.config",
     "SparseGradLinear": "method.linear",
+    "SparseGradTrainer": "tuner.trainer",
+    "SparseGradTrainerMixin": "tuner.trainer",
     "Trajectory": "method.gradients",
     "calibrate": "method.calibrate",
     "calibrate_adapter": "tuner.calibration",
+    "export_lora": "tuner.export",
     "group_linears": "method.groups",
     "param_groups": "method.surgery",
     "refresh": "method.refresh",
@@ -56,6 +60,10 @@ if TYPE_CHECKING:
     from .method.surgery import restore_linears as restore_linears
     from .tuner.calibration import calibrate_adapter as calibrate_adapter
     from .tuner.config import SparseGradConfig as SparseGradConfig
+    from .tuner.export import export_lora as export_lora
+    from .tuner.trainer import SparseGradCalibration as SparseGradCalibration
+    from .tuner.trainer import SparseGradTrainer as SparseGradTrainer
+    from .tuner.trainer import SparseGradTrainerMixin as SparseGradTrainerMixin
 
 
 def __getattr__(name: str) -> Any:

@@ -44,6 +44,7 @@ def test_training_without_bases_warns_once_for_each_adapter() -> None:
 
 def test_what_does_not_train_without_bases_is_silent() -> None:
     model = get_peft_model(make("bert"), SparseGradConfig())
+    assert not heard(model)  # the base is in eval mode, and so are the layers put into it
     assert not heard(model.eval())
     with torch.no_grad():
         assert not heard(model.train())

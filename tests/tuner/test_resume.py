@@ -145,6 +145,17 @@ def test_bases_of_each_layer_into_an_adapter_that_shares_them(tmp_path: Path) ->
         fresh.load_adapter(str(tmp_path), "default")
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_calibrated_adapters_that_share_their_bases_otherwise(shared: bool, tmp_path: Path) -> None:
+    """Both calibrated and of the same sizes: nothing but the number of bases tells, and the result would be wrong."""
+    adapted("bert", shared=shared)[0].save_pretrained(tmp_path)
+    other, _ = adapted("bert", shared=not shared)
+    before = logits(other, batch("bert"))
+    with pytest.raises(ValueError, match=rf"has shared={not shared}: make it with shared={shared} to load them"):
+        other.load_adapter(str(tmp_path), "default")
+    assert differs(logits(other, batch("bert")), before) == 0
+
+
 @pytest.mark.parametrize("into_existing", [True, False])
 @pytest.mark.parametrize(
     ("sizes", "words", "words_if_fresh"),

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
 
     from ..run.inspect import inspect, render
-    from ..run.train import model_path
+    from ..run.base import model_path
 
     inspection = inspect(model_path(model), **found)
     if as_json:

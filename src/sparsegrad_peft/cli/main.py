@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 VERBS = {
+    "demo": "SparseGrad next to LoRA with a real model, in minutes and without a download",
     "train": "fine-tune a model on a task; the adapter, the scores and a picture go into a folder",
     "evaluate": "scores of a finished run, or of one of its splits",
     "predict": "what a finished run says of new rows",
@@ -76,7 +77,7 @@ def _help() -> None:
     console.print(table)
     console.print("\n  sparsegrad VERB --help       what can be set, with an example")
     console.print("  sparsegrad VERB --traceback  show where an error came from\n")
-    console.print("A first run, in a few minutes and without a download:\n  sparsegrad train --task acceptability")
+    console.print("A first run, in a few minutes and without a download:\n  sparsegrad demo")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from ..tasks.arguments import DataArguments, check_task
+from ..tasks.arguments import DataArguments, task_problems
 
-if TYPE_CHECKING:
-    from ..method.calibrate import CalibrationConfig
-
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
 METHODS = ("sparsegrad", "lora", "meprop", "full")
 
 LEARNING_RATES = {"sparsegrad": 1e-3, "lora": 2e-3, "meprop": 1e-3, "full": 1e-4}
@@ -54,14 +54,6 @@ class CalibrationArguments:
     "step size of the short training run that the gradients are taken along, undone afterwards; null: stand still"
     normalize: bool = True
     "scale each gradient to norm 1, so that the first steps do not outweigh the others"
-
-    def config(self) -> CalibrationConfig:
-        """For `calibrate`."""
-        from ..method.calibrate import CalibrationConfig
-        from ..method.gradients import Trajectory, sign_step
-
-        trajectory = None if self.walk is None else Trajectory(self.walk, sign_step)
-        return CalibrationConfig(n_steps=self.n_steps, trajectory=trajectory, normalize=self.normalize)
 
 
 @dataclass
@@ -147,7 +139,7 @@ class RunArguments:
             except (TypeError, ValueError) as error:
                 problems.append(str(error))
 
-        collect(check_task, self.task, self.data)
+        problems += task_problems(self.task, self.data)
         collect(check_metrics, self.data.metrics or ())
         if self.method not in METHODS and not Path(self.method).is_file():
             problems.append(
@@ -180,6 +172,8 @@ class RunArguments:
             value = _value(self, name)
             if not 0 <= value < math.inf:
                 problems.append(f"{name} must be at least 0 and finite, found {value}")
+        if training.schedule not in SCHEDULES:
+            problems.append(f"training.schedule: expected one of {', '.join(SCHEDULES)}, found {training.schedule!r}")
         if training.warmup > 1:
             problems.append(f"training.warmup is a share of the steps, at most 1, found {training.warmup}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):

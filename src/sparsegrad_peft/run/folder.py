@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from typing import Any
 import yaml
 
 from .arguments import RunArguments
+from .checkpoints import is_whole, writing
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file beside its place, then put it there: readers see the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.draft")
     try:
         with draft.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -31,11 +33,15 @@ def write_whole(path: Path, text: str) -> None:
 def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
     """Let `save` fill a folder beside its place, then put it there; a former one is whole until then, or comes back."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    draft = folder.with_name(f".{folder.name}.draft")
     former = folder.with_name(f".{folder.name}.former")
     shutil.rmtree(draft, ignore_errors=True)
+    if former.exists() and not folder.exists():  # a kill between the two steps below
+        os.replace(former, folder)
+    shutil.rmtree(former, ignore_errors=True)
     try:
-        save(draft)
+        with writing(folder):
+            save(draft)
         if folder.exists():
             os.replace(folder, former)
         os.replace(draft, folder)
@@ -82,28 +88,30 @@ class RunFolder:
         adapter = self.path / "adapter"
         return adapter if adapter.is_dir() else self.path / "model"
 
-    def start(self, arguments: RunArguments) -> None:
-        """Take the folder for this run, or take up the one that is there.
+    def check(self, arguments: RunArguments) -> None:
+        """Whether this run may have the folder: it is empty, or holds this very run.
 
         Raises:
             FileExistsError: the folder holds something else; the message says in what it differs.
         """
-        config = arguments.as_dict()
         if (self.path / "config.yaml").is_file():
-            there = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-            differing = sorted(name for name, (a, b) in _differences(there, config).items() if a != b)
-            if differing:
-                found = _differences(there, config)
-                words = ", ".join(f"{name} ({found[name][0]} there, {found[name][1]} here)" for name in differing[:5])
+            there, here = self.read_arguments(), arguments.as_dict()
+            there["output"] = here["output"]  # another name for the same folder
+            found = {name: pair for name, pair in _differences(there, here).items() if pair[0] != pair[1]}
+            if found:
+                words = ", ".join(f"{name} ({found[name][0]} there, {found[name][1]} here)" for name in sorted(found))
                 raise FileExistsError(
                     f"{self} holds another run, which differs in {words}; choose another output folder, or remove it"
                 )
-            return
-        if self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise FileExistsError(
                 f"{self} is not empty and holds no run (no config.yaml); choose another output folder"
             )
-        self.write_yaml("config.yaml", config)
+
+    def start(self, arguments: RunArguments) -> None:
+        """Write down what was asked for, so that the folder is this run's."""
+        if not (self.path / "config.yaml").is_file():
+            self.write_yaml("config.yaml", arguments.as_dict())
 
     def read_arguments(self) -> dict[str, Any]:
         """What the run was asked for.
@@ -129,28 +137,28 @@ class RunFolder:
         write_whole(self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write a JSON file; NaN and infinity are refused, since JSON has none."""
-        write_whole(self.path / name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        """Write a JSON file; NaN and infinity, such as a gradient's norm may be, become null."""
+        write_whole(self.path / name, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that is whole: a kill or a full disk may have cut the last one off."""
         found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-        return next((path for path in reversed(found) if _is_whole(path)), None)
+        return next((path for path in reversed(found) if is_whole(path)), None)
 
     def drop_broken_checkpoints(self) -> None:
         """Remove what is not whole, so that the trainer does not count it."""
         for path in self.checkpoints.glob("checkpoint-*"):
-            if not _is_whole(path):
+            if not is_whole(path):
                 shutil.rmtree(path)
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """The trainer writes its state last, in one piece of JSON."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+def _without_nan(content: Any) -> Any:
+    """NaN and infinity, which JSON has not, as null."""
+    if isinstance(content, dict):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _differences(there: Any, here: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -9,12 +9,13 @@ from peft import LoraConfig, PeftConfig, TaskType, get_peft_model
 from torch import nn
 
 from ..method.calibrate import CalibrationConfig
+from ..method.gradients import Trajectory, sign_step
 from ..method.groups import linear_shape
-from ..method.hosvd import row_count
+from ..method.hosvd import check_rows, row_count
 from ..tuner.config import SparseGradConfig
 from ..tuner.targets import mlp_linears
 from ..tuner.trainer import adapter_parameters
-from .arguments import RunArguments
+from .arguments import METHODS, CalibrationArguments, RunArguments
 
 HEADS = ("classifier", "score", "pooler", "pre_classifier", "classification_head")
 """What is trained besides the adapter with `rest: freeze`: the layers between a pretrained model and its labels."""
@@ -34,11 +35,15 @@ def adapt(model: nn.Module, arguments: RunArguments) -> Adapted:
     """Put the method's adapter into the model, in place; freeze and release the rest as asked.
 
     Raises:
-        ValueError: no MLP layers found, a model whose parts share weights where all the rest is to be trained, and
-            whatever PEFT refuses.
+        ValueError: no MLP layers found, sizes above a layer's own, a model whose parts share weights where all the rest
+            is to be trained, and whatever PEFT refuses.
     """
+    if arguments.method not in METHODS:
+        return _from_file(model, arguments)
     adapter = arguments.adapter
     targets = mlp_linears(model, adapter.target_modules)
+    if arguments.method in ("sparsegrad", "meprop"):
+        check_sizes(model, targets, arguments)
     if arguments.method == "full":
         names = set(targets) | set(_heads(model))
         for name, parameter in model.named_parameters():
@@ -51,16 +56,62 @@ def adapt(model: nn.Module, arguments: RunArguments) -> Adapted:
             task_type=TaskType.SEQ_CLS, c=adapter.c, r=adapter.r, shared=adapter.shared, prefer=adapter.prefer,
             original_space=arguments.method == "meprop", target_modules=adapter.target_modules, modules_to_save=rest,
         )  # fmt: skip
-    elif arguments.method == "lora":
+    else:
         rank = adapter.rank or matching_rank(model, targets, arguments)
         config = LoraConfig(
             task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=rest
         )
-    else:
-        config = PeftConfig.from_peft_type(**PeftConfig.from_json_file(arguments.method))
     adapted = get_peft_model(model, config)
-    calibration = arguments.calibration.config() if arguments.method == "sparsegrad" else None
+    calibration = calibration_config(arguments.calibration) if arguments.method == "sparsegrad" else None
     return Adapted(adapted, calibration, arguments.density, adapter.k)
+
+
+def _from_file(model: nn.Module, arguments: RunArguments) -> Adapted:
+    """Any of PEFT's methods, from its own adapter_config.json.
+
+    What it says of inference is of the adapter that was saved with it; `modules_to_save` of its own goes before `rest`.
+    """
+    try:
+        words = PeftConfig.from_json_file(arguments.method)
+        config = PeftConfig.from_peft_type(**words)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{arguments.method}: expected an adapter_config.json of PEFT ({error})") from error
+    config.inference_mode, config.task_type = False, TaskType.SEQ_CLS
+    if getattr(config, "modules_to_save", None) is None and hasattr(config, "modules_to_save"):
+        targets = [] if arguments.rest == "freeze" else mlp_linears(model, getattr(config, "target_modules", None))
+        config.modules_to_save = _rest(model, targets) if targets else _heads(model)
+    ours = isinstance(config, SparseGradConfig)
+    if isinstance(config, SparseGradConfig):
+        config.core_shapes = {}  # those of the adapter that was saved with it
+    adapted = get_peft_model(model, config)
+    return Adapted(adapted, calibration_config(arguments.calibration) if ours else None)
+
+
+def calibration_config(arguments: CalibrationArguments) -> CalibrationConfig:
+    """For `calibrate`."""
+    trajectory = None if arguments.walk is None else Trajectory(arguments.walk, sign_step)
+    return CalibrationConfig(n_steps=arguments.n_steps, trajectory=trajectory, normalize=arguments.normalize)
+
+
+def check_sizes(model: nn.Module, targets: list[str], arguments: RunArguments) -> None:
+    """Hold c, r and k against the layers, which calibration and optimizer would do too, minutes later.
+
+    Raises:
+        ValueError: one of them is above what a layer has; the message names the layer and its size.
+    """
+    adapter = arguments.adapter
+    for name in targets:
+        rows, columns = linear_shape(model.get_submodule(name), name)
+        if arguments.method == "sparsegrad":
+            check_rows(adapter.r, rows, f"adapter.r, {name}")
+            check_rows(adapter.c, columns, f"adapter.c, {name}")
+            # By energy, the size is known after calibration; it is at most the layer's.
+            rows, columns = row_count(adapter.r, rows) or rows, row_count(adapter.c, columns) or columns
+        if adapter.k is not None and adapter.k > rows * columns:
+            raise ValueError(
+                f"adapter.k: expected at most {rows * columns:,} entries, which is what {name} trains ({rows} by "
+                f"{columns}); found {adapter.k:,}"
+            )
 
 
 def matching_rank(model: nn.Module, targets: list[str], arguments: RunArguments) -> int:
@@ -89,17 +140,18 @@ def _heads(model: nn.Module) -> list[str]:
 
 
 def _rest(model: nn.Module, targets: list[str]) -> list[str]:
-    """Full names of all other modules that hold parameters, the outermost of each that holds no target.
+    """Full names of the head's modules and of all other modules with parameters of their own, but for the targets.
 
     PEFT keeps a frozen copy of each beside the trained one, so that the adapter can be switched off.
 
     Raises:
         ValueError: two of them share a parameter, which copies would not do any more.
     """
+    heads = _heads(model)  # as a whole: PEFT would save these whole itself
     found: list[str] = []
     seen: dict[int, str] = {}
     for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
+        own = list(module.parameters(recurse=name in heads))
         inside = any(name.startswith(f"{other}.") for other in found)
         if not own or name in targets or inside:
             continue

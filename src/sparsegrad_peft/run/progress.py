@@ -15,11 +15,16 @@ from .folder import RunFolder
 class Progress(TrainerCallback):
     """A bar over the steps, a line for each evaluation, and `metrics.json` kept up to date."""
 
-    def __init__(self, folder: RunFolder, metric: str, show: bool = True) -> None:
+    def __init__(self, folder: RunFolder, metric: str = "loss", show: bool = True) -> None:
         self.folder, self.metric, self.show = folder, metric, show
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.bar: Bar | None = None
         self.best: float | None = None
+
+    def say(self, words: str) -> None:
+        """A line."""
+        if self.show:
+            self.console.print(words, markup=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar, where a resumed run had got to."""
@@ -52,10 +57,9 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             name = self.metric.replace("_", " ")
             mark = "  best so far" if is_best else ""
-            self.console.print(
+            self.say(
                 f"epoch {state.epoch:.2f}, step {state.global_step}: {name} {found:.4f}, loss "
-                f"{metrics['eval_loss']:.4f}{mark}",
-                highlight=False,
+                f"{metrics['eval_loss']:.4f}{mark}"
             )
         self.folder.write_json("metrics.json", state.log_history)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +18,17 @@ from ..tasks.arguments import DataArguments
 from ..tasks.load import load_task
 from ..tasks.metrics import predictions_of, score
 from ..tasks.read import read_rows
-from ..tasks.task import Task
+from ..tasks.task import Task, check_columns
+from .base import load_model, load_tokenizer
 from .folder import RunFolder, save_whole, write_whole
-from .train import load_model, load_tokenizer, quiet
+from .quiet import quiet
 
 _BATCH = 64
 
 
 @dataclass
 class Finished:
-    """A run's model, with its adapter, its tokenizer and its task."""
+    """A run's model, with its adapter, its tokenizer and its task (without rows: those are not always at hand)."""
 
     folder: RunFolder
     config: dict[str, Any]
@@ -64,9 +64,10 @@ def open_run(path: str | Path) -> Finished:
             f"{folder} holds a run that is not finished; go on with it by sparsegrad train "
             f"--config {folder.path / 'config.yaml'}"
         )
-    data = DataArguments(**config["data"])
-    task = load_task(config["task"], data)
-    tokenizer = load_tokenizer(config["model"])
+    result = folder.read_result()
+    labels = None if result["labels"] is None else tuple(result["labels"])
+    task = Task(result["task"], tuple(result["text"]), labels, tuple(result["metrics"]), {})
+    tokenizer = load_tokenizer(folder.path / "tokenizer")
     adapter = folder.path / "adapter"
     if adapter.is_dir():
         # The head's numbers are the adapter's; those of the new head that is made here are written over.
@@ -87,15 +88,19 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
         ValueError: the task has no such split; and what `open_run` raises.
     """
     run = open_run(path)
-    splits = run.task.evaluation_splits
-    if split is not None and split not in run.task.splits:
-        raise ValueError(f"{run.task.name} has splits {', '.join(run.task.splits)}; found {split!r}")
+    task = load_task(run.config["task"], DataArguments(**run.config["data"]))
+    if task.labels != run.task.labels:
+        raise ValueError(
+            f"{task.source}: expected the labels that the run learnt, {run.task.labels}; found {task.labels}"
+        )
+    if split is not None and split not in task.splits:
+        raise ValueError(f"{task.name} has splits {', '.join(task.splits)}; found {split!r}")
     scores = {}
-    for name in [split] if split else splits:
-        data = run.task.splits[name]
-        rows = zip(*(data[column] for column in run.task.text), strict=True)
-        predictions = predictions_of(run.logits(rows), run.task.labels is None)
-        scores[name] = score(run.task.metrics, np.asarray(data["label"]), predictions)
+    for name in [split] if split else task.evaluation_splits:
+        data = task.splits[name]
+        rows = zip(*(data[column] for column in task.text), strict=True)
+        predictions = predictions_of(run.logits(rows), task.labels is None)
+        scores[name] = score(task.metrics, np.asarray(data["label"]), predictions)
     return scores
 
 
@@ -120,9 +125,7 @@ def predict(path: str | Path, file: str | Path | None = None, texts: Iterable[st
         rows: list[dict[str, str]] = [dict(zip(columns, given, strict=True))]
     else:
         rows = list(read_rows(Path(file)))
-        missing = [column for column in columns if column not in rows[0]]
-        if missing:
-            raise ValueError(f"{file}: expected a column {missing[0]!r}, found {', '.join(map(repr, rows[0]))}")
+        check_columns(rows, columns, str(file))
     logits = run.logits(tuple(row[column] for column in columns) for row in rows)
     labels = run.task.labels
     if labels is None:
@@ -138,7 +141,8 @@ def predict(path: str | Path, file: str | Path | None = None, texts: Iterable[st
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Predictions as a CSV file."""
     buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]))
+    names = list(dict.fromkeys(name for row in rows for name in row))  # objects of a JSON file may differ
+    writer = csv.DictWriter(buffer, fieldnames=names)
     writer.writeheader()
     writer.writerows(rows)
     write_whole(path, buffer.getvalue())
@@ -168,7 +172,5 @@ def merge(path: str | Path) -> tuple[Path, bool]:
         plain.save_pretrained(draft)
         run.tokenizer.save_pretrained(draft)
 
-    if target.exists():  # cut off by a kill
-        shutil.rmtree(target)
     save_whole(target, save)
     return target, True

@@ -34,12 +34,6 @@ class DataArguments:
     max_length: int = 128
     "tokens of a row; longer ones are cut off"
 
-    def __post_init__(self) -> None:
-        for name in ("train_rows", "validation_rows", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be at least 1, found {value}")
-
 
 TASKS = ("acceptability", "files", *(f"glue/{name}" for name in GLUE))
 
@@ -48,12 +42,26 @@ def check_task(name: str, data: DataArguments) -> None:
     """Raise before any long work where a task cannot be loaded as named.
 
     Raises:
-        ValueError: no such task, or not all that "files" needs.
+        ValueError: the first of `task_problems`.
     """
+    for problem in task_problems(name, data):
+        raise ValueError(problem)
+
+
+def task_problems(name: str, data: DataArguments) -> list[str]:
+    """No such task, not all that "files" needs, files for another task, counts below 1."""
+    problems = []
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
+        problems.append(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
     if name == "files" and (data.validation_file is None or not data.text):
-        raise ValueError(
+        problems.append(
             "task files: expected data.train_file, data.validation_file and data.text (the text columns), found "
             f"{data.train_file}, {data.validation_file} and {data.text}"
         )
+    if name != "files" and (data.train_file or data.validation_file):
+        problems.append(f"data.train_file and data.validation_file are for task files, found task {name!r}")
+    for field_name in ("train_rows", "validation_rows", "max_length"):
+        value = getattr(data, field_name)
+        if value is not None and value < 1:
+            problems.append(f"data.{field_name} must be at least 1, found {value}")
+    return problems

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .read import Row, read_rows
-from .task import Task, make_split
+from .task import Task, check_columns, make_split
 
 
 def load_files(
@@ -38,6 +38,8 @@ def load_files(
     if not 1 <= len(text) <= 2:
         raise ValueError(f"expected one or two text columns, found {len(text)}: {', '.join(text)}")
     rows = {name: read_rows(Path(path)) for name, path in (("train", train), ("validation", validation)) if path}
+    for name, path in (("train", train), ("validation", validation)):
+        check_columns(rows.get(name, []), (*text, label), str(path))
     if regression:
         names = None
     else:
@@ -57,7 +59,7 @@ def load_files(
 
 
 def _classes(rows: list[Row], label: str) -> list[str]:
-    found = {row[label] for row in rows if label in row}
+    found = {row[label] for row in rows}
     try:
         return sorted(found, key=float)
     except ValueError:

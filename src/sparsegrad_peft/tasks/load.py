@@ -9,7 +9,7 @@ from datasets import Dataset
 from .arguments import DataArguments, check_task
 from .files import load_files
 from .glue import load_glue
-from .metrics import check_metrics
+from .metrics import check_fit, check_metrics
 from .task import Task
 
 
@@ -34,6 +34,7 @@ def load_task(name: str, data: DataArguments | None = None) -> Task:
         task = load_glue(name.removeprefix("glue/"), data.folder)
     if data.metrics:
         task = replace(task, metrics=tuple(data.metrics))
+    check_fit(task.metrics, task.labels)
     return task.limited(data.train_rows, data.validation_rows)
 
 

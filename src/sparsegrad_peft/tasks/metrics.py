@@ -38,9 +38,19 @@ def check_metrics(names: Sequence[str]) -> None:
         raise ValueError(f"expected metrics among {', '.join(METRICS)}; found {', '.join(unknown)}")
 
 
-def score(
-    names: Sequence[str], labels: NDArray[np.generic], predictions: NDArray[np.generic]
-) -> dict[str, float]:  # fmt: skip
+def check_fit(names: Sequence[str], labels: Sequence[str] | None) -> None:
+    """Raise ValueError for a metric that is not for such labels, which would come out after the first epoch only."""
+    correlations = ("pearson", "spearmanr")
+    for name in names:
+        if (labels is None) != (name in correlations):
+            kind = "a number to predict takes" if labels is None else "classes take"
+            fitting = [known for known in METRICS if (known in correlations) == (labels is None)]
+            raise ValueError(f"metrics: {kind} {', '.join(fitting)}; found {name}")
+        if name == "f1" and labels is not None and len(labels) != 2:
+            raise ValueError(f"metrics: f1 is that of class 1 of two, found {len(labels)} classes; use macro_f1")
+
+
+def score(names: Sequence[str], labels: NDArray[np.generic], predictions: NDArray[np.generic]) -> dict[str, float]:
     """All of the metrics, and for several their mean as "combined_score".
 
     Args:

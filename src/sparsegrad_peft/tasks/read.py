@@ -36,7 +36,8 @@ def read_rows(
         FileNotFoundError: there is no such file.
         ValueError: the file is empty, no UTF-8, of another kind, or a row has too few or too many fields.
     """
-    if path.suffix not in _READERS:
+    kind = path.suffix.lower()
+    if kind not in _READERS:
         raise ValueError(f"{path}: expected a file that ends in {', '.join(_READERS)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -48,19 +49,19 @@ def read_rows(
         raise ValueError(
             f"{path}, line {line}: expected UTF-8, found the byte 0x{content[error.start]:02x}; convert the file"
         ) from None
-    if path.suffix in (".csv", ".tsv"):
+    if kind in (".csv", ".tsv"):
         rows = list(_delimited(text, path, header, quoted, skip_ragged))
     else:
-        rows = list(_json(text, path) if path.suffix == ".json" else _json_lines(text, path))
+        rows = list(_json(text, path) if kind == ".json" else _json_lines(text, path))
     if not rows:
-        raise ValueError(f"{path}: expected rows, found an empty file")
+        raise ValueError(f"{path}: expected rows, found none; the file may be cut off")
     return rows
 
 
 def _delimited(text: str, path: Path, header: Sequence[str] | None, quoted: bool, skip_ragged: bool) -> Iterator[Row]:
     # A quoted field may hold line breaks; an unquoted line is one row, whatever marks are in it.
     quoting: Any = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    delimiter = "\t" if path.suffix == ".tsv" else ","
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=quoted)
     ragged = 0
     try:

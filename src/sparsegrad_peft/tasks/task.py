@@ -72,9 +72,7 @@ def make_split(
     """
     if not rows:
         raise ValueError(f"{where}: expected rows, found none")
-    for column in (*text, label):
-        if column not in rows[0]:
-            raise ValueError(f"{where}: expected a column {column!r}, found {', '.join(map(repr, rows[0]))}")
+    check_columns(rows, (*text, label), where)
     from datasets import Dataset
 
     number_in = {name: number for number, name in enumerate(labels or ())}
@@ -83,19 +81,23 @@ def make_split(
         try:
             found = float(row[label]) if labels is None else number_in[row[label]]
             if not math.isfinite(found):
-                raise ValueError
+                raise ValueError(label)
         except (KeyError, ValueError):
             expected = "a number" if labels is None else f"one of {', '.join(map(repr, labels))}"
             raise ValueError(
-                f"{where}, line {row.line}: expected {expected} as {label!r}, found {row.get(label)!r}"
+                f"{where}, line {row.line}: expected {expected} as {label!r}, found {row[label]!r}"
             ) from None
         return found
 
-    columns: dict[str, list[Any]] = {column: [_text(row, column, where) for row in rows] for column in text}
+    columns: dict[str, list[Any]] = {column: [row[column] for row in rows] for column in text}
     return Dataset.from_dict({**columns, "label": [number(row) for row in rows]})
 
 
-def _text(row: Row, column: str, where: str) -> str:
-    if column not in row:  # an object of a JSON file may lack it
-        raise ValueError(f"{where}, line {row.line}: expected a column {column!r}, found {', '.join(map(repr, row))}")
-    return row[column]
+def check_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> None:
+    """Raise ValueError for the first row that lacks a column: an object of a JSON file may."""
+    for row in rows:
+        for column in columns:
+            if column not in row:
+                raise ValueError(
+                    f"{where}, line {row.line}: expected a column {column!r}, found {', '.join(map(repr, row))}"
+                )

@@ -4,7 +4,11 @@
     targets      which layers are the MLP's, by architecture or by structure
     layer        one adapted layer: any number of adapters, merge, unmerge, mixed batches
     model        which module is replaced by what; saving and loading of shared bases
+    bases        which layers share a basis, and how they get it
     calibration  bases for an adapter, after get_peft_model
+    trainer      calibration and optimizer inside transformers.Trainer
+    combine      a weighted sum of adapters
+    export       an adapter as a LoRA adapter
     register     the one contact with PEFT's registry
 
 The mathematics is in `sparsegrad_peft.method`.

@@ -85,26 +85,37 @@ def make_room(model: nn.Module, config: SparseGradConfig, adapter_name: str, ent
             f"adapter {adapter_name!r} is calibrated, the weights are of one that is not: whole layers, without bases. "
             "Load them under another name (load_adapter), or into an adapter that was not calibrated"
         )
-    if config.calibrated or not sides:
+    if not sides:
         return
     if config.original_space:
         raise ValueError(
             f"adapter {adapter_name!r} trains in the original space (original_space=True), the weights come with "
             "bases; make the adapter with original_space=False to load them"
         )
+    if config.calibrated:  # the bases have their place; loading into it says itself if a shape differs
+        for group in {shape[0] for shape in config.core_shapes.values()}:
+            _basis_of([key for key, shape in config.core_shapes.items() if shape[0] == group], sides, config)
+        return
     groups = wrapped_groups(model, layers, shared=config.shared)
     bases = {}
     for group, wrapped in groups.items():
         members = {layer_key(model, name := w.removesuffix(".base_layer")): layers[name] for w in wrapped}
-        holders = [sides[key] for key in members if key in sides]
-        if len(holders) != 1:
-            raise ValueError(
-                f"the weights hold {len(holders) or 'no'} bases for the layers {', '.join(list(members)[:3])}, and "
-                f"adapter {adapter_name!r} has shared={config.shared}: make it with shared={not config.shared} to load "
-                "them"
-            )
-        bases[group] = _room(holders[0]["U"], holders[0]["V"], members)
+        basis = _basis_of(list(members), sides, config)
+        bases[group] = _room(basis["U"], basis["V"], members)
     set_bases(model, adapter_name, groups, bases)
+
+
+def _basis_of(
+    members: list[str], sides: Mapping[str, dict[str, Tensor]], config: SparseGradConfig
+) -> dict[str, Tensor]:
+    """The one basis among the weights that belongs to a group of layers."""
+    holders = [sides[key] for key in members if key in sides]
+    if len(holders) != 1:
+        raise ValueError(
+            f"the weights hold {len(holders) or 'no'} bases for the layers {', '.join(members[:3])}, and the adapter "
+            f"has shared={config.shared}: make it with shared={not config.shared} to load them"
+        )
+    return holders[0]
 
 
 def _room(U: Tensor, V: Tensor, members: Mapping[str, SparseGradLayer]) -> Basis:

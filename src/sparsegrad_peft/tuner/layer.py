@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -24,6 +24,21 @@ _PLAIN = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _WARNED: WeakSet[Basis] = WeakSet()
 
 
+class Cores(nn.ParameterDict):
+    """The cores of a layer. One on the meta device, not calibrated yet, stays there when the model is moved."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Cores:
+        def apply(tensor: Tensor) -> Tensor:
+            try:
+                return fn(tensor)
+            except NotImplementedError:  # nothing to copy: `set_basis` makes the core beside the weight
+                if tensor.is_meta:
+                    return tensor
+                raise
+
+        return super()._apply(apply, recurse)
+
+
 class SparseGradLayer(BaseTunerLayer):
     """What PEFT asks of an adapted layer; the forward pass is in `SparseGradTunerLinear`."""
 
@@ -33,7 +48,7 @@ class SparseGradLayer(BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
-        self.sparsegrad_S = nn.ParameterDict()  # adapter -> (r, c)
+        self.sparsegrad_S = Cores()  # adapter -> (r, c)
         self.sparsegrad_basis = nn.ModuleDict()  # adapter -> Basis, one module for all layers of a group
         self.sparsegrad_prefer: dict[str, Prefer] = {}
         self.sparsegrad_original_space: dict[str, bool] = {}  # adapter -> trains without bases on purpose
@@ -112,6 +127,7 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
         SparseGradLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, basis)
+        self.train(base_layer.training)  # a layer put into a model in eval mode does not train
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out); `adapter_names`, one for each example, mixes adapters in a batch at inference."""

@@ -11,7 +11,8 @@ are known and before the first step, also when it resumes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -20,14 +21,17 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..method.calibrate import CalibrationConfig
+from ..method.gradients import default_loss
 from ..method.optim import SparseGradAdamW
 from ..method.surgery import param_groups
 from .calibration import calibrate_adapter
 from .config import SparseGradConfig
 
+_COUNTED = ("_metrics", "_total_train_tokens")
+
 
 class TrainingDivergedError(RuntimeError):
-    """The loss is no longer finite; the message names the step and the last good checkpoint."""
+    """The loss is no longer finite; the message names the step and the folder of the checkpoints."""
 
 
 class SparseGradTrainerMixin:
@@ -42,30 +46,49 @@ class SparseGradTrainerMixin:
         k: the same as a number of entries.
         rest_learning_rate: of what trains besides the cores, such as the head; None: the same as theirs.
         stop_if_not_finite: raise `TrainingDivergedError` at the first loss that is not finite.
+        progress: show a bar while calibrating; None: as `disable_tqdm` says.
+
+    Raises:
+        ValueError: another optimizer was asked for (`optim`, `optimizer_cls_and_kwargs`); or one was passed in, and
+            `density`, `k` or `rest_learning_rate` as well, which it would not know.
     """
 
     def __init__(
-        self,
+        self: Any,
         *args: Any,
         calibration: CalibrationConfig | None = None,
         density: float | None = None,
         k: int | None = None,
         rest_learning_rate: float | None = None,
         stop_if_not_finite: bool = True,
+        progress: bool | None = None,
         **kwargs: Any,
     ) -> None:
         self.sparsegrad_calibration = calibration
         self.sparsegrad_selection = {"density": density, "k": k}
         self.rest_learning_rate = rest_learning_rate
         self.stop_if_not_finite = stop_if_not_finite
+        self.calibration_progress = progress
         super().__init__(*args, **kwargs)
+        given = {"density": density, "k": k, "rest_learning_rate": rest_learning_rate}
+        lost = [f"{name}={value}" for name, value in given.items() if value is not None]
+        if self.optimizer is not None:
+            if lost:
+                raise ValueError(f"an optimizer was passed in, which does not know {', '.join(lost)}; give one of both")
+        elif self.optimizer_cls_and_kwargs or self.args.optim not in ("adamw_torch", "adamw_torch_fused"):
+            cls = self.optimizer_cls_and_kwargs
+            kind = cls[0].__name__ if cls else getattr(self.args.optim, "value", self.args.optim)
+            raise ValueError(
+                f"found optimizer {kind}, and the one made here is SparseGradAdamW; pass optimizers=(optimizer, None), "
+                "or use the trainer without SparseGradTrainerMixin, with callbacks=[SparseGradCalibration()]"
+            )
 
     def create_optimizer(self: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Calibrate what has no bases yet, then `SparseGradAdamW`; an optimizer that was passed in is kept.
 
         Raises:
-            ValueError: an uncalibrated adapter under FSDP or DeepSpeed, whose weights are sharded by then; and whatever
-                calibration and optimizer refuse.
+            ValueError: an uncalibrated adapter under FSDP or DeepSpeed, whose weights are sharded by then, or with an
+                optimizer that was passed in; and whatever calibration and optimizer refuse.
         """
         names = uncalibrated(self.model)
         if names and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -91,45 +114,62 @@ class SparseGradTrainerMixin:
         return optimizer
 
     def _calibrate(self: Any, adapter_name: str) -> None:
-        def loss_of(batch: Any) -> Tensor:
-            with self.compute_loss_context_manager():
-                loss: Tensor = self.compute_loss(self.model, self._prepare_inputs(batch))
+        """On the training loader, through `compute_loss`; the trainer is then as if it had not happened."""
+
+        def loss_of(model: nn.Module, batch: Any) -> Tensor:
+            # The model is not prepared yet, which is where bfloat16 comes in. Not float16: it needs scaled losses.
+            precision = self.accelerator.autocast() if self.args.bf16 else nullcontext()
+            with self.compute_loss_context_manager(), precision:
+                loss: Tensor = self.compute_loss(model, self._prepare_inputs(batch))
             return loss
 
-        kept = copy.deepcopy(getattr(self, "_metrics", None))  # TRL's trainers count in compute_loss what they log
-        calibrate_from(self.model, adapter_name, self.get_train_dataloader, loss_of, self.sparsegrad_calibration)
-        if kept is not None:
-            self._metrics = kept
+        # TRL's trainers count in compute_loss what they log.
+        counted = {name: copy.deepcopy(vars(self)[name]) for name in _COUNTED if name in vars(self)}
+        loaders = list(self.accelerator._dataloaders)
+        show = not self.args.disable_tqdm if self.calibration_progress is None else self.calibration_progress
+        try:
+            calibrate_from(
+                self.model, adapter_name, self.get_train_dataloader, loss_of, self.sparsegrad_calibration, show
+            )
+        finally:
+            vars(self).update(counted)
+            self.accelerator._dataloaders[:] = loaders
 
     def _groups(self: Any, model: nn.Module) -> list[dict[str, Any]]:
         """The adapter's parameters first, then the rest, with weight decay where the Trainer would have it."""
-        own, cores = adapter_parameters(model)
+        own, has_cores = adapter_parameters(model)
+        selects = any(value is not None for value in self.sparsegrad_selection.values())
+        if selects and not has_cores:
+            raise ValueError("density and k select from the cores of SparseGrad layers; found a model without any")
         if self.rest_learning_rate is not None and not own:
             raise ValueError("rest_learning_rate is that of what trains beside an adapter; found a model without one")
-        if cores:
-            groups = param_groups(model, **self.sparsegrad_selection)
-            groups = [group for group in groups if id(group["params"][0]) in own]
-        else:
-            parameters = [p for p in model.parameters() if p.requires_grad and id(p) in own]
-            groups = [{"params": parameters, "weight_decay": self.args.weight_decay}] if parameters else []
-        rate = {} if self.rest_learning_rate is None else {"lr": self.rest_learning_rate}
+        groups = param_groups(model, **self.sparsegrad_selection) if has_cores else []
+        groups = [
+            group for group in groups if id(group["params"][0]) in own
+        ]  # the rest: below, with the Trainer's decay
+        grouped = {id(parameter) for group in groups for parameter in group["params"]}
         decayed = set(self.get_decay_parameter_names(model))
-        rest = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
-        for weight_decay, wanted in ((self.args.weight_decay, True), (0.0, False)):
-            parameters = [p for name, p in rest if (name in decayed) is wanted]
-            if parameters:
-                groups.append({"params": parameters, "weight_decay": weight_decay, **rate})
+        left = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in grouped]
+        rate = {} if self.rest_learning_rate is None else {"lr": self.rest_learning_rate}
+        for is_own, options in ((True, {}), (False, rate)):
+            for is_decayed, weight_decay in ((True, self.args.weight_decay), (False, 0.0)):
+                parameters = [p for n, p in left if (id(p) in own) is is_own and (n in decayed) is is_decayed]
+                if parameters:
+                    groups.append({"params": parameters, "weight_decay": weight_decay, **options})
         return groups
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's, and a check of its loss."""
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        if self.stop_if_not_finite and not bool(loss.isfinite().all()):
-            raise TrainingDivergedError(
-                f"the loss of step {self.state.global_step + 1} is {loss.item()}; it was not taken, training has "
-                f"stopped, and what was saved in {self.args.output_dir} is whole. Lower the learning rate, found "
-                f"{self.args.learning_rate}, or train in float32 or bfloat16"
-            )
+        if self.stop_if_not_finite:
+            losses = self.accelerator.gather(loss.reshape(1))  # all processes stop, or the others would wait for one
+            bad = losses[~losses.isfinite()]
+            if len(bad):
+                raise TrainingDivergedError(
+                    f"the loss of step {self.state.global_step + 1} is {bad[0].item()}; the step was not taken, "
+                    f"training has stopped, and what was saved in {self.args.output_dir} is whole. Lower the learning "
+                    f"rate, found {self.args.learning_rate}, or train in float32 or bfloat16"
+                )
         return loss
 
 
@@ -140,8 +180,9 @@ class SparseGradTrainer(SparseGradTrainerMixin, Trainer):
 class SparseGradCalibration(TrainerCallback):
     """Gives the adapters of a model their bases when training begins, in any trainer that has callbacks.
 
-    The trainer's optimizer already exists by then, so the callback puts the new cores in the place of the old ones in
-    it; an optimizer that has state, or a model that is wrapped for several processes, is too late for that and refused.
+    The loss is the model's own, `model(**batch).loss`; `SparseGradTrainerMixin` takes the trainer's. The trainer's
+    optimizer already exists by then, so the callback puts the new cores in the place of the old ones in it; an
+    optimizer that has state, or a model that is wrapped for several processes, is too late for that and refused.
 
     Args:
         config: how to calibrate; None: as `calibrate_adapter` does.
@@ -151,17 +192,27 @@ class SparseGradCalibration(TrainerCallback):
         self.config = config
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Calibrate; nothing to do where an adapter has its bases, such as after resuming."""
+        """Calibrate; nothing to do where an adapter has its bases, such as after resuming.
+
+        Raises:
+            ValueError: it is too late; and whatever calibration refuses.
+        """
         model, optimizer, loader = kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"]
         names = uncalibrated(model)
-        if names and args.world_size > 1:
+        if names and (args.world_size > 1 or args.fsdp or args.deepspeed):
             raise ValueError(
                 f"adapter {names[0]!r} has no bases yet, and the model is already wrapped for {args.world_size} "
-                "processes; use SparseGradTrainerMixin, or call calibrate_adapter before the trainer is made"
+                "processes, FSDP or DeepSpeed; use SparseGradTrainerMixin, or call calibrate_adapter before the "
+                "trainer is made"
+            )
+        if names and optimizer.state:
+            raise ValueError(
+                f"adapter {names[0]!r} has no bases yet, and the optimizer has already trained; call calibrate_adapter "
+                "before the trainer is made"
             )
         for name in names:
             old = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            calibrate_from(model, name, lambda: loader, lambda batch: model(**batch).loss, self.config)
+            calibrate_from(model, name, lambda: loader, default_loss, self.config, not args.disable_tqdm)
             new = {id(old[n]): p for n, p in model.named_parameters() if n in old and p is not old[n]}
             for group in optimizer.param_groups:
                 group["params"] = [new.get(id(parameter), parameter) for parameter in group["params"]]
@@ -170,7 +221,9 @@ class SparseGradCalibration(TrainerCallback):
 def uncalibrated(model: nn.Module) -> list[str]:
     """Names of the active SparseGrad adapters that have no bases and want some."""
     configs = getattr(model, "peft_config", {})
-    active = getattr(model, "active_adapters", [])
+    if not configs:  # a transformers model without an adapter raises when it is asked for the active ones
+        return []
+    active: Any = model.active_adapters
     return [
         name
         for name in (active() if callable(active) else active)
@@ -200,22 +253,29 @@ def calibrate_from(
     model: nn.Module,
     adapter_name: str,
     make_loader: Callable[[], Any],
-    loss_of: Callable[[Any], Tensor],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
     config: CalibrationConfig | None,
+    progress: bool,
 ) -> None:
     """Calibrate on the batches of a trainer's loader, which is then as if it had never been read from."""
-    loaders: list[Any] = []  # made at the first step, where random numbers drawn are put back afterwards
+    with closing(_Batches(make_loader)) as batches:
+        calibrate_adapter(model, batches, adapter_name=adapter_name, loss_fn=loss_fn, config=config, progress=progress)
 
-    def endless() -> Generator[Any, None, None]:
-        loaders.append(make_loader())
-        while True:
-            yield from loaders[0]
 
-    stream = endless()
-    try:
-        calibrate_adapter(model, step=lambda: loss_of(next(stream)), adapter_name=adapter_name, config=config)
-    finally:
-        stream.close()
-        for loader in loaders:  # an accelerate loader that was not read to its end is still announced as being read
-            if hasattr(loader, "end") and loader in getattr(loader.gradient_state, "dataloader_references", ()):
-                loader.end()
+class _Batches:
+    """A loader that is made when it is first read, where calibration puts back random numbers that have been drawn."""
+
+    def __init__(self, make_loader: Callable[[], Any]) -> None:
+        self.make_loader = make_loader
+        self.loader: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.loader is None:
+            self.loader = self.make_loader()
+        return iter(self.loader)
+
+    def close(self) -> None:
+        """An accelerate loader that was not read to its end is still announced as being read: take that back."""
+        state = getattr(self.loader, "gradient_state", None)
+        if state is not None and self.loader in state.dataloader_references:
+            self.loader.end()

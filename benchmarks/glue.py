@@ -1,0 +1,83 @@
+"""SparseGrad and LoRA at the same number of trained entries on real GLUE: MiniLM, five tasks, three seeds.
+
+Each run is one result file in benchmarks/results/glue, as `sparsegrad train` writes it; those that are there are not
+run again, so the grid can be interrupted, continued, and worked off by several processes (one --method each, say).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsegrad_peft.run.arguments import RunArguments
+from sparsegrad_peft.run.folder import RunFolder
+from sparsegrad_peft.run.train import train
+
+RESULTS = Path(__file__).parent / "results" / "glue"
+
+TASKS = {"rte": None, "mrpc": None, "stsb": None, "cola": None, "sst2": 6920}
+"Task -> rows to train on: all, or a sample (the same in each run). Evaluation is on the whole official dev set."
+
+METHODS: dict[str, dict[str, Any]] = {
+    # 5,760 trained entries a layer in both: blocks of 144 x 40 and 40 x 144, and rank 3 of 384 + 1536.
+    "sparsegrad": {"method": "sparsegrad", "adapter": {"c": 0.094, "r": 0.094}},
+    "lora": {"method": "lora", "adapter": {"rank": 3}},
+    "full": {"method": "full"},
+}
+
+
+def arguments_of(task: str, method: str, seed: int, runs: Path, epochs: float, rows: int | None = None) -> RunArguments:
+    """The settings of one run; all that differs between the methods is in `METHODS`."""
+    settings = METHODS[method]
+    arguments = RunArguments(
+        model="minilm", task=f"glue/{task}", method=settings["method"], rest="freeze", seeds=[seed],
+        output=str(runs / task / f"{method}-{seed}"),
+    )  # fmt: skip
+    for group in ("adapter", "calibration", "training"):
+        for name, value in settings.get(group, {}).items():
+            setattr(getattr(arguments, group), name, value)
+    arguments.data.train_rows = rows or TASKS[task]
+    arguments.data.validation_rows = rows
+    arguments.training.epochs = epochs
+    arguments.training.evaluations = 2
+    return arguments
+
+
+def result_path(results: Path, task: str, method: str, seed: int) -> Path:
+    return results / task / f"{method}-{seed}.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--rows", type=int, help="so many rows only, to try it out")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--runs", type=Path, default=Path("runs") / "glue", help="where the run folders are kept")
+    options = parser.parse_args()
+    if "SPARSEGRAD_DATA" not in os.environ:
+        print("SPARSEGRAD_DATA is not set: GLUE is taken from the hub", file=sys.stderr)
+    torch.set_num_threads(options.threads)
+    for seed in options.seed:  # all tasks and methods at one seed before the next: a table early on
+        for task in options.task:
+            for method in options.method:
+                path = result_path(options.results, task, method, seed)
+                if path.is_file():
+                    continue
+                arguments = arguments_of(task, method, seed, options.runs, options.epochs, options.rows)
+                [result] = train(arguments)
+                folder = RunFolder(path.parent)
+                folder.write_json(path.name, {**result, "command": "python " + " ".join(sys.argv)})
+                print(f"{task} {method} seed {seed}: {result['metric']} {result['score']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

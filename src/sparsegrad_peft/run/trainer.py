@@ -1,0 +1,122 @@
+"""`transformers.Trainer`, set up for a run."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainerCallback
+
+from ..tasks.metrics import predictions_of, score
+from ..tasks.task import Task
+from ..tuner.trainer import SparseGradTrainer
+from .arguments import RunArguments
+from .checkpoints import writing
+from .folder import RunFolder
+from .meter import Phase, measured
+
+
+class MeasureTraining(TrainerCallback):
+    """Time and peak memory of the steps and evaluations, without calibration and the making of the optimizer."""
+
+    def __init__(self) -> None:
+        self.phase = Phase()
+        self._stack = ExitStack()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start."""
+        self.phase = self._stack.enter_context(measured())
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Also after an error."""
+        self._stack.close()
+
+
+class RunTrainer(SparseGradTrainer):
+    """The trainer of a run: it notes what calibration takes, apart from training."""
+
+    calibration_phase: Phase | None = None
+
+    def _calibrate(self, adapter_name: str) -> None:
+        with measured() as phase:
+            super()._calibrate(adapter_name)
+        self.calibration_phase = phase
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with writing(Path(self.args.output_dir)):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if not best.is_dir():  # the run's folder has been moved since: the checkpoint went with it
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / best.name)
+        super()._load_best_model()
+
+
+def trainer_arguments(
+    arguments: RunArguments, folder: RunFolder, task: Task, n_train: int
+) -> transformers.TrainingArguments:
+    """Ours in the Trainer's words."""
+    training = arguments.training
+    steps_per_epoch = -(-n_train // (training.batch_size * training.gradient_accumulation))
+    # A whole number of evaluations an epoch is a share of all steps; at least one step lies between two.
+    every = max(1, steps_per_epoch // training.evaluations)
+    total = max(1, round(steps_per_epoch * training.epochs))
+    return transformers.TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=64,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=arguments.learning_rate,
+        lr_scheduler_type=training.schedule,
+        warmup_steps=round(training.warmup * total),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=every,
+        save_steps=every,
+        save_total_limit=1,  # and the best one
+        load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
+        metric_for_best_model=task.main_metric,
+        greater_is_better=True,
+        logging_steps=max(1, min(every, total // 20)),
+        bf16=training.precision == "bf16",
+        fp16=training.precision == "fp16",
+        seed=arguments.seeds[0],
+        disable_tqdm=True,  # `Progress` shows it
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def stopping(arguments: RunArguments) -> list[EarlyStoppingCallback]:
+    """Early stopping, where it was asked for."""
+    patience = arguments.training.patience
+    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
+
+
+def collator(tokenizer: Any, arguments: RunArguments) -> DataCollatorWithPadding:
+    """Pads a batch."""
+    if arguments.training.padding == "dynamic":
+        return DataCollatorWithPadding(tokenizer)
+    return DataCollatorWithPadding(tokenizer, padding="max_length", max_length=arguments.data.max_length)
+
+
+def scorer(task: Task) -> Any:
+    """For the Trainer: predictions -> the task's metrics."""
+
+    def compute(found: transformers.EvalPrediction) -> dict[str, float]:
+        logits = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
+        return score(task.metrics, found.label_ids, predictions_of(logits, task.labels is None))
+
+    return compute

@@ -1,0 +1,310 @@
+"""SparseGrad in a real `transformers.Trainer`: calibration that leaves no trace, the optimizer's groups, refusals."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import make
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from trainers import CALIBRATION, adapted, arguments, check_equal, losses, rows, saved
+from transformers import Trainer
+
+from sparsegrad_peft import SparseGradAdamW, calibrate_adapter, param_groups
+from sparsegrad_peft.tuner.trainer import SparseGradTrainer, TrainingDivergedError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+
+def first_logit(model: nn.Module, batch: Any) -> Tensor:
+    """A loss of another kind than the model's."""
+    logits: Tensor = model(input_ids=batch["input_ids"]).logits
+    return logits[:, 0].square().mean()
+
+
+class CustomLoss(SparseGradTrainer):
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return first_logit(model, inputs)
+
+
+def test_trains_the_adapter_alone(tmp_path: Path) -> None:
+    model = adapted()
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    head = {name: p.detach().clone() for name, p in model.named_parameters() if "modules_to_save" in name}
+    trainer = SparseGradTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=rows(), calibration=CALIBRATION, density=0.2
+    )
+    assert not model.peft_config["default"].calibrated
+    trainer.train()
+    assert model.peft_config["default"].calibrated
+    parameters = dict(model.named_parameters())
+    assert {name for name, p in parameters.items() if not p.requires_grad} == set(frozen)
+    for name, value in frozen.items():
+        assert torch.equal(parameters[name], value), name
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    cores = {name: p for name, p in trained.items() if "sparsegrad_S" in name}
+    assert len(cores) == 6
+    assert set(trained) == set(cores) | set(head)
+    for name, core in cores.items():
+        assert core.shape in ((8, 8), (4, 16)), name  # r a quarter of the output, c half of the input
+        assert 0 < core.count_nonzero() <= 4 * round(0.2 * 64), name  # in each of four steps a fifth
+    assert all(not torch.equal(trained[name], value) for name, value in head.items())
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_as_if_calibrated_by_hand_beforehand(custom: bool, tmp_path: Path) -> None:
+    """Same statistics, so same data and loss; and the same weights, so order of data and dropout as without it."""
+    kind, loss_fn = (CustomLoss, first_logit) if custom else (SparseGradTrainer, lambda m, batch: m(**batch).loss)
+    options = {"args": arguments(tmp_path), "train_dataset": rows()}
+    automatic = kind(model=adapted(), calibration=CALIBRATION, **options)
+    automatic.train()
+
+    model = adapted()
+    loader = Trainer(model=model, **options).get_train_dataloader()  # seeds, too
+    calibrate_adapter(model, loader, config=CALIBRATION, loss_fn=loss_fn, progress=False)
+    by_hand = kind(model=model, **options)
+    at_start = saved(model)
+    by_hand.train()
+    check_equal(saved(automatic.model), saved(model))
+    assert losses(automatic) == losses(by_hand)
+    assert any("sparsegrad_S" in n and not torch.equal(v, at_start[n]) for n, v in saved(model).items())
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Rows that draw from all generators there are."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        random.random(), np.random.rand(), torch.rand(1)
+        return rows()[i]
+
+
+@pytest.mark.parametrize("n_steps", [2, 6, 8], ids=["within", "whole", "beyond an epoch"])
+def test_calibration_leaves_no_trace(n_steps: int, tmp_path: Path) -> None:
+    trainer = SparseGradTrainer(
+        model=adapted(), args=arguments(tmp_path), train_dataset=Noisy(),
+        calibration=type(CALIBRATION)(n_steps=n_steps),
+    )  # fmt: skip
+    trainer.get_train_dataloader()  # the Trainer makes its own first
+    accelerator = trainer.accelerator
+
+    def traces() -> Any:
+        generators = [torch.get_rng_state(), list(random.getstate()), list(np.random.get_state()[1])]
+        announced = [loader for loader in accelerator.gradient_state.dataloader_references if loader is not None]
+        return [generators, announced, list(accelerator._dataloaders), trainer.model.training]
+
+    before = traces()
+    trainer.create_optimizer()
+    assert trainer.model.peft_config["default"].calibrated
+    check_equal(traces(), before)
+
+
+def test_no_batches(tmp_path: Path) -> None:
+    """Said, where there is nothing to calibrate on: fewer rows than a batch, and the last batch is dropped."""
+    args = arguments(tmp_path, dataloader_drop_last=True)
+    trainer = SparseGradTrainer(model=adapted(), args=args, train_dataset=rows()[:3])
+    with pytest.raises(ValueError, match="expected batches for 30 steps, found none"):
+        trainer.create_optimizer()
+
+
+def groups_of(model: nn.Module, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    args = arguments(folder, weight_decay=0.1)
+    trainer = SparseGradTrainer(
+        model=model, args=args, train_dataset=rows(), **{"calibration": CALIBRATION, "rest_learning_rate": 1e-3, **options}
+    )
+    groups = trainer.create_optimizer().param_groups
+    names = {id(p): name for name, p in model.named_parameters()}  # the cores are new ones
+    grouped = [names[id(p)] for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    return [
+        {name: group[name] for name in ("lr", "weight_decay", "sparse", "density", "k")}
+        | {"names": {names[id(p)].removeprefix("base_model.model.") for p in group["params"]}}
+        for group in groups
+    ]
+
+
+HEAD = "classifier.modules_to_save.default"
+PLAIN = {"sparse": False, "density": None, "k": None}
+
+
+@pytest.mark.parametrize("selection", [{}, {"density": 0.2}, {"k": 5}])
+def test_groups_of_an_adapter(selection: dict[str, Any], tmp_path: Path) -> None:
+    cores, decayed, not_decayed = groups_of(adapted(), tmp_path, **selection)
+    assert len(cores.pop("names")) == 6
+    assert cores == {"lr": 1e-2, "weight_decay": 0.0, **PLAIN, "sparse": bool(selection), **selection}
+    assert decayed == {"lr": 1e-3, "weight_decay": 0.1, **PLAIN, "names": {f"{HEAD}.weight"}}
+    assert not_decayed == {"lr": 1e-3, "weight_decay": 0.0, **PLAIN, "names": {f"{HEAD}.bias"}}
+    assert {group["lr"] for group in groups_of(adapted(), tmp_path, rest_learning_rate=None)} == {1e-2}
+
+
+def lora() -> PeftModel:
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "intermediate.dense"], lora_bias=True)
+    return get_peft_model(make("bert"), config)
+
+
+def test_groups_of_another_adapter_and_of_a_plain_model(tmp_path: Path) -> None:
+    own, own_biases, decayed, not_decayed = groups_of(lora(), tmp_path)
+    assert all("lora_" in name and "bias" not in name for name in own["names"])
+    assert all("lora_B.default.bias" in name for name in own_biases["names"])
+    assert [group["weight_decay"] for group in (own, own_biases)] == [0.1, 0.0]
+    assert [group["lr"] for group in (own, own_biases)] == [1e-2, 1e-2]
+    assert decayed == {"lr": 1e-3, "weight_decay": 0.1, **PLAIN, "names": {f"{HEAD}.weight"}}
+    assert not_decayed == {"lr": 1e-3, "weight_decay": 0.0, **PLAIN, "names": {f"{HEAD}.bias"}}
+
+    decayed, not_decayed = groups_of(make("bert"), tmp_path, rest_learning_rate=None)
+    assert [decayed["weight_decay"], not_decayed["weight_decay"]] == [0.1, 0.0]
+    assert all("LayerNorm" in name or "bias" in name for name in not_decayed["names"])
+    with pytest.raises(ValueError, match="rest_learning_rate is that of what trains beside an adapter; found a model w"):
+        groups_of(make("bert"), tmp_path)
+    for model in (lora(), make("bert")):
+        with pytest.raises(ValueError, match="density and k select from the cores of SparseGrad layers"):
+            groups_of(model, tmp_path, density=0.1, rest_learning_rate=None)
+
+
+@pytest.mark.parametrize("make_model", [lora, lambda: make("bert")], ids=["lora", "plain"])
+def test_without_cores_it_is_the_trainer_with_adamw(make_model: Any, tmp_path: Path) -> None:
+    options = {"args": arguments(tmp_path, optim="adamw_torch", weight_decay=0.1), "train_dataset": rows()}
+    trainers = [kind(model=make_model(), **options) for kind in (SparseGradTrainer, Trainer)]
+    for trainer in trainers:
+        trainer.train()
+    assert isinstance(trainers[0].optimizer.optimizer, SparseGradAdamW)
+    check_equal(saved(trainers[0].model), saved(trainers[1].model))
+    assert losses(trainers[0]) == losses(trainers[1])
+
+
+def test_one_schedule_scales_all_groups(tmp_path: Path) -> None:
+    args = arguments(tmp_path, warmup_steps=2, max_steps=4, weight_decay=0.1)
+    trainer = SparseGradTrainer(
+        model=adapted(), args=args, train_dataset=rows(), calibration=CALIBRATION, rest_learning_rate=1e-3
+    )
+    rates = []
+    trainer.log = lambda logs, *a, **k: rates.append([g["lr"] for g in trainer.optimizer.param_groups])
+    trainer.train()
+    shares = torch.tensor([0.5, 1.0, 0.5, 0.0])[:, None]  # after each step, that of the next
+    torch.testing.assert_close(torch.tensor(rates[:4]), shares * torch.tensor([1e-2, 1e-3, 1e-3]))
+
+
+def test_an_optimizer_that_was_passed_in(tmp_path: Path) -> None:
+    model = adapted()
+    options: dict[str, Any] = {"args": arguments(tmp_path), "train_dataset": rows()}
+    trainer = SparseGradTrainer(model=model, optimizers=(torch.optim.SGD(model.parameters()), None), **options)
+    with pytest.raises(ValueError, match="'default' has no bases yet, and an optimizer was passed in"):
+        trainer.train()
+    calibrate_adapter(model, [trainer.data_collator(rows())], n_steps=2, progress=False)
+    mine = SparseGradAdamW(param_groups(model), lr=1e-2)
+    trainer = SparseGradTrainer(model=model, optimizers=(mine, None), **options)
+    trainer.train()
+    assert trainer.optimizer.optimizer is mine
+    assert mine.state
+    for lost in ({"density": 0.1}, {"k": 3}, {"rest_learning_rate": 1e-3}):
+        with pytest.raises(ValueError, match=f"passed in, which does not know {next(iter(lost))}="):
+            SparseGradTrainer(model=model, optimizers=(mine, None), **lost, **options)
+
+
+def test_another_kind_of_optimizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="found optimizer adafactor, and the one made here is SparseGradAdamW"):
+        SparseGradTrainer(model=adapted(), args=arguments(tmp_path, optim="adafactor"), train_dataset=rows())
+    with pytest.raises(ValueError, match="found optimizer SGD, and the one made here"):
+        SparseGradTrainer(
+            model=adapted(), args=arguments(tmp_path), train_dataset=rows(),
+            optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_sharded_model(flag: str, tmp_path: Path) -> None:
+    trainer = SparseGradTrainer(model=adapted(), args=arguments(tmp_path), train_dataset=rows())
+    setattr(trainer, flag, True)
+    with pytest.raises(ValueError, match="'default' has no bases yet, and a sharded model cannot be calibrated"):
+        trainer.create_optimizer()
+
+
+class NotFinite(SparseGradTrainer):
+    """From step 3 on."""
+
+    value = float("nan")
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * self.value if self.state.global_step >= 2 else loss
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite(value: float, tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=1, gradient_accumulation_steps=2)
+    trainer = NotFinite(model=adapted(), args=args, train_dataset=rows(), calibration=CALIBRATION)
+    trainer.value = value
+    with pytest.raises(TrainingDivergedError, match=f"the loss of step 3 is {value}; .*{tmp_path} is whole"):
+        trainer.train()
+    assert all(bool(value.isfinite().all()) for value in saved(trainer.model).values())
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
+    loaded = PeftModel.from_pretrained(make("bert"), tmp_path / "checkpoint-2")
+    check_equal(saved(loaded), saved(trainer.model))
+    # Not asked to stop, it does not.
+    trainer = NotFinite(model=adapted(), args=args, train_dataset=rows(), stop_if_not_finite=False)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 6
+
+
+def test_the_best_adapter_is_loaded_at_the_end(tmp_path: Path) -> None:
+    scores = iter([0.1, 0.9, 0.3, 0.2])
+    args = arguments(
+        tmp_path, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True,
+    )  # fmt: skip
+    trainer = SparseGradTrainer(
+        model=adapted(), args=args, train_dataset=rows(), eval_dataset=rows(), calibration=CALIBRATION,
+        compute_metrics=lambda _: {"score": next(scores)},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    at = [saved(PeftModel.from_pretrained(make("bert"), tmp_path / f"checkpoint-{step}")) for step in (2, 4)]
+    check_equal(saved(trainer.model), at[0])
+    moved = {name.split(".")[-2] for name in at[0] if not torch.equal(at[0][name], at[1][name])}
+    assert moved == {"sparsegrad_S", "default"}  # cores and head; one basis for all steps
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_gradient_checkpointing(kind: str, tmp_path: Path) -> None:
+    found = []
+    for on in (True, False):
+        trainer = SparseGradTrainer(
+            model=adapted(kind), args=arguments(tmp_path, gradient_checkpointing=on), train_dataset=rows(kind),
+            calibration=CALIBRATION,
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.model.is_gradient_checkpointing is on
+        found.append(saved(trainer.model))
+    check_equal(*found)
+
+
+class Precisions(SparseGradTrainer):
+    """What a linear layer gives while the loss is computed, and whether that is in calibration."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.seen: list[tuple[bool, torch.dtype]] = []
+        super().__init__(*args, **kwargs)
+        for name, module in self.model.named_modules():
+            if name.endswith("layers.0.self_attn.q_proj"):
+                module.register_forward_hook(lambda m, x, y: self.seen.append((self.optimizer is None, y.dtype)))
+
+
+def test_bfloat16_on_the_cpu(tmp_path: Path) -> None:
+    args = arguments(tmp_path, bf16=True, max_steps=20)
+    trainer = Precisions(model=adapted("llama"), args=args, train_dataset=rows("llama"), calibration=CALIBRATION)
+    trainer.train()
+    assert trainer.seen == [(True, torch.bfloat16)] * 8 + [(False, torch.bfloat16)] * 20
+    assert {value.dtype for value in saved(trainer.model).values() if value.is_floating_point()} == {torch.float32}
+    found = [loss for loss, _ in losses(trainer)]
+    assert max(found[-3:]) < min(found[:3])
