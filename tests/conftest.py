@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+pytest_plugins = ["tiny_runs"]  # a tiny model and a finished run of it
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -41,15 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"sparsegrad: no verb {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; its kernels are of no use here
     try:
         import_module(f".{verb}", __package__).main(rest)
     except ModuleNotFoundError as error:
         if traceback or (error.name or "").startswith("sparsegrad_peft"):
             raise
-        print(f"sparsegrad {verb}: {error}; install what the command needs: pip install 'sparsegrad-peft[train]'",
-              file=sys.stderr)  # fmt: skip
+        advice = "" if "pip install" in str(error) else "; the command needs: pip install 'sparsegrad-peft[train]'"
+        print(f"sparsegrad {verb}: {error}{advice}", file=sys.stderr)
         return 1
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except Exception as error:  # a traceback helps nobody who typed a wrong word
         if traceback:
             raise
         print(f"sparsegrad {verb}: {_words(error)}", file=sys.stderr)
@@ -62,8 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _words(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{error}; what was saved before is whole. Make room, then the same command goes on from there"
-    return f"{error} (--traceback shows where)" if not isinstance(error, (ValueError, OSError)) else str(error)
+        return (
+            f"{error.filename}: no room on the disk ({error.strerror}); what was saved before is whole. Make room, "
+            "then the same command goes on from there"
+        )
+    if isinstance(error, (ValueError, OSError)) or type(error).__name__ == "TrainingDivergedError":
+        return str(error)
+    return f"{type(error).__name__}: {error} (--traceback shows where)"
 
 
 def _help() -> None:

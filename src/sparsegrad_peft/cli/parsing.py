@@ -10,6 +10,6 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 def make_parser(verb: str, description: str, example: str) -> ArgumentParser:
     """For `sparsegrad VERB`; the help ends with an example and what it prints."""
-    parser = ArgumentParser(prog=f"sparsegrad {verb}", description=description)
+    parser = ArgumentParser(prog=f"sparsegrad {verb}", description=description, allow_abbrev=False)
     parser.epilog = f"example: {example}"
     return parser

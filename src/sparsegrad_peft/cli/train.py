@@ -29,7 +29,7 @@ def parse(argv: list[str]) -> RunArguments:
     name = _preset_name(argv)
     if name is not None:
         parser.set_defaults(_flat(preset(name)))
-    found = parser.instantiate_classes(parser.parse_args(argv))
+    found = parser.instantiate(parser.parse_args(argv))
     words = {key: value for key, value in vars(found).items() if key not in ("config", "preset")}
     return RunArguments(**words)
 

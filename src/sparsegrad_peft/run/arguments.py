@@ -48,7 +48,7 @@ class AdapterArguments:
 class CalibrationArguments:
     """sparsegrad: the few steps of backpropagation that give the bases."""
 
-    n_steps: int = 60
+    n_steps: int = 30
     "backward passes"
     walk: float | None = 1e-4
     "step size of the short training run that the gradients are taken along, undone afterwards; null: stand still"

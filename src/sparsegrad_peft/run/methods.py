@@ -69,14 +69,14 @@ def adapt(model: nn.Module, arguments: RunArguments) -> Adapted:
 def _from_file(model: nn.Module, arguments: RunArguments) -> Adapted:
     """Any of PEFT's methods, from its own adapter_config.json.
 
-    What it says of inference is of the adapter that was saved with it; `modules_to_save` of its own goes before `rest`.
+    What it says of inference and base is of the adapter that was saved with it; `modules_to_save` of its own goes before `rest`.
     """
     try:
         words = PeftConfig.from_json_file(arguments.method)
-        config = PeftConfig.from_peft_type(**words)
+        config = PeftConfig.from_peft_type(peft_type=words.pop("peft_type"), **words)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{arguments.method}: expected an adapter_config.json of PEFT ({error})") from error
-    config.inference_mode, config.task_type = False, TaskType.SEQ_CLS
+    config.inference_mode, config.task_type, config.base_model_name_or_path = False, TaskType.SEQ_CLS, None
     if getattr(config, "modules_to_save", None) is None and hasattr(config, "modules_to_save"):
         targets = [] if arguments.rest == "freeze" else mlp_linears(model, getattr(config, "target_modules", None))
         config.modules_to_save = _rest(model, targets) if targets else _heads(model)

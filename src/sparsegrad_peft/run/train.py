@@ -144,7 +144,8 @@ def _train_one(arguments: RunArguments, progress: bool) -> dict[str, Any]:
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Adapter or model, in safetensors."""
-    model.save_pretrained(path)  # type: ignore[operator]
+    with quiet():
+        model.save_pretrained(path)  # type: ignore[operator]
 
 
 def last_sixth(log: list[dict[str, Any]]) -> float | None:

@@ -14,14 +14,17 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+import sparsegrad_peft.tuner  # noqa: F401  # registers the method, so that PEFT can load its adapters
+
 from ..tasks.arguments import DataArguments
 from ..tasks.load import load_task
 from ..tasks.metrics import predictions_of, score
-from ..tasks.read import read_rows
+from ..tasks.read import Row, read_rows
 from ..tasks.task import Task, check_columns
 from .base import load_model, load_tokenizer
 from .folder import RunFolder, save_whole, write_whole
 from .quiet import quiet
+from .train import save_weights
 
 _BATCH = 64
 
@@ -122,9 +125,9 @@ def predict(path: str | Path, file: str | Path | None = None, texts: Iterable[st
     if file is None:
         if len(given) != len(columns):
             raise ValueError(f"{run.task.name} takes {len(columns)} texts ({', '.join(columns)}), found {len(given)}")
-        rows: list[dict[str, str]] = [dict(zip(columns, given, strict=True))]
+        rows = [Row(zip(columns, given, strict=True))]
     else:
-        rows = list(read_rows(Path(file)))
+        rows = read_rows(Path(file))
         check_columns(rows, columns, str(file))
     logits = run.logits(tuple(row[column] for column in columns) for row in rows)
     labels = run.task.labels
@@ -169,7 +172,7 @@ def merge(path: str | Path) -> tuple[Path, bool]:
     plain = run.model.merge_and_unload(safe_merge=True)
 
     def save(draft: Path) -> None:
-        plain.save_pretrained(draft)
+        save_weights(plain, draft)
         run.tokenizer.save_pretrained(draft)
 
     save_whole(target, save)

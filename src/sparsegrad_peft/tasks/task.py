@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,7 @@ def make_split(
     return Dataset.from_dict({**columns, "label": [number(row) for row in rows]})
 
 
-def check_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> None:
+def check_columns(rows: Iterable[Row], columns: Sequence[str], where: str) -> None:
     """Raise ValueError for the first row that lacks a column: an object of a JSON file may."""
     for row in rows:
         for column in columns:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
 
 from ..method.calibrate import Calibration, CalibrationConfig, calibrate
+from ..method.gradients import Trajectory, sign_step
 from .bases import layers_of, set_bases, wrapped_groups
 from .config import SparseGradConfig
 from .layer import SparseGradLayer
+
+RECOMMENDED = CalibrationConfig(n_steps=30, normalize=True, trajectory=Trajectory(1e-4, sign_step))
+"""Gradients along a short training run, which is undone afterwards, each scaled to norm 1: such bases hold more of the
+later gradients than the paper's, and need no optimizer state (docs/method.md, "How bases age")."""
 
 
 def calibrate_adapter(
@@ -36,7 +42,8 @@ def calibrate_adapter(
         batches: what the model takes, with labels: `model(**batch).loss`. See `sparsegrad_peft.calibrate`.
         adapter_name: which adapter.
         calibration: ready statistics, the result of an earlier call for the same layers, in place of batches.
-        config: how to calibrate; or single fields of it among the options.
+        config: how to calibrate; None: `RECOMMENDED`, with single fields of it among the options. The paper's way is
+            `CalibrationConfig()`.
         options: for `sparsegrad_peft.calibrate`: `n_steps`, `step`, `loss_fn`, `progress`, ...
 
     Returns:
@@ -72,6 +79,9 @@ def calibrate_adapter(
         )
     groups = wrapped_groups(model, layers, shared=peft_config.shared)
     if calibration is None:
+        if config is None:
+            names = {field.name for field in fields(CalibrationConfig)} & set(options)
+            config = replace(RECOMMENDED, **{name: options.pop(name) for name in names})
         with _left_out(adapter_name, layers.values()):
             calibration = calibrate(model, batches, groups=groups, config=config, **options)
     elif {name: tuple(names) for name, names in groups.items()} != {n: g.layers for n, g in calibration.groups.items()}:

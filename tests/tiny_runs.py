@@ -1,0 +1,102 @@
+"""A tiny BERT with a tiny tokenizer, rows to train it on, and one finished run: shared by the tests of run and cli."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GOOD, BAD = ("warm", "bright", "kind", "fine"), ("dull", "cold", "grim", "flat")
+OTHER = ("the", "film", "was", "a", "very", "long", "and", "quiet", "one", "in", "spring", "again")
+COLUMNS = ["text", "other", "label", "score"]
+N_TRAIN, N_DEV = 48, 24
+
+
+def save_tokenizer(folder: Path, pad: bool = True) -> int:
+    """Words to numbers; returns how many there are."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = {word: number for number, word in enumerate([*special, *GOOD, *BAD, *OTHER])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.BertProcessing(("[SEP]", words["[SEP]"]), ("[CLS]", words["[CLS]"]))
+    tokens = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "eos_token": "[SEP]"}
+    if pad:
+        tokens["pad_token"] = "[PAD]"
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if pad else [])]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=32, model_input_names=names, **tokens
+    )
+    tokenizer.save_pretrained(folder)
+    return len(words)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    words = save_tokenizer(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=words, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.csv and dev.csv: two texts, whether the first has a good word in it, and how many of its words are good."""
+    folder = tmp_path_factory.mktemp("rows")
+    generator = random.Random(0)
+    for name, count in (("train", N_TRAIN), ("dev", N_DEV)):
+        lines = [",".join(COLUMNS)]
+        for number in range(count):
+            tone = GOOD if number % 2 else BAD
+            words = [*generator.choices(OTHER, k=generator.randint(3, 8)), *generator.choices(tone, k=3)]
+            generator.shuffle(words)
+            other = " ".join(generator.choices(OTHER, k=4))
+            lines.append(f"{' '.join(words)},{other},{'good' if number % 2 else 'bad'},{number % 2 + number / 100}")
+        (folder / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def words(tiny_bert: Path, rows: Path) -> Callable[..., list[str]]:
+    """Words for `sparsegrad train`: a small run, in ten steps or so; then whatever else is given."""
+
+    def make(output: Path, *more: str) -> list[str]:
+        return [
+            "train", "--model", str(tiny_bert), "--task", "files", "--data.train_file", str(rows / "train.csv"),
+            "--data.validation_file", str(rows / "dev.csv"), "--data.text", '["text"]', "--data.max_length", "24",
+            "--calibration.n_steps", "2", "--adapter.c", "0.5", "--adapter.r", "0.5", "--training.batch_size", "8",
+            "--training.epochs", "2", "--training.learning_rate", "0.01", "--output", str(output), *more,
+        ]  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def arguments(words: Callable[..., list[str]]) -> Callable[..., Any]:
+    """The same as `RunArguments`."""
+    from sparsegrad_peft.cli.train import parse
+
+    return lambda output, *more: parse(words(output, *more)[1:])
+
+
+@pytest.fixture(scope="session")
+def finished_run(arguments: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With SparseGrad, rest: freeze, one seed. Not to be changed; merging it adds a folder."""
+    from sparsegrad_peft.run.train import train
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(arguments(folder), progress=False)
+    return folder

@@ -1,0 +1,106 @@
+"""`trl.SFTTrainer`: with the mixin, with the callback, and making the adapter itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from models import make
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from trainers import CALIBRATION, adapted, check_equal, saved
+from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from sparsegrad_peft import SparseGradConfig, calibrate_adapter
+from sparsegrad_peft.tuner.trainer import SparseGradCalibration, SparseGradTrainerMixin
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "1")  # TRL's word for it
+
+
+class SFT(SparseGradTrainerMixin, SFTTrainer):
+    pass
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(57))]
+    found = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=found, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def texts() -> Dataset:
+    return Dataset.from_dict({"text": [" ".join(f"w{(i * j) % 57}" for j in range(1, 5 + i % 7)) for i in range(24)]})
+
+
+def options(folder: Path, **more: Any) -> dict[str, Any]:
+    args = SFTConfig(
+        output_dir=str(folder), max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        learning_rate=1e-2, save_steps=2, logging_steps=1, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True,
+        seed=0, max_length=16, gradient_checkpointing=False,
+    )  # fmt: skip
+    return {"args": args, "train_dataset": texts(), "processing_class": tokenizer(), **more}
+
+
+def log(trainer: SFTTrainer) -> list[dict[str, Any]]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_mixin_trains_saves_and_resumes(tmp_path: Path) -> None:
+    straight = SFT(model=adapted("llama"), calibration=CALIBRATION, density=0.2, **options(tmp_path / "straight"))
+    straight.train()
+    cores = [value for name, value in saved(straight.model).items() if "sparsegrad_S" in name]
+    assert len(cores) == 9
+    assert all(core.any() for core in cores)
+    resumed = SFT(model=adapted("llama"), calibration=CALIBRATION, density=0.2, **options(tmp_path / "resumed"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-4"))
+    check_equal(saved(resumed.model), saved(straight.model))
+    check_equal(resumed.optimizer.state_dict(), straight.optimizer.state_dict())
+    counted = "num_tokens"  # TRL counts anew when it resumes
+    expected = [{name: value for name, value in entry.items() if name != counted} for entry in log(straight)]
+    assert [{name: value for name, value in entry.items() if name != counted} for entry in log(resumed)] == expected
+    loaded = PeftModel.from_pretrained(make("llama"), tmp_path / "straight" / "checkpoint-6")
+    check_equal(saved(loaded), saved(straight.model))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_calibration_is_not_counted(training: bool, tmp_path: Path) -> None:
+    """Neither tokens nor losses nor accuracies of its batches are in what TRL logs."""
+    config = type(CALIBRATION)(n_steps=8, training=training)
+    automatic = SFT(model=adapted("llama"), calibration=config, **options(tmp_path))
+    automatic.train()
+    model = adapted("llama")
+    other = SFTTrainer(model=model, **options(tmp_path))
+    calibrate_adapter(model, other.get_train_dataloader(), config=config, loss_fn=other.compute_loss, progress=False)
+    by_hand = SFT(model=model, **options(tmp_path))
+    by_hand.train()
+    assert log(automatic) == log(by_hand)
+    assert log(automatic)[0]["num_tokens"] > 0
+    assert not automatic._metrics["eval"]
+    check_equal(saved(automatic.model), saved(model))
+
+
+@pytest.mark.parametrize("kind", [SFT, SFTTrainer])
+def test_the_trainer_makes_the_adapter_itself(kind: type, tmp_path: Path) -> None:
+    own = {"calibration": CALIBRATION} if kind is SFT else {"callbacks": [SparseGradCalibration(CALIBRATION)]}
+    base = make("llama").train()
+    trainer = kind(model=base, peft_config=SparseGradConfig(c=0.5, r=0.25), **options(tmp_path, **own))
+    trainer.train()
+    assert trainer.model.peft_config["default"].calibrated
+    cores = {name: p for name, p in trainer.model.named_parameters() if "sparsegrad_S" in name}
+    assert {tuple(core.shape) for core in cores.values()} == {(10, 8), (4, 16)}
+    assert all(bool(core.any()) for core in cores.values())
+    assert {n for n, p in trainer.model.named_parameters() if p.requires_grad} == set(cores)
+    torch.manual_seed(0)
+    check_equal(saved(PeftModel.from_pretrained(make("llama"), tmp_path / "checkpoint-6")), saved(trainer.model))
