@@ -69,7 +69,8 @@ def adapt(model: nn.Module, arguments: RunArguments) -> Adapted:
 def _from_file(model: nn.Module, arguments: RunArguments) -> Adapted:
     """Any of PEFT's methods, from its own adapter_config.json.
 
-    What it says of inference and base is of the adapter that was saved with it; `modules_to_save` of its own goes before `rest`.
+    What it says of inference and base is of the adapter that was saved with it. Its own `modules_to_save` goes before
+    `rest`.
     """
     try:
         words = PeftConfig.from_json_file(arguments.method)
