@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import adapted, differs, tuner_layers
+from adapters import adapted, differs, train, tuner_layers
 from models import GROUPS, LAYERS, MAKE, batch, logits, make
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors import safe_open
@@ -134,6 +134,23 @@ def test_modules_to_save_and_auto_model(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter").eval()
     assert differs(logits(loaded, data), expected) == 0
+    merged = loaded.merge_and_unload(safe_merge=True)
+    assert differs(logits(merged, data), expected) < 1e-5
+    assert not any("modules_to_save" in name for name in merged.state_dict())
+
+
+def test_modules_to_save_that_have_no_weight_of_their_own() -> None:
+    """BERT's pooler holds a linear layer; merging puts the trained one in its place."""
+    data = batch("bert")
+    model = get_peft_model(make("bert"), SparseGradConfig(c=0.5, r=0.5, modules_to_save=["pooler", "classifier"]))
+    calibrate_adapter(model, [data], n_steps=2, progress=False)
+    before = logits(model, data)
+    train(model, data, 3, 0.02)
+    expected = logits(model.eval(), data)
+    assert differs(expected, before) > 1e-3
+    merged = model.merge_and_unload(safe_merge=True)
+    assert type(merged.bert.pooler).__name__ == "BertPooler"
+    assert differs(logits(merged, data), expected) < 1e-5
 
 
 @pytest.mark.parametrize(

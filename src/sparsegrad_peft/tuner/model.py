@@ -91,9 +91,16 @@ class SparseGradModel(BaseTuner):
         new_module = SparseGradTunerLinear(target, adapter_name, config, basis, **kwargs)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # another adapter is the one that trains
-        # `_replace_module` would move it to the layer's device, where it is already; and fail on 8-bit layers if
-        # low_cpu_mem_usage has left the core on the meta device.
-        setattr(parent, target_name, new_module)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Nothing more than that.
+
+        PEFT's also copies `weight` and `bias` over, which is theirs already, and fails on what has none (BERT's pooler
+        in `modules_to_save`); and it moves the new layer to the device of the old, where it is already, and fails on
+        8-bit layers if low_cpu_mem_usage has left the core on the meta device.
+        """
+        setattr(parent, child_name, new_module)
 
     def _basis_for(self, config: SparseGradConfig, key: str, target: nn.Module) -> Basis:
         """The identity before calibration; afterwards room for the group's basis, which the checkpoint fills."""
