@@ -24,8 +24,8 @@ TASKS = {"rte": None, "mrpc": None, "stsb": None, "cola": None, "sst2": 6920}
 "Task -> rows to train on: all, or a sample (the same in each run). Evaluation is on the whole official dev set."
 
 METHODS: dict[str, dict[str, Any]] = {
-    # 5,760 trained entries a layer in both: blocks of 144 x 40 and 40 x 144, and rank 3 of 384 + 1536.
-    "sparsegrad": {"method": "sparsegrad", "adapter": {"c": 0.094, "r": 0.094}},
+    # 5,760 trained entries a layer in both: blocks of 128 x 45, and rank 3 of 384 + 1536.
+    "sparsegrad": {"method": "sparsegrad", "adapter": {"narrow": 128, "wide": 45}},
     "lora": {"method": "lora", "adapter": {"rank": 3}},
     "full": {"method": "full"},
 }

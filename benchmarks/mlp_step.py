@@ -26,8 +26,8 @@ from sparsegrad_peft import (
     param_groups,
     replace_linears,
 )
-from sparsegrad_peft.method.hosvd import row_count
 from sparsegrad_peft.method.products import chain_cost
+from sparsegrad_peft.method.sizes import row_count
 
 HIDDEN, WIDE, DENSITY = 768, 3072, 0.01  # BERT-base; 1 % of the entries, paper
 LEADING = 0.1  # the truncated form: a tenth of each side

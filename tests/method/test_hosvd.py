@@ -17,7 +17,8 @@ from torch import Tensor
 from sparsegrad_peft import GramStatistics
 from sparsegrad_peft.method import reference
 from sparsegrad_peft.method.basis import Basis
-from sparsegrad_peft.method.hosvd import Rows, check_rows, eigenbasis, row_count
+from sparsegrad_peft.method.hosvd import eigenbasis
+from sparsegrad_peft.method.sizes import Rows, check_rows, row_count
 
 F64 = torch.float64
 SHAPES = [(4, 5, 7), (3, 9, 2), (2, 12, 30), (5, 8, 8), (6, 1, 6), (6, 6, 1), (1, 3, 4)]  # (n, out, in)

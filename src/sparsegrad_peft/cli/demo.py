@@ -53,7 +53,7 @@ def demo_arguments(method: str, output: Path, epochs: float) -> RunArguments:
     arguments = RunArguments(task="glue/sst2" if real else "acceptability", method=method, output=str(output / method))
     arguments.data.train_rows = 4000
     arguments.data.max_length = 64
-    arguments.adapter.c = arguments.adapter.r = 0.094  # 5,760 entries a layer,
+    arguments.adapter.narrow, arguments.adapter.wide = 128, 45  # 5,760 entries a layer,
     arguments.adapter.rank = 3  # and as many in LoRA
     arguments.training.epochs = epochs
     return arguments

@@ -18,8 +18,11 @@ def main(argv: list[str]) -> None:
         EXAMPLE,
     )
     parser.add_argument("model", type=str, help='hub name or folder (with config.json), or "minilm"')
-    parser.add_argument("--c", type=int | float | str | None, default=None, help="rows of U, see sparsegrad train")
-    parser.add_argument("--r", type=int | float | str | None, default=None, help="rows of V, likewise")
+    for name, meaning in {
+        "narrow": "rows of the basis of a layer's smaller side, see sparsegrad train", "wide": "of its larger side",
+        "c": "rows of U, in place of those two", "r": "rows of V, likewise",
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int | float | str | None, default=None, help=meaning)
     parser.add_argument("--shared", type=bool | None, default=None, help="one pair of bases a group, or one a layer")
     parser.add_argument("--density", type=float, default=0.01, help="share of the entries that a step selects")
     parser.add_argument("--target_modules", type=str | list[str] | None, default=None, help="as in PEFT")

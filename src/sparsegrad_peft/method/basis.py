@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .hosvd import Eigenbasis, Rows, check_rows, eigenbasis
+from .hosvd import Eigenbasis, eigenbasis
 from .products import chain
+from .sizes import Rows, check_rows
 
 if TYPE_CHECKING:
     from .calibrate import GramStatistics

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from .basis import Basis
 from .gradients import Step, Trajectory, default_loss, stream_gradients
 from .groups import group_linears, linear_shape
-from .hosvd import Rows
 from .processes import sum_over_processes, taken_from_first
+from .sizes import Rows, Sizes
 
 
 @dataclass
@@ -81,12 +81,26 @@ class Calibration:
     config: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     @torch.inference_mode(False)  # bases made under it could not be saved for backward
-    def bases(self, *, c: Rows = "full", r: Rows = "full", dtype: torch.dtype = torch.float32) -> dict[str, Basis]:
+    def bases(
+        self, *, c: Rows = "full", r: Rows = "full", sizes: Sizes | None = None, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Basis]:
         """One `Basis` for each group (see `Basis.from_gram`); equal to the bit on every process.
 
         A pair of eigendecompositions a group: seconds for BERT-base on a CPU.
+
+        Args:
+            c: rows of `U`, the input side, of every group.
+            r: rows of `V`, the output side, of every group.
+            sizes: in place of both, by the shape of each group's layers.
+            dtype: of the bases.
         """
-        return {name: _agreed(gram, c, r, dtype) for name, gram in self.groups.items()}
+        sizes = sizes or Sizes(c=c, r=r)
+        found = {}
+        for name, gram in self.groups.items():
+            out_features, in_features = len(gram.gram_out), len(gram.gram_in)
+            r, c = sizes.check(out_features, in_features, f"group {name}")
+            found[name] = _agreed(gram, c, r, dtype)
+        return found
 
 
 def calibrate(

@@ -15,12 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Rows = int | float | str
-"""How many rows of a basis to keep: `"full"`, a count (int), a fraction (float), or a share of energy (`"energy:0.9"`).
-
-A fraction gives the nearest multiple of 8 rows where that is 16 or more: 0.1 of 768 directions is 80, of 3072 it is
-304.
-"""
+from .sizes import Rows, check_rows, energy_share, row_count
 
 # The leading rows alone are found by subspace iteration where they are few and the matrix is large; below this size the
 # full decomposition takes well under a second.
@@ -28,9 +23,6 @@ _ITERATE_ABOVE = 1024
 _ITERATE_FRACTION = 0.15
 _ENERGY_TOLERANCE = 1e-4  # relative gain in captured energy under which the iteration stops
 _MAX_ITERATIONS = 24
-
-# A fraction becomes the nearest multiple of this, a size that the matrix units of CPUs and GPUs are made for.
-_ALIGN = 8
 
 
 @dataclass(frozen=True)
@@ -57,41 +49,6 @@ class Eigenbasis:
     def captured(self) -> float:
         """Share of the gradient energy that lies in the rows kept, 0 to 1."""
         return min(1.0, float(self.spectrum[: self.vectors.shape[0]].sum()) / self.energy)
-
-
-def check_rows(rows: Rows, n: int, what: str) -> None:
-    """Raise unless `rows` is a valid size for a side of `n` directions; `what` names the side in the message."""
-    expected = f'expected "full", a count from 1 to {n}, a fraction in (0, 1], or "energy:SHARE" with a share in (0, 1]'
-    if isinstance(rows, bool) or not isinstance(rows, int | float | str):
-        raise TypeError(f"{what}: {expected}; found {rows!r}")
-    if isinstance(rows, int):
-        valid = 1 <= rows <= n
-    elif isinstance(rows, float):
-        valid = 0 < rows <= 1
-    else:
-        valid = rows == "full" or _energy_share(rows) is not None
-    if not valid:
-        raise ValueError(f"{what}: {expected}; found {rows!r}")
-
-
-def _energy_share(rows: str) -> float | None:
-    name, _, share = rows.partition(":")
-    try:
-        return float(share) if name == "energy" and 0 < float(share) <= 1 else None
-    except ValueError:
-        return None
-
-
-def row_count(rows: Rows, n: int) -> int | None:
-    """The count that `rows` means, or None where it depends on the spectrum."""
-    if isinstance(rows, int):
-        return rows
-    if isinstance(rows, float):
-        rounding = 1e-9  # 3/47 of 47 is 3, not the 2.9999999999999996 that floats make of it
-        if rows * n >= 2 * _ALIGN - rounding and rows < 1:
-            return min(n, _ALIGN * round(rows * n / _ALIGN))
-        return max(1, math.floor(rows * n + rounding))
-    return n if rows == "full" else None
 
 
 def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "the Gram matrix") -> Eigenbasis:
@@ -143,7 +100,7 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
     # Rounding in the sums and in the eigensolver is of the order of √n eps of the strongest eigenvalue.
     rank = int((spectrum > math.sqrt(n) * torch.finfo(gram.dtype).eps * spectrum[0]).sum())
     if count is None:
-        share = _energy_share(str(rows)) or 1.0
+        share = energy_share(str(rows)) or 1.0
         cumulated = spectrum.double().cumsum(0)
         count = min(int((cumulated < share * cumulated[-1]).sum()) + 1, n)
     vectors = vectors[:count].contiguous()

@@ -24,8 +24,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..method.groups import group_linears, linear_shape
-from ..method.hosvd import Rows, check_rows, row_count
 from ..method.selection import resolve_k
+from ..method.sizes import Rows, Sizes
 from ..tuner.config import SparseGradConfig
 from ..tuner.targets import _ATTENTION, TARGETS, find_mlp_linears
 
@@ -159,7 +159,7 @@ class Inspection:
         model_class: class of the model that was built, and so its head.
         model_type: `config.model_type`, "" where there is no config.
         dtype: of frozen weights.
-        c, r, shared, density: as asked for, or the defaults.
+        sizes, shared, density: as asked for, or the defaults.
         target_modules: the layers' names, a regular expression for them, or their endings.
         parts: parameters by part.
         groups: the layers that SparseGrad would take.
@@ -173,8 +173,7 @@ class Inspection:
     model_class: str
     model_type: str
     dtype: str
-    c: Rows
-    r: Rows
+    sizes: Sizes
     shared: bool
     density: float
     target_modules: list[str] | str
@@ -215,6 +214,8 @@ class Inspection:
 def inspect(
     model: str | nn.Module | PretrainedConfig,
     *,
+    narrow: Rows | None = None,
+    wide: Rows | None = None,
     c: Rows | None = None,
     r: Rows | None = None,
     shared: bool | None = None,
@@ -229,8 +230,11 @@ def inspect(
     Args:
         model: a folder with a config.json, a name on the Hugging Face Hub (its config.json is fetched, nothing else), a
             config, or a model on any device, which is only looked at.
-        c: rows of `U` to keep, a count, a fraction or "full"; None is the default of `SparseGradConfig`.
-        r: rows of `V` to keep, likewise.
+        narrow: rows of the basis of a layer's smaller side, a count, a fraction or "full"; None is the default of
+            `SparseGradConfig`.
+        wide: rows of the basis of its larger side, likewise.
+        c: rows of `U`, the input side of every layer, in place of those two.
+        r: rows of `V`, the output side of every layer, likewise.
         shared: one pair of bases for a group of layers, or one for each layer; None is the default.
         density: share of the entries that move in a step, above 0 and at most 1.
         target_modules: which layers, as in PEFT; None: the MLP linears of the architecture.
@@ -248,13 +252,13 @@ def inspect(
     if dtype_name not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, found {dtype_name}")
     defaults = SparseGradConfig()
-    c, r = defaults.c if c is None else c, defaults.r if r is None else r
+    sizes = Sizes(defaults.narrow if narrow is None else narrow, defaults.wide if wide is None else wide, c, r)
     shared = defaults.shared if shared is None else shared
     built = _built(model, task_type, num_labels)
     targets = _targets(built, target_modules, task_type)
     groups = group_linears(built, targets, shared=shared)
     parts = _parts(built, {name for names in groups.values() for name in names})
-    rows = [_group_row(built, name, names, c, r, density) for name, names in groups.items()]
+    rows = [_group_row(built, name, names, sizes, density) for name, names in groups.items()]
     width = _DTYPES[dtype_name].itemsize
     # A gradient has the type of the weights; the sums are float32, so a narrower one is copied.
     gradient = max(row.out * row.in_ for row in rows) * (width if width == _FLOAT32 else width + _FLOAT32)
@@ -265,8 +269,7 @@ def inspect(
         model_class=type(built).__name__,
         model_type=_model_type(built),
         dtype=dtype_name,
-        c=c,
-        r=r,
+        sizes=sizes,
         shared=shared,
         density=density,
         target_modules=targets,
@@ -409,9 +412,15 @@ def _part_of(name: str, owner: nn.Module, output: nn.Module | None) -> str:
     return "mlp" if _MLP_NAME.search(name) else "other"
 
 
-def _group_row(model: nn.Module, name: str, layers: list[str], c: Rows, r: Rows, density: float) -> GroupRow:
+def _group_row(model: nn.Module, name: str, layers: list[str], sizes: Sizes, density: float) -> GroupRow:
     out, in_ = linear_shape(model.get_submodule(layers[0]), layers[0])
-    r_count, c_count = _count("r", r, out, name), _count("c", c, in_, name)
+    sizes.check(out, in_, f"group {name}")
+    r_count, c_count = sizes.counts(out, in_)
+    if r_count is None or c_count is None:
+        raise ValueError(
+            f"{sizes}: a number of rows that the gradients decide; give counts or fractions to look at a model before "
+            "calibration"
+        )
     entries = r_count * c_count
     return GroupRow(
         name=name,
@@ -426,17 +435,6 @@ def _group_row(model: nn.Module, name: str, layers: list[str], c: Rows, r: Rows,
         bases_bytes=(c_count * in_ + r_count * out) * _FLOAT32,
         gram_bytes=(in_**2 + out**2) * _FLOAT32,
     )
-
-
-def _count(side: str, rows: Rows, n: int, group: str) -> int:
-    check_rows(rows, n, f"{side}, group {group}")
-    count = row_count(rows, n)
-    if count is None:
-        raise ValueError(
-            f"{side}={rows!r} is a number of rows that the gradients decide; give a count or a fraction to look at a "
-            "model before calibration"
-        )
-    return count
 
 
 def _lora_entries(rows: list[GroupRow]) -> int:
@@ -528,7 +526,7 @@ def _parts_table(parts: ModelParts) -> Table:
 
 def _groups_table(i: Inspection) -> Table:
     table = _table(
-        f"Layers to adapt: c = {i.c}, r = {i.r}, k at density {i.density:.4g}",
+        f"Layers to adapt: {i.sizes}, k at density {i.density:.4g}",
         "no.", "layers", "out x in", "core r x c", "entries\na layer", "entries", "k a\nlayer", "bases,\nMB",
     )  # fmt: skip
     for number, g in enumerate(i.groups, 1):

@@ -11,7 +11,7 @@ from torch import nn
 from ..method.calibrate import CalibrationConfig
 from ..method.gradients import Trajectory, sign_step
 from ..method.groups import linear_shape
-from ..method.hosvd import check_rows, row_count
+from ..method.sizes import Sizes
 from ..tuner.config import SparseGradConfig
 from ..tuner.targets import mlp_linears
 from ..tuner.trainer import adapter_parameters
@@ -53,8 +53,9 @@ def adapt(model: nn.Module, arguments: RunArguments) -> Adapted:
     config: PeftConfig
     if arguments.method in ("sparsegrad", "meprop"):
         config = SparseGradConfig(
-            task_type=TaskType.SEQ_CLS, c=adapter.c, r=adapter.r, shared=adapter.shared, prefer=adapter.prefer,
-            original_space=arguments.method == "meprop", target_modules=adapter.target_modules, modules_to_save=rest,
+            task_type=TaskType.SEQ_CLS, narrow=adapter.narrow, wide=adapter.wide, c=adapter.c, r=adapter.r,
+            shared=adapter.shared, prefer=adapter.prefer, original_space=arguments.method == "meprop",
+            target_modules=adapter.target_modules, modules_to_save=rest,
         )  # fmt: skip
     else:
         rank = adapter.rank or matching_rank(model, targets, arguments)
@@ -95,7 +96,7 @@ def calibration_config(arguments: CalibrationArguments) -> CalibrationConfig:
 
 
 def check_sizes(model: nn.Module, targets: list[str], arguments: RunArguments) -> None:
-    """Hold c, r and k against the layers, which calibration and optimizer would do too, minutes later.
+    """Hold the sizes and k against the layers, which calibration and optimizer would do too, minutes later.
 
     Raises:
         ValueError: one of them is above what a layer has; the message names the layer and its size.
@@ -104,15 +105,21 @@ def check_sizes(model: nn.Module, targets: list[str], arguments: RunArguments) -
     for name in targets:
         rows, columns = linear_shape(model.get_submodule(name), name)
         if arguments.method == "sparsegrad":
-            check_rows(adapter.r, rows, f"adapter.r, {name}")
-            check_rows(adapter.c, columns, f"adapter.c, {name}")
+            sizes_of(arguments).check(rows, columns, name)
+            r, c = sizes_of(arguments).counts(rows, columns)
             # By energy, the size is known after calibration; it is at most the layer's.
-            rows, columns = row_count(adapter.r, rows) or rows, row_count(adapter.c, columns) or columns
+            rows, columns = r or rows, c or columns
         if adapter.k is not None and adapter.k > rows * columns:
             raise ValueError(
                 f"adapter.k: expected at most {rows * columns:,} entries, which is what {name} trains ({rows} by "
                 f"{columns}); found {adapter.k:,}"
             )
+
+
+def sizes_of(arguments: RunArguments) -> Sizes:
+    """Rows of the bases, by the shape of a layer."""
+    adapter = arguments.adapter
+    return Sizes(adapter.narrow, adapter.wide, adapter.c, adapter.r)
 
 
 def matching_rank(model: nn.Module, targets: list[str], arguments: RunArguments) -> int:
@@ -124,11 +131,9 @@ def matching_rank(model: nn.Module, targets: list[str], arguments: RunArguments)
     cores = per_rank = 0
     for name in targets:
         out_features, in_features = linear_shape(model.get_submodule(name), name)
-        r, c = row_count(arguments.adapter.r, out_features), row_count(arguments.adapter.c, in_features)
+        r, c = sizes_of(arguments).counts(out_features, in_features)
         if r is None or c is None:
-            raise ValueError(
-                "adapter.rank: expected a rank, since that of equal size is not known for c and r by energy"
-            )
+            raise ValueError("adapter.rank: expected a rank, since that of equal size is not known for sizes by energy")
         cores += r * c
         per_rank += out_features + in_features
     return max(1, round(cores / per_rank))

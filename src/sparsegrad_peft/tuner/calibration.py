@@ -86,7 +86,7 @@ def calibrate_adapter(
             calibration = calibrate(model, batches, groups=groups, config=config, **options)
     elif {name: tuple(names) for name, names in groups.items()} != {n: g.layers for n, g in calibration.groups.items()}:
         raise ValueError(f"the statistics are of groups {list(calibration.groups)}, the adapter has {list(groups)}")
-    set_bases(model, adapter_name, groups, calibration.bases(c=peft_config.c, r=peft_config.r))
+    set_bases(model, adapter_name, groups, calibration.bases(sizes=peft_config.sizes))
     return calibration
 
 

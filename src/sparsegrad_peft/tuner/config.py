@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftConfig
 
 from ..method.function import Prefer
-from ..method.hosvd import Rows, check_rows
+from ..method.sizes import Rows, Sizes, check_rows
 from .register import ensure_peft_type
 
 
@@ -20,11 +20,14 @@ class SparseGradConfig(PeftConfig):
     the whole of `S` in the original space, and warns; with `original_space=True` that is what you want.
 
     Args:
-        c: rows of `U` to keep, the input side: "full", a count, a fraction, or "energy:SHARE".
-        r: rows of `V` to keep, the output side, likewise. This is no rank.
+        narrow: rows of the basis of a layer's smaller side, the hidden size: "full", a count, a fraction, or
+            "energy:SHARE". A direction of this side costs a fraction of one of the wide side.
+        wide: rows of the basis of its larger side, likewise. The defaults train 1 % of a layer's entries.
+        c: rows of `U`, the input side, of every layer, in place of those two.
+        r: rows of `V`, the output side, of every layer, likewise. This is no rank.
         shared: one pair of bases for all layers with the same role and shape (the paper), or one for each layer.
         original_space: train in the original space on purpose, without bases: MeProp's rule, if the optimizer selects.
-            `c`, `r` and `shared` then mean nothing.
+            the sizes above and `shared` then mean nothing.
         prefer: "memory" saves the projected input for backward, "speed" whatever costs the fewest multiply-adds.
         target_modules: which layers, as in PEFT: name endings, a regular expression, or "all-linear". None: the MLP
             linears of the architecture.
@@ -37,8 +40,10 @@ class SparseGradConfig(PeftConfig):
         core_shapes: written by calibration: layer name -> [group, r, c, out, in]; empty before.
     """
 
-    c: Rows = field(default=0.1, metadata={"help": "rows of U to keep (input side)"})
-    r: Rows = field(default=0.1, metadata={"help": "rows of V to keep (output side); no rank"})
+    narrow: Rows = field(default=0.33, metadata={"help": "rows of the basis of a layer's smaller side"})
+    wide: Rows = field(default=0.03, metadata={"help": "rows of the basis of a layer's larger side"})
+    c: Rows | None = field(default=None, metadata={"help": "rows of U (input side), in place of those"})
+    r: Rows | None = field(default=None, metadata={"help": "rows of V (output side), in place of those; no rank"})
     shared: bool = field(default=True, metadata={"help": "one pair of bases a group of layers, or one a layer"})
     original_space: bool = field(default=False, metadata={"help": "no bases, on purpose: MeProp's rule"})
     prefer: Prefer = field(default="memory", metadata={"help": '"memory" or "speed"'})
@@ -61,8 +66,9 @@ class SparseGradConfig(PeftConfig):
             raise ValueError("layers_pattern needs layers_to_transform, found None")
         if self.prefer not in ("memory", "speed"):
             raise ValueError(f'prefer must be "memory" or "speed", found {self.prefer!r}')
-        for name in ("c", "r"):
-            _check_size(name, getattr(self, name))
+        for name in ("narrow", "wide", "c", "r"):
+            if name in ("narrow", "wide") or getattr(self, name) is not None:
+                _check_size(name, getattr(self, name))
 
     @classmethod
     def paper(cls, **overrides: Any) -> SparseGradConfig:
@@ -80,6 +86,11 @@ class SparseGradConfig(PeftConfig):
             overrides: fields of the configuration, such as `task_type`.
         """
         return cls(**{"c": "full", "r": "full", "shared": True, **overrides})
+
+    @property
+    def sizes(self) -> Sizes:
+        """Rows of the bases, by the shape of a layer."""
+        return Sizes(self.narrow, self.wide, self.c, self.r)
 
     @property
     def calibrated(self) -> bool:

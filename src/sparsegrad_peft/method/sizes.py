@@ -1,0 +1,101 @@
+"""How many rows of a basis to keep: what a user may say, and the count that it means for a layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+Rows = int | float | str
+"""How many rows of a basis to keep: `"full"`, a count (int), a fraction (float), or a share of energy (`"energy:0.9"`).
+
+A fraction gives the nearest multiple of 8 rows where that is 16 or more: 0.1 of 768 directions is 80, of 3072 it is
+304.
+"""
+
+# A fraction becomes the nearest multiple of this, a size that the matrix units of CPUs and GPUs are made for.
+_ALIGN = 8
+
+
+def check_rows(rows: Rows, n: int, what: str) -> None:
+    """Raise unless `rows` is a valid size for a side of `n` directions; `what` names the side in the message."""
+    expected = f'expected "full", a count from 1 to {n}, a fraction in (0, 1], or "energy:SHARE" with a share in (0, 1]'
+    if isinstance(rows, bool) or not isinstance(rows, int | float | str):
+        raise TypeError(f"{what}: {expected}; found {rows!r}")
+    if isinstance(rows, int):
+        valid = 1 <= rows <= n
+    elif isinstance(rows, float):
+        valid = 0 < rows <= 1
+    else:
+        valid = rows == "full" or energy_share(rows) is not None
+    if not valid:
+        raise ValueError(f"{what}: {expected}; found {rows!r}")
+
+
+def energy_share(rows: str) -> float | None:
+    """The share in "energy:SHARE", or None if `rows` is nothing of the kind."""
+    name, _, share = rows.partition(":")
+    try:
+        return float(share) if name == "energy" and 0 < float(share) <= 1 else None
+    except ValueError:
+        return None
+
+
+def row_count(rows: Rows, n: int) -> int | None:
+    """The count that `rows` means, or None where it depends on the spectrum."""
+    if isinstance(rows, int):
+        return rows
+    if isinstance(rows, float):
+        rounding = 1e-9  # 3/47 of 47 is 3, not the 2.9999999999999996 that floats make of it
+        if rows * n >= 2 * _ALIGN - rounding and rows < 1:
+            return min(n, _ALIGN * round(rows * n / _ALIGN))
+        return max(1, math.floor(rows * n + rounding))
+    return n if rows == "full" else None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of `U` and `V` for layers of any shape.
+
+    An MLP's layers have the hidden size on one side and a larger one on the other, up- and down-projection the other
+    way round. A direction of the hidden side costs a fraction of one of the wide side, in memory and in multiply-adds,
+    so the two are sized apart.
+    """
+
+    narrow: Rows = "full"
+    "of a layer's smaller side, the hidden size; the input's, if both are equal"
+    wide: Rows = "full"
+    "of its larger side"
+    c: Rows | None = None
+    "of the input side (`U`) of every layer, in place of the two above"
+    r: Rows | None = None
+    "of the output side (`V`) of every layer, likewise"
+
+    def of(self, out_features: int, in_features: int) -> tuple[Rows, Rows]:
+        """(r, c) of a layer of that shape."""
+        r, c = (self.wide, self.narrow) if in_features <= out_features else (self.narrow, self.wide)
+        return (r if self.r is None else self.r, c if self.c is None else self.c)
+
+    def check(self, out_features: int, in_features: int, whose: str) -> tuple[Rows, Rows]:
+        """(r, c) of a layer of that shape.
+
+        Raises:
+            ValueError: one of them is above what the layer has; the message names it, and `whose` layer it is.
+        """
+        r, c = self.of(out_features, in_features)
+        small_in = in_features <= out_features
+        r_name = "r" if self.r is not None else "wide" if small_in else "narrow"
+        c_name = "c" if self.c is not None else "narrow" if small_in else "wide"
+        check_rows(r, out_features, f"{r_name}, {whose}")
+        check_rows(c, in_features, f"{c_name}, {whose}")
+        return r, c
+
+    def counts(self, out_features: int, in_features: int) -> tuple[int | None, int | None]:
+        """(r, c) as counts; None where it depends on the spectrum."""
+        r, c = self.of(out_features, in_features)
+        return row_count(r, out_features), row_count(c, in_features)
+
+    def __str__(self) -> str:
+        given = {"narrow": self.narrow, "wide": self.wide, "c": self.c, "r": self.r}
+        if self.c is not None and self.r is not None:
+            given = {"c": self.c, "r": self.r}
+        return ", ".join(f"{name} = {value}" for name, value in given.items() if value is not None)
