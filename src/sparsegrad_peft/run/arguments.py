@@ -71,7 +71,8 @@ class TrainingArguments:
     gradient_accumulation: int = 1
     "micro-batches of a step"
     learning_rate: float | None = None
-    "of the adapter, or of everything where there is none; default: 3e-3 (sparsegrad), 2e-3 (lora), 1e-3 (meprop), 1e-4 (full)"
+    """of the adapter, or of everything where there is none; default: 3e-3 (sparsegrad), 2e-3 (lora), 1e-3 (meprop),
+    1e-4 (full)"""
     rest_learning_rate: float | None = None
     "of what trains beside the adapter; default: the same"
     schedule: str = "linear"
@@ -132,6 +133,8 @@ class RunArguments:
 
     def check(self) -> None:
         """Raise one ValueError that names every problem; before any long work starts."""
+        import torch
+
         from ..tasks.metrics import check_metrics
         from ..tuner.config import SparseGradConfig
 
@@ -180,6 +183,8 @@ class RunArguments:
                 problems.append(f"{name} must be at least 0 and finite, found {value}")
         if training.schedule not in SCHEDULES:
             problems.append(f"training.schedule: expected one of {', '.join(SCHEDULES)}, found {training.schedule!r}")
+        if training.precision == "fp16" and not torch.accelerator.is_available():
+            problems.append("training.precision: fp16 needs a GPU, and there is none here; use bf16 or fp32")
         if training.warmup > 1:
             problems.append(f"training.warmup is a share of the steps, at most 1, found {training.warmup}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):

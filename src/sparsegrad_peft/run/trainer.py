@@ -92,6 +92,7 @@ def trainer_arguments(
         logging_steps=max(1, min(every, total // 20)),
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
+        use_cpu=not torch.accelerator.is_available(),  # without it, the Trainer refuses bf16 there
         seed=arguments.seeds[0],
         disable_tqdm=True,  # `Progress` shows it
         report_to="none",
