@@ -206,14 +206,14 @@ def test_trained_entries_are_those_of_a_calibrated_adapter() -> None:
 
 
 def test_bytes_by_hand() -> None:
-    """BERT-base with the defaults: 24 cores of 304 x 80."""
+    """BERT-base with the defaults: 24 cores of 256 x 96, long on the hidden side."""
     inspection = inspect(BertConfig(), density=0.01)
-    total, layers, entries = 109_482_240, 24 * 768 * 3072, 24 * 304 * 80
+    total, layers, entries = 109_482_240, 24 * 768 * 3072, 24 * 256 * 96
     grams = 2 * 4 * (768**2 + 3072**2)
-    bases = 2 * 4 * (80 * 768 + 304 * 3072)
-    k, k_complete = 24 * 243, 24 * 23592
+    bases = 2 * 4 * (256 * 768 + 96 * 3072)
+    k, k_complete = 24 * 245, 24 * 23592
     rank = 6
-    assert [(g.r, g.c, g.k_per_layer) for g in inspection.groups] == [(304, 80, 243), (80, 304, 243)]
+    assert [(g.r, g.c, g.k_per_layer) for g in inspection.groups] == [(96, 256, 245), (256, 96, 245)]
     assert (inspection.layers, inspection.entries, inspection.k, inspection.lora_rank) == (24, entries, k, rank)
     assert inspection.calibration_bytes == grams + 4 * 768 * 3072
     lora = rank * 24 * (768 + 3072)
@@ -318,7 +318,7 @@ def test_printed_numbers_have_units() -> None:
     assert "Gram matrices and one gradient: 89.65 MB" in text
     assert "in MB (1e6 bytes)" in text
     assert "LoRA rank 6, AdamW" in text
-    assert "0.070-7.00" in text  # 12 bytes for each of 5832 to 583680 entries
+    assert "0.071-7.08" in text  # 12 bytes for each of 5,880 to 589,824 entries
     assert "[odd]" in printed(inspect(BertConfig(**TINY, name_or_path="[odd]")))
 
 
