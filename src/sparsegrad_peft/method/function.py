@@ -13,6 +13,9 @@ from shapes by counting multiply-adds or bytes:
 `prefer="speed"` saves the input and the formed weight wherever that lowers the multiply-adds, at the price of holding
 both from forward to backward.
 
+Rows of `δ` that are exactly zero (padding, and in the last block of a classifier every token that is not read) are left
+out of backward's products, where looking for them is cheap: see `live_rows.py`.
+
 No step of the optimizer, no selection, and no gradient of `W` (unless `W` itself asks for one, as calibration does) is
 in here.
 """
@@ -26,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from .live_rows import live_rows
 from .products import add_chain, chain, chain_cost
 
 Prefer = Literal["memory", "speed"]
@@ -141,6 +145,11 @@ class SparseGradFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (delta,) = grads  # δ (T, out)
         x, x_tilde, weight, W_formed, core, positions, U, V = ctx.saved_tensors
+        tokens = delta.shape[0]
+        live = live_rows(delta)
+        if live is not None:
+            delta = delta[live]
+            x, x_tilde = (None if saved is None else saved[live] for saved in (x, x_tilde))
         V_c = None if V is None else V.to(delta.dtype)
         U_c = None if U is None else U.to(delta.dtype)
         grad_x = grad_weight = grad_bias = grad_core = None
@@ -159,6 +168,8 @@ class SparseGradFunction(torch.autograd.Function):
                     U_c,
                     in_place=True,
                 )
+            if live is not None:
+                grad_x = grad_x.new_zeros(tokens, grad_x.shape[1]).index_copy_(0, live, grad_x)
         if ctx.needs_input_grad[1]:
             grad_weight = (delta.T @ x).to(weight.dtype)  # G
         if ctx.needs_input_grad[2]:
