@@ -23,6 +23,7 @@ EXAMPLE = (
 def parse(argv: list[str]) -> RunArguments:
     """Words -> arguments: preset, then config file, then the command line, the later one first."""
     parser = make_parser("train", RunArguments.__doc__ or "", EXAMPLE)
+    parser.usage = "%(prog)s [--OPTION VALUE ...]"  # spelt out, it would hide an error's one line
     parser.add_argument("--config", action="config", help="YAML file with any of these")
     parser.add_argument("--preset", type=str, default=None, help="settings to start from, see: sparsegrad presets")
     parser.add_class_arguments(RunArguments)
@@ -82,9 +83,12 @@ def _preset_name(argv: list[str]) -> str | None:
     known, _ = plain.parse_known_args(argv)
     name: str | None = known.preset
     if name is None and known.config is not None and Path(known.config).is_file():
-        found = yaml.safe_load(Path(known.config).read_text(encoding="utf-8"))
+        try:
+            found = yaml.safe_load(Path(known.config).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{known.config}: expected YAML ({error})") from error
         name = found.get("preset") if isinstance(found, dict) else None
-    return name
+    return name if isinstance(name, str) else None  # the parser refuses what is no name
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
