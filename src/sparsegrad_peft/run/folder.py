@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,16 @@ from typing import Any
 import yaml
 
 from .arguments import RunArguments
-from .checkpoints import is_whole, writing
+from .checkpoints import best_step, is_whole, writing
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file beside its place, then put it there: readers see the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with writing(path), draft.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
@@ -93,7 +94,10 @@ class RunFolder:
 
         Raises:
             FileExistsError: the folder holds something else; the message says in what it differs.
+            NotADirectoryError, PermissionError: it cannot be written.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"{self}: expected a folder to write, found a file; choose another output folder")
         if (self.path / "config.yaml").is_file():
             there, here = self.read_arguments(), arguments.as_dict()
             there["output"] = here["output"]  # another name for the same folder
@@ -103,10 +107,25 @@ class RunFolder:
                 raise FileExistsError(
                     f"{self} holds another run, which differs in {words}; choose another output folder, or remove it"
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and any(self.path.iterdir()):
             raise FileExistsError(
                 f"{self} is not empty and holds no run (no config.yaml); choose another output folder"
             )
+        if not self.finished:
+            self._check_writable()
+
+    def _check_writable(self) -> None:
+        """By writing, in the nearest folder that there is: permissions alone do not say it, and nothing is left."""
+        near = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not near.is_dir():
+            raise NotADirectoryError(f"{self}: {near} is a file, not a folder; choose another output folder")
+        try:
+            with tempfile.TemporaryFile(dir=near):
+                pass
+        except OSError as error:
+            raise PermissionError(
+                f"{self}: nothing can be written in {near} ({error.strerror}); choose another output folder"
+            ) from error
 
     def start(self, arguments: RunArguments) -> None:
         """Write down what was asked for, so that the folder is this run's."""
@@ -141,15 +160,25 @@ class RunFolder:
         write_whole(self.path / name, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole: a kill or a full disk may have cut the last one off."""
-        found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-        return next((path for path in reversed(found) if is_whole(path)), None)
+        """The newest checkpoint; `drop_broken_checkpoints` leaves none but those that a run can go on from."""
+        return max(self.checkpoints.glob("checkpoint-*"), key=_step, default=None)
 
-    def drop_broken_checkpoints(self) -> None:
-        """Remove what is not whole, so that the trainer does not count it."""
-        for path in self.checkpoints.glob("checkpoint-*"):
-            if not is_whole(path):
-                shutil.rmtree(path)
+    def drop_broken_checkpoints(self) -> list[str]:
+        """Remove what a run cannot go on from, so that the trainer does not count it; returns the names.
+
+        That is a checkpoint that a kill or a full disk has cut off, and one without the best checkpoint before it: the
+        trainer ends with the best one's weights, and would quietly take its last where that is gone.
+        """
+        found = sorted(self.checkpoints.glob("checkpoint-*"), key=_step)
+        whole = {_step(path) for path in found if is_whole(path)}
+        broken = [path for path in found if _step(path) not in whole or (best_step(path) or _step(path)) not in whole]
+        for path in broken:
+            shutil.rmtree(path)
+        return [path.name for path in broken]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _without_nan(content: Any) -> Any:

@@ -13,7 +13,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +27,7 @@ from ..method.selection import resolve_k
 from ..method.sizes import Rows, Sizes
 from ..tuner.config import SparseGradConfig
 from ..tuner.targets import _ATTENTION, TARGETS, find_mlp_linears
+from .base import first_line, load_config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -290,7 +290,7 @@ def _built(model: str | nn.Module | PretrainedConfig, task_type: str | None, num
     """The model's modules, with parameters that have a shape and no storage."""
     if isinstance(model, nn.Module):
         return model
-    config = _load_config(model) if isinstance(model, str) else copy.deepcopy(model)
+    config = load_config(model) if isinstance(model, str) else copy.deepcopy(model)
     if num_labels is not None:
         config.num_labels = num_labels
     try:
@@ -303,7 +303,7 @@ def _built(model: str | nn.Module | PretrainedConfig, task_type: str | None, num
         raise ValueError(f"transformers has no {config.model_type} model{task}") from None
     except (RuntimeError, NotImplementedError) as error:  # it looks at numbers while it is made
         raise ValueError(
-            f"{config.model_type}: the model cannot be made without its weights ({_first_line(error)}); load it and "
+            f"{config.model_type}: the model cannot be made without its weights ({first_line(error)}); load it and "
             "pass the model itself"
         ) from error
 
@@ -317,35 +317,6 @@ def _construct(config: PretrainedConfig, task_type: str | None) -> nn.Module:
     architectures = getattr(config, "architectures", None) or [""]
     named = getattr(transformers, architectures[0], None)
     return transformers.AutoModel.from_config(config) if named is None else named(config)
-
-
-def _load_config(name: str) -> PretrainedConfig:
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"the folder {name} has no config.json; a model's folder has one beside its weights")
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"there is no folder {name}")
-    try:
-        # Code that comes with a model is not run.
-        return transformers.AutoConfig.from_pretrained(
-            str(folder) if folder.is_dir() else name, trust_remote_code=False
-        )
-    except OSError as error:
-        if folder.is_dir():
-            raise ValueError(f"{name}: config.json cannot be read ({_first_line(error)})") from None
-        raise FileNotFoundError(
-            f"{name}: no such folder here, and its config.json could not be had from the Hugging Face Hub "
-            f"({_first_line(error)})"
-        ) from None
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{name}: config.json describes no model that transformers {transformers.__version__} knows "
-            f"({_first_line(error)})"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _targets(model: nn.Module, target_modules: Iterable[str] | str | None, task_type: str | None) -> list[str] | str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, TaskType, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig, TaskType, get_peft_model
 from torch import nn
 
 from ..method.calibrate import CalibrationConfig
@@ -73,11 +73,7 @@ def _from_file(model: nn.Module, arguments: RunArguments) -> Adapted:
     What it says of inference and base is of the adapter that was saved with it. Its own `modules_to_save` goes before
     `rest`.
     """
-    try:
-        words = PeftConfig.from_json_file(arguments.method)
-        config = PeftConfig.from_peft_type(peft_type=words.pop("peft_type"), **words)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{arguments.method}: expected an adapter_config.json of PEFT ({error})") from error
+    config = read_config(arguments.method)
     config.inference_mode, config.task_type, config.base_model_name_or_path = False, TaskType.SEQ_CLS, None
     if getattr(config, "modules_to_save", None) is None and hasattr(config, "modules_to_save"):
         targets = [] if arguments.rest == "freeze" else mlp_linears(model, getattr(config, "target_modules", None))
@@ -87,6 +83,22 @@ def _from_file(model: nn.Module, arguments: RunArguments) -> Adapted:
         config.core_shapes = {}  # those of the adapter that was saved with it
     adapted = get_peft_model(model, config)
     return Adapted(adapted, calibration_config(arguments.calibration) if ours else None)
+
+
+def read_config(path: str) -> PeftConfig:
+    """PEFT's config in a file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        words = PeftConfig.from_json_file(path)
+        kind = words.pop("peft_type", None) if isinstance(words, dict) else type(words).__name__
+        if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            raise ValueError(f"expected a peft_type such as LORA, found {kind!r}")
+        return PeftConfig.from_peft_type(peft_type=kind, **words)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected an adapter_config.json of PEFT ({error})") from error
 
 
 def calibration_config(arguments: CalibrationArguments) -> CalibrationConfig:

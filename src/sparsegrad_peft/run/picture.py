@@ -9,6 +9,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .folder import write_whole
+
 
 def curves(log: list[dict[str, Any]], metric: str, title: str) -> bytes:
     """A PNG of the training and evaluation loss, and of the score, against the optimizer's steps.
@@ -42,4 +44,4 @@ def curves(log: list[dict[str, Any]], metric: str, title: str) -> bytes:
 
 def write_curves(path: Path, log: list[dict[str, Any]], metric: str, title: str) -> None:
     """Draw and write it."""
-    path.write_bytes(curves(log, metric, title))
+    write_whole(path, curves(log, metric, title))

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 from ..tasks.features import tokenize
 from ..tasks.load import load_task
 from .arguments import RunArguments
-from .base import load_model, load_tokenizer
+from .base import load_config, load_model, load_tokenizer, model_path
 from .environment import environment
 from .folder import RunFolder, save_whole
 from .methods import adapt, trained_entries
@@ -67,6 +67,7 @@ def _train_one(arguments: RunArguments, progress: bool) -> dict[str, Any]:
     if "train" not in task.splits:
         raise ValueError(f"{task.name} has no training rows in {task.source}")
 
+    load_config(model_path(arguments.model))  # whether there is such a model, in plain words
     set_seed(seed)
     tokenizer = load_tokenizer(arguments.model)
     with quiet():
@@ -75,11 +76,13 @@ def _train_one(arguments: RunArguments, progress: bool) -> dict[str, Any]:
     # Nothing is refused any more by what was asked for: from here on the folder is this run's.
     folder.start(arguments)
     folder.write_json("environment.json", {**environment(), "seed": seed})
-    folder.drop_broken_checkpoints()
+    broken = folder.drop_broken_checkpoints()
     checkpoint = folder.last_checkpoint()
     main_split = task.evaluation_splits[0]
     sizes = ", ".join(f"{len(data):,} {split}" for split, data in features.items())
     reporter.say(f"{task.name} ({sizes} rows), {arguments.method} on {arguments.model}, seed {seed}: {folder}")
+    if broken:
+        reporter.say(f"passed over, since it was cut off or damaged, or the best one before it: {', '.join(broken)}")
     if checkpoint is not None:
         reporter.say(f"going on from step {checkpoint.name.rpartition('-')[2]}")
 

@@ -84,7 +84,7 @@ def trainer_arguments(
         save_strategy="steps",
         eval_steps=every,
         save_steps=every,
-        save_total_limit=1,  # and the best one
+        save_total_limit=2,  # the last, and the best or the one before: it stands in where the last is damaged
         load_best_model_at_end=True,
         restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
         metric_for_best_model=task.main_metric,

@@ -21,7 +21,7 @@ from ..tasks.load import load_task
 from ..tasks.metrics import predictions_of, score
 from ..tasks.read import Row, read_rows
 from ..tasks.task import Task, check_columns
-from .base import load_model, load_tokenizer
+from .base import load_config, load_model, load_tokenizer, model_path
 from .folder import RunFolder, save_whole, write_whole
 from .quiet import quiet
 from .train import save_weights
@@ -58,21 +58,13 @@ def open_run(path: str | Path) -> Finished:
     """Load a finished run.
 
     Raises:
-        FileNotFoundError: no run folder, or a run that did not come to its end.
+        FileNotFoundError: no run folder, a run that did not come to its end, or its pretrained model is gone.
     """
-    folder = RunFolder(path)
-    config = folder.read_arguments()
-    if not folder.finished:
-        raise FileNotFoundError(
-            f"{folder} holds a run that is not finished; go on with it by sparsegrad train "
-            f"--config {folder.path / 'config.yaml'}"
-        )
-    result = folder.read_result()
-    labels = None if result["labels"] is None else tuple(result["labels"])
-    task = Task(result["task"], tuple(result["text"]), labels, tuple(result["metrics"]), {})
+    folder, config, task = read_run(path)
     tokenizer = load_tokenizer(folder.path / "tokenizer")
     adapter = folder.path / "adapter"
     if adapter.is_dir():
+        load_config(model_path(config["model"]))  # whether there still is such a model, in plain words
         # The head's numbers are the adapter's; those of the new head that is made here are written over.
         base = load_model(config["model"], task, tokenizer)
         with quiet():
@@ -84,21 +76,39 @@ def open_run(path: str | Path) -> Finished:
     return Finished(folder, config, task, model.eval(), tokenizer)
 
 
+def read_run(path: str | Path) -> tuple[RunFolder, dict[str, Any], Task]:
+    """A finished run without its model: what was asked for, and the task, without rows.
+
+    Raises:
+        FileNotFoundError: no run folder, or a run that did not come to its end.
+    """
+    folder = RunFolder(path)
+    config = folder.read_arguments()
+    if not folder.finished:
+        raise FileNotFoundError(
+            f"{folder} holds a run that is not finished; go on with it by sparsegrad train "
+            f"--config {folder.path / 'config.yaml'}"
+        )
+    result = folder.read_result()
+    labels = None if result["labels"] is None else tuple(result["labels"])
+    return folder, config, Task(result["task"], tuple(result["text"]), labels, tuple(result["metrics"]), {})
+
+
 def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, float]]:
     """Scores of a finished run on its task's evaluation rows: split -> metric -> score.
 
     Raises:
         ValueError: the task has no such split; and what `open_run` raises.
     """
-    run = open_run(path)
-    task = load_task(run.config["task"], DataArguments(**run.config["data"]))
-    if task.labels != run.task.labels:
+    _, config, learnt = read_run(path)
+    task = load_task(config["task"], DataArguments(**config["data"]))
+    if task.labels != learnt.labels:
         raise ValueError(
-            f"{task.source}: expected the labels that the run learnt, {run.task.labels}; found {task.labels}"
+            f"{task.source}: expected the labels that the run learnt, {learnt.labels}; found {task.labels}"
         )
     if split is not None and split not in task.splits:
         raise ValueError(f"{task.name} has splits {', '.join(task.splits)}; found {split!r}")
-    scores = {}
+    run, scores = open_run(path), {}
     for name in [split] if split else task.evaluation_splits:
         data = task.splits[name]
         rows = zip(*(data[column] for column in task.text), strict=True)
@@ -118,19 +128,19 @@ def predict(path: str | Path, file: str | Path | None = None, texts: Iterable[st
     Raises:
         ValueError: neither or both are given, a column is missing, a row has the wrong number of texts.
     """
-    run = open_run(path)
-    columns, given = run.task.text, list(texts)
+    _, _, task = read_run(path)
+    columns, labels, given = task.text, task.labels, list(texts)
     if (file is None) == (not given):
-        raise ValueError("predict: expected either a file or texts")
+        raise ValueError(f"expected either a file or texts, found {'both' if given else 'neither'}")
     if file is None:
         if len(given) != len(columns):
-            raise ValueError(f"{run.task.name} takes {len(columns)} texts ({', '.join(columns)}), found {len(given)}")
+            takes = "one text" if len(columns) == 1 else "two texts"
+            raise ValueError(f"{task.name} takes {takes} ({', '.join(columns)}), found {len(given)}")
         rows = [Row(zip(columns, given, strict=True))]
     else:
         rows = read_rows(Path(file))
         check_columns(rows, columns, str(file))
-    logits = run.logits(tuple(row[column] for column in columns) for row in rows)
-    labels = run.task.labels
+    logits = open_run(path).logits(tuple(row[column] for column in columns) for row in rows)
     if labels is None:
         return [{**row, "prediction": float(value)} for row, value in zip(rows, logits[:, 0], strict=True)]
     probabilities = torch.from_numpy(logits).softmax(-1).tolist()
