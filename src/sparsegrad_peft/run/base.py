@@ -23,6 +23,8 @@ def load_tokenizer(model: str | Path) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path(str(model)))
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # made up for some models, where no files are
+            raise ValueError("one without words")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{model}: expected the model's tokenizer beside its weights (tokenizer.json, ...), and found none that "
@@ -62,6 +64,27 @@ def load_model(model: str, task: Task, tokenizer: Any, folder: str | Path | None
         found.config.pad_token_id = tokenizer.pad_token_id
     model_with_head: nn.Module = found
     return model_with_head
+
+
+def without_weights(config: PretrainedConfig) -> nn.Module | None:
+    """A model's modules with a head, for a look at their shapes before the weights are loaded or downloaded.
+
+    Returns:
+        The model, with parameters that have no storage; None for one that looks at numbers while it is made.
+
+    Raises:
+        ValueError: `transformers` has no such model with a head.
+    """
+    try:
+        with quiet(), torch.device("meta"):
+            found: nn.Module = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(f"transformers has no {config.model_type} model that sorts texts into classes") from None
+    except (RuntimeError, NotImplementedError):
+        return None
+    return found
 
 
 def model_path(model: str) -> str:

@@ -41,9 +41,7 @@ def adapt(model: nn.Module, arguments: RunArguments) -> Adapted:
     if arguments.method not in METHODS:
         return _from_file(model, arguments)
     adapter = arguments.adapter
-    targets = mlp_linears(model, adapter.target_modules)
-    if arguments.method in ("sparsegrad", "meprop"):
-        check_sizes(model, targets, arguments)
+    targets = check_layers(model, arguments)
     if arguments.method == "full":
         names = set(targets) | set(_heads(model))
         for name, parameter in model.named_parameters():
@@ -105,6 +103,20 @@ def calibration_config(arguments: CalibrationArguments) -> CalibrationConfig:
     """For `calibrate`."""
     trajectory = None if arguments.walk is None else Trajectory(arguments.walk, sign_step)
     return CalibrationConfig(n_steps=arguments.n_steps, trajectory=trajectory, normalize=arguments.normalize)
+
+
+def check_layers(model: nn.Module, arguments: RunArguments) -> list[str]:
+    """Names of the MLP layers that a method of ours adapts, held against what was asked for; needs no weights.
+
+    Raises:
+        ValueError: there are none, or see `check_sizes`.
+    """
+    if arguments.method not in METHODS:
+        return []
+    targets = mlp_linears(model, arguments.adapter.target_modules)
+    if arguments.method in ("sparsegrad", "meprop"):
+        check_sizes(model, targets, arguments)
+    return targets
 
 
 def check_sizes(model: nn.Module, targets: list[str], arguments: RunArguments) -> None:

@@ -14,10 +14,10 @@ from transformers.trainer_callback import PrinterCallback
 from ..tasks.features import tokenize
 from ..tasks.load import load_task
 from .arguments import RunArguments
-from .base import load_config, load_model, load_tokenizer, model_path
+from .base import load_config, load_model, load_tokenizer, model_path, without_weights
 from .environment import environment
 from .folder import RunFolder, save_whole
-from .methods import adapt, trained_entries
+from .methods import adapt, check_layers, trained_entries
 from .picture import write_curves
 from .progress import Progress
 from .quiet import quiet
@@ -67,7 +67,10 @@ def _train_one(arguments: RunArguments, progress: bool) -> dict[str, Any]:
     if "train" not in task.splits:
         raise ValueError(f"{task.name} has no training rows in {task.source}")
 
-    load_config(model_path(arguments.model))  # whether there is such a model, in plain words
+    # Whether there is such a model, with such layers: in plain words, and before its weights are downloaded.
+    shapes = without_weights(load_config(model_path(arguments.model)))
+    if shapes is not None:
+        check_layers(shapes, arguments)
     set_seed(seed)
     tokenizer = load_tokenizer(arguments.model)
     with quiet():

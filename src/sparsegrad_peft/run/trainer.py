@@ -54,9 +54,9 @@ class RunTrainer(SparseGradTrainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        best = Path(self.state.best_model_checkpoint)
-        if not best.is_dir():  # the run's folder has been moved since: the checkpoint went with it
-            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / best.name)
+        name = Path(self.state.best_model_checkpoint).name
+        # The run's folder may have been moved or copied since: the checkpoint went with it.
+        self.state.best_model_checkpoint = str(Path(self.args.output_dir) / name)
         super()._load_best_model()
 
 
