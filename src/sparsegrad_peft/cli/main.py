@@ -19,6 +19,7 @@ VERBS = {
     "merge": "write a finished run's model with the adapter merged into its weights",
     "export": "write an adapter as a LoRA adapter, for servers that know only LoRA",
     "inspect": "parameters, layers and memory of any model, from its config alone",
+    "bench": "time and memory of a training step, beside LoRA's and full fine-tuning's",
     "presets": "settings that come with the package",
 }
 """Verb -> what it does; its file has the same name."""

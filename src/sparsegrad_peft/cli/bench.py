@@ -1,0 +1,70 @@
+"""`sparsegrad bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..bench.arguments import BenchArguments
+from .parsing import make_parser
+
+EXAMPLE = (
+    "sparsegrad bench --workload mlp --tokens 512 --json bench.json; prints a row for each method: time of a step, its "
+    "ratio to the floor and to LoRA, memory."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Measure, print the table, write the file."""
+    parser = make_parser(
+        "bench",
+        "Time and memory of a training step: SparseGrad's forms, LoRA, full fine-tuning, the published layer, and the "
+        "floor (nothing learnt in the MLP). Each method has a process of its own; they make their steps in turn.",
+        EXAMPLE,
+    )
+    parser.add_class_arguments(BenchArguments)
+    parser.add_argument("--json", type=Path | None, default=None, help="file to write the result to")
+    found = parser.instantiate(parser.parse_args(argv))
+    path = found.pop("json")
+    arguments = BenchArguments(**vars(found))
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"--json: there is no folder {path.parent}")
+    from ..bench.speed import measure
+    from ..run.folder import write_whole
+
+    console = Console(stderr=True, highlight=False)
+    with console.status("starting") as status:
+        result = measure(arguments, say=status.update)
+    screen = Console(highlight=False)
+    Console(highlight=False, width=max(screen.width, 110)).print(table(result))
+    for name, row in result["methods"].items():
+        for kind in ("skipped", "failed"):
+            if kind in row:
+                screen.print(f"{name} {kind}: {row[kind].strip().splitlines()[-1]}")
+    if path is not None:
+        write_whole(path, json.dumps(result, indent=2) + "\n")
+        print(f"written: {path}")
+
+
+def table(result: dict[str, Any]) -> Table:
+    """A row for each method."""
+    shown = Table(title=result["workload"], title_justify="left")
+    for name in ("", "step, ms\np20 - p50 - p80", "to floor", "to lora", "peak,\nMB", "kept for\nbackward, MB",
+                 "optimizer,\nMB", "trained\nentries"):  # fmt: skip
+        shown.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, row in result["methods"].items():
+        if "step_ms" not in row:
+            shown.add_row(name, "failed" if "failed" in row else "skipped")
+            continue
+        ms, ratio, size = row["step_ms"], row["ratio_to"], row["bytes"]
+        shown.add_row(
+            name, f"{ms['p20']:.0f} - {ms['p50']:.0f} - {ms['p80']:.0f}",
+            *(f"{ratio[other]:.2f}" if other in ratio else "" for other in ("floor", "lora")),
+            f"{row['peak_bytes'] / 1e6:.0f}", f"{size['kept_for_backward'] / 1e6:.1f}",
+            f"{size['optimizer'] / 1e6:.1f}", f"{size['trainable_entries']:,}",
+        )  # fmt: skip
+    return shown
