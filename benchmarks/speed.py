@@ -1,6 +1,6 @@
 """Time and memory of a training step, every method in a process of its own: `sparsegrad bench`, from a checkout.
 
-    python benchmarks/speed.py --workload bert-base --tokens 2048 --json benchmarks/results/speed/bert-base.json
+python benchmarks/speed.py --workload bert-base --tokens 2048 --json benchmarks/results/speed/bert-base.json
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def counted() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
 
 
-@pytest.mark.parametrize("tokens", [4, 96, 1500])
+@pytest.mark.parametrize("tokens", [4, 96, 400, 1500])
 @pytest.mark.parametrize("method", ["floor", "sparsegrad", "sparsegrad-speed", "literal", "full"])
 def test_counted_is_computed(method: str, tokens: int) -> None:
     """Few tokens, where the update goes through its factors, and many, where it is formed."""

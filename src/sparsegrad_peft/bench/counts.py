@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..method.function import backward_through_factors
 from ..method.products import chain_cost
 from ..method.sizes import Sizes
 
@@ -42,21 +43,31 @@ def _paper(out: int, in_: int, tokens: int, live: int, sizes: Sizes) -> int:
 
 
 def _memory(out: int, in_: int, tokens: int, live: int, sizes: Sizes) -> int:
-    r, c, forming, factors = _parts(out, in_, tokens, live, sizes)
-    plain = (tokens + live) * out * in_
-    return plain + min(2 * forming, factors) + tokens * in_ * c + chain_cost(r, out, live, c)
+    return _core(out, in_, tokens, live, sizes, "memory")
 
 
 def _speed(out: int, in_: int, tokens: int, live: int, sizes: Sizes) -> int:
-    r, c, forming, factors = _parts(out, in_, tokens, live, sizes)
-    plain = (tokens + live) * out * in_
-    projected = min(tokens * in_ * c + chain_cost(r, out, live, c), chain_cost(r, out, live, in_, c))
-    return plain + min(forming, factors) + projected
+    return _core(out, in_, tokens, live, sizes, "speed")
 
 
-def _parts(out: int, in_: int, tokens: int, live: int, sizes: Sizes) -> tuple[int, int, int, int]:
+def _core(out: int, in_: int, tokens: int, live: int, sizes: Sizes, prefer: str) -> int:
+    """The choices of `method/function.py`: form the update or not, save the input or its projection."""
     r, c = sizes.counts(out, in_)
     assert r is not None
     assert c is not None
-    factors = chain_cost(tokens, c, r, out) + chain_cost(live, out, r, c, in_)
-    return r, c, chain_cost(out, r, c, in_), factors
+    plain = (tokens + live) * out * in_
+    forming = chain_cost(out, r, c, in_) * (1 if prefer == "speed" else 2)
+    project = tokens * in_ * c
+    core = chain_cost(r, out, live, c)
+    whole = chain_cost(r, out, live, in_, c)  # from the input itself
+    saves_input = c == in_ or (prefer == "speed" and chain_cost(r, out, tokens, in_, c) < project + core)
+    factors = chain_cost(tokens, c, r, out) + backward_through_factors(tokens, (r, c), (out, in_))[0]
+    if forming + chain_cost(r, out, tokens, c) < factors:
+        return plain + forming + (whole if saves_input else project + core)
+    both, together = backward_through_factors(live, (r, c), (out, in_))
+    forward = project + chain_cost(tokens, c, r, out)
+    if not saves_input:
+        return plain + forward + both
+    if together:
+        return plain + forward + live * out * r + chain_cost(live, r, c, in_) + chain_cost(r, live, in_, c)
+    return plain + forward + chain_cost(live, out, r, c, in_) + whole

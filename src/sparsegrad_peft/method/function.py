@@ -3,11 +3,12 @@
     forward     y = x Wᵀ + b + x Uᵀ Sᵀ V                                  x (T, in), y (T, out)
     backward    ∂L/∂S = V δᵀ x Uᵀ,  ∂L/∂x = δ (W + Vᵀ S U),  ∂L/∂b = Σ δ    δ = ∂L/∂y (T, out)
 
-`∂L/∂S` is `G_tilde = V G Uᵀ`, formed without the (out, in) gradient `G`. Two choices are left, and both are made
+`∂L/∂S` is `G_tilde = V G Uᵀ`, formed without the (out, in) gradient `G`. Three choices are left, and they are made
 from shapes by counting multiply-adds or bytes:
 
 - the update `Vᵀ S U` is *formed* and added to `W`, once in forward and once in backward, where there are many tokens,
   and applied through its *factors* where there are few;
+- through the factors, backward needs `δ Vᵀ` (T, r) in two places, and makes it once where that is cheaper;
 - backward needs the projected input `x_tilde = x Uᵀ` (T, c) or the input `x` (T, in). The smaller is saved.
 
 `prefer="speed"` saves the input and the formed weight wherever that lowers the multiply-adds, at the price of holding
@@ -60,8 +61,16 @@ def _forms(tokens: int, core_shape: tuple[int, int], weight: Tensor, prefer: Pre
         return False
     (r, c), (out, in_) = core_shape, weight.shape
     formings = 1 if prefer == "speed" else 2
-    through_factors = chain_cost(tokens, c, r, out) + chain_cost(tokens, out, r, c, in_)
-    return formings * chain_cost(out, r, c, in_) < through_factors
+    formed = formings * chain_cost(out, r, c, in_) + chain_cost(r, out, tokens, c)
+    return formed < chain_cost(tokens, c, r, out) + backward_through_factors(tokens, core_shape, weight.shape)[0]
+
+
+def backward_through_factors(tokens: int, core_shape: tuple[int, int], shape: tuple[int, ...]) -> tuple[int, bool]:
+    """Multiply-adds of backward's `δ Vᵀ S U` and `V δᵀ x_tilde`; whether they are fewest with `δ Vᵀ` made for both."""
+    (r, c), (out, in_) = core_shape, shape
+    apart = chain_cost(tokens, out, r, c, in_) + chain_cost(r, out, tokens, c)
+    together = tokens * out * r + chain_cost(tokens, r, c, in_) + r * tokens * c
+    return min(apart, together), together < apart
 
 
 def _output(
@@ -153,6 +162,7 @@ class SparseGradFunction(torch.autograd.Function):
         V_c = None if V is None else V.to(delta.dtype)
         U_c = None if U is None else U.to(delta.dtype)
         grad_x = grad_weight = grad_bias = grad_core = None
+        delta_tilde = None  # δ Vᵀ (T, r), basis
         if ctx.needs_input_grad[0]:
             if W_formed is None and ctx.formed:
                 W_formed = form_weight(weight, dense_core(core, positions, ctx.core_shape), U, V).to(delta.dtype)
@@ -160,14 +170,10 @@ class SparseGradFunction(torch.autograd.Function):
                 grad_x = delta @ W_formed
             else:
                 S = dense_core(core, positions, ctx.core_shape).to(delta.dtype)
-                grad_x = add_chain(
-                    delta @ weight.to(delta.dtype),
-                    delta,
-                    None if V_c is None else V_c.T,
-                    S,
-                    U_c,
-                    in_place=True,
-                )
+                if ctx.needs_input_grad[3] and backward_through_factors(len(delta), ctx.core_shape, weight.shape)[1]:
+                    delta_tilde = delta if V_c is None else delta @ V_c.T
+                in_basis = (delta, None if V_c is None else V_c.T) if delta_tilde is None else (delta_tilde,)
+                grad_x = add_chain(delta @ weight.to(delta.dtype), *in_basis, S, U_c, in_place=True)
             if live is not None:
                 grad_x = grad_x.new_zeros(tokens, grad_x.shape[1]).index_copy_(0, live, grad_x)
         if ctx.needs_input_grad[1]:
@@ -175,10 +181,9 @@ class SparseGradFunction(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = delta.sum(0)  # of δ, not of δ_tilde
         if ctx.needs_input_grad[3]:
-            if x_tilde is None:
-                G_tilde = chain(V_c, delta.T, x, None if U_c is None else U_c.T)
-            else:
-                G_tilde = chain(V_c, delta.T, x_tilde)
+            left = (V_c, delta.T) if delta_tilde is None else (delta_tilde.T,)
+            right = (x, None if U_c is None else U_c.T) if x_tilde is None else (x_tilde,)
+            G_tilde = chain(*left, *right)
             grad_core = G_tilde.to(core.dtype)
             if positions is not None:
                 grad_core = grad_core.reshape(-1)[positions.long()]
