@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/method.md from the result files.
+"""Write the tables of README.md, docs/method.md and docs/performance.md from the result files.
 
     python benchmarks/tables.py           # write them
     python benchmarks/tables.py --check   # only say whether they are what the files give; exit 1 if not
@@ -20,7 +20,7 @@ from typing import Any
 from sparsegrad_peft.tasks.metrics import spread
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/method.md")
+DOCUMENTS = ("README.md", "docs/method.md", "docs/performance.md")
 MARK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -46,33 +46,81 @@ def targets(result: dict[str, Any]) -> str:
     )
 
 
-MEANING = {
-    "floor": "frozen weights, nothing learnt",
-    "full": "regular fine-tuning, AdamW",
-    "literal": "as published, regular products",
-    "literal-sparse-products": "as published, sparse-by-dense products (no token here is padding)",
-    "exact": "complete bases on plain weights, top 1 %",
-    "exact-adapter": "complete bases, frozen weight and `S`, top 1 %",
-    "truncated-memory": "a tenth of each side, default",
-    "truncated-speed": '... with `prefer="speed"`',
-    "truncated-memory-topk": "... default, top 10 % of the block",
-    "lora-rank-7": "PEFT's LoRA, rank 7",
-}
-
-
-def mlp_step(result: dict[str, Any]) -> str:
-    header = ["form", "step, ms (p20–p80)", "to floor", "to full", "to literal", "G multiply-adds",
-              "kept for backward, MB", "optimizer, MB", "trained entries"]  # fmt: skip
+def speed(result: dict[str, Any]) -> str:
+    """Time, memory and count of each method of one run of `sparsegrad bench`."""
+    header = ["method", "step, ms (p20–p80)", "to floor", "to LoRA", "G multiply-adds, MLP", "peak, MB",
+              "kept for backward, MB", "optimizer, MB", "bases, MB", "trained entries"]  # fmt: skip
     rows = []
     for name, row in result["methods"].items():
+        words = f"`{name}`: {row['words']}"
+        if "step_ms" not in row:
+            rows.append([words, "not installed" if "skipped" in row else "failed", *[""] * (len(header) - 2)])
+            continue
         ms, to, size = row["step_ms"], row["ratio_to"], row["bytes"]
         rows.append([
-            f"`{name}`: {MEANING[name]}", f"{ms['p50']:.0f} ({ms['p20']:.0f}–{ms['p80']:.0f})",
-            f"{to['floor']:.2f}", f"{to['full']:.2f}", f"{to['literal']:.2f}",
+            words, f"{ms['p50']:.0f} ({ms['p20']:.0f}–{ms['p80']:.0f})",
+            *(f"{to[other]:.2f}" if other in to else "" for other in ("floor", "lora")),
             "" if row["multiply_adds"] is None else f"{row['multiply_adds'] / 1e9:.1f}",
-            megabytes(size["saved_for_backward"]), megabytes(size["optimizer_state"]), f"{size['trainable_entries']:,}",
+            f"{row['peak_bytes'] / 1e6:.0f}",
+            *(megabytes(size[of]) for of in ("kept_for_backward", "optimizer", "bases")),
+            f"{size['trainable_entries']:,}",
         ])  # fmt: skip
+    e = result["environment"]
+    live = result["live_tokens"]
+    padding = "" if live == result["arguments"]["tokens"] else f" ({live:,} of them no padding)"
+    where = (
+        f"{result['workload']}{padding}. {e['device']}, {e['threads']} threads, torch {e['packages']['torch']}, "
+        f"transformers {e['packages']['transformers']}, peft {e['packages']['peft']}, seed "
+        f"{result['arguments']['seed']}, commit {e['commit'][:10]}: `{result['command']}`"
+    )
+    reached = "\n".join(
+        f"- {'reached' if found <= most else '**missed**'}: {what} (found {found:.3g})"
+        for what, found, most in speed_targets(result["methods"])
+    )
+    return f"{markdown(header, rows)}\n\n{where}\n\n{reached}"
+
+
+def speed_targets(rows: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """What is aimed at, what was found, and the most that it may be."""
+    found: list[tuple[str, float, float]] = []
+
+    def ratio(what: str, a: str, b: str, most: float, of: Any) -> None:
+        if all("step_ms" in rows.get(name, {}) for name in (a, b)):
+            found.append((what, of(rows[a], rows[b]), most))
+
+    ratio("default at most 1.0x LoRA's time", "sparsegrad", "lora", 1.0, lambda a, b: a["ratio_to"]["lora"])
+    ratio("default at most 1.15x the floor's", "sparsegrad", "floor", 1.15, lambda a, b: a["ratio_to"]["floor"])
+    ratio(
+        "default's peak memory below LoRA's", "sparsegrad", "lora", 1.0, lambda a, b: a["peak_bytes"] / b["peak_bytes"]
+    )
+    ratio("published method at most a third of the literal layer's time", "sparsegrad-paper", "literal", 1 / 3,
+          lambda a, b: a["ratio_to"]["literal"])  # fmt: skip
+    ratio("published method's optimizer at most 0.1x full fine-tuning's (so far)", "sparsegrad-paper", "full", 0.1,
+          lambda a, b: a["bytes"]["optimizer"] / b["bytes"]["optimizer"])  # fmt: skip
+    return found
+
+
+def decode(result: dict[str, Any]) -> str:
+    rows = [
+        [f"`{name}`", f"{row['token_ms']['p50']:.1f} ({row['token_ms']['p20']:.1f}–{row['token_ms']['p80']:.1f})",
+         f"{row['ratio_to_base']:.2f}"]
+        for name, row in result["methods"].items()
+    ]  # fmt: skip
+    header = ["model", "ms a token (p20–p80)", "to base"]
     return f"{markdown(header, rows)}\n\n{origin(result)}\n\n{targets(result)}"
+
+
+def curves(result: dict[str, Any]) -> str:
+    """How the cost grows with one thing at a time."""
+    parts = []
+    for sweep in result["sweeps"]:
+        methods = list(sweep["points"][0]["ratio_to_floor"])
+        rows = [
+            [str(point["at"]), f"{point['floor_ms']:.1f}", *(f"{point['ratio_to_floor'][m]:.2f}" for m in methods)]
+            for point in sweep["points"]
+        ]
+        parts.append(f"{sweep['words']}:\n\n{markdown([sweep['of'], 'floor, ms', *(f'`{m}`' for m in methods)], rows)}")
+    return "\n\n".join([*parts, f"Times to the floor's, p50. {origin(result)}"])
 
 
 def calibration(result: dict[str, Any]) -> str:
@@ -144,7 +192,9 @@ def glue(results: list[dict[str, Any]]) -> str:
 
 
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
-    "mlp_step": mlp_step,
+    "speed": speed,
+    "decode": decode,
+    "curves": curves,
     "calibration": calibration,
     "energy": energy,
 }

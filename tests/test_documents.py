@@ -25,6 +25,7 @@ BLOCKS = [
 PYTHON = [code for _, language, code in BLOCKS if language == "python"]
 COMMANDS = [line for _, language, code in BLOCKS if language == "bash" for line in code.splitlines()]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+SPEED = sorted((ROOT / "benchmarks" / "results" / "speed").glob("*.json"))
 RUNS = sorted((ROOT / "benchmarks" / "results" / "glue").glob("*/*.json"))
 
 
@@ -41,7 +42,8 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_counts() -> None:
     assert len(PYTHON) == 4
-    assert len(RESULTS) == 3
+    assert len(RESULTS) == 4
+    assert len(SPEED) == 7
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -62,18 +64,20 @@ CUT_DOWN = {
     'pip install ".[demo]"': None,  # `make test` installs the package before it runs this
     "make demo": None,  # test_demo_runs
     "make test": None,  # is what runs this
-    "python benchmarks/mlp_step.py": ["--tokens", "64", "--repeats", "2"],
     "python benchmarks/calibration.py": ["--steps", "1", "--batch", "1", "--tokens", "8", "--skip-svd"],
 }
 
 
 SPARSEGRAD = [command for command in COMMANDS if command.startswith("sparsegrad ")]
-SHORT = ["--calibration.n_steps", "4", "--adapter.c", "0.05", "--data.folder", "rows"]
+CUT_SHORT = {
+    "train": ["--calibration.n_steps", "4", "--adapter.wide", "0.02", "--data.folder", "rows"],
+    "bench": ["--tokens", "16", "--layers", "1", "--methods", "floor,sparsegrad,lora", "--repeats", "1"],
+}
 
 
 def test_every_readme_command_is_known() -> None:
     assert set(COMMANDS) == {*CUT_DOWN, *SPARSEGRAD}
-    assert len(SPARSEGRAD) == 7
+    assert len(SPARSEGRAD) == 8
 
 
 def sparsegrad(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -94,7 +98,7 @@ def test_readme_sparsegrad_commands_run_one_after_the_other(tmp_path: Path) -> N
     shown = {}
     for command in SPARSEGRAD:
         words = shlex.split(command)[1:]
-        done = sparsegrad([*words, *(SHORT if words[0] == "train" else [])], tmp_path)
+        done = sparsegrad([*words, *CUT_SHORT.get(words[0], [])], tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         shown[words[0]] = done.stdout
     assert "accuracy" in json.loads(shown["evaluate"])["validation"]
@@ -103,6 +107,7 @@ def test_readme_sparsegrad_commands_run_one_after_the_other(tmp_path: Path) -> N
     assert (tmp_path / "runs" / "rte" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "runs" / "rte-as-lora" / "adapter_model.safetensors").is_file()
     assert "22,713,216" in shown["inspect"]  # MiniLM's parameters
+    assert re.search(r"sparsegrad .* 49,152 ", shown["bench"])  # two layers of 256 x 96
 
 
 @pytest.mark.slow
@@ -145,6 +150,16 @@ def test_result_files_say_where_they_come_from(path: Path) -> None:
     assert re.fullmatch(r"[0-9a-f]{40}", environment["commit"])
     assert environment["dirty"] is False
     assert environment.keys() >= {"command", "time", "seed", "python", "torch", "sparsegrad_peft", "machine"}
+
+
+@pytest.mark.parametrize("path", SPEED, ids=lambda path: path.stem)
+def test_speed_files_say_where_they_come_from(path: Path) -> None:
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    assert re.fullmatch(r"[0-9a-f]{40}", result["environment"]["commit"])
+    assert result["environment"]["dirty"] is False
+    assert str(path.relative_to(ROOT)) in result["command"]
+    assert {"floor", "sparsegrad", "lora", "full"} <= result["methods"].keys()
+    assert not [name for name, row in result["methods"].items() if "failed" in row]
 
 
 @pytest.mark.parametrize("document", tables.DOCUMENTS)
