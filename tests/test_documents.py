@@ -71,13 +71,23 @@ CUT_DOWN = {
 SPARSEGRAD = [command for command in COMMANDS if command.startswith("sparsegrad ")]
 CUT_SHORT = {
     "train": ["--calibration.n_steps", "4", "--adapter.wide", "0.02", "--data.folder", "rows"],
+    "search": [
+        "--search.trials",
+        "2",
+        "--training.epochs",
+        "1",
+        "--calibration.n_steps",
+        "4",
+        "--data.folder",
+        "rows",
+    ],
     "bench": ["--tokens", "16", "--layers", "1", "--methods", "floor,sparsegrad,lora", "--repeats", "1"],
 }
 
 
 def test_every_readme_command_is_known() -> None:
     assert set(COMMANDS) == {*CUT_DOWN, *SPARSEGRAD}
-    assert len(SPARSEGRAD) == 8
+    assert len(SPARSEGRAD) == 10
 
 
 def sparsegrad(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -107,6 +117,8 @@ def test_readme_sparsegrad_commands_run_one_after_the_other(tmp_path: Path) -> N
     assert (tmp_path / "runs" / "rte" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "runs" / "rte-as-lora" / "adapter_model.safetensors").is_file()
     assert "22,713,216" in shown["inspect"]  # MiniLM's parameters
+    assert "next:   sparsegrad train --config runs/search-rte/best.yaml" in shown["search"]
+    assert "sparsegrad against lora: " in shown["report"]
     assert re.search(r"sparsegrad .* 49,152 ", shown["bench"])  # two layers of 256 x 96
 
 

@@ -280,7 +280,7 @@ def test_adapter_of_another_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"c": 0}, "c is a count of rows and must be at least 1, found 0"),
+        ({"c": 0}, 'c: expected "full", a count of at least 1, .*; found 0'),
         ({"r": 2.0}, "r: expected .* a fraction in"),
         ({"c": "half"}, "c: expected .* found 'half'"),
         ({"prefer": "disk"}, 'prefer must be "memory" or "speed", found \'disk\''),

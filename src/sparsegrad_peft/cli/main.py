@@ -14,11 +14,13 @@ from rich.table import Table
 VERBS = {
     "demo": "SparseGrad next to LoRA with a real model, in minutes and without a download",
     "train": "fine-tune a model on a task; the adapter, the scores and a picture go into a folder",
+    "search": "try learning rates and batch sizes; the best are a file that train takes",
     "evaluate": "scores of a finished run, or of one of its splits",
     "predict": "what a finished run says of new rows",
     "merge": "write a finished run's model with the adapter merged into its weights",
     "export": "write an adapter as a LoRA adapter, for servers that know only LoRA",
     "inspect": "parameters, layers and memory of any model, from its config alone",
+    "report": "compare finished runs: one page, and tables",
     "bench": "time and memory of a training step, beside LoRA's and full fine-tuning's",
     "presets": "settings that come with the package",
 }

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..run.arguments import RunArguments
 from ..run.presets import preset
-from .parsing import make_parser
+from .parsing import VerbParser, make_parser
 
 EXAMPLE = (
     "sparsegrad train --task glue/rte --method lora --training.epochs 3 --output runs/rte-lora; prints a line for each "
@@ -22,7 +22,13 @@ EXAMPLE = (
 
 def parse(argv: list[str]) -> RunArguments:
     """Words -> arguments: preset, then config file, then the command line, the later one first."""
-    parser = make_parser("train", RunArguments.__doc__ or "", EXAMPLE)
+    parser = run_parser("train", RunArguments.__doc__ or "", EXAMPLE, argv)
+    return run_arguments(vars(parser.instantiate(parser.parse_args(argv))))
+
+
+def run_parser(verb: str, description: str, example: str, argv: list[str]) -> VerbParser:
+    """A parser of everything that a run has, with the preset that `argv` names as its defaults."""
+    parser = make_parser(verb, description, example)
     parser.usage = "%(prog)s [--OPTION VALUE ...]"  # spelt out, it would hide an error's one line
     parser.add_argument("--config", action="config", help="YAML file with any of these")
     parser.add_argument("--preset", type=str, default=None, help="settings to start from, see: sparsegrad presets")
@@ -30,9 +36,12 @@ def parse(argv: list[str]) -> RunArguments:
     name = _preset_name(argv)
     if name is not None:
         parser.set_defaults(_flat(preset(name)))
-    found = parser.instantiate(parser.parse_args(argv))
-    words = {key: value for key, value in vars(found).items() if key not in ("config", "preset")}
-    return RunArguments(**words)
+    return parser
+
+
+def run_arguments(found: dict[str, Any]) -> RunArguments:
+    """What a parser of `run_parser` found."""
+    return RunArguments(**{key: value for key, value in found.items() if key not in ("config", "preset")})
 
 
 def main(argv: list[str]) -> None:

@@ -16,13 +16,17 @@ A fraction gives the nearest multiple of 8 rows where that is 16 or more: 0.1 of
 _ALIGN = 8
 
 
-def check_rows(rows: Rows, n: int, what: str) -> None:
-    """Raise unless `rows` is a valid size for a side of `n` directions; `what` names the side in the message."""
-    expected = f'expected "full", a count from 1 to {n}, a fraction in (0, 1], or "energy:SHARE" with a share in (0, 1]'
+def check_rows(rows: Rows, n: int | None, what: str) -> None:
+    """Raise unless `rows` is a valid size for a side of `n` directions; `what` names the side in the message.
+
+    `n` is None where the layers are not known yet.
+    """
+    count = "a count of at least 1" if n is None else f"a count from 1 to {n}"
+    expected = f'expected "full", {count}, a fraction in (0, 1], or "energy:SHARE" with a share in (0, 1]'
     if isinstance(rows, bool) or not isinstance(rows, int | float | str):
         raise TypeError(f"{what}: {expected}; found {rows!r}")
     if isinstance(rows, int):
-        valid = 1 <= rows <= n
+        valid = rows >= 1 and (n is None or rows <= n)
     elif isinstance(rows, float):
         valid = 0 < rows <= 1
     else:

@@ -196,6 +196,41 @@ class RunArguments:
             raise ValueError("\n".join(["this run cannot be started:", *(f"  - {problem}" for problem in problems)]))
 
 
+@dataclass
+class SearchArguments:
+    """What is tried. Each trial is a training run; weak ones are cut short."""
+
+    trials: int = 20
+    "runs in all, those that were cut short, diverged, or ran out of memory included"
+    lowest: float = 1e-6
+    "learning rates are drawn between this one ..."
+    highest: float = 1e-1
+    "... and this one, evenly in their logarithm at first"
+    batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32])
+    "one of these"
+    prune: bool = True
+    "stop a trial whose best score so far is below the median of the others' at the same step, after five whole ones"
+    sampler_seed: int = 0
+    "of what is drawn"
+    storage: str | None = None
+    """where Optuna keeps the trials, for several machines at once: postgresql://..., or another that Optuna knows;
+    default: a journal file in the output folder, which several processes can share"""
+
+    def check(self) -> None:
+        """Raise one ValueError that names every problem."""
+        problems = []
+        if self.trials < 1:
+            problems.append(f"search.trials must be at least 1, found {self.trials}")
+        if not 0 < self.lowest < self.highest:
+            problems.append(
+                f"search.lowest must be above 0 and below search.highest, found {self.lowest} and {self.highest}"
+            )
+        if not self.batch_sizes or min(self.batch_sizes) < 1 or len(set(self.batch_sizes)) < len(self.batch_sizes):
+            problems.append(f"search.batch_sizes: expected different sizes, at least one, found {self.batch_sizes}")
+        if problems:
+            raise ValueError("\n".join(["this search cannot be started:", *(f"  - {words}" for words in problems)]))
+
+
 def _value(arguments: RunArguments, name: str) -> Any:
     group, _, field_name = name.partition(".")
     return getattr(getattr(arguments, group), field_name)

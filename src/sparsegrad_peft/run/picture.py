@@ -45,3 +45,24 @@ def curves(log: list[dict[str, Any]], metric: str, title: str) -> bytes:
 def write_curves(path: Path, log: list[dict[str, Any]], metric: str, title: str) -> None:
     """Draw and write it."""
     write_whole(path, curves(log, metric, title))
+
+
+def search_picture(trials: list[dict[str, Any]], title: str) -> bytes:
+    """A PNG of the score against the learning rate, a colour for each batch size."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for colour, size in enumerate(sorted({t["batch_size"] for t in trials if t["score"] is not None})):
+        for state, marker in (("complete", "o"), ("cut short", "x")):
+            points = [
+                (t["learning_rate"], t["score"]) for t in trials if (t["batch_size"], t["state"]) == (size, state)
+            ]
+            if points:
+                axes.scatter(*zip(*points, strict=True), marker=marker, color=f"C{colour}",
+                             label=f"batch {size}, {state}")  # fmt: skip
+    axes.set(xscale="log", xlabel="learning rate", ylabel="score", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

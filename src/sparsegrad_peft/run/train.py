@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from ..tasks.features import tokenize
@@ -24,8 +25,15 @@ from .quiet import quiet
 from .trainer import MeasureTraining, RunTrainer, collator, scorer, stopping, trainer_arguments
 
 
-def train(arguments: RunArguments, *, progress: bool = True) -> list[dict[str, Any]]:
+def train(
+    arguments: RunArguments, *, progress: bool = True, callbacks: Sequence[TrainerCallback] = ()
+) -> list[dict[str, Any]]:
     """One run for each seed; a finished one is not run again, an interrupted one goes on from its last checkpoint.
+
+    Args:
+        arguments: what to train.
+        progress: show it.
+        callbacks: for the Trainer, besides the run's own.
 
     Returns:
         The results, as in `result.json`.
@@ -45,7 +53,7 @@ def train(arguments: RunArguments, *, progress: bool = True) -> list[dict[str, A
         single = copy.deepcopy(arguments)
         single.seeds = [seed]
         single.output = str(output / f"seed-{seed}" if several else output)
-        results.append(_train_one(single, progress))
+        results.append(_train_one(single, progress, callbacks))
     return results
 
 
@@ -55,7 +63,7 @@ def output_folder(arguments: RunArguments) -> Path:
     return Path(arguments.output.replace("{task}", arguments.task.replace("/", "-")).replace("{method}", method))
 
 
-def _train_one(arguments: RunArguments, progress: bool) -> dict[str, Any]:
+def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     folder, seed = RunFolder(arguments.output), arguments.seeds[0]
     reporter = Progress(folder, show=progress)
     folder.check(arguments)
@@ -98,7 +106,7 @@ def _train_one(arguments: RunArguments, progress: bool) -> dict[str, Any]:
         eval_dataset=features[main_split],
         data_collator=collator(tokenizer, arguments),
         compute_metrics=scorer(task),
-        callbacks=[reporter, training, *stopping(arguments)],
+        callbacks=[reporter, training, *stopping(arguments), *callbacks],
         calibration=adapted.calibration,
         density=adapted.density,
         k=adapted.k,

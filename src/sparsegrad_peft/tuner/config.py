@@ -67,8 +67,9 @@ class SparseGradConfig(PeftConfig):
         if self.prefer not in ("memory", "speed"):
             raise ValueError(f'prefer must be "memory" or "speed", found {self.prefer!r}')
         for name in ("narrow", "wide", "c", "r"):
-            if name in ("narrow", "wide") or getattr(self, name) is not None:
-                _check_size(name, getattr(self, name))
+            rows = getattr(self, name)
+            if rows is not None or name in ("narrow", "wide"):
+                check_rows(rows, None, name)  # the layers' own sizes are not known before calibration
 
     @classmethod
     def paper(cls, **overrides: Any) -> SparseGradConfig:
@@ -96,11 +97,3 @@ class SparseGradConfig(PeftConfig):
     def calibrated(self) -> bool:
         """Whether the adapter has its bases."""
         return bool(self.core_shapes)
-
-
-def _check_size(name: str, rows: Rows) -> None:
-    """What can be checked before the layers are known; counts above a layer's size are refused at calibration."""
-    if not isinstance(rows, int) or isinstance(rows, bool):
-        check_rows(rows, 1, name)
-    elif rows < 1:
-        raise ValueError(f"{name} is a count of rows and must be at least 1, found {rows}")

@@ -1,0 +1,34 @@
+"""`sparsegrad report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .parsing import make_parser
+
+EXAMPLE = (
+    "sparsegrad report runs --output report; writes report/index.html (open it in a browser, it needs no network), "
+    "report/results.md and a CSV for each table."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Read the runs, write page and tables, say the verdict."""
+    parser = make_parser(
+        "report",
+        "Compare finished runs: one page with the verdict, tables that sort and filter, pictures, and all that is "
+        "known of each run; the same tables as Markdown and CSV.",
+        EXAMPLE,
+    )
+    parser.add_argument("runs", type=str, nargs="+", help="run folders, folders that hold some, or result files")
+    parser.add_argument("--output", type=str, default="report", help="folder to write")
+    parser.add_argument("--baseline", type=str, default="lora", help="the method that the others are compared with")
+    parser.add_argument("--title", type=str, default="SparseGrad and its peers", help="heading of the page")
+    found = parser.parse_args(argv)
+    from ..report.page import verdict
+    from ..report.results import read_runs
+    from ..report.write import write_report
+
+    runs = read_runs(found.runs)
+    write_report(runs, Path(found.output), found.title, found.baseline)
+    print(f"{len(runs)} runs. {verdict(runs, found.baseline)}\nwritten: {found.output}/index.html, results.md, *.csv")

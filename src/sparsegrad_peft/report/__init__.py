@@ -1,0 +1,1 @@
+"""Finished runs -> tables, comparisons, and one page to look at: what `sparsegrad report` writes."""

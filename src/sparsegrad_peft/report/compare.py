@@ -1,0 +1,106 @@
+"""Runs -> mean and spread of each method on each task, and differences from one method with their uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+from ..tasks.metrics import spread
+from .results import Run
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on a task."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return spread([run.score for run in self.runs])[0]
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over seeds."""
+        return spread([run.score for run in self.runs])[1]
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.deviation:.1f}" if len(self.runs) > 1 else f"{self.mean:.1f}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against another, over the runs that both have: same task, same seed."""
+
+    method: str
+    other: str
+    pairs: int
+    difference: float
+    "mean, in hundredths of a score"
+    low: float
+    "95 % interval of the mean, by Student's t over the pairs"
+    high: float
+    p: float
+    "of the paired t-test; nan with fewer than two pairs"
+    ahead: int
+    "pairs in which the method has the higher score"
+
+    @property
+    def words(self) -> str:
+        """One sentence."""
+        if not self.pairs:
+            return f"{self.method} and {self.other} have no task and seed in common."
+        least = f"{self.difference:+.2f} points over {self.pairs} pair{'s' if self.pairs > 1 else ''} of runs"
+        if math.isnan(self.p):
+            return f"{self.method} against {self.other}: {least}; too few for a test."
+        sure = "not told apart from chance" if self.low <= 0 <= self.high else "beyond chance"
+        return (
+            f"{self.method} against {self.other}: {least} (95 % interval {self.low:+.2f} to {self.high:+.2f}, paired "
+            f"t-test p = {self.p:.2g}; {sure}), ahead in {self.ahead}."
+        )
+
+
+def cells(runs: list[Run]) -> dict[str, dict[str, Cell]]:
+    """Task -> method -> cell, in the order in which they are met."""
+    found: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        found[run.task][run.method].append(run)
+    return {
+        task: {method: Cell(tuple(sorted(some, key=lambda run: run.result["seed"]))) for method, some in by.items()}
+        for task, by in found.items()
+    }
+
+
+def methods_of(runs: list[Run]) -> list[str]:
+    """Names of the methods, SparseGrad's first, then LoRA's, then the others."""
+    names = dict.fromkeys(run.method for run in runs)
+    return sorted(names, key=lambda name: (not name.startswith("sparsegrad"), not name.startswith("lora"), name))
+
+
+def mean_of_tasks(runs: list[Run], method: str) -> float:
+    """Mean over tasks of the means over seeds; nan unless the method has run on all tasks."""
+    table = cells(runs)
+    found = [by[method].mean if method in by else math.nan for by in table.values()]
+    return sum(found) / len(found)
+
+
+def compare(runs: list[Run], method: str, other: str) -> Comparison:
+    """Paired by task and seed."""
+    from scipy import stats
+
+    scores: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)
+    for run in runs:
+        scores[run.method][run.task, run.result["seed"]] = run.score
+    both = sorted(scores[method].keys() & scores[other].keys())
+    differences = [scores[method][key] - scores[other][key] for key in both]
+    n = len(differences)
+    mean = sum(differences) / n if n else math.nan
+    low = high = p = math.nan
+    if n > 1:
+        error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+        if error > 0:
+            margin = float(stats.t.ppf(0.975, n - 1)) * error
+            low, high, p = mean - margin, mean + margin, float(2 * stats.t.sf(abs(mean) / error, n - 1))
+    return Comparison(method, other, n, mean, low, high, p, sum(d > 0 for d in differences))

@@ -1,0 +1,183 @@
+"""A report's numbers are those of its runs, by hand; the page works in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsegrad_peft.cli.main import main
+from sparsegrad_peft.report.compare import cells, compare, mean_of_tasks, methods_of
+from sparsegrad_peft.report.page import page, verdict
+from sparsegrad_peft.report.results import Run, read_runs
+from sparsegrad_peft.report.tables import comparisons, every_run, scores
+from sparsegrad_peft.report.write import markdown
+
+SCORES = {  # task -> method -> score of each seed
+    "glue/rte": {"sparsegrad": [0.60, 0.64], "lora": [0.58, 0.60], "full": [0.66]},
+    "glue/mrpc": {"lora": [0.80, 0.82], "sparsegrad": [0.81, 0.83]},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, finished_run: Path) -> Path:
+    """Result files as runs write them, with scores of our own."""
+    real: dict[str, Any] = json.loads((finished_run / "result.json").read_text(encoding="utf-8"))
+    for task, methods in SCORES.items():
+        for method, found in methods.items():
+            for seed, score in enumerate(found):
+                path = tmp_path / "results" / task / f"{method}-{seed}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                result = {**real, "task": task, "method": method, "seed": seed, "score": score}
+                path.write_text(json.dumps(result), encoding="utf-8")
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def runs(folder: Path) -> list[Run]:
+    return read_runs([folder])
+
+
+def test_cells_and_means(runs: list[Run]) -> None:
+    assert len(runs) == 9
+    assert methods_of(runs) == ["sparsegrad", "lora", "full"]
+    found = cells(runs)["rte"]["sparsegrad"]
+    assert (found.mean, found.deviation) == (pytest.approx(62), pytest.approx(math.sqrt(8)))
+    assert mean_of_tasks(runs, "sparsegrad") == pytest.approx(72)
+    assert mean_of_tasks(runs, "lora") == pytest.approx(70)
+    assert math.isnan(mean_of_tasks(runs, "full"))  # has not run on MRPC
+
+
+def test_comparison_by_hand(runs: list[Run]) -> None:
+    """Differences 2, 4, 1, 1: mean 2, standard error 0.7071, t(3) = 2.828."""
+    found = compare(runs, "sparsegrad", "lora")
+    assert (found.pairs, found.ahead) == (4, 4)
+    assert found.difference == pytest.approx(2)
+    assert (found.low, found.high) == (pytest.approx(2 - 3.1824 * 0.70711, abs=1e-3), pytest.approx(4.2503, abs=1e-3))
+    assert found.p == pytest.approx(0.0663, abs=1e-4)
+    assert "not told apart from chance" in found.words
+    one = compare(runs, "full", "lora")
+    assert (one.pairs, one.difference) == (1, pytest.approx(8))
+    assert math.isnan(one.p)
+    assert "too few for a test" in one.words
+    assert compare(runs, "full", "none").pairs == 0
+
+
+def test_tables(runs: list[Run]) -> None:
+    table = scores(runs)
+    assert table.header == ["task", "sparsegrad", "lora", "full"]
+    by_task = {row[0].partition(",")[0]: row[1:] for row in table.rows}
+    assert by_task["rte"] == ["62.0 ± 2.8 (2)", "59.0 ± 1.4 (2)", "66.0 (1)"]
+    assert by_task["mrpc"][2] == "not run"
+    assert by_task["mean of tasks"] == ["72.0", "70.0", "not all run"]
+    assert comparisons(runs, "lora").rows[0][:3] == ["sparsegrad", "4", "+2.00"]
+    assert len(every_run(runs).rows) == 9
+    assert verdict(runs, "prefix") == "9 runs of sparsegrad, lora, full; there is nothing to compare with prefix."
+
+
+def test_command_writes_page_markdown_and_csv(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(folder), "--output", str(tmp_path / "out"), "--title", "A <title>"]) == 0
+    shown = capsys.readouterr().out
+    assert "9 runs. sparsegrad against lora: +2.00 points over 4 pairs of runs" in shown
+    text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "<h1>A &lt;title&gt;</h1>" in text
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|<pre>.*?</pre>|<metadata>.*?</metadata>', "", text, flags=re.S)
+    with (tmp_path / "out" / "scores.csv").open(encoding="utf-8", newline="") as file:
+        assert ["mean of tasks", "72.0", "70.0", "not all run"] in list(csv.reader(file))
+    assert (tmp_path / "out" / "results.md").read_text(encoding="utf-8") == markdown(read_runs([folder]), "A <title>")
+
+
+def test_the_same_runs_give_the_same_bytes(runs: list[Run]) -> None:
+    assert page(runs, "t") == page(runs, "t")
+
+
+def test_page_is_whole(runs: list[Run]) -> None:
+    """Every element is closed, every link within the page leads somewhere, every picture says what it shows."""
+
+    class Reader(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.open: list[str] = []
+            self.ids: set[str] = set()
+            self.links: list[str] = []
+            self.labels: list[str] = []
+
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            found = dict(attributes)
+            self.ids |= {str(found["id"])} if "id" in found else set()
+            self.links += [str(found["href"])] if tag == "a" and "href" in found else []
+            self.labels += [str(found.get("aria-label"))] if tag == "figure" else []
+            if tag not in ("meta", "input"):
+                self.open.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open.pop() == tag
+
+    reader = Reader()
+    reader.feed(page(runs, "t"))
+    assert reader.open == []
+    assert reader.links
+    assert {link.removeprefix("#") for link in reader.links} <= reader.ids
+    assert len(reader.labels) == 2
+    assert all("highest 83.0 by sparsegrad" in label for label in reader.labels)
+
+
+def browser() -> str | None:
+    """A Chromium that is installed, or the one that SPARSEGRAD_CHROMIUM names."""
+    named = os.environ.get("SPARSEGRAD_CHROMIUM")
+    return named or next((found for name in ("chromium", "chromium-browser", "google-chrome")
+                          if (found := shutil.which(name))), None)  # fmt: skip
+
+
+@pytest.mark.skipif(browser() is None, reason="no Chromium is installed")
+def test_page_in_a_browser(runs: list[Run], tmp_path: Path) -> None:
+    """Sorted by a click, filtered by words, a run opened by a link; nothing in the console."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    file = tmp_path / "index.html"
+    file.write_text(page(runs, "t"), encoding="utf-8")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
+        tab = chromium.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
+        said: list[str] = []
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.goto(file.as_uri())
+        column = "#every-run tbody tr:not([hidden]) td:nth-child(4)"
+        tab.click("#every-run th:nth-child(4) button")
+        assert [float(text) for text in tab.locator(column).all_inner_texts()] == sorted(run.score for run in runs)
+        tab.click("#every-run th:nth-child(4) button")
+        assert float(tab.locator(column).first.inner_text()) == 83.0
+        tab.fill("input[type=search]", "rte lora")
+        assert [float(text) for text in tab.locator(column).all_inner_texts()] == [60.0, 58.0]
+        tab.click(f"{column} a >> nth=0")
+        assert tab.locator("details[open]").count() == 1
+        assert '"score": 0.6' in tab.locator("details[open] pre").inner_text()
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")  # a phone's width holds it
+        tab.screenshot(path=str(tmp_path / "page.png"), full_page=True)
+        chromium.close()
+    assert said == []
+
+
+@pytest.mark.parametrize("kind", ["nothing there", "nothing in it", "broken"])
+def test_no_runs(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = {
+        "nothing there": "there is no",
+        "nothing in it": "no finished runs below",
+        "broken": "result.json: expected JSON",
+    }
+    folder = tmp_path / "runs"
+    if kind != "nothing there":
+        folder.mkdir()
+    if kind == "broken":
+        (folder / "result.json").write_text("{", encoding="utf-8")
+    assert main(["report", str(folder), "--output", str(tmp_path / "out")]) == 1
+    assert words[kind] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
