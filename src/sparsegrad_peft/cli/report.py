@@ -7,8 +7,8 @@ from pathlib import Path
 from .parsing import make_parser
 
 EXAMPLE = (
-    "sparsegrad report runs --output report; writes report/index.html (open it in a browser, it needs no network), "
-    "report/results.md and a CSV for each table."
+    "sparsegrad report runs --output report; prints the verdict, and writes report/index.html (open it in a browser, "
+    "it needs no network), report/results.md and a CSV for each table."
 )
 
 

@@ -55,7 +55,6 @@ def search(
     study = optuna.create_study(
         study_name=f"{arguments.task}, {arguments.method}, {arguments.model}",
         storage=what.storage or _journal(folder / "trials.journal"),
-        sampler=optuna.samplers.TPESampler(seed=what.sampler_seed),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=5) if what.prune else optuna.pruners.NopPruner(),
         direction="maximize",
         load_if_exists=True,
@@ -102,7 +101,9 @@ def _take_up_interrupted(study: Any) -> None:
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         host, _, process = trial.user_attrs.get("process", "").rpartition(":")
         if host == socket.gethostname() and not _alive(int(process)):
-            study.enqueue_trial(trial.params)
+            if trial.params:
+                folder = trial.user_attrs.get("folder")
+                study.enqueue_trial(trial.params, user_attrs={"folder": folder} if folder else None)
             study._storage.set_trial_user_attr(trial._trial_id, "error", "interrupted")
             study.tell(trial.number, state=TrialState.FAIL)
 
@@ -132,17 +133,21 @@ def _one(
     progress: bool,
 ) -> None:  # fmt: skip
     import torch
+    from optuna.samplers import TPESampler
     from optuna.trial import TrialState
 
     from ..tuner.trainer import TrainingDivergedError
     from .train import train
 
     trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
+    # A sampler for each trial: processes that share a search would otherwise draw the same.
+    study.sampler = TPESampler(seed=what.sampler_seed + trial.number)
     drawn = trial.suggest_float("learning_rate", what.lowest, what.highest, log=True)
     single = copy.deepcopy(arguments)
     single.training.learning_rate = float(f"{drawn:.3g}")
     single.training.batch_size = trial.suggest_categorical("batch_size", what.batch_sizes)
-    name = f"lr-{single.training.learning_rate:g}-batch-{single.training.batch_size}"
+    name = trial.user_attrs.get("folder") or f"trial-{trial.number:03d}"
+    trial.set_user_attr("folder", name)
     single.output = str(folder / name)
     words = f"trial {trial.number}: learning rate {single.training.learning_rate:g}, batch {single.training.batch_size}"
     # A score is reported for the first seed's evaluations; with several, the others only count in the end.
