@@ -84,7 +84,7 @@ def main() -> None:
                 arguments = arguments_of(task, method, seed, options.runs, options.rows)
                 [result] = train(arguments)
                 folder = RunFolder(path.parent)
-                folder.write_json(path.name, {**result, "command": "python " + " ".join(sys.argv)})
+                folder.write_json(path.name, {**result, "variant": method, "command": "python " + " ".join(sys.argv)})
                 print(f"{task} {method} seed {seed}: {result['metric']} {result['score']:.4f}", flush=True)
 
 

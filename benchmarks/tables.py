@@ -155,11 +155,16 @@ def energy(result: dict[str, Any]) -> str:
     return f"{markdown(header, rows)}\n\n{origin(result)}"
 
 
+def variant(result: dict[str, Any]) -> str:
+    """What the grid calls a run; one that is named after its method does not say so."""
+    return str(result.get("variant") or result["method"])
+
+
 def glue(results: list[dict[str, Any]]) -> str:
     """Score of each method on each task, mean ± standard deviation over seeds, from one result file a run."""
     by: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for result in results:
-        by.setdefault(result["task"], {}).setdefault(result["variant"], []).append(result)
+        by.setdefault(result["task"], {}).setdefault(variant(result), []).append(result)
     methods = list(dict.fromkeys(method for runs in by.values() for method in runs))
     rows: list[list[str]] = []
     means: dict[str, list[float]] = {method: [] for method in methods}
@@ -170,7 +175,8 @@ def glue(results: list[dict[str, Any]]) -> str:
             scores = [100 * run["score"] for run in runs.get(method, [])]
             mean, deviation = spread(scores) if scores else (math.nan, 0.0)
             means[method].append(mean)
-            row.append(f"{mean:.1f} ± {deviation:.1f} ({len(scores)})" if scores else "not run")
+            spread_of = f" ± {deviation:.1f}" if len(scores) > 1 else ""  # one run has none
+            row.append(f"{mean:.1f}{spread_of} ({len(scores)})" if scores else "not run")
         rows.append(row)
     whole = {method: sum(found) / len(found) for method, found in means.items()}
     rows.append(["mean", *(f"{whole[m]:.1f}" if math.isfinite(whole[m]) else "not run in full" for m in methods)])
@@ -178,7 +184,7 @@ def glue(results: list[dict[str, Any]]) -> str:
         ("trained entries of the MLP layers", lambda run: run["trained_entries"]["adapter"]),
         ("learning rate", lambda run: run["learning_rate"]),
     ):
-        found = [sorted({of(run) for run in results if run["variant"] == method}) for method in methods]
+        found = [sorted({of(run) for run in results if variant(run) == method}) for method in methods]
         rows.append([what, *(", ".join(f"{value:,}" for value in values) for values in found)])
     environments = [run["environment"] for run in results]
     machines = sorted({f"{e['device']}, torch {e['packages']['torch']}" for e in environments})

@@ -139,7 +139,7 @@ def test_run_files_say_where_they_come_from(path: Path) -> None:
     assert re.fullmatch(r"[0-9a-f]{40}", environment["commit"])
     assert environment["dirty"] is False
     assert environment["seed"] == result["seed"]
-    assert path.name == f"{result['variant']}-{result['seed']}.json"
+    assert path.name == f"{tables.variant(result)}-{result['seed']}.json"
     assert result["task"] == f"glue/{path.parent.name}"
 
 
