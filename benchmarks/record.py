@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 
 def processor() -> str:
@@ -61,24 +60,6 @@ def time_in_turn(steps: dict[str, Callable[[], object]], repeats: int, warmup: i
             if repeat >= 0:
                 times[name].append((time.perf_counter() - start) * 1e3)
     return times
-
-
-def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps from forward to backward, parameters and buffers of the module aside."""
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = forward()
-    total = sum(kept.values())
-    del output
-    return total
 
 
 def parser(description: str | None, result: str) -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from ..run.arguments import RunArguments
+from ..run.arguments import RunArguments, flat
 from ..run.presets import preset
 from .parsing import VerbParser, make_parser
 
@@ -35,7 +35,7 @@ def run_parser(verb: str, description: str, example: str, argv: list[str]) -> Ve
     parser.add_class_arguments(RunArguments)
     name = _preset_name(argv)
     if name is not None:
-        parser.set_defaults(_flat(preset(name)))
+        parser.set_defaults(flat(preset(name)))
     return parser
 
 
@@ -98,13 +98,3 @@ def _preset_name(argv: list[str]) -> str | None:
             raise ValueError(f"{known.config}: expected YAML ({error})") from error
         name = found.get("preset") if isinstance(found, dict) else None
     return name if isinstance(name, str) else None  # the parser refuses what is no name
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            found.update(_flat(value, f"{prefix}{name}."))
-        else:
-            found[f"{prefix}{name}"] = value
-    return found

@@ -231,6 +231,14 @@ class SearchArguments:
             raise ValueError("\n".join(["this search cannot be started:", *(f"  - {words}" for words in problems)]))
 
 
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names, as on the command line."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
 def _value(arguments: RunArguments, name: str) -> Any:
     group, _, field_name = name.partition(".")
     return getattr(getattr(arguments, group), field_name)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from .arguments import RunArguments, SearchArguments
+from .arguments import RunArguments, SearchArguments, flat
 from .folder import write_whole
 from .picture import search_picture
 
@@ -74,7 +74,7 @@ def _journal(path: Path) -> Any:
 
 
 def _check_same(study: Any, arguments: RunArguments, what: SearchArguments) -> None:
-    settings = {**_flat(arguments.as_dict()), **{f"search.{name}": value for name, value in asdict(what).items()}}
+    settings = {**flat(arguments.as_dict()), **{f"search.{name}": value for name, value in asdict(what).items()}}
     for name in (*_SEARCHED, "search.trials", "search.storage"):
         settings.pop(name)
     there = study.user_attrs.get("settings")
@@ -85,13 +85,6 @@ def _check_same(study: Any, arguments: RunArguments, what: SearchArguments) -> N
     if other:
         found = ", ".join(f"{name} ({there.get(name)} there, {settings[name]} here)" for name in other)
         raise FileExistsError(f"{arguments.output} holds another search, which differs in {found}; name another output")
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
 
 
 def _take_up_interrupted(study: Any) -> None:
