@@ -23,7 +23,7 @@ class BenchArguments:
     layers: int | None = None
     "blocks; default: the whole model on a GPU, at most 4 blocks on a CPU"
     methods: str | None = None
-    "names with commas between; default: all, but those with square bases of a side above 4096; all are in memory at once"
+    "names with commas between, all in memory at once; default: all, without square bases of a side above 4096"
     rest: Literal["freeze", "train"] = "freeze"
     "the model besides the MLP layers: frozen, or trained by AdamW"
     narrow: int | float = 0.33
