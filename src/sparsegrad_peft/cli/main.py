@@ -20,6 +20,7 @@ VERBS = {
     "merge": "write a finished run's model with the adapter merged into its weights",
     "export": "write an adapter as a LoRA adapter, for servers that know only LoRA",
     "inspect": "parameters, layers and memory of any model, from its config alone",
+    "reproduce": "the paper's comparison and what goes beyond it, as a grid of runs",
     "report": "compare finished runs: one page, and tables",
     "bench": "time and memory of a training step, beside LoRA's and full fine-tuning's",
     "presets": "settings that come with the package",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from argparse import ArgumentParser as PlainParser
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,20 @@ def run_parser(verb: str, description: str, example: str, argv: list[str]) -> Ve
 def run_arguments(found: dict[str, Any]) -> RunArguments:
     """What a parser of `run_parser` found."""
     return RunArguments(**{key: value for key, value in found.items() if key not in ("config", "preset")})
+
+
+def as_arguments(settings: dict[str, Any]) -> RunArguments:
+    """Nested settings, as a file for `--config` has them.
+
+    Raises:
+        ValueError: there is no such setting, or it has another type.
+    """
+    parser = run_parser("train", "", "", [])
+    parser.exit_on_error = False
+    try:
+        return run_arguments(vars(parser.instantiate(parser.parse_object(settings))))
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
 
 
 def main(argv: list[str]) -> None:

@@ -20,7 +20,7 @@ class Phase:
     """What a phase took.
 
     On a GPU the memory is the allocator's own high-water mark. On a CPU it is the highest of the process's resident
-    memory, looked at fifty times a second, less what there was at the start: the whole process, libraries included.
+    memory, looked at fifty times a second: the whole process, libraries included.
     """
 
     seconds: float = 0.0
@@ -28,6 +28,8 @@ class Phase:
     "the most that was in use"
     extra_memory_bytes: int = 0
     "the most that was in use above the start of the phase"
+    mean_memory_bytes: int = 0
+    "in use on average"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -43,29 +45,31 @@ def measured() -> Iterator[Phase]:
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        before = process.memory_info().rss
-    peak, stop = before, threading.Event()
+
+    def in_use() -> int:
+        return int(torch.cuda.memory_allocated() if on_gpu else process.memory_info().rss)
+
+    before = in_use()
+    peak, total, looks, stop = before, before, 1, threading.Event()
 
     def watch() -> None:
-        nonlocal peak
+        nonlocal peak, total, looks
         while not stop.wait(_INTERVAL):
-            peak = max(peak, process.memory_info().rss)
+            now = in_use()
+            peak, total, looks = max(peak, now), total + now, looks + 1
 
     watcher = threading.Thread(target=watch, daemon=True)
     start = time.perf_counter()
-    if not on_gpu:
-        watcher.start()
+    watcher.start()
     try:
         yield phase
     finally:
+        stop.set()
+        watcher.join()
+        peak = max(peak, in_use())
         if on_gpu:
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
-        else:
-            stop.set()
-            watcher.join()
-            peak = max(peak, process.memory_info().rss)
         phase.seconds = time.perf_counter() - start
         phase.peak_memory_bytes, phase.extra_memory_bytes = peak, peak - before
+        phase.mean_memory_bytes = total // looks

@@ -54,7 +54,7 @@ def search(
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         study_name=f"{arguments.task}, {arguments.method}, {arguments.model}",
-        storage=what.storage or _journal(folder / "trials.journal"),
+        storage=what.storage or journal(folder / "trials.journal"),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=5) if what.prune else optuna.pruners.NopPruner(),
         direction="maximize",
         load_if_exists=True,
@@ -66,7 +66,8 @@ def search(
     return _finish(study, arguments, folder)
 
 
-def _journal(path: Path) -> Any:
+def journal(path: Path) -> Any:
+    """Optuna's storage in a file that several processes can share."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
@@ -93,7 +94,7 @@ def _take_up_interrupted(study: Any) -> None:
 
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         host, _, process = trial.user_attrs.get("process", "").rpartition(":")
-        if host == socket.gethostname() and not _alive(int(process)):
+        if host == socket.gethostname() and not is_alive(int(process)):
             if trial.params:
                 folder = trial.user_attrs.get("folder")
                 study.enqueue_trial(trial.params, user_attrs={"folder": folder} if folder else None)
@@ -101,7 +102,8 @@ def _take_up_interrupted(study: Any) -> None:
             study.tell(trial.number, state=TrialState.FAIL)
 
 
-def _alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether there is such a process here; this one aside."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -141,6 +141,9 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         "scores": {split: _named(found, split) for split, found in scores.items()},
         "trained_entries": trained_entries(trainer.model),
         "steps": trainer.state.global_step,
+        "evaluations": [
+            {"step": entry["step"], **_named(entry, "eval")} for entry in log if f"eval_{task.main_metric}" in entry
+        ],
         "best_step": trainer.state.best_global_step,
         "learning_rate": arguments.learning_rate,
         "training_loss_last_sixth": last_sixth(log),

@@ -1,0 +1,254 @@
+"""Works off experiments: every run is a `sparsegrad train` of its own, every result a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..cli.train import as_arguments
+from ..run.arguments import RunArguments
+from ..run.environment import environment
+from ..run.folder import RunFolder, write_whole
+from ..run.search import journal
+from .claims import Claims
+from .experiment import Cell, Experiment
+
+_POLL = 3.0  # seconds between two looks at what others are doing
+_ATTEMPTS = 2  # a run whose process was killed so often is given up
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a study is kept."""
+
+    results: Path
+    "a JSON file for each run"
+    runs: Path
+    "run folders, without the weights, and what the runs said"
+    storage: str | None = None
+    "Optuna's, where the claims are: postgresql://...; None: a journal file in `runs`"
+
+    def result(self, name: str) -> Path:
+        """File of a run."""
+        return self.results / f"{name}.json"
+
+
+class Reporter:
+    """Hears what a study does; this one says nothing."""
+
+    def start(self, cell: Cell, learning_rate: float | None) -> None:
+        """A run begins."""
+
+    def end(self, cell: Cell, result: dict[str, Any]) -> None:
+        """A run is over."""
+
+    def counts(self, finished: int, total: int) -> None:
+        """So many of all runs have a result."""
+
+
+def reproduce(
+    experiments: Sequence[Experiment],
+    places: Places,
+    *,
+    keep: Callable[[Cell], bool] = lambda cell: True,
+    threads: int | None = None,
+    retry: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Run what has no result yet, and wait for what others run.
+
+    Failed runs have a result too, which says so.
+
+    Args:
+        experiments: what to run.
+        places: where.
+        keep: which of the runs.
+        threads: of each run; None: PyTorch's own choice.
+        retry: run again what has failed before.
+        reporter: hears of it.
+
+    Returns:
+        Run's name -> result.
+
+    Raises:
+        ValueError: a run takes its learning rate from a search that is not among the runs and has no results, or has
+            settings that `sparsegrad train` refuses; before any of them is started.
+    """
+    reporter = reporter or Reporter()
+    cells = [cell for experiment in experiments for cell in experiment.cells() if keep(cell)]
+    _check(cells, places)
+    claims = Claims(places.storage or _journal_in(places.runs))
+    for cell in cells if retry else ():
+        if places.result(cell.name).is_file() and _read(places.result(cell.name))["status"] != "finished":
+            claims.forget(cell.name)
+            places.result(cell.name).unlink()
+    while True:
+        for name, result in claims.results():
+            if not places.result(name).is_file():
+                _write(places.result(name), result)
+        left = [cell for cell in cells if not places.result(cell.name).is_file()]
+        reporter.counts(len(cells) - len(left), len(cells))
+        if not left:
+            return {cell.name: _read(places.result(cell.name)) for cell in cells}
+        if not any(_take(cell, cells, places, claims, threads, reporter) for cell in left):
+            time.sleep(_POLL)
+
+
+def _take(
+    cell: Cell, cells: list[Cell], places: Places, claims: Claims, threads: int | None, reporter: Reporter
+) -> bool:
+    """Run a cell, if it is nobody's and its learning rate is known; whether it was run."""
+    rate = cell.trial if cell.trial is not None else best_rate(cell, cells, places.results)
+    if rate is None and cell.searched_as is not None:
+        return False
+    attempt = claims.take(cell.name)
+    if not attempt or places.result(cell.name).is_file():
+        return False
+    reporter.start(cell, rate)
+    arguments = as_arguments(cell.settings(rate))
+    result = _same(arguments, places.results)
+    try:
+        if result is None:
+            arguments.output = str(places.runs / cell.name)
+            result = _run(arguments, threads, partial(claims.add_process, cell.name, attempt))
+            if result["status"] == "killed" and attempt < _ATTEMPTS:
+                claims.release(cell.name, attempt)
+                return True
+    except BaseException:
+        claims.release(cell.name, attempt)
+        raise
+    result = {
+        **result,
+        "experiment": cell.experiment.name,
+        "scale": cell.experiment.scale,
+        "variant": cell.method.name,
+        "trial": cell.trial is not None,
+        "attempts": attempt,
+    }
+    _write(places.result(cell.name), result)
+    claims.finish(cell.name, attempt, result)
+    reporter.end(cell, result)
+    return True
+
+
+def _run(arguments: RunArguments, threads: int | None, started: Callable[[int], None]) -> dict[str, Any]:
+    """In a process of its own: its memory is its own, and what kills it does not kill the study."""
+    output = Path(arguments.output)
+    config, log = output.with_name(f"{output.name}.yaml"), output.with_name(f"{output.name}.log")
+    write_whole(config, yaml.safe_dump(arguments.as_dict(), sort_keys=False))
+    variables = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+    command = ["sparsegrad", "train", "--config", str(config)]
+    with log.open("w", encoding="utf-8") as said:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "sparsegrad_peft.cli.main", *command[1:]], stdout=said, stderr=said, env=variables
+        )
+        try:
+            started(child.pid)
+            status = child.wait()
+        except BaseException:  # it is interrupted as well, and its folder has its checkpoints
+            child.terminate()
+            child.wait()
+            raise
+    folder = RunFolder(output)
+    if status == 0:
+        result = folder.read_result()
+        for weights in ("adapter", "model", "tokenizer"):
+            shutil.rmtree(output / weights, ignore_errors=True)  # a study is for the numbers
+        return {**result, "status": "finished", "command": " ".join(command)}
+    words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    error = words[-1] if words else f"exit status {status}"
+    return {
+        "status": _status(status, error), "error": error, "task": arguments.task, "method": arguments.method,
+        "model": arguments.model, "seed": arguments.seeds[0], "learning_rate": arguments.learning_rate,
+        "config": arguments.as_dict(), "environment": {**environment(), "seed": arguments.seeds[0]},
+        "command": " ".join(command),
+    }  # fmt: skip
+
+
+def _status(status: int, error: str) -> str:
+    if status < 0:  # by a signal: on Linux, that is what a machine without memory left does
+        return "killed"
+    if "out of memory" in error.lower() or "MemoryError" in error:
+        return "out of memory"
+    return "diverged" if "the loss of step" in error else "failed"
+
+
+def best_rate(cell: Cell, cells: Sequence[Cell], results: Path) -> float | None:
+    """The learning rate with the highest score in the search; None while a trial is missing.
+
+    Of several with the same score, as where none has learnt to tell the classes yet, it is the one with the lowest
+    training loss; where all trials failed, the lowest that was tried.
+    """
+    prefix = cell.searched_as
+    if prefix is None:
+        return None
+    files = {results / f"{other.name}.json" for other in cells if other.trial and other.name.startswith(prefix)}
+    files.update((results / prefix).parent.glob(f"{Path(prefix).name}*.json"))
+    if not files or not all(path.is_file() for path in files):
+        return None
+    found = {}
+    for path in files:
+        trial = _read(path)
+        finished = trial["status"] == "finished"
+        found[_rate(path)] = (trial["score"], -trial["training_loss_last_sixth"]) if finished else (-math.inf, 0.0)
+    return max(sorted(found), key=found.__getitem__)
+
+
+def _rate(path: Path) -> float:
+    return float(path.stem.rpartition("-lr")[2])
+
+
+def _same(arguments: RunArguments, results: Path) -> dict[str, Any] | None:
+    """A finished run with the very same settings, such as another experiment's: it is not run again."""
+    wanted = arguments.as_dict()
+    for path in sorted(results.rglob("*.json")):
+        there = _read(path)
+        if there.get("status") == "finished" and {**there["config"], "output": None} == {**wanted, "output": None}:
+            return {**there, "same_as": path.relative_to(results).as_posix()}
+    return None
+
+
+def _check(cells: list[Cell], places: Places) -> None:
+    """Whether all of it can be run, before any of it is."""
+    seen: set[str] = set()
+    for cell in cells:
+        if cell.trial is None and cell.searched_as is not None:
+            prefix = cell.searched_as
+            among = any(other.trial is not None and other.name.startswith(prefix) for other in cells)
+            if not among and not list((places.results / prefix).parent.glob(f"{Path(prefix).name}*.json")):
+                whose = prefix.split("/")[0]
+                raise ValueError(
+                    f"{cell.name} takes its learning rate from the search {prefix}..., which has no results in "
+                    f"{places.results}; run it first: sparsegrad reproduce {whose}"
+                )
+        settings = cell.settings(cell.trial or 1e-3)
+        key = json.dumps({**settings, "seeds": None, "training": None}, sort_keys=True)
+        if key not in seen:
+            seen.add(key)
+            as_arguments(settings).check()
+
+
+def _journal_in(folder: Path) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    return journal(folder / "claims.journal")
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(result, indent=1) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -1,0 +1,232 @@
+"""A grid is run once, by one process or several; what fails says so; the best of a search is what the runs take."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sparsegrad_peft.cli.main import main
+from sparsegrad_peft.study.claims import Claims
+from sparsegrad_peft.study.experiment import Experiment, load_experiment
+from sparsegrad_peft.study.reproduce import Places, Reporter, best_rate, reproduce
+
+# Optuna's own: a class that is marked as new, and one that it will rename.
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+
+class Lines(Reporter):
+    """What was run."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.rates: dict[str, float | None] = {}
+
+    def start(self, cell: Any, learning_rate: float | None) -> None:
+        self.begun.append(cell.name)
+        self.rates[cell.name] = learning_rate
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_bert: Path, rows: Path) -> Path:
+    """One experiment of two methods on rows of our own, and one that takes its learning rate from there."""
+    data = {"train_file": str(rows / "train.csv"), "validation_file": str(rows / "dev.csv"), "text": ["text"]}
+    default = {
+        "order": ["first", "second"], "seeds": [0, 1], "task_settings": {}, "methods": {},
+        "settings": {
+            "data": {**data, "max_length": 24}, "calibration": {"n_steps": 2},
+            "training": {"epochs": 1, "batch_size": 8},
+        },
+        "search": {"seed": 100, "settings": {"data": {"train_rows": 16}}, "task_settings": {}},
+        "scales": {"cpu": {"models": [str(tiny_bert)], "tasks": ["files"]}},
+    }  # fmt: skip
+    first = {
+        "title": "First", "question": "Which?",
+        "methods": {
+            "sparsegrad": {"settings": {"adapter": {"c": 0.5, "r": 0.5}}, "learning_rates": [1e-2, 1e-3]},
+            "lora": {"settings": {"method": "lora", "adapter": {"rank": 1}}, "learning_rates": [1e-2, 1e-3]},
+        },
+    }  # fmt: skip
+    second = {
+        "title": "Second", "question": "More?", "seeds": [0],
+        "methods": {
+            "same": {"settings": {"adapter": {"c": 0.5, "r": 0.5}}, "rates_of": "first/sparsegrad"},
+            "broken": {"settings": {"adapter": {"c": 0.5, "r": 0.5}, "training": {"learning_rate": 1e30}}},
+        },
+    }  # fmt: skip
+    where = tmp_path / "experiments"
+    for name, content in (("first", first), ("second", second)):
+        (where / name).mkdir(parents=True)
+        (where / name / "experiment.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    (where / "default.yaml").write_text(yaml.safe_dump(default), encoding="utf-8")
+    return where
+
+
+@pytest.fixture
+def load(folder: Path) -> Callable[[str], Experiment]:
+    return lambda name: load_experiment(name, "cpu", folder)
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    return Places(tmp_path / "results", tmp_path / "runs")
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.slow
+def test_grid_search_best_and_again(load: Any, places: Places, tmp_path: Path) -> None:
+    said = Lines()
+    results = reproduce([load("first"), load("second")], places, threads=1, reporter=said)
+    assert len(results) == 4 + 4 + 2 == len(said.begun)
+    assert sum(result["trial"] for result in results.values()) == 4
+    # The search is run before what depends on it, on its own rows and seed.
+    assert [name.split("/")[1] for name in said.begun[:4]] == ["search"] * 4
+    trial = next(result for result in results.values() if result["trial"])
+    assert (trial["rows"]["train"], trial["seed"]) == (16, 100)
+    for method in ("sparsegrad", "lora"):
+        trials = {r["learning_rate"]: r["score"] for r in results.values() if r["trial"] and r["variant"] == method}
+        assert sorted(trials) == [1e-3, 1e-2]
+        best = max(sorted(trials), key=trials.__getitem__)
+        runs = [r for r in results.values() if not r["trial"] and r["variant"] == method]
+        assert [run["learning_rate"] for run in runs] == [best, best]
+        assert [run["seed"] for run in runs] == [0, 1]
+        assert all(run["rows"]["train"] == 48 for run in runs)
+        if method == "sparsegrad":
+            same = next(r for r in results.values() if r["variant"] == "same")
+            # The very same settings as a run of the first experiment: not run again, and it says so.
+            assert same["same_as"].endswith("/sparsegrad-0.json")
+            assert (same["score"], same["learning_rate"]) == (runs[0]["score"], best)
+    broken = next(result for result in results.values() if result["variant"] == "broken")
+    assert broken["status"] == "diverged"
+    assert "the loss of step" in broken["error"]
+    for name, result in results.items():
+        file = read(places.result(name))
+        assert file == result
+        assert {"experiment", "scale", "config", "environment", "status", "command", "attempts"} <= file.keys()
+        if result["status"] == "finished":
+            assert {"training", "calibration", "evaluations", "trained_entries", "weights_bytes"} <= file.keys()
+            assert file["training"]["mean_memory_bytes"] <= file["training"]["peak_memory_bytes"]
+    assert not list(places.runs.rglob("*.safetensors"))
+
+    again = Lines()
+    assert reproduce([load("first"), load("second")], places, threads=1, reporter=again) == results
+    assert again.begun == []
+    retried = Lines()
+    reproduce([load("second")], places, threads=1, retry=True, reporter=retried)
+    assert [name.rpartition("/")[2] for name in retried.begun] == ["broken-0"]
+
+    # Results that lie elsewhere, such as on another machine, come with the claims.
+    other = Places(tmp_path / "elsewhere", places.runs)
+    assert reproduce([load("first")], other, reporter=again) == {n: r for n, r in results.items() if "first" in n}
+    assert again.begun == []
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_runs_and_a_killed_one_is_taken_up(
+    folder: Path, places: Places, load: Any, tiny_bert: Path
+) -> None:
+    words = [
+        sys.executable, "-m", "sparsegrad_peft.cli.main", "reproduce", "first", "--folder", str(folder), "--results",
+        str(places.results), "--runs", str(places.runs), "--threads", "1",
+    ]  # fmt: skip
+    killed = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(places.runs.rglob("*.log")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert list(places.runs.rglob("*.log"))
+    assert not list(places.results.rglob("*.json"))  # it was in the first run
+
+    both = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=280)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    lines = [line for words in said for line in words.splitlines() if line.startswith("first/")]
+    assert len(lines) == len({line.split(":")[0] for line in lines}) == 8  # each run by one of them
+    assert all(any(line.startswith("first/") for line in words.splitlines()) for words in said)
+    attempts = [read(path)["attempts"] for path in places.results.rglob("*.json")]
+    assert sorted(attempts) == [1] * 7 + [2]
+
+
+def test_claims(tmp_path: Path) -> None:
+    from sparsegrad_peft.run.search import journal
+
+    first, second = Claims(journal(tmp_path / "j")), Claims(journal(tmp_path / "j"))
+    assert first.take("a") == 1
+    assert second.take("a") == 0
+    first.release("a", 1)
+    assert second.take("a") == 2
+    second.finish("a", 2, {"score": 1.0})
+    assert first.take("a") == 0
+    assert dict(first.results()) == {"a": {"score": 1.0}}
+    first.forget("a")
+    assert dict(first.results()) == {}
+    assert first.take("a") == 3
+
+
+def test_no_rate_before_the_search_is_over(load: Any, places: Places) -> None:
+    cells = list(load("first").cells())
+    trials = [cell for cell in cells if cell.trial is not None and cell.method.name == "lora"]
+    run = next(cell for cell in cells if cell.trial is None and cell.method.name == "lora")
+    places.result(trials[0].name).parent.mkdir(parents=True)
+    finished = {"status": "finished", "score": 0.5, "training_loss_last_sixth": 0.6}
+
+    def write(trial: Any, result: dict[str, Any]) -> None:
+        places.result(trial.name).write_text(json.dumps(result), encoding="utf-8")
+
+    write(trials[0], finished)
+    assert best_rate(run, cells, places.results) is None
+    for second, best in (
+        ({**finished, "score": 0.6}, 1e-3),
+        ({**finished, "score": 0.4}, 1e-2),
+        ({**finished, "training_loss_last_sixth": 0.5}, 1e-3),
+        ({"status": "diverged"}, 1e-2),
+    ):
+        write(trials[1], second)
+        assert best_rate(run, cells, places.results) == best
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("first", "methods", {"lora": {"learning_rates": [1e-3]}, "full": {}}), "the same number of learning rates"),
+        (("first", "metods", {}), "found metods"),
+        (("first", "methods", {"lora": {"rates": []}}), "found rates"),
+        (("first", "methods", {"lora": {"settings": {"method": "lore"}}}), "found 'lore'"),
+        (("first", "methods", {"lora": {"settings": {"adaptor": {}}}}), "adaptor"),
+        (("first", "methods", {"lora": {"rates_of": "second/lora"}}), "sparsegrad reproduce second"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_is_refused_first(
+    change: tuple[str, str, Any], words: str, folder: Path, places: Places, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, key, value = change
+    file = folder / name / "experiment.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
+    command = ["reproduce", name, "--folder", str(folder), "--results", str(places.results), "--runs"]
+    assert main([*command, str(places.runs)]) == 1
+    assert words in capsys.readouterr().err
+    assert not places.runs.exists()
+    assert not places.results.exists()
+
+
+def test_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "nothing"]) == 1
+    assert "no experiment 'nothing'; there are comparison" in capsys.readouterr().err
+    assert main(["reproduce", "comparison", "--scale", "huge"]) == 1
+    assert "no scale 'huge'; there are cpu, paper" in capsys.readouterr().err
+    assert main(["reproduce", "comparison", "--methods", "lora,lore"]) == 1
+    assert "--methods: expected some of full, lora" in capsys.readouterr().err
