@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from sparsegrad_peft.cli.main import main
-from sparsegrad_peft.report.compare import cells, compare, mean_of_tasks, methods_of
+from sparsegrad_peft.report.compare import cells, compare, mean_of_tasks
 from sparsegrad_peft.report.page import page, verdict
-from sparsegrad_peft.report.results import Run, read_runs
-from sparsegrad_peft.report.tables import comparisons, every_run, scores
+from sparsegrad_peft.report.results import Run, Section, read_runs, read_sections
+from sparsegrad_peft.report.tables import comparisons, every_run, scores, searches
 from sparsegrad_peft.report.write import markdown
 
 SCORES = {  # task -> method -> score of each seed
@@ -46,14 +46,20 @@ def runs(folder: Path) -> list[Run]:
     return read_runs([folder])
 
 
-def test_cells_and_means(runs: list[Run]) -> None:
+@pytest.fixture
+def section(folder: Path) -> Section:
+    [found] = read_sections([folder])
+    return found
+
+
+def test_cells_and_means(runs: list[Run], section: Section) -> None:
     assert len(runs) == 9
-    assert methods_of(runs) == ["sparsegrad", "lora", "full"]
+    assert list(section.methods) == ["sparsegrad", "lora", "full"]
     found = cells(runs)["rte"]["sparsegrad"]
     assert (found.mean, found.deviation) == (pytest.approx(62), pytest.approx(math.sqrt(8)))
-    assert mean_of_tasks(runs, "sparsegrad") == pytest.approx(72)
-    assert mean_of_tasks(runs, "lora") == pytest.approx(70)
-    assert math.isnan(mean_of_tasks(runs, "full"))  # has not run on MRPC
+    assert mean_of_tasks(section, "sparsegrad") == pytest.approx(72)
+    assert mean_of_tasks(section, "lora") == pytest.approx(70)
+    assert math.isnan(mean_of_tasks(section, "full"))  # has not run on MRPC
 
 
 def test_comparison_by_hand(runs: list[Run]) -> None:
@@ -71,16 +77,16 @@ def test_comparison_by_hand(runs: list[Run]) -> None:
     assert compare(runs, "full", "none").pairs == 0
 
 
-def test_tables(runs: list[Run]) -> None:
-    table = scores(runs)
+def test_tables(runs: list[Run], section: Section) -> None:
+    table = scores(section)
     assert table.header == ["task", "sparsegrad", "lora", "full"]
     by_task = {row[0].partition(",")[0]: row[1:] for row in table.rows}
     assert by_task["rte"] == ["62.0 ± 2.8 (2)", "59.0 ± 1.4 (2)", "66.0 (1)"]
     assert by_task["mrpc"][2] == "not run"
     assert by_task["mean of tasks"] == ["72.0", "70.0", "not all run"]
-    assert comparisons(runs, "lora").rows[0][:3] == ["sparsegrad", "4", "+2.00"]
+    assert comparisons(section, "lora").rows[0][:3] == ["sparsegrad", "4", "+2.00"]
     assert len(every_run(runs).rows) == 9
-    assert verdict(runs, "prefix") == "9 runs of sparsegrad, lora, full; there is nothing to compare with prefix."
+    assert verdict(section, "prefix") == "9 runs of sparsegrad, lora, full; there is nothing to compare with prefix."
 
 
 def test_command_writes_page_markdown_and_csv(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,14 +98,60 @@ def test_command_writes_page_markdown_and_csv(folder: Path, tmp_path: Path, caps
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|<pre>.*?</pre>|<metadata>.*?</metadata>', "", text, flags=re.S)
     with (tmp_path / "out" / "scores.csv").open(encoding="utf-8", newline="") as file:
         assert ["mean of tasks", "72.0", "70.0", "not all run"] in list(csv.reader(file))
-    assert (tmp_path / "out" / "results.md").read_text(encoding="utf-8") == markdown(read_runs([folder]), "A <title>")
+    assert (tmp_path / "out" / "results.md").read_text(encoding="utf-8") == markdown(
+        read_sections([folder]), "A <title>"
+    )
 
 
-def test_the_same_runs_give_the_same_bytes(runs: list[Run]) -> None:
-    assert page(runs, "t") == page(runs, "t")
+@pytest.fixture
+def study(tmp_path: Path, runs: list[Run]) -> Section:
+    """Of the shipped comparison: a few runs, two trials, one that ran out of memory, the rest not run."""
+    real = runs[0].result
+
+    def write(name: str, **what: Any) -> None:
+        base = {**real, "experiment": "comparison", "scale": "cpu", "trial": False, "status": "finished", "seed": 0}
+        path = tmp_path / "study" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**base, **what}), encoding="utf-8")
+
+    write("a", task="glue/rte", variant="sparsegrad", score=0.6, learning_rate=1e-2)
+    write("b", task="glue/rte", variant="lora", score=0.5)
+    for rate, score in ((1e-2, 0.55), (1e-3, 0.45)):
+        write(f"t{rate}", task="glue/rte", variant="sparsegrad", score=score, learning_rate=rate, trial=True, seed=100)
+    failed = {"task": "glue/rte", "variant": "full", "seed": 1, "status": "out of memory", "error": "too <large>",
+              "config": {}, "experiment": "comparison", "scale": "cpu", "trial": False}  # fmt: skip
+    (tmp_path / "study" / "c.json").write_text(json.dumps(failed), encoding="utf-8")
+    [found] = read_sections([tmp_path / "study"])
+    return found
 
 
-def test_page_is_whole(runs: list[Run]) -> None:
+def test_a_study_names_what_was_not_run_and_what_failed(study: Section) -> None:
+    table = scores(study)
+    assert [row[0].partition(",")[0] for row in table.rows] == ["sst2", "mrpc", "stsb", "rte", "cola", "mean of tasks"]
+    rte = dict(zip(table.header, table.rows[3], strict=True))
+    assert rte["sparsegrad"] == "60.0 (1)"
+    assert rte["full"] == "out of memory: seed 1"
+    assert rte["meprop"] == "not run"
+    assert set(table.rows[0][1:]) == {"not run"}
+    assert set(table.rows[5][1:]) == {"not all run"}
+    # The published differences stand beside ours.
+    against = {row[0]: row for row in comparisons(study, "lora").rows}
+    assert against["sparsegrad"][2] == "+10.00"
+    assert against["full"][-1] == "+0.9, +1.1, +1.9"
+    assert against["sparsegrad"][-1] == ""
+    assert searches(study).rows == [["rte", "sparsegrad", "0.001: 45.0, 0.01: 55.0", "0.01"]]
+    assert "Not run: sparsegrad-per-layer" in verdict(study)
+    text = page([study], "t")
+    assert "full, seed 1: out of memory (too &lt;large&gt;)" in text
+    assert "id='of-comparison'" in text
+    assert "out of memory: seed 1" in markdown([study], "t")
+
+
+def test_the_same_runs_give_the_same_bytes(section: Section) -> None:
+    assert page([section], "t") == page([section], "t")
+
+
+def test_page_is_whole(section: Section) -> None:
     """Every element is closed, every link within the page leads somewhere, every picture says what it shows."""
 
     class Reader(HTMLParser):
@@ -122,7 +174,7 @@ def test_page_is_whole(runs: list[Run]) -> None:
             assert self.open.pop() == tag
 
     reader = Reader()
-    reader.feed(page(runs, "t"))
+    reader.feed(page([section], "t"))
     assert reader.open == []
     assert reader.links
     assert {link.removeprefix("#") for link in reader.links} <= reader.ids
@@ -138,11 +190,11 @@ def browser() -> str | None:
 
 
 @pytest.mark.skipif(browser() is None, reason="no Chromium is installed")
-def test_page_in_a_browser(runs: list[Run], tmp_path: Path) -> None:
+def test_page_in_a_browser(runs: list[Run], section: Section, tmp_path: Path) -> None:
     """Sorted by a click, filtered by words, a run opened by a link; nothing in the console."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     file = tmp_path / "index.html"
-    file.write_text(page(runs, "t"), encoding="utf-8")
+    file.write_text(page([section], "t"), encoding="utf-8")
     with sync_api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
         tab = chromium.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
@@ -150,10 +202,11 @@ def test_page_in_a_browser(runs: list[Run], tmp_path: Path) -> None:
         tab.on("console", lambda message: said.append(message.text))
         tab.on("pageerror", lambda error: said.append(str(error)))
         tab.goto(file.as_uri())
-        column = "#every-run tbody tr:not([hidden]) td:nth-child(4)"
-        tab.click("#every-run th:nth-child(4) button")
-        assert [float(text) for text in tab.locator(column).all_inner_texts()] == sorted(run.score for run in runs)
-        tab.click("#every-run th:nth-child(4) button")
+        column = "#every-run tbody tr:not([hidden]) td:nth-child(5)"
+        tab.click("#every-run th:nth-child(5) button")
+        shown = [float(text) for text in tab.locator(column).all_inner_texts()]
+        assert shown == pytest.approx(sorted(run.score for run in runs))
+        tab.click("#every-run th:nth-child(5) button")
         assert float(tab.locator(column).first.inner_text()) == 83.0
         tab.fill("input[type=search]", "rte lora")
         assert [float(text) for text in tab.locator(column).all_inner_texts()] == [60.0, 58.0]

@@ -41,7 +41,7 @@ def folder(tmp_path: Path, tiny_bert: Path, rows: Path) -> Path:
     """One experiment of two methods on rows of our own, and one that takes its learning rate from there."""
     data = {"train_file": str(rows / "train.csv"), "validation_file": str(rows / "dev.csv"), "text": ["text"]}
     default = {
-        "order": ["first", "second"], "seeds": [0, 1], "task_settings": {}, "methods": {},
+        "order": ["first", "second"], "seeds": [0, 1], "task_settings": {}, "methods": {}, "paper": None,
         "settings": {
             "data": {**data, "max_length": 24}, "calibration": {"n_steps": 2},
             "training": {"epochs": 1, "batch_size": 8},
@@ -206,7 +206,7 @@ def test_no_rate_before_the_search_is_over(load: Any, places: Places) -> None:
         (("first", "metods", {}), "found metods"),
         (("first", "methods", {"lora": {"rates": []}}), "found rates"),
         (("first", "methods", {"lora": {"settings": {"method": "lore"}}}), "found 'lore'"),
-        (("first", "methods", {"lora": {"settings": {"adaptor": {}}}}), "adaptor"),
+        (("first", "methods", {"lora": {"settings": {"adaptor": {"c": 8}}}}), "adaptor"),
         (("first", "methods", {"lora": {"rates_of": "second/lora"}}), "sparsegrad reproduce second"),
     ],
 )  # fmt: skip

@@ -21,14 +21,24 @@ def main(argv: list[str]) -> None:
         EXAMPLE,
     )
     parser.add_argument("runs", type=str, nargs="+", help="run folders, folders that hold some, or result files")
+    parser.add_argument("--markdown", type=str, default=None,
+                        help="write the tables as this one Markdown file, and no page")  # fmt: skip
     parser.add_argument("--output", type=str, default="report", help="folder to write")
     parser.add_argument("--baseline", type=str, default="lora", help="the method that the others are compared with")
     parser.add_argument("--title", type=str, default="SparseGrad and its peers", help="heading of the page")
     found = parser.parse_args(argv)
     from ..report.page import verdict
-    from ..report.results import read_runs
-    from ..report.write import write_report
+    from ..report.results import read_sections
+    from ..report.write import markdown, write_report
+    from ..run.folder import write_whole
 
-    runs = read_runs(found.runs)
-    write_report(runs, Path(found.output), found.title, found.baseline)
-    print(f"{len(runs)} runs. {verdict(runs, found.baseline)}\nwritten: {found.output}/index.html, results.md, *.csv")
+    sections = read_sections(found.runs)
+    for section in sections:
+        start = f"{section.title}, " if section.name else ""
+        print(f"{start}{len(section.runs)} runs. {verdict(section, found.baseline)}")
+    if found.markdown is not None:
+        write_whole(Path(found.markdown), markdown(sections, found.title, found.baseline))
+        print(f"written: {found.markdown}")
+        return
+    write_report(sections, Path(found.output), found.title, found.baseline)
+    print(f"written: {found.output}/index.html, results.md, *.csv")

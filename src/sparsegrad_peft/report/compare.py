@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..tasks.metrics import spread
-from .results import Run
+from .results import Run, Section
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Comparison:
         )
 
 
-def cells(runs: list[Run]) -> dict[str, dict[str, Cell]]:
+def cells(runs: Iterable[Run]) -> dict[str, dict[str, Cell]]:
     """Task -> method -> cell, in the order in which they are met."""
     found: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
@@ -73,20 +74,14 @@ def cells(runs: list[Run]) -> dict[str, dict[str, Cell]]:
     }
 
 
-def methods_of(runs: list[Run]) -> list[str]:
-    """Names of the methods, SparseGrad's first, then LoRA's, then the others."""
-    names = dict.fromkeys(run.method for run in runs)
-    return sorted(names, key=lambda name: (not name.startswith("sparsegrad"), not name.startswith("lora"), name))
-
-
-def mean_of_tasks(runs: list[Run], method: str) -> float:
-    """Mean over tasks of the means over seeds; nan unless the method has run on all tasks."""
-    table = cells(runs)
-    found = [by[method].mean if method in by else math.nan for by in table.values()]
+def mean_of_tasks(section: Section, method: str) -> float:
+    """Mean over tasks of the means over seeds; nan unless the method has run on all of them."""
+    table = cells(section.runs)
+    found = [table[task][method].mean if method in table.get(task, {}) else math.nan for task in section.tasks]
     return sum(found) / len(found)
 
 
-def compare(runs: list[Run], method: str, other: str) -> Comparison:
+def compare(runs: Iterable[Run], method: str, other: str) -> Comparison:
     """Paired by task and seed."""
     from scipy import stats
 

@@ -10,8 +10,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from .compare import methods_of
-from .results import Run
+from .results import Run, Section
 
 
 @dataclass(frozen=True)
@@ -23,16 +22,17 @@ class Picture:
     alt: str
 
 
-def pareto(runs: list[Run]) -> list[Picture]:
+def pareto(section: Section) -> list[Picture]:
     """Score against training time, and against memory: a panel a task, a point a run."""
     return [
-        _scatter(runs, "Score against training time", "training, s", lambda run: run.seconds),
-        _scatter(runs, "Score against peak memory", "peak memory, MB", lambda run: run.megabytes),
+        _scatter(section, "Score against training time", "training, s", lambda run: run.seconds),
+        _scatter(section, "Score against peak memory", "peak memory, MB", lambda run: run.megabytes),
     ]
 
 
-def _scatter(runs: list[Run], title: str, label: str, of: Callable[[Run], float]) -> Picture:
-    tasks, methods = list(dict.fromkeys(run.task for run in runs)), methods_of(runs)
+def _scatter(section: Section, title: str, label: str, of: Callable[[Run], float]) -> Picture:
+    runs, methods = section.runs, section.methods
+    tasks = [task for task in section.tasks if any(run.task == task for run in runs)]
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.8 * rows), layout="constrained")

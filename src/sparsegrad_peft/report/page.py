@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
-from .compare import compare, methods_of
+from .compare import compare
 from .figures import pareto
-from .results import Run
-from .tables import Table, comparisons, costs, every_run, scores
+from .results import Section
+from .tables import Table, comparisons, costs, every_run, scores, searches
 
 
-def page(runs: list[Run], title: str, baseline: str = "lora") -> str:
+def page(sections: Sequence[Section], title: str, baseline: str = "lora") -> str:
     """The page's text.
 
     Args:
-        runs: at least one.
+        sections: at least one.
         title: its heading.
         baseline: the method that the others are compared with, if it is among the runs.
     """
-    number = {id(run): position for position, run in enumerate(runs)}
-    has_baseline = baseline in methods_of(runs)
-    tables = [scores(runs), *([comparisons(runs, baseline)] if has_baseline else []), costs(runs)]
-    parts = [f"<h1>{escape(title)}</h1>", f'<p class="verdict">{escape(verdict(runs, baseline))}</p>']
-    parts += [_table(table, number) for table in tables]
-    for picture in pareto(runs):
-        parts.append(
-            f"<h2>{escape(picture.title)}</h2>\n<figure role='img' aria-label='{escape(picture.alt, quote=True)}'>"
-            f"{picture.svg}<figcaption>{escape(picture.alt)}</figcaption></figure>"
-        )
-    parts.append(_table(every_run(runs), number, filtered=True))
+    runs = [run for section in sections for run in section.runs]
+    known = [run for section in sections for run in (*section.runs, *section.trials)]
+    number = {id(run): position for position, run in enumerate(known)}
+    parts = [f"<h1>{escape(title)}</h1>"]
+    if len(sections) > 1:
+        links = "".join(f"<li><a href='#of-{escape(s.name)}'>{escape(s.title)}</a></li>" for s in sections)
+        parts.append(f"<nav><ul>{links}</ul></nav>")
+    for section in sections:
+        parts += _section(section, number, baseline, alone=len(sections) == 1)
+    parts.append(_table(every_run(runs), "every-run", number, filtered=True))
     parts += [
         f"<details id='run-{position}'><summary>{escape(run.task)}, {escape(run.method)}, seed {run.result['seed']}: "
         f"{escape(run.path.as_posix())}</summary>"
         f"<pre>{escape(json.dumps(run.result, indent=1, ensure_ascii=False))}</pre></details>"
-        for position, run in enumerate(runs)
+        for position, run in enumerate(known)
     ]
     body = "\n".join(parts)
     return (
@@ -46,17 +46,49 @@ def page(runs: list[Run], title: str, baseline: str = "lora") -> str:
     )
 
 
-def verdict(runs: list[Run], baseline: str = "lora") -> str:
+def _section(section: Section, number: dict[int, int], baseline: str, alone: bool) -> list[str]:
+    """Heading, verdict, tables and pictures of an experiment."""
+    prefix = f"{section.name}-" if section.name else ""
+    parts = [f"<p class='verdict'>{escape(verdict(section, baseline))}</p>"]
+    if section.name or not alone:
+        parts = [
+            f"<h2 id='of-{escape(section.name)}'>{escape(section.title)}</h2>",
+            f"<p>{escape(section.question)}</p>",
+            *parts,
+        ]
+    said = [f"<dt>{escape(method)}</dt><dd>{escape(words)}</dd>" for method, words in section.methods.items() if words]
+    parts += [f"<dl>{''.join(said)}</dl>"] if said else []
+    parts.append(_table(scores(section), f"{prefix}scores", number))
+    if baseline in section.methods and len(section.methods) > 1:
+        parts.append(_table(comparisons(section, baseline), f"{prefix}against-{baseline}", number))
+    if section.failures:
+        lines = "".join(f"<li>{escape(failure.words)}</li>" for failure in section.failures)
+        parts.append(f"<h3>Runs without a score</h3><ul>{lines}</ul>")
+    if section.runs:
+        parts.append(_table(costs(section), f"{prefix}costs", number))
+        for picture in pareto(section):
+            parts.append(
+                f"<h3>{escape(picture.title)}</h3>\n<figure role='img' "
+                f"aria-label='{escape(picture.alt, quote=True)}'>{picture.svg}"
+                f"<figcaption>{escape(picture.alt)}</figcaption></figure>"
+            )
+    if section.trials:
+        parts.append(_table(searches(section), f"{prefix}search", number))
+    return parts
+
+
+def verdict(section: Section, baseline: str = "lora") -> str:
     """What the runs say, in a sentence for each method that is compared."""
-    methods = methods_of(runs)
+    methods = [method for method in section.methods if any(run.method == method for run in section.runs)]
     others = [method for method in methods if method != baseline]
     if baseline not in methods or not others:
-        return f"{len(runs)} runs of {', '.join(methods)}; there is nothing to compare with {baseline}."
-    return " ".join(compare(runs, method, baseline).words for method in others)
+        return f"{len(section.runs)} runs of {', '.join(methods)}; there is nothing to compare with {baseline}."
+    missing = [method for method in section.methods if method not in methods]
+    left = [f"Not run: {', '.join(missing)}."] if missing else []
+    return " ".join([*(compare(section.runs, method, baseline).words for method in others), *left])
 
 
-def _table(table: Table, number: dict[int, int], filtered: bool = False) -> str:
-    name = table.title.lower().replace(" ", "-")
+def _table(table: Table, name: str, number: dict[int, int], filtered: bool = False) -> str:
     head = "".join(f"<th scope='col'><button type='button'>{escape(cell)}</button></th>" for cell in table.header)
     rows = []
     for line, row in enumerate(table.rows):
@@ -82,7 +114,7 @@ def _table(table: Table, number: dict[int, int], filtered: bool = False) -> str:
     )
     body = "\n".join(rows)
     return (
-        f"<h2>{escape(table.title)}</h2>\n{box}<div class='wide'><table id='{name}'><thead><tr>{head}</tr></thead>\n"
+        f"<h3>{escape(table.title)}</h3>\n{box}<div class='wide'><table id='{name}'><thead><tr>{head}</tr></thead>\n"
         f"<tbody>{body}</tbody></table></div>\n<p class='note'>{escape(table.note)}</p>"
     )
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..study.experiment import experiment_names, load_experiment
+
 _NEEDED = ("task", "method", "seed", "metric", "score", "config", "environment")
 
 
@@ -56,19 +58,96 @@ class Run:
         return int(self.result["trained_entries"]["adapter"])
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A run of a study that came to no score."""
+
+    path: Path
+    result: dict[str, Any]
+
+    @property
+    def words(self) -> str:
+        """What was to be run, and what became of it."""
+        task = str(self.result["task"]).removeprefix("glue/")
+        found = self.result
+        return f"{task}, {found['variant']}, seed {found['seed']}: {found['status']} ({found['error']})"
+
+
+@dataclass(frozen=True)
+class Section:
+    """What is compared with each other: an experiment of `sparsegrad reproduce`, or all runs that belong to none."""
+
+    name: str
+    title: str
+    question: str
+    methods: dict[str, str]
+    "name -> what it is, in the order of the tables"
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    runs: tuple[Run, ...]
+    trials: tuple[Run, ...] = ()
+    "runs of the search for the learning rates"
+    failures: tuple[Failure, ...] = ()
+    paper: dict[str, Any] | None = None
+    "the published figures: source, columns, scores of each method"
+
+
+def read_sections(paths: Iterable[str | Path]) -> list[Section]:
+    """All runs below some folders, by experiment; those of no experiment first.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_runs`.
+    """
+    found, failures = _read(paths)
+    by: dict[str, tuple[list[Run], list[Failure]]] = {}
+    for run in found:
+        by.setdefault(run.result.get("experiment", ""), ([], []))[0].append(run)
+    for failure in failures:
+        by.setdefault(failure.result.get("experiment", ""), ([], []))[1].append(failure)
+    order = {name: position for position, name in enumerate(experiment_names())}
+    return [_section(name, *by[name]) for name in sorted(by, key=lambda name: (order.get(name, -1), name))]
+
+
+def _section(name: str, found: list[Run], failures: list[Failure]) -> Section:
+    runs = tuple(run for run in found if not run.result.get("trial"))
+    trials = tuple(run for run in found if run.result.get("trial"))
+    met = sorted(
+        {run.method for run in runs}, key=lambda m: (not m.startswith("sparsegrad"), not m.startswith("lora"), m)
+    )
+    if name not in experiment_names():  # run folders, or experiments of one's own
+        tasks = tuple(dict.fromkeys(run.task for run in runs))
+        seeds = tuple(sorted({run.result["seed"] for run in runs}))
+        return Section(
+            name, name or "All runs", "", dict.fromkeys(met, ""), tasks, seeds, runs, trials, tuple(failures)
+        )
+    scale = found[0].result["scale"] if found else failures[0].result["scale"]
+    experiment = load_experiment(name, scale)
+    words = {method.name: method.words for method in experiment.methods}
+    return Section(
+        name, experiment.title, experiment.question, {**words, **{m: words.get(m, "") for m in met}},
+        tuple(task.removeprefix("glue/") for task in experiment.tasks), experiment.seeds, runs, trials,
+        tuple(failures), experiment.paper,
+    )  # fmt: skip
+
+
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """All runs below some folders: `result.json` of run folders, and result files of an experiment.
+    """All runs below some folders: `result.json` of run folders, and result files of a study, trials aside.
 
     Raises:
         FileNotFoundError: a path is not there, or there is no result below them.
         ValueError: a result.json is broken.
     """
+    return [run for run in _read(paths)[0] if not run.result.get("trial")]
+
+
+def _read(paths: Iterable[str | Path]) -> tuple[list[Run], list[Failure]]:
     paths, files = list(paths), []
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"there is no {path}")
         files += [path] if path.is_file() else sorted(path.rglob("*.json"))
     runs: list[Run] = []
+    failures: list[Failure] = []
     for file in files:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -76,11 +155,15 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
             if file.name == "result.json":
                 raise ValueError(f"{file}: expected JSON ({error})") from error
             continue
-        if isinstance(found, dict) and all(name in found for name in _NEEDED):
+        if not isinstance(found, dict):
+            continue
+        if all(name in found for name in _NEEDED):
             runs.append(Run(file, found))
-    if not runs:
+        elif {"status", "error", "variant", "config"} <= found.keys():
+            failures.append(Failure(file, found))
+    if not runs and not failures:
         raise FileNotFoundError(
             f"no finished runs below {', '.join(map(str, paths))}: expected result.json files, as sparsegrad train "
             "writes them"
         )
-    return runs
+    return runs, failures

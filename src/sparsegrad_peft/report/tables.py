@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .compare import cells, compare, mean_of_tasks, methods_of
-from .results import Run
+from .compare import cells, compare, mean_of_tasks
+from .results import Failure, Run, Section
 
 
 @dataclass(frozen=True)
@@ -35,89 +35,137 @@ class Table:
         return buffer.getvalue()
 
 
-def scores(runs: list[Run]) -> Table:
-    """Tasks down, methods across."""
-    table, methods = cells(runs), methods_of(runs)
-    rows, behind = [], {}
-    for number, (task, by) in enumerate(table.items()):
-        first = next(iter(by.values())).runs[0]
-        row = [f"{task}, {first.result['metric'].replace('_', ' ')}"]
-        for column, method in enumerate(methods, 1):
+def scores(section: Section) -> Table:
+    """Tasks down, methods across; what was not run or failed is named as such."""
+    table = cells(section.runs)
+    rows: list[list[str]] = []
+    behind: dict[tuple[int, int], tuple[Run, ...]] = {}
+    for number, task in enumerate(section.tasks):
+        by = table.get(task, {})
+        first = next((cell.runs[0] for cell in by.values()), None)
+        row = [task if first is None else f"{task}, {first.result['metric'].replace('_', ' ')}"]
+        for column, method in enumerate(section.methods, 1):
+            failed = [f for f in section.failures if _is(f, task, method)]
+            said = ", ".join(f"{failure.result['status']}: seed {failure.result['seed']}" for failure in failed)
             if method in by:
                 behind[number, column] = by[method].runs
-            row.append(f"{by[method]} ({len(by[method].runs)})" if method in by else "not run")
+                row.append(f"{by[method]} ({len(by[method].runs)}){f'; {said}' if said else ''}")
+            else:
+                row.append(said or "not run")
         rows.append(row)
-    means = [mean_of_tasks(runs, method) for method in methods]
+    means = [mean_of_tasks(section, method) for method in section.methods]
     rows.append(["mean of tasks", *(f"{mean:.1f}" if math.isfinite(mean) else "not all run" for mean in means)])
     note = (
         "100 x score of the best evaluation of a run on the task's dev set: mean ± standard deviation over seeds "
         "(number of seeds)."
     )
-    return Table("Scores", note, ["task", *methods], rows, behind)
+    return Table("Scores", note, ["task", *section.methods], rows, behind)
 
 
-def costs(runs: list[Run]) -> Table:
+def _is(failure: Failure, task: str, method: str, trial: bool = False) -> bool:
+    found = failure.result
+    where = (str(found["task"]).removeprefix("glue/"), found["variant"], bool(found.get("trial")))
+    return where == (task, method, trial)
+
+
+def costs(section: Section) -> Table:
     """What a method takes: methods down."""
-    rows, behind = [], {}
-    for number, method in enumerate(methods_of(runs)):
-        own = [run for run in runs if run.method == method]
-        behind[number, 0] = tuple(own)
+    rows: list[list[str]] = []
+    behind: dict[tuple[int, int], tuple[Run, ...]] = {}
+    for method in section.methods:
+        own = [run for run in section.runs if run.method == method]
+        if not own:
+            continue
+        behind[len(rows), 0] = tuple(own)
         speeds = [run.result["steps"] / run.seconds for run in own if not run.result.get("resumed")]
         calibrations = [run.calibration_seconds / run.seconds for run in own if run.calibration_seconds is not None]
+        touched = sorted({run.result["trained_entries"].get("touched", run.entries) for run in own})
         rows.append([
             method,
             ", ".join(f"{n:,}" for n in sorted({run.entries for run in own})),
-            ", ".join(f"{rate:g}" for rate in sorted({run.result["learning_rate"] for run in own})),
+            f"{touched[0]:,}" if len(touched) == 1 else f"{touched[0]:,} to {touched[-1]:,}",
             f"{sum(speeds) / len(speeds):.2f}" if speeds else "",
             f"{100 * sum(calibrations) / len(calibrations):.0f} %" if calibrations else "none",
             f"{max(run.megabytes for run in own):,.0f}",
             f"{max(run.result['weights_bytes'] for run in own) / 1e6:.1f}",
         ])  # fmt: skip
-    header = [
-        "method",
-        "trained entries",
-        "learning rate",
-        "steps/s",
-        "calibration, to training",
-        "peak, MB",
-        "saved, MB",
-    ]
+    header = ["method", "trained entries", "touched", "steps/s", "calibration, to training", "peak, MB", "saved, MB"]
     note = (
-        "Steps per second and memory are of runs that may have shared the machine with others: see the performance "
-        "page for measurements. Peak: of the whole process."
+        "Trained entries: of the MLP layers; touched: those that are not zero in the end, which is what selection has "
+        "ever changed. Steps per second and memory are of runs that may have shared the machine with others: see the "
+        "performance page for measurements. Peak: of the whole process. Saved: with the head."
     )
     return Table("Costs", note, header, rows, behind)
 
 
-def comparisons(runs: list[Run], baseline: str) -> Table:
-    """Every method against one, paired by task and seed."""
+def comparisons(section: Section, baseline: str) -> Table:
+    """Every method against one, paired by task and seed; beside it the published difference, where there is one."""
     rows = []
-    for method in methods_of(runs):
-        if method != baseline:
-            found = compare(runs, method, baseline)
-            known = not math.isnan(found.p)
-            rows.append([
-                method, str(found.pairs), f"{found.difference:+.2f}" if found.pairs else "",
-                f"{found.low:+.2f} to {found.high:+.2f}" if known else "", f"{found.p:.2g}" if known else "",
-                f"{found.ahead} of {found.pairs}",
-            ])  # fmt: skip
+    paper = section.paper or {"scores": {}, "columns": [], "source": ""}
+    published = paper["scores"] if baseline in paper["scores"] else {}
+    for method in section.methods:
+        if method == baseline:
+            continue
+        found = compare(section.runs, method, baseline)
+        known = not math.isnan(found.p)
+        theirs = [a - b for a, b in zip(published.get(method, ()), published.get(baseline, ()), strict=False)]
+        rows.append([
+            method, str(found.pairs), f"{found.difference:+.2f}" if found.pairs else "",
+            f"{found.low:+.2f} to {found.high:+.2f}" if known else "", f"{found.p:.2g}" if known else "",
+            f"{found.ahead} of {found.pairs}",
+            *([", ".join(f"{value:+.1f}" for value in theirs)] if published else []),
+        ])  # fmt: skip
     header = ["method", "pairs", f"difference from {baseline}", "95 % interval", "p (paired t-test)", "ahead"]
     note = "Pairs of runs with the same task and seed; points are hundredths of a score."
+    if published:
+        header.append(f"in the paper ({', '.join(paper['columns'])})")
+        note += f" The paper's differences: {paper['source']}."
     return Table(f"Against {baseline}", note, header, rows, {})
 
 
-def every_run(runs: list[Run]) -> Table:
+def searches(section: Section) -> Table:
+    """Which learning rates were tried for each method on each task, and which one won."""
+    by = cells(section.trials)
+    rows: list[list[str]] = []
+    behind: dict[tuple[int, int], tuple[Run, ...]] = {}
+    for task in section.tasks:
+        for method in section.methods:
+            if method not in by.get(task, {}):
+                continue
+            trials = sorted(by[task][method].runs, key=lambda run: float(run.result["learning_rate"]))
+            behind[len(rows), 2] = tuple(trials)
+            failed = [f for f in section.failures if _is(f, task, method, trial=True)]
+            taken = sorted({run.result["learning_rate"] for run in section.runs
+                            if (run.task, run.method) == (task, method)})  # fmt: skip
+            rows.append([
+                task, method,
+                ", ".join(
+                    [f"{run.result['learning_rate']:g}: {run.score:.1f}" for run in trials]
+                    + [f"{f.result['learning_rate']:g}: {f.result['status']}" for f in failed]
+                ),
+                ", ".join(f"{rate:g}" for rate in taken),
+            ])  # fmt: skip
+    note = (
+        "Each method gets the same number of trials on a task, at a seed that does not count, shorter than the runs "
+        "that do; the runs take the rate with the highest score, of equal ones that with the lowest training loss."
+    )
+    return Table("Search", note, ["task", "method", "learning rate: 100 x score", "taken"], rows, behind)
+
+
+def every_run(runs: Iterable[Run]) -> Table:
     """One row a run."""
-    rows, behind = [], {}
+    rows: list[list[str]] = []
+    behind: dict[tuple[int, int], tuple[Run, ...]] = {}
     for number, run in enumerate(runs):
-        behind[number, 3] = (run,)
+        behind[number, 4] = (run,)
         training = run.result["config"]["training"]
         rows.append([
-            run.task, run.method, str(run.result["seed"]), f"{run.score:.2f}", f"{run.result['learning_rate']:g}",
-            str(training["batch_size"]), f"{training['epochs']:g}", f"{run.result['rows']['train']:,}",
-            f"{run.seconds:.0f}", "" if run.calibration_seconds is None else f"{run.calibration_seconds:.0f}",
+            run.result.get("experiment", ""), run.task, run.method, str(run.result["seed"]), f"{run.score:.2f}",
+            f"{run.result['learning_rate']:g}", str(training["batch_size"]), f"{training['epochs']:g}",
+            f"{run.result['rows']['train']:,}", f"{run.seconds:.0f}",
+            "" if run.calibration_seconds is None else f"{run.calibration_seconds:.0f}",
             f"{run.megabytes:,.0f}", str(run.result["environment"].get("commit") or "")[:10],
         ])  # fmt: skip
-    header = ["task", "method", "seed", "score", "learning rate", "batch", "epochs", "rows", "training, s",
-              "calibration, s", "peak, MB", "commit"]  # fmt: skip
+    header = ["experiment", "task", "method", "seed", "score", "learning rate", "batch", "epochs", "rows",
+              "training, s", "calibration, s", "peak, MB", "commit"]  # fmt: skip
     return Table("Every run", "A score leads to all that is known of its run.", header, rows, behind)

@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..run.folder import write_whole
-from .compare import methods_of
 from .page import page, verdict
-from .results import Run
-from .tables import Table, comparisons, costs, every_run, scores
+from .results import Section
+from .tables import Table, comparisons, costs, every_run, scores, searches
 
 
-def tables_of(runs: list[Run], baseline: str) -> dict[str, Table]:
+def tables_of(section: Section, baseline: str) -> dict[str, Table]:
     """File name -> table."""
-    found = {"scores": scores(runs)}
-    if baseline in methods_of(runs):
-        found["comparison"] = comparisons(runs, baseline)
-    return {**found, "costs": costs(runs), "runs": every_run(runs)}
+    found = {"scores": scores(section)}
+    if baseline in section.methods and len(section.methods) > 1:
+        found["comparison"] = comparisons(section, baseline)
+    if section.trials:
+        found["search"] = searches(section)
+    return {**found, "costs": costs(section)} if section.runs else found
 
 
-def markdown(runs: list[Run], title: str, baseline: str = "lora") -> str:
-    """Verdict and tables."""
-    parts = [f"# {title}", verdict(runs, baseline)]
-    parts += [f"## {table.title}\n\n{table.markdown()}" for table in tables_of(runs, baseline).values()]
-    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+def markdown(sections: Sequence[Section], title: str, baseline: str = "lora") -> str:
+    """Verdict and tables of each experiment; where the numbers come from."""
+    parts = [f"# {title}"]
+    for section in sections:
+        parts += [f"## {section.title}", section.question, verdict(section, baseline)]
+        words = [f"- `{method}`: {said}" for method, said in section.methods.items() if said]
+        parts.append("\n".join(words))
+        parts += [f"### {table.title}\n\n{table.markdown()}" for table in tables_of(section, baseline).values()]
+    parts.append(origin(sections))
+    return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
 
 
-def write_report(runs: list[Run], folder: Path, title: str, baseline: str = "lora") -> None:
+def origin(sections: Sequence[Section]) -> str:
+    """Machines, versions and commits of all runs, in one sentence."""
+    found = [run.result["environment"] for section in sections for run in (*section.runs, *section.trials)]
+    machines = sorted({
+        f"{e['device']} ({e['threads']} thread{'s' if e['threads'] > 1 else ''}), Python {e['python']}, "
+        f"torch {e['packages']['torch']}, transformers {e['packages']['transformers']}, peft {e['packages']['peft']}"
+        for e in found
+    })  # fmt: skip
+    commits = sorted({f"{e['commit'][:10]}{' with changes' if e['dirty'] else ''}" for e in found if e["commit"]})
+    words = ", ".join(commits)
+    return f"Runs on {'; '.join(machines)}{f'. Commits: {words}' if words else ''}."
+
+
+def write_report(sections: Sequence[Section], folder: Path, title: str, baseline: str = "lora") -> None:
     """`index.html`, `results.md`, and a CSV for each table; each written whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "index.html", page(runs, title, baseline))
-    write_whole(folder / "results.md", markdown(runs, title, baseline))
-    for name, table in tables_of(runs, baseline).items():
-        write_whole(folder / f"{name}.csv", table.csv())
+    write_whole(folder / "index.html", page(sections, title, baseline))
+    write_whole(folder / "results.md", markdown(sections, title, baseline))
+    for section in sections:
+        for name, table in tables_of(section, baseline).items():
+            write_whole(folder / f"{section.name}{'-' if section.name else ''}{name}.csv", table.csv())
+    write_whole(folder / "runs.csv", every_run(run for section in sections for run in section.runs).csv())

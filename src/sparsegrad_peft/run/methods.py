@@ -69,9 +69,12 @@ def _from_file(model: nn.Module, arguments: RunArguments) -> Adapted:
     """Any of PEFT's methods, from its own adapter_config.json.
 
     What it says of inference and base is of the adapter that was saved with it. Its own `modules_to_save` goes before
-    `rest`.
+    `rest`. Modules that it calls "mlp" are the MLP linears of the model, which PEFT has no word for.
     """
     config = read_config(arguments.method)
+    for name in ("target_modules", "feedforward_modules"):
+        if getattr(config, name, None) == "mlp":
+            setattr(config, name, set(mlp_linears(model)))
     config.inference_mode, config.task_type, config.base_model_name_or_path = False, TaskType.SEQ_CLS, None
     if getattr(config, "modules_to_save", None) is None and hasattr(config, "modules_to_save"):
         targets = [] if arguments.rest == "freeze" else mlp_linears(model, getattr(config, "target_modules", None))
@@ -199,11 +202,18 @@ def _rest(model: nn.Module, targets: list[str]) -> list[str]:
 
 
 def trained_entries(model: nn.Module) -> dict[str, Any]:
-    """How many numbers are trained: in the MLP layers, and in all."""
+    """How many numbers are trained: by the adapter (or in the layers that would have one), in all; and how many of the
+    adapter's are not zero by now.
+
+    The cores of SparseGrad start at zero, so that this is what selection has ever touched.
+    """
     own, _ = adapter_parameters(model)
+    if not hasattr(model, "peft_config"):  # the layers' own weights
+        own = {id(p) for name in mlp_linears(model) for p in model.get_submodule(name).parameters()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return {
         "adapter": sum(p.numel() for p in trainable if id(p) in own),
+        "touched": sum(int(p.count_nonzero()) for p in trainable if id(p) in own),
         "all": sum(p.numel() for p in trainable),
         "model": sum(p.numel() for p in model.parameters()),
     }

@@ -15,7 +15,7 @@ import yaml
 SHIPPED = Path(str(files(__package__))) / "experiments"
 SEARCH = "search"
 "Folder of the search's results within an experiment's."
-_SAID = {"title", "question", "models", "tasks", "task_settings", "methods", "seeds", "search", "settings"}
+_SAID = {"title", "question", "models", "tasks", "task_settings", "methods", "seeds", "search", "settings", "paper"}
 _SAID_OF_METHOD = {"words", "settings", "learning_rates", "rates_of"}
 
 
@@ -49,6 +49,8 @@ class Experiment:
     search_settings: dict[str, dict[str, Any]]
     "task -> what a trial has otherwise"
     settings: dict[str, Any]
+    paper: dict[str, Any] | None
+    "what the paper has to say to the question: source, columns, scores of each method"
 
     def cells(self) -> Iterator[Cell]:
         """All runs: those of the search first, then seed by seed, so that there is a whole table early on."""
@@ -156,7 +158,7 @@ def load_experiment(name: str, scale: str = "cpu", folder: Path = SHIPPED) -> Ex
             task: merged(said["search"]["settings"], said["search"]["task_settings"].get(task, {}))
             for task in said["tasks"]
         },
-        settings=said["settings"],
+        settings=said["settings"], paper=said["paper"],
     )  # fmt: skip
 
 
