@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,12 @@ def test_tables(runs: list[Run], section: Section) -> None:
     assert by_task["rte"] == ["62.0 ± 2.8 (2)", "59.0 ± 1.4 (2)", "66.0 (1)"]
     assert by_task["mrpc"][2] == "not run"
     assert by_task["mean of tasks"] == ["72.0", "70.0", "not all run"]
-    assert comparisons(section, "lora").rows[0][:3] == ["sparsegrad", "4", "+2.00"]
+    assert comparisons(section).rows[0][:3] == ["sparsegrad", "4", "+2.00"]
     assert len(every_run(runs).rows) == 9
-    assert verdict(section, "prefix") == "9 runs of sparsegrad, lora, full; there is nothing to compare with prefix."
+    assert (
+        verdict(replace(section, baseline="prefix"))
+        == "9 runs of sparsegrad, lora, full; there is nothing to compare with prefix."
+    )
 
 
 def test_command_writes_page_markdown_and_csv(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +139,7 @@ def test_a_study_names_what_was_not_run_and_what_failed(study: Section) -> None:
     assert set(table.rows[0][1:]) == {"not run"}
     assert set(table.rows[5][1:]) == {"not all run"}
     # The published differences stand beside ours.
-    against = {row[0]: row for row in comparisons(study, "lora").rows}
+    against = {row[0]: row for row in comparisons(study).rows}
     assert against["sparsegrad"][2] == "+10.00"
     assert against["full"][-1] == "+0.9, +1.1, +1.9"
     assert against["sparsegrad"][-1] == ""

@@ -42,6 +42,7 @@ def folder(tmp_path: Path, tiny_bert: Path, rows: Path) -> Path:
     data = {"train_file": str(rows / "train.csv"), "validation_file": str(rows / "dev.csv"), "text": ["text"]}
     default = {
         "order": ["first", "second"], "seeds": [0, 1], "task_settings": {}, "methods": {}, "paper": None,
+        "baseline": "lora", "only_at": None,
         "settings": {
             "data": {**data, "max_length": 24}, "calibration": {"n_steps": 2},
             "training": {"epochs": 1, "batch_size": 8},
@@ -57,7 +58,7 @@ def folder(tmp_path: Path, tiny_bert: Path, rows: Path) -> Path:
         },
     }  # fmt: skip
     second = {
-        "title": "Second", "question": "More?", "seeds": [0],
+        "title": "Second", "question": "More?", "seeds": [0], "baseline": "same",
         "methods": {
             "same": {"settings": {"adapter": {"c": 0.5, "r": 0.5}}, "rates_of": "first/sparsegrad"},
             "broken": {"settings": {"adapter": {"c": 0.5, "r": 0.5}, "training": {"learning_rate": 1e30}}},

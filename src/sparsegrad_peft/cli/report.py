@@ -24,7 +24,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--markdown", type=str, default=None,
                         help="write the tables as this one Markdown file, and no page")  # fmt: skip
     parser.add_argument("--output", type=str, default="report", help="folder to write")
-    parser.add_argument("--baseline", type=str, default="lora", help="the method that the others are compared with")
+    parser.add_argument("--baseline", type=str, default=None,
+                        help="what the others are compared with; default: the experiment's, or lora")  # fmt: skip
     parser.add_argument("--title", type=str, default="SparseGrad and its peers", help="heading of the page")
     found = parser.parse_args(argv)
     from ..report.page import verdict
@@ -32,13 +33,13 @@ def main(argv: list[str]) -> None:
     from ..report.write import markdown, write_report
     from ..run.folder import write_whole
 
-    sections = read_sections(found.runs)
+    sections = read_sections(found.runs, found.baseline)
     for section in sections:
         start = f"{section.title}, " if section.name else ""
-        print(f"{start}{len(section.runs)} runs. {verdict(section, found.baseline)}")
+        print(f"{start}{len(section.runs)} runs. {verdict(section)}")
     if found.markdown is not None:
-        write_whole(Path(found.markdown), markdown(sections, found.title, found.baseline))
+        write_whole(Path(found.markdown), markdown(sections, found.title))
         print(f"written: {found.markdown}")
         return
-    write_report(sections, Path(found.output), found.title, found.baseline)
+    write_report(sections, Path(found.output), found.title)
     print(f"written: {found.output}/index.html, results.md, *.csv")

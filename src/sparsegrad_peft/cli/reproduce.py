@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     from ..study.experiment import SHIPPED, experiment_names, load_experiment
 
     folder = SHIPPED if found.folder is None else Path(found.folder)
-    names = experiment_names(folder)
+    names = experiment_names(folder, found.scale)
     chosen = names if found.experiments == ["all"] else found.experiments
     experiments = [load_experiment(name, found.scale, folder) for name in chosen]
     console = Console(highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentError
 from argparse import ArgumentParser as PlainParser
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,18 @@ def as_arguments(settings: dict[str, Any]) -> RunArguments:
     Raises:
         ValueError: there is no such setting, or it has another type.
     """
-    parser = run_parser("train", "", "", [])
-    parser.exit_on_error = False
+    parser = _settings_parser()
     try:
         return run_arguments(vars(parser.instantiate(parser.parse_object(settings))))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
+
+
+@cache  # a study reads hundreds of settings, and a parser takes longer to make than they take to read
+def _settings_parser() -> VerbParser:
+    parser = run_parser("train", "", "", [])
+    parser.exit_on_error = False
+    return parser
 
 
 def main(argv: list[str]) -> None:

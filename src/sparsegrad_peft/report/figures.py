@@ -48,7 +48,8 @@ def _scatter(section: Section, title: str, label: str, of: Callable[[Run], float
                 panel.scatter(x, y, s=22, color=f"C{colour}", label=method, alpha=0.8)
         panel.set(title=task, xlabel=label, ylabel="100 x score")
         panel.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=7)
+    handles = {h.get_label(): h for panel in figure.axes for h in panel.collections}
+    figure.legend(handles=[handles[name] for name in methods if name in handles], loc="outside lower center", ncols=4)
     best = []
     for task in tasks:
         top = max((run for run in runs if run.task == task), key=lambda run: run.score)

@@ -13,13 +13,12 @@ from .results import Section
 from .tables import Table, comparisons, costs, every_run, scores, searches
 
 
-def page(sections: Sequence[Section], title: str, baseline: str = "lora") -> str:
+def page(sections: Sequence[Section], title: str) -> str:
     """The page's text.
 
     Args:
         sections: at least one.
         title: its heading.
-        baseline: the method that the others are compared with, if it is among the runs.
     """
     runs = [run for section in sections for run in section.runs]
     known = [run for section in sections for run in (*section.runs, *section.trials)]
@@ -29,7 +28,7 @@ def page(sections: Sequence[Section], title: str, baseline: str = "lora") -> str
         links = "".join(f"<li><a href='#of-{escape(s.name)}'>{escape(s.title)}</a></li>" for s in sections)
         parts.append(f"<nav><ul>{links}</ul></nav>")
     for section in sections:
-        parts += _section(section, number, baseline, alone=len(sections) == 1)
+        parts += _section(section, number, alone=len(sections) == 1)
     parts.append(_table(every_run(runs), "every-run", number, filtered=True))
     parts += [
         f"<details id='run-{position}'><summary>{escape(run.task)}, {escape(run.method)}, seed {run.result['seed']}: "
@@ -46,10 +45,10 @@ def page(sections: Sequence[Section], title: str, baseline: str = "lora") -> str
     )
 
 
-def _section(section: Section, number: dict[int, int], baseline: str, alone: bool) -> list[str]:
+def _section(section: Section, number: dict[int, int], alone: bool) -> list[str]:
     """Heading, verdict, tables and pictures of an experiment."""
     prefix = f"{section.name}-" if section.name else ""
-    parts = [f"<p class='verdict'>{escape(verdict(section, baseline))}</p>"]
+    parts = [f"<p class='verdict'>{escape(verdict(section))}</p>"]
     if section.name or not alone:
         parts = [
             f"<h2 id='of-{escape(section.name)}'>{escape(section.title)}</h2>",
@@ -59,8 +58,8 @@ def _section(section: Section, number: dict[int, int], baseline: str, alone: boo
     said = [f"<dt>{escape(method)}</dt><dd>{escape(words)}</dd>" for method, words in section.methods.items() if words]
     parts += [f"<dl>{''.join(said)}</dl>"] if said else []
     parts.append(_table(scores(section), f"{prefix}scores", number))
-    if baseline in section.methods and len(section.methods) > 1:
-        parts.append(_table(comparisons(section, baseline), f"{prefix}against-{baseline}", number))
+    if section.baseline in section.methods and len(section.methods) > 1:
+        parts.append(_table(comparisons(section), f"{prefix}comparison", number))
     if section.failures:
         lines = "".join(f"<li>{escape(failure.words)}</li>" for failure in section.failures)
         parts.append(f"<h3>Runs without a score</h3><ul>{lines}</ul>")
@@ -77,8 +76,9 @@ def _section(section: Section, number: dict[int, int], baseline: str, alone: boo
     return parts
 
 
-def verdict(section: Section, baseline: str = "lora") -> str:
+def verdict(section: Section) -> str:
     """What the runs say, in a sentence for each method that is compared."""
+    baseline = section.baseline
     methods = [method for method in section.methods if any(run.method == method for run in section.runs)]
     others = [method for method in methods if method != baseline]
     if baseline not in methods or not others:

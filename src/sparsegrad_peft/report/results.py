@@ -84,6 +84,8 @@ class Section:
     "name -> what it is, in the order of the tables"
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
+    baseline: str
+    "the method that the others are compared with"
     runs: tuple[Run, ...]
     trials: tuple[Run, ...] = ()
     "runs of the search for the learning rates"
@@ -92,8 +94,12 @@ class Section:
     "the published figures: source, columns, scores of each method"
 
 
-def read_sections(paths: Iterable[str | Path]) -> list[Section]:
+def read_sections(paths: Iterable[str | Path], baseline: str | None = None) -> list[Section]:
     """All runs below some folders, by experiment; those of no experiment first.
+
+    Args:
+        paths: folders and files.
+        baseline: what the others are compared with; None: the experiment's own, or "lora".
 
     Raises:
         FileNotFoundError, ValueError: see `read_runs`.
@@ -105,10 +111,10 @@ def read_sections(paths: Iterable[str | Path]) -> list[Section]:
     for failure in failures:
         by.setdefault(failure.result.get("experiment", ""), ([], []))[1].append(failure)
     order = {name: position for position, name in enumerate(experiment_names())}
-    return [_section(name, *by[name]) for name in sorted(by, key=lambda name: (order.get(name, -1), name))]
+    return [_section(name, *by[name], baseline) for name in sorted(by, key=lambda name: (order.get(name, -1), name))]
 
 
-def _section(name: str, found: list[Run], failures: list[Failure]) -> Section:
+def _section(name: str, found: list[Run], failures: list[Failure], baseline: str | None) -> Section:
     runs = tuple(run for run in found if not run.result.get("trial"))
     trials = tuple(run for run in found if run.result.get("trial"))
     met = sorted(
@@ -118,15 +124,16 @@ def _section(name: str, found: list[Run], failures: list[Failure]) -> Section:
         tasks = tuple(dict.fromkeys(run.task for run in runs))
         seeds = tuple(sorted({run.result["seed"] for run in runs}))
         return Section(
-            name, name or "All runs", "", dict.fromkeys(met, ""), tasks, seeds, runs, trials, tuple(failures)
-        )
+            name, name or "All runs", "", dict.fromkeys(met, ""), tasks, seeds, baseline or "lora", runs, trials,
+            tuple(failures),
+        )  # fmt: skip
     scale = found[0].result["scale"] if found else failures[0].result["scale"]
     experiment = load_experiment(name, scale)
     words = {method.name: method.words for method in experiment.methods}
     return Section(
         name, experiment.title, experiment.question, {**words, **{m: words.get(m, "") for m in met}},
-        tuple(task.removeprefix("glue/") for task in experiment.tasks), experiment.seeds, runs, trials,
-        tuple(failures), experiment.paper,
+        tuple(task.removeprefix("glue/") for task in experiment.tasks), experiment.seeds,
+        baseline or experiment.baseline, runs, trials, tuple(failures), experiment.paper,
     )  # fmt: skip
 
 

@@ -98,8 +98,9 @@ def costs(section: Section) -> Table:
     return Table("Costs", note, header, rows, behind)
 
 
-def comparisons(section: Section, baseline: str) -> Table:
-    """Every method against one, paired by task and seed; beside it the published difference, where there is one."""
+def comparisons(section: Section) -> Table:
+    """Every method against the baseline, paired by task and seed, beside the published difference."""
+    baseline = section.baseline
     rows = []
     paper = section.paper or {"scores": {}, "columns": [], "source": ""}
     published = paper["scores"] if baseline in paper["scores"] else {}

@@ -11,24 +11,24 @@ from .results import Section
 from .tables import Table, comparisons, costs, every_run, scores, searches
 
 
-def tables_of(section: Section, baseline: str) -> dict[str, Table]:
+def tables_of(section: Section) -> dict[str, Table]:
     """File name -> table."""
     found = {"scores": scores(section)}
-    if baseline in section.methods and len(section.methods) > 1:
-        found["comparison"] = comparisons(section, baseline)
+    if section.baseline in section.methods and len(section.methods) > 1:
+        found["comparison"] = comparisons(section)
     if section.trials:
         found["search"] = searches(section)
     return {**found, "costs": costs(section)} if section.runs else found
 
 
-def markdown(sections: Sequence[Section], title: str, baseline: str = "lora") -> str:
+def markdown(sections: Sequence[Section], title: str) -> str:
     """Verdict and tables of each experiment; where the numbers come from."""
     parts = [f"# {title}"]
     for section in sections:
-        parts += [f"## {section.title}", section.question, verdict(section, baseline)]
+        parts += [f"## {section.title}", section.question, verdict(section)]
         words = [f"- `{method}`: {said}" for method, said in section.methods.items() if said]
         parts.append("\n".join(words))
-        parts += [f"### {table.title}\n\n{table.markdown()}" for table in tables_of(section, baseline).values()]
+        parts += [f"### {table.title}\n\n{table.markdown()}" for table in tables_of(section).values()]
     parts.append(origin(sections))
     return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
 
@@ -46,12 +46,12 @@ def origin(sections: Sequence[Section]) -> str:
     return f"Runs on {'; '.join(machines)}{f'. Commits: {words}' if words else ''}."
 
 
-def write_report(sections: Sequence[Section], folder: Path, title: str, baseline: str = "lora") -> None:
+def write_report(sections: Sequence[Section], folder: Path, title: str) -> None:
     """`index.html`, `results.md`, and a CSV for each table; each written whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "index.html", page(sections, title, baseline))
-    write_whole(folder / "results.md", markdown(sections, title, baseline))
+    write_whole(folder / "index.html", page(sections, title))
+    write_whole(folder / "results.md", markdown(sections, title))
     for section in sections:
-        for name, table in tables_of(section, baseline).items():
+        for name, table in tables_of(section).items():
             write_whole(folder / f"{section.name}{'-' if section.name else ''}{name}.csv", table.csv())
     write_whole(folder / "runs.csv", every_run(run for section in sections for run in section.runs).csv())

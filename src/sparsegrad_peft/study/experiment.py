@@ -15,7 +15,10 @@ import yaml
 SHIPPED = Path(str(files(__package__))) / "experiments"
 SEARCH = "search"
 "Folder of the search's results within an experiment's."
-_SAID = {"title", "question", "models", "tasks", "task_settings", "methods", "seeds", "search", "settings", "paper"}
+_SAID = {
+    "title", "question", "only_at", "models", "tasks", "task_settings", "methods", "seeds", "search", "settings",
+    "baseline", "paper",
+}  # fmt: skip
 _SAID_OF_METHOD = {"words", "settings", "learning_rates", "rates_of"}
 
 
@@ -49,6 +52,8 @@ class Experiment:
     search_settings: dict[str, dict[str, Any]]
     "task -> what a trial has otherwise"
     settings: dict[str, Any]
+    baseline: str
+    "method that the others are compared with"
     paper: dict[str, Any] | None
     "what the paper has to say to the question: source, columns, scores of each method"
 
@@ -115,9 +120,18 @@ class Cell:
         return found
 
 
-def experiment_names(folder: Path = SHIPPED) -> list[str]:
-    """Those in a folder, in the order that its `default.yaml` gives: the ones that others build on first."""
-    found = {path.parent.name for path in folder.glob("*/experiment.yaml")}
+def experiment_names(folder: Path = SHIPPED, scale: str | None = None) -> list[str]:
+    """Those in a folder, in the order that its `default.yaml` gives: the ones that others build on first.
+
+    Args:
+        folder: with `default.yaml` and the experiments' folders.
+        scale: leave out those that are not for it.
+    """
+    found = {
+        path.parent.name
+        for path in folder.glob("*/experiment.yaml")
+        if scale is None or _read(path).get("only_at") in (None, scale)
+    }
     order = [name for name in _read(folder / "default.yaml")["order"] if name in found]
     return [*order, *sorted(found - {*order})]
 
@@ -141,6 +155,8 @@ def load_experiment(name: str, scale: str = "cpu", folder: Path = SHIPPED) -> Ex
     scales = said.pop("scales")
     if scale not in scales:
         raise ValueError(f"no scale {scale!r}; there are {', '.join(scales)}")
+    if own.get("only_at") not in (None, scale):
+        raise ValueError(f"experiment {name} is for scale {own['only_at']}: its sizes are those of that model")
     own_scales = own.pop("scales", {})
     for part in (scales[scale], own, own_scales.get(scale, {})):
         said = merged(said, part)
@@ -150,6 +166,9 @@ def load_experiment(name: str, scale: str = "cpu", folder: Path = SHIPPED) -> Ex
     trials = {method.name: len(method.learning_rates) for method in methods if method.rates_of is None}
     if len(set(trials.values())) > 1:
         raise ValueError(f"{where}: expected the same number of learning rates to try for each method, found {trials}")
+    names = [method.name for method in methods]
+    if said["baseline"] not in names:
+        raise ValueError(f"{where}: expected a baseline among {', '.join(names)}; found {said['baseline']!r}")
     return Experiment(
         name=name, scale=scale, title=said["title"], question=said["question"], models=tuple(said["models"]),
         tasks={task: said["task_settings"].get(task, {}) for task in said["tasks"]}, methods=methods,
@@ -158,7 +177,7 @@ def load_experiment(name: str, scale: str = "cpu", folder: Path = SHIPPED) -> Ex
             task: merged(said["search"]["settings"], said["search"]["task_settings"].get(task, {}))
             for task in said["tasks"]
         },
-        settings=said["settings"], paper=said["paper"],
+        settings=said["settings"], baseline=said["baseline"], paper=said["paper"],
     )  # fmt: skip
 
 

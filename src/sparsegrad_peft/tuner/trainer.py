@@ -238,6 +238,9 @@ def adapter_parameters(model: nn.Module) -> tuple[set[int], bool]:
     cores = {id(core) for module in model.modules() for _, core in getattr(module, "trained_cores", tuple)()}
     if cores:
         return cores, True
+    prompts = getattr(model, "prompt_encoder", None)  # of prefix tuning and its like
+    if isinstance(prompts, nn.Module):
+        return {id(parameter) for parameter in prompts.parameters()}, False
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     names = {name for layer in layers for name in layer.adapter_layer_names}
     return {
