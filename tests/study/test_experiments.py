@@ -11,6 +11,7 @@ import torch
 from sparsegrad_peft.cli.train import as_arguments
 from sparsegrad_peft.run.train import train
 from sparsegrad_peft.study.experiment import SHIPPED, Experiment, Method, experiment_names, load_experiment, merged
+from sparsegrad_peft.study.reproduce import trials_of
 from tiny_runs import save_tokenizer
 
 EXPERIMENTS = {name: load_experiment(name) for name in experiment_names()}
@@ -34,14 +35,16 @@ def test_settings_are_valid(name: str, scale: str) -> None:
     experiment = load_experiment(name, scale)
     cells = list(experiment.cells())
     assert len({cell.name for cell in cells}) == len(cells)
+    searches = trials_of(
+        cell for other in experiment_names(scale=scale) for cell in load_experiment(other, scale).cells()
+    )
     checked = set()
     for cell in cells:
         if not {cell.method.name, cell.task, cell.model} <= checked:  # what settings depend on, each by itself
             checked |= {cell.method.name, cell.task, cell.model}
             as_arguments(cell.settings(cell.trial or 1e-3)).check()
         if cell.searched_as is not None:
-            whose = load_experiment(cell.searched_as.split("/")[0], scale)
-            assert any(other.trial and other.name.startswith(cell.searched_as) for other in whose.cells())
+            assert cell.searched_as in searches
     for method in (experiment.paper or {"scores": {}})["scores"]:
         assert method in {m.name for m in experiment.methods}
 

@@ -18,7 +18,7 @@ import yaml
 from sparsegrad_peft.cli.main import main
 from sparsegrad_peft.study.claims import Claims
 from sparsegrad_peft.study.experiment import Experiment, load_experiment
-from sparsegrad_peft.study.reproduce import Places, Reporter, best_rate, reproduce
+from sparsegrad_peft.study.reproduce import Places, Reporter, best_rate, reproduce, trials_of
 
 # Optuna's own: a class that is marked as new, and one that it will rename.
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -162,10 +162,20 @@ def test_two_processes_share_the_runs_and_a_killed_one_is_taken_up(
     assert sorted(attempts) == [1] * 7 + [2]
 
 
-def test_claims(tmp_path: Path) -> None:
+@pytest.fixture(params=["journal", "postgresql"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """A file, or an empty database of a real server: SPARSEGRAD_POSTGRESQL=postgresql://user:word@host/name."""
     from sparsegrad_peft.run.search import journal
 
-    first, second = Claims(journal(tmp_path / "j")), Claims(journal(tmp_path / "j"))
+    if request.param == "journal":
+        return journal(tmp_path / "j")
+    if "SPARSEGRAD_POSTGRESQL" not in os.environ:
+        pytest.skip("SPARSEGRAD_POSTGRESQL names no server")
+    return os.environ["SPARSEGRAD_POSTGRESQL"]
+
+
+def test_claims(storage: Any) -> None:
+    first, second = Claims(storage), Claims(storage)
     assert first.take("a") == 1
     assert second.take("a") == 0
     first.release("a", 1)
@@ -189,7 +199,7 @@ def test_no_rate_before_the_search_is_over(load: Any, places: Places) -> None:
         places.result(trial.name).write_text(json.dumps(result), encoding="utf-8")
 
     write(trials[0], finished)
-    assert best_rate(run, cells, places.results) is None
+    assert best_rate(run, trials_of(cells), places.results) is None
     for second, best in (
         ({**finished, "score": 0.6}, 1e-3),
         ({**finished, "score": 0.4}, 1e-2),
@@ -197,7 +207,7 @@ def test_no_rate_before_the_search_is_over(load: Any, places: Places) -> None:
         ({"status": "diverged"}, 1e-2),
     ):
         write(trials[1], second)
-        assert best_rate(run, cells, places.results) == best
+        assert best_rate(run, trials_of(cells), places.results) == best
 
 
 @pytest.mark.parametrize(

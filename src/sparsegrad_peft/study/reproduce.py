@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,7 +88,8 @@ def reproduce(
     """
     reporter = reporter or Reporter()
     cells = [cell for experiment in experiments for cell in experiment.cells() if keep(cell)]
-    _check(cells, places)
+    trials = trials_of(cells)
+    _check(cells, trials, places)
     claims = Claims(places.storage or _journal_in(places.runs))
     for cell in cells if retry else ():
         if places.result(cell.name).is_file() and _read(places.result(cell.name))["status"] != "finished":
@@ -102,15 +103,15 @@ def reproduce(
         reporter.counts(len(cells) - len(left), len(cells))
         if not left:
             return {cell.name: _read(places.result(cell.name)) for cell in cells}
-        if not any(_take(cell, cells, places, claims, threads, reporter) for cell in left):
+        if not any(_take(cell, trials, places, claims, threads, reporter) for cell in left):
             time.sleep(_POLL)
 
 
 def _take(
-    cell: Cell, cells: list[Cell], places: Places, claims: Claims, threads: int | None, reporter: Reporter
+    cell: Cell, trials: Mapping[str, list[str]], places: Places, claims: Claims, threads: int | None, reporter: Reporter
 ) -> bool:
     """Run a cell, if it is nobody's and its learning rate is known; whether it was run."""
-    rate = cell.trial if cell.trial is not None else best_rate(cell, cells, places.results)
+    rate = cell.trial if cell.trial is not None else best_rate(cell, trials, places.results)
     if rate is None and cell.searched_as is not None:
         return False
     attempt = claims.take(cell.name)
@@ -185,7 +186,16 @@ def _status(status: int, error: str) -> str:
     return "diverged" if "the loss of step" in error else "failed"
 
 
-def best_rate(cell: Cell, cells: Sequence[Cell], results: Path) -> float | None:
+def trials_of(cells: Iterable[Cell]) -> dict[str, list[str]]:
+    """The searches among some runs: path of the results up to the rate -> names of the trials."""
+    found: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.trial is not None:
+            found.setdefault(cell.name[: cell.name.rindex("-lr") + 3], []).append(cell.name)
+    return found
+
+
+def best_rate(cell: Cell, trials: Mapping[str, list[str]], results: Path) -> float | None:
     """The learning rate with the highest score in the search; None while a trial is missing.
 
     Of several with the same score, as where none has learnt to tell the classes yet, it is the one with the lowest
@@ -194,7 +204,7 @@ def best_rate(cell: Cell, cells: Sequence[Cell], results: Path) -> float | None:
     prefix = cell.searched_as
     if prefix is None:
         return None
-    files = {results / f"{other.name}.json" for other in cells if other.trial and other.name.startswith(prefix)}
+    files = {results / f"{name}.json" for name in trials.get(prefix, ())}
     files.update((results / prefix).parent.glob(f"{Path(prefix).name}*.json"))
     if not files or not all(path.is_file() for path in files):
         return None
@@ -220,14 +230,13 @@ def _same(arguments: RunArguments, results: Path) -> dict[str, Any] | None:
     return None
 
 
-def _check(cells: list[Cell], places: Places) -> None:
+def _check(cells: list[Cell], trials: Mapping[str, list[str]], places: Places) -> None:
     """Whether all of it can be run, before any of it is."""
     seen: set[str] = set()
     for cell in cells:
         if cell.trial is None and cell.searched_as is not None:
             prefix = cell.searched_as
-            among = any(other.trial is not None and other.name.startswith(prefix) for other in cells)
-            if not among and not list((places.results / prefix).parent.glob(f"{Path(prefix).name}*.json")):
+            if prefix not in trials and not list((places.results / prefix).parent.glob(f"{Path(prefix).name}*.json")):
                 whose = prefix.split("/")[0]
                 raise ValueError(
                     f"{cell.name} takes its learning rate from the search {prefix}..., which has no results in "
