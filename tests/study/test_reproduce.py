@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,19 +163,26 @@ def test_two_processes_share_the_runs_and_a_killed_one_is_taken_up(
 
 
 @pytest.fixture(params=["journal", "postgresql"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+def storages(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Any, Any]]:
     """A file, or an empty database of a real server: SPARSEGRAD_POSTGRESQL=postgresql://user:word@host/name."""
+    from optuna.storages import RDBStorage
+
     from sparsegrad_peft.run.search import journal
 
     if request.param == "journal":
-        return journal(tmp_path / "j")
+        yield journal(tmp_path / "j"), journal(tmp_path / "j")
+        return
     if "SPARSEGRAD_POSTGRESQL" not in os.environ:
         pytest.skip("SPARSEGRAD_POSTGRESQL names no server")
-    return os.environ["SPARSEGRAD_POSTGRESQL"]
+    both = RDBStorage(os.environ["SPARSEGRAD_POSTGRESQL"]), RDBStorage(os.environ["SPARSEGRAD_POSTGRESQL"])
+    yield both
+    for storage in both:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
-def test_claims(storage: Any) -> None:
-    first, second = Claims(storage), Claims(storage)
+def test_claims(storages: tuple[Any, Any]) -> None:
+    first, second = map(Claims, storages)
     assert first.take("a") == 1
     assert second.take("a") == 0
     first.release("a", 1)
