@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/method.md and docs/performance.md from the result files.
+"""Write the tables of README.md, docs/method.md and docs/performance.md, and docs/results.md, from the result files.
 
     python benchmarks/tables.py           # write them
     python benchmarks/tables.py --check   # only say whether they are what the files give; exit 1 if not
@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_peft.tasks.metrics import spread
+from sparsegrad_peft.report.page import verdict
+from sparsegrad_peft.report.results import read_sections
+from sparsegrad_peft.report.tables import comparisons, scores
+from sparsegrad_peft.report.write import markdown as results_document
+from sparsegrad_peft.report.write import origin as origin_of_runs
+from sparsegrad_peft.run.folder import write_whole
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/method.md", "docs/performance.md")
+STUDY = "benchmarks/results/study"
+RESULTS_TITLE = "SparseGrad and its peers"
 MARK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -155,46 +161,11 @@ def energy(result: dict[str, Any]) -> str:
     return f"{markdown(header, rows)}\n\n{origin(result)}"
 
 
-def variant(result: dict[str, Any]) -> str:
-    """What the grid calls a run; one that is named after its method does not say so."""
-    return str(result.get("variant") or result["method"])
-
-
-def glue(results: list[dict[str, Any]]) -> str:
-    """Score of each method on each task, mean ± standard deviation over seeds, from one result file a run."""
-    by: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for result in results:
-        by.setdefault(result["task"], {}).setdefault(variant(result), []).append(result)
-    methods = list(dict.fromkeys(method for runs in by.values() for method in runs))
-    rows: list[list[str]] = []
-    means: dict[str, list[float]] = {method: [] for method in methods}
-    for task, runs in by.items():
-        metric = next(iter(runs.values()))[0]["metric"].replace("_", " ")
-        row = [f"{task.removeprefix('glue/')} ({metric}, {next(iter(runs.values()))[0]['rows']['train']:,} rows)"]
-        for method in methods:
-            scores = [100 * run["score"] for run in runs.get(method, [])]
-            mean, deviation = spread(scores) if scores else (math.nan, 0.0)
-            means[method].append(mean)
-            spread_of = f" ± {deviation:.1f}" if len(scores) > 1 else ""  # one run has none
-            row.append(f"{mean:.1f}{spread_of} ({len(scores)})" if scores else "not run")
-        rows.append(row)
-    whole = {method: sum(found) / len(found) for method, found in means.items()}
-    rows.append(["mean", *(f"{whole[m]:.1f}" if math.isfinite(whole[m]) else "not run in full" for m in methods)])
-    for what, of in (
-        ("trained entries of the MLP layers", lambda run: run["trained_entries"]["adapter"]),
-        ("learning rate", lambda run: run["learning_rate"]),
-    ):
-        found = [sorted({of(run) for run in results if variant(run) == method}) for method in methods]
-        rows.append([what, *(", ".join(f"{value:,}" for value in values) for values in found)])
-    environments = [run["environment"] for run in results]
-    machines = sorted({f"{e['device']}, torch {e['packages']['torch']}" for e in environments})
-    commits = sorted({e["commit"][:10] for e in environments})
-    epochs = ", ".join(f"{e:g}" for e in sorted({run["config"]["training"]["epochs"] for run in results}))
-    return (
-        f"{markdown(['', *(f'`{m}`' for m in methods)], rows)}\n\n100 x score, mean ± standard deviation over seeds "
-        f"(number of seeds); the best evaluation of a run, {epochs} epochs, whole dev sets, head and pooler trained as "
-        f"well. {'; '.join(machines)}; commits {', '.join(commits)}: `python benchmarks/glue.py`"
-    )
+def study(path: Path) -> str:
+    """Verdict, scores and differences of one experiment, from one result file a run."""
+    [section] = read_sections([path])
+    parts = [verdict(section), scores(section).markdown(), comparisons(section).markdown(), origin_of_runs([section])]
+    return "\n\n".join(part.rstrip("\n") for part in parts)
 
 
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -212,7 +183,7 @@ def filled(text: str) -> str:
     def table(match: re.Match[str]) -> str:
         path = ROOT / match[2]
         if path.is_dir():  # one file a run
-            made = glue([json.loads(file.read_text(encoding="utf-8")) for file in sorted(path.glob("*/*.json"))])
+            made = study(path)
         else:
             result = json.loads(path.read_text(encoding="utf-8"))
             made = RENDER[result["benchmark"]](result)
@@ -234,6 +205,12 @@ def main() -> None:
             stale.append(document)
             if not check:
                 path.write_text(after, encoding="utf-8")
+    results = ROOT / "docs" / "results.md"
+    whole = results_document(read_sections([ROOT / STUDY]), RESULTS_TITLE)
+    if not results.is_file() or results.read_text(encoding="utf-8") != whole:
+        stale.append("docs/results.md")
+        if not check:  # what `sparsegrad report benchmarks/results/study --markdown docs/results.md` writes
+            write_whole(results, whole)
     if check and stale:
         sys.exit(f"{', '.join(stale)}: a table is not what its result file gives; run python benchmarks/tables.py")
     print("written: " + ", ".join(stale) if stale else "all tables are what the result files give")

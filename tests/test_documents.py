@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import tables
+from sparsegrad_peft.report.results import read_sections
+from sparsegrad_peft.study.experiment import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = [
@@ -26,7 +29,7 @@ PYTHON = [code for _, language, code in BLOCKS if language == "python"]
 COMMANDS = [line for _, language, code in BLOCKS if language == "bash" for line in code.splitlines()]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 SPEED = sorted((ROOT / "benchmarks" / "results" / "speed").glob("*.json"))
-RUNS = sorted((ROOT / "benchmarks" / "results" / "glue").glob("*/*.json"))
+RUNS = sorted((ROOT / "benchmarks" / "results" / "study").rglob("*.json"))
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -81,13 +84,14 @@ CUT_SHORT = {
         "--data.folder",
         "rows",
     ],
+    "reproduce": ["--folder", "experiments"],
     "bench": ["--tokens", "16", "--layers", "1", "--methods", "floor,sparsegrad,lora", "--repeats", "1"],
 }
 
 
 def test_every_readme_command_is_known() -> None:
     assert set(COMMANDS) == {*CUT_DOWN, *SPARSEGRAD}
-    assert len(SPARSEGRAD) == 10
+    assert len(SPARSEGRAD) == 12
 
 
 def sparsegrad(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -95,6 +99,21 @@ def sparsegrad(words: list[str], folder: Path) -> subprocess.CompletedProcess[st
         [sys.executable, "-m", "sparsegrad_peft.cli.main", *words], cwd=folder, capture_output=True, text=True,
         check=False, env={**os.environ, "HF_HUB_OFFLINE": "1", "SPARSEGRAD_DATA": ""},
     )  # fmt: skip
+
+
+def cut_down_experiments(folder: Path, rows: Path) -> None:
+    """The shipped comparison with a trial and a seed for each method, and rows of the test's own."""
+    (folder / "comparison").mkdir(parents=True)
+    default, comparison = (
+        yaml.safe_load((SHIPPED / name).read_text(encoding="utf-8"))
+        for name in ("default.yaml", "comparison/experiment.yaml")
+    )
+    default["seeds"] = [0]
+    default["scales"]["cpu"]["task_settings"] = {"glue/rte": {"data": {"folder": str(rows)}, "training": {"epochs": 1}}}
+    for method in comparison["methods"].values():
+        del method["learning_rates"][1:]
+    for name, content in (("default.yaml", default), ("comparison/experiment.yaml", comparison)):
+        (folder / name).write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -105,6 +124,7 @@ def test_readme_sparsegrad_commands_run_one_after_the_other(tmp_path: Path) -> N
         rows = [f"{i}\tA man reads book {i}.\tHe reads.\t{('not_' if i % 2 else '') + 'entailment'}" for i in range(16)]
         text = "\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n"
         (tmp_path / "rows" / f"{name}.tsv").write_text(text, encoding="utf-8")
+    cut_down_experiments(tmp_path / "experiments", tmp_path / "rows")
     shown = {}
     for command in SPARSEGRAD:
         words = shlex.split(command)[1:]
@@ -119,6 +139,7 @@ def test_readme_sparsegrad_commands_run_one_after_the_other(tmp_path: Path) -> N
     assert "22,713,216" in shown["inspect"]  # MiniLM's parameters
     assert "next:   sparsegrad train --config runs/search-rte/best.yaml" in shown["search"]
     assert "sparsegrad against lora: " in shown["report"]
+    assert "4 runs, 0 of them failed" in shown["reproduce"]
     assert re.search(r"sparsegrad .* 49,152 ", shown["bench"])  # two layers of 256 x 96
 
 
@@ -132,15 +153,24 @@ def test_demo_runs(tmp_path: Path) -> None:
     assert "next:   sparsegrad predict out/sparsegrad" in done.stdout
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_run_files_say_where_they_come_from(path: Path) -> None:
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     environment = result["environment"]
     assert re.fullmatch(r"[0-9a-f]{40}", environment["commit"])
     assert environment["dirty"] is False
     assert environment["seed"] == result["seed"]
-    assert path.name == f"{tables.variant(result)}-{result['seed']}.json"
-    assert result["task"] == f"glue/{path.parent.name}"
+    run_name = f"lr{result['learning_rate']:g}" if result["trial"] else str(result["seed"])
+    assert path.name == f"{result['variant']}-{run_name}.json"
+    assert result["task"].removeprefix("glue/") == path.parent.name
+    assert path.is_relative_to(ROOT / tables.STUDY / result["experiment"])
+
+
+def test_results_page_is_what_the_result_files_give() -> None:
+    written = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert written == tables.results_document(read_sections([ROOT / tables.STUDY]), tables.RESULTS_TITLE), (
+        "stale: run python benchmarks/tables.py"
+    )
 
 
 @pytest.mark.slow

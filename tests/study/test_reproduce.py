@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from sparsegrad_peft.cli.main import main
+from sparsegrad_peft.run.search import is_alive
 from sparsegrad_peft.study.claims import Claims
 from sparsegrad_peft.study.experiment import Experiment, load_experiment
 from sparsegrad_peft.study.reproduce import Places, Reporter, best_rate, reproduce, trials_of
@@ -193,6 +194,21 @@ def test_claims(storages: tuple[Any, Any]) -> None:
     first.forget("a")
     assert dict(first.results()) == {}
     assert first.take("a") == 3
+
+
+def test_a_process_that_has_ended_is_not_alive() -> None:
+    """Also while nobody has collected it: in a container, that may be for ever."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert is_alive(process.pid)
+    process.kill()
+    deadline = time.monotonic() + 30
+    while is_alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_alive(process.pid)
+    assert process.returncode is None  # a zombie until then
+    process.communicate()
+    assert not is_alive(process.pid)
+    assert not is_alive(os.getpid())
 
 
 def test_no_rate_before_the_search_is_over(load: Any, places: Places) -> None:

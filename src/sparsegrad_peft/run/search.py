@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from .arguments import RunArguments, SearchArguments, flat
@@ -103,14 +104,11 @@ def _take_up_interrupted(study: Any) -> None:
 
 
 def is_alive(process: int) -> bool:
-    """Whether there is such a process here; this one aside."""
+    """Whether there is such a process here, this one aside; one that has ended and waits to be collected is none."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        return process != os.getpid() and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        return True
-    return process != os.getpid()
 
 
 def _counted(study: Any) -> list[Any]:
