@@ -6,7 +6,7 @@ import json
 from html import escape
 from importlib.resources import files
 
-from .compare import compare, methods_of
+from .compare import by_unit, compare, methods_of
 from .figures import pareto
 from .results import Run
 from .tables import Table, comparisons, costs, every_run, scores
@@ -52,7 +52,7 @@ def verdict(runs: list[Run], baseline: str = "lora") -> str:
     others = [method for method in methods if method != baseline]
     if baseline not in methods or not others:
         return f"{len(runs)} runs of {', '.join(methods)}; there is nothing to compare with {baseline}."
-    return " ".join(compare(runs, method, baseline).words for method in others)
+    return " ".join(compare(some, method, baseline).words for some in by_unit(runs).values() for method in others)
 
 
 def _table(table: Table, number: dict[int, int], filtered: bool = False) -> str:
@@ -67,7 +67,7 @@ def _table(table: Table, number: dict[int, int], filtered: bool = False) -> str:
                 text = f"<a href='#run-{number[id(behind[0])]}'>{escape(cell)}</a>"
             elif behind:  # the number, then its runs
                 links = " ".join(
-                    f"<a href='#run-{number[id(run)]}' title='seed {run.result['seed']}, {run.score:.2f}'>"
+                    f"<a href='#run-{number[id(run)]}' title='seed {run.result['seed']}, {run.shown(run.score, 2)}'>"
                     f"{index}</a>" for index, run in enumerate(behind, 1)
                 )  # fmt: skip
                 text = f"{escape(cell)} <small>{links}</small>"

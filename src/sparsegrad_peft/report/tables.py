@@ -7,8 +7,9 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from .compare import cells, compare, mean_of_tasks, methods_of
+from .compare import by_unit, cells, compare, mean_of_tasks, methods_of
 from .results import Run
 
 
@@ -47,12 +48,18 @@ def scores(runs: list[Run]) -> Table:
                 behind[number, column] = by[method].runs
             row.append(f"{by[method]} ({len(by[method].runs)})" if method in by else "not run")
         rows.append(row)
-    means = [mean_of_tasks(runs, method) for method in methods]
-    rows.append(["mean of tasks", *(f"{mean:.1f}" if math.isfinite(mean) else "not all run" for mean in means)])
+    units = by_unit(runs)
+    for unit, some in units.items():
+        means = [mean_of_tasks(some, method) for method in methods]
+        words = [some[0].shown(mean) if math.isfinite(mean) else "not all run" for mean in means]
+        rows.append([f"mean of tasks, {unit}" if len(units) > 1 else "mean of tasks", *words])
     note = (
         "100 x score of the best evaluation of a run on the task's dev set: mean ± standard deviation over seeds "
         "(number of seeds)."
     )
+    losses = [unit for unit in units if unit != "points"]
+    if losses:
+        note = f"{note} A {' or '.join(losses)} is shown as it is, and lower is better."
     return Table("Scores", note, ["task", *methods], rows, behind)
 
 
@@ -91,18 +98,23 @@ def costs(runs: list[Run]) -> Table:
 
 def comparisons(runs: list[Run], baseline: str) -> Table:
     """Every method against one, paired by task and seed."""
-    rows = []
-    for method in methods_of(runs):
-        if method != baseline:
-            found = compare(runs, method, baseline)
-            known = not math.isnan(found.p)
-            rows.append([
-                method, str(found.pairs), f"{found.difference:+.2f}" if found.pairs else "",
-                f"{found.low:+.2f} to {found.high:+.2f}" if known else "", f"{found.p:.2g}" if known else "",
-                f"{found.ahead} of {found.pairs}",
-            ])  # fmt: skip
+    rows, units = [], by_unit(runs)
+    for unit, some in units.items():
+        shown = partial(some[0].shown, digits=2, sign="+")
+        for method in methods_of(runs):
+            if method != baseline:
+                found = compare(some, method, baseline)
+                known = not math.isnan(found.p)
+                rows.append([
+                    f"{method}, {unit}" if unit != "points" else method, str(found.pairs),
+                    shown(found.difference) if found.pairs else "",
+                    f"{shown(found.low)} to {shown(found.high)}" if known else "", f"{found.p:.2g}" if known else "",
+                    f"{found.ahead} of {found.pairs}",
+                ])  # fmt: skip
     header = ["method", "pairs", f"difference from {baseline}", "95 % interval", "p (paired t-test)", "ahead"]
     note = "Pairs of runs with the same task and seed; points are hundredths of a score."
+    if set(units) != {"points"}:
+        note = f"{note} A difference in loss is below 0 where the method is ahead."
     return Table(f"Against {baseline}", note, header, rows, {})
 
 
@@ -113,7 +125,7 @@ def every_run(runs: list[Run]) -> Table:
         behind[number, 3] = (run,)
         training = run.result["config"]["training"]
         rows.append([
-            run.task, run.method, str(run.result["seed"]), f"{run.score:.2f}", f"{run.result['learning_rate']:g}",
+            run.task, run.method, str(run.result["seed"]), run.shown(run.score, 2), f"{run.result['learning_rate']:g}",
             str(training["batch_size"]), f"{training['epochs']:g}", f"{run.result['rows']['train']:,}",
             f"{run.seconds:.0f}", "" if run.calibration_seconds is None else f"{run.calibration_seconds:.0f}",
             f"{run.megabytes:,.0f}", str(run.result["environment"].get("commit") or "")[:10],
