@@ -216,7 +216,7 @@ def test_no_rate_before_the_search_is_over(load: Any, places: Places) -> None:
     trials = [cell for cell in cells if cell.trial is not None and cell.method.name == "lora"]
     run = next(cell for cell in cells if cell.trial is None and cell.method.name == "lora")
     places.result(trials[0].name).parent.mkdir(parents=True)
-    finished = {"status": "finished", "score": 0.5, "training_loss_last_sixth": 0.6}
+    finished = {"status": "finished", "metric": "accuracy", "score": 0.5, "training_loss_last_sixth": 0.6}
 
     def write(trial: Any, result: dict[str, Any]) -> None:
         places.result(trial.name).write_text(json.dumps(result), encoding="utf-8")

@@ -33,8 +33,8 @@ def main(argv: list[str]) -> None:
     as_json, model = found.pop("json"), found.pop("model")
     from rich.console import Console
 
-    from ..run.base import model_path
     from ..run.inspect import inspect, render
+    from ..run.pretrained import model_path
 
     inspection = inspect(model_path(model), **found)
     if as_json:

@@ -9,7 +9,8 @@ from .parsing import make_parser
 
 EXAMPLE = (
     "sparsegrad predict runs/acceptability/sparsegrad --text 'The keys are here.'; prints the sentence with its class "
-    "and the probability of each. --file rows.csv --output predictions.csv does it for a file."
+    "and the probability of each; a language model goes on with the text. "
+    "--file rows.csv --output predictions.csv does it for a file."
 )
 
 
@@ -19,11 +20,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run", type=str, help="folder of a finished run")
     parser.add_argument("--text", type=str, nargs="+", default=[], help="a row: one text, or two")
     parser.add_argument("--file", type=str | None, default=None, help="CSV, TSV, JSON or JSON lines")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="of a language model's answer, at most")
     parser.add_argument("--output", type=str | None, default=None, help="CSV file to write; default: print JSON lines")
     found = parser.parse_args(argv)
     from ..run.use import predict, write_csv
 
-    rows = predict(found.run, found.file, found.text)
+    rows = predict(found.run, found.file, found.text, max_new_tokens=found.max_new_tokens)
     if found.output is not None:
         write_csv(Path(found.output), rows)
         print(f"written: {found.output} ({len(rows)} rows)")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from ..tasks.metrics import spread
 from .results import Run, Section
@@ -28,38 +28,41 @@ class Cell:
         return spread([run.score for run in self.runs])[1]
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.deviation:.1f}" if len(self.runs) > 1 else f"{self.mean:.1f}"
+        shown = self.runs[0].shown
+        return f"{shown(self.mean)} ± {shown(self.deviation)}" if len(self.runs) > 1 else shown(self.mean)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method against another, over the runs that both have: same task, same seed."""
+    """A method against another, over the runs of one unit that both have: same task, same seed."""
 
     method: str
     other: str
     pairs: int
     difference: float
-    "mean, in hundredths of a score"
+    "mean, in the unit of the scores"
     low: float
     "95 % interval of the mean, by Student's t over the pairs"
     high: float
     p: float
     "of the paired t-test; nan with fewer than two pairs"
     ahead: int
-    "pairs in which the method has the higher score"
+    "pairs in which the method has the better score"
+    unit: str = "points"
 
     @property
     def words(self) -> str:
         """One sentence."""
         if not self.pairs:
             return f"{self.method} and {self.other} have no task and seed in common."
-        least = f"{self.difference:+.2f} points over {self.pairs} pair{'s' if self.pairs > 1 else ''} of runs"
+        digits, unit = (2, "points") if self.unit == "points" else (4, f"{self.unit} (lower is better)")
+        least = f"{self.difference:+.{digits}f} {unit} over {self.pairs} pair{'s' if self.pairs > 1 else ''} of runs"
         if math.isnan(self.p):
             return f"{self.method} against {self.other}: {least}; too few for a test."
         sure = "not told apart from chance" if self.low <= 0 <= self.high else "beyond chance"
         return (
-            f"{self.method} against {self.other}: {least} (95 % interval {self.low:+.2f} to {self.high:+.2f}, paired "
-            f"t-test p = {self.p:.2g}; {sure}), ahead in {self.ahead}."
+            f"{self.method} against {self.other}: {least} (95 % interval {self.low:+.{digits}f} to "
+            f"{self.high:+.{digits}f}, paired t-test p = {self.p:.2g}; {sure}), ahead in {self.ahead}."
         )
 
 
@@ -74,15 +77,30 @@ def cells(runs: Iterable[Run]) -> dict[str, dict[str, Cell]]:
     }
 
 
+def by_unit(section: Section) -> dict[str, Section]:
+    """Parts of a section whose scores can be averaged, points first."""
+    found: dict[str, list[Run]] = {"points": []}
+    for run in section.runs:
+        found.setdefault(run.unit, []).append(run)
+    apart = {run.task for unit, some in found.items() for run in some if unit != "points"}
+
+    def tasks(unit: str, some: list[Run]) -> tuple[str, ...]:
+        """Those that have no runs yet count as points."""
+        own = {run.task for run in some}
+        return tuple(task for task in section.tasks if (task not in apart if unit == "points" else task in own))
+
+    return {unit: replace(section, runs=tuple(some), tasks=tasks(unit, some)) for unit, some in found.items() if some}
+
+
 def mean_of_tasks(section: Section, method: str) -> float:
-    """Mean over tasks of the means over seeds; nan unless the method has run on all of them."""
+    """Mean over tasks of the means over seeds, of runs of one unit; nan unless the method has run on all of them."""
     table = cells(section.runs)
     found = [table[task][method].mean if method in table.get(task, {}) else math.nan for task in section.tasks]
-    return sum(found) / len(found)
+    return sum(found) / len(found) if found else math.nan
 
 
-def compare(runs: Iterable[Run], method: str, other: str) -> Comparison:
-    """Paired by task and seed."""
+def compare(runs: Sequence[Run], method: str, other: str) -> Comparison:
+    """Paired by task and seed; all runs of one unit."""
     from scipy import stats
 
     scores: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)
@@ -98,4 +116,6 @@ def compare(runs: Iterable[Run], method: str, other: str) -> Comparison:
         if error > 0:
             margin = float(stats.t.ppf(0.975, n - 1)) * error
             low, high, p = mean - margin, mean + margin, float(2 * stats.t.sf(abs(mean) / error, n - 1))
-    return Comparison(method, other, n, mean, low, high, p, sum(d > 0 for d in differences))
+    better = 1 if not runs or runs[0].higher_is_better else -1
+    ahead = sum(better * d > 0 for d in differences)
+    return Comparison(method, other, n, mean, low, high, p, ahead, runs[0].unit if runs else "points")

@@ -46,14 +46,16 @@ def _scatter(section: Section, title: str, label: str, of: Callable[[Run], float
             if points:
                 x, y = zip(*points, strict=True)
                 panel.scatter(x, y, s=22, color=f"C{colour}", label=method, alpha=0.8)
-        panel.set(title=task, xlabel=label, ylabel="100 x score")
+        unit = next(run.unit for run in runs if run.task == task)
+        panel.set(title=task, xlabel=label, ylabel="100 x score" if unit == "points" else unit)
         panel.grid(alpha=0.3)
     handles = {h.get_label(): h for panel in figure.axes for h in panel.collections}
     figure.legend(handles=[handles[name] for name in methods if name in handles], loc="outside lower center", ncols=4)
     best = []
     for task in tasks:
-        top = max((run for run in runs if run.task == task), key=lambda run: run.score)
-        best.append(f"{task}: highest {top.score:.1f} by {top.method} at {of(top):,.0f} ({label})")
+        own = sorted((run for run in runs if run.task == task), key=lambda run: run.score)
+        word, top = ("highest", own[-1]) if own[0].higher_is_better else ("lowest", own[0])
+        best.append(f"{task}: {word} {top.shown(top.score)} by {top.method} at {of(top):,.0f} ({label})")
     return Picture(title, _svg(figure), f"{title}, one point a run. {'; '.join(best)}.")
 
 

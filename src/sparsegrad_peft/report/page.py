@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
-from .compare import compare
+from .compare import by_unit, compare
 from .figures import pareto
 from .results import Section
 from .tables import Table, comparisons, costs, every_run, scores, searches
@@ -85,7 +85,8 @@ def verdict(section: Section) -> str:
         return f"{len(section.runs)} runs of {', '.join(methods)}; there is nothing to compare with {baseline}."
     missing = [method for method in section.methods if method not in methods]
     left = [f"Not run: {', '.join(missing)}."] if missing else []
-    return " ".join([*(compare(section.runs, method, baseline).words for method in others), *left])
+    parts = by_unit(section).values()
+    return " ".join([*(compare(part.runs, method, baseline).words for part in parts for method in others), *left])
 
 
 def _table(table: Table, name: str, number: dict[int, int], filtered: bool = False) -> str:
@@ -99,7 +100,7 @@ def _table(table: Table, name: str, number: dict[int, int], filtered: bool = Fal
                 text = f"<a href='#run-{number[id(behind[0])]}'>{escape(cell)}</a>"
             elif behind:  # the number, then its runs
                 links = " ".join(
-                    f"<a href='#run-{number[id(run)]}' title='seed {run.result['seed']}, {run.score:.2f}'>"
+                    f"<a href='#run-{number[id(run)]}' title='seed {run.result['seed']}, {run.shown(run.score, 2)}'>"
                     f"{index}</a>" for index, run in enumerate(behind, 1)
                 )  # fmt: skip
                 text = f"{escape(cell)} <small>{links}</small>"

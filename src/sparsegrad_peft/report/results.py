@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..study.experiment import experiment_names, load_experiment
+from ..tasks.metrics import higher_is_better
 
 _NEEDED = ("task", "method", "seed", "metric", "score", "config", "environment")
 
@@ -32,9 +33,28 @@ class Run:
         return str(self.result.get("variant") or self.result["method"])
 
     @property
+    def metric(self) -> str:
+        """The one that the score is of."""
+        return str(self.result["metric"])
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Of the score; not for a loss."""
+        return higher_is_better(self.metric)
+
+    @property
+    def unit(self) -> str:
+        """Scores of one unit can be compared and averaged: points, hundredths of a metric; or a loss as it is."""
+        return "points" if self.higher_is_better else self.metric
+
+    @property
     def score(self) -> float:
-        """Of the main metric, times 100."""
-        return 100 * float(self.result["score"])
+        """Of the main metric, in its unit."""
+        return float(self.result["score"]) * (100 if self.higher_is_better else 1)
+
+    def shown(self, score: float, digits: int = 1, sign: str = "") -> str:
+        """A number in this run's unit as words; a loss has two digits more."""
+        return f"{score:{sign}.{digits if self.higher_is_better else digits + 2}f}"
 
     @property
     def seconds(self) -> float:

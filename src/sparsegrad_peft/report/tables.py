@@ -7,8 +7,9 @@ import io
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from .compare import cells, compare, mean_of_tasks
+from .compare import by_unit, cells, compare, mean_of_tasks
 from .results import Failure, Run, Section
 
 
@@ -53,12 +54,18 @@ def scores(section: Section) -> Table:
             else:
                 row.append(said or "not run")
         rows.append(row)
-    means = [mean_of_tasks(section, method) for method in section.methods]
-    rows.append(["mean of tasks", *(f"{mean:.1f}" if math.isfinite(mean) else "not all run" for mean in means)])
+    units = by_unit(section)
+    for unit, part in (units or {"points": section}).items():
+        means = [mean_of_tasks(part, method) for method in section.methods]
+        words = [part.runs[0].shown(mean) if math.isfinite(mean) else "not all run" for mean in means]
+        rows.append([f"mean of tasks, {unit}" if len(units) > 1 else "mean of tasks", *words])
     note = (
         "100 x score of the best evaluation of a run on the task's dev set: mean ± standard deviation over seeds "
         "(number of seeds)."
     )
+    losses = [unit for unit in units if unit != "points"]
+    if losses:
+        note = f"{note} A {' or '.join(losses)} is shown as it is, and lower is better."
     return Table("Scores", note, ["task", *section.methods], rows, behind)
 
 
@@ -100,24 +107,29 @@ def costs(section: Section) -> Table:
 
 def comparisons(section: Section) -> Table:
     """Every method against the baseline, paired by task and seed, beside the published difference."""
-    baseline = section.baseline
+    baseline, units = section.baseline, by_unit(section)
     rows = []
     paper = section.paper or {"scores": {}, "columns": [], "source": ""}
     published = paper["scores"] if baseline in paper["scores"] else {}
-    for method in section.methods:
-        if method == baseline:
-            continue
-        found = compare(section.runs, method, baseline)
-        known = not math.isnan(found.p)
-        theirs = [a - b for a, b in zip(published.get(method, ()), published.get(baseline, ()), strict=False)]
-        rows.append([
-            method, str(found.pairs), f"{found.difference:+.2f}" if found.pairs else "",
-            f"{found.low:+.2f} to {found.high:+.2f}" if known else "", f"{found.p:.2g}" if known else "",
-            f"{found.ahead} of {found.pairs}",
-            *([", ".join(f"{value:+.1f}" for value in theirs)] if published else []),
-        ])  # fmt: skip
+    for unit, part in units.items():
+        shown = partial(part.runs[0].shown, digits=2, sign="+")
+        for method in section.methods:
+            if method == baseline:
+                continue
+            found = compare(part.runs, method, baseline)
+            known = not math.isnan(found.p)
+            theirs = [a - b for a, b in zip(published.get(method, ()), published.get(baseline, ()), strict=False)]
+            rows.append([
+                f"{method}, {unit}" if unit != "points" else method, str(found.pairs),
+                shown(found.difference) if found.pairs else "",
+                f"{shown(found.low)} to {shown(found.high)}" if known else "", f"{found.p:.2g}" if known else "",
+                f"{found.ahead} of {found.pairs}",
+                *([", ".join(f"{value:+.1f}" for value in theirs)] if published else []),
+            ])  # fmt: skip
     header = ["method", "pairs", f"difference from {baseline}", "95 % interval", "p (paired t-test)", "ahead"]
     note = "Pairs of runs with the same task and seed; points are hundredths of a score."
+    if set(units) - {"points"}:
+        note = f"{note} A difference in loss is below 0 where the method is ahead."
     if published:
         header.append(f"in the paper ({', '.join(paper['columns'])})")
         note += f" The paper's differences: {paper['source']}."
@@ -141,7 +153,7 @@ def searches(section: Section) -> Table:
             rows.append([
                 task, method,
                 ", ".join(
-                    [f"{run.result['learning_rate']:g}: {run.score:.1f}" for run in trials]
+                    [f"{run.result['learning_rate']:g}: {run.shown(run.score)}" for run in trials]
                     + [f"{f.result['learning_rate']:g}: {f.result['status']}" for f in failed]
                 ),
                 ", ".join(f"{rate:g}" for rate in taken),
@@ -150,7 +162,7 @@ def searches(section: Section) -> Table:
         "Each method gets the same number of trials on a task, at a seed that does not count, shorter than the runs "
         "that do; the runs take the rate with the highest score, of equal ones that with the lowest training loss."
     )
-    return Table("Search", note, ["task", "method", "learning rate: 100 x score", "taken"], rows, behind)
+    return Table("Search", note, ["task", "method", "learning rate: score", "taken"], rows, behind)
 
 
 def every_run(runs: Iterable[Run]) -> Table:
@@ -161,7 +173,7 @@ def every_run(runs: Iterable[Run]) -> Table:
         behind[number, 4] = (run,)
         training = run.result["config"]["training"]
         rows.append([
-            run.result.get("experiment", ""), run.task, run.method, str(run.result["seed"]), f"{run.score:.2f}",
+            run.result.get("experiment", ""), run.task, run.method, str(run.result["seed"]), run.shown(run.score, 2),
             f"{run.result['learning_rate']:g}", str(training["batch_size"]), f"{training['epochs']:g}",
             f"{run.result['rows']['train']:,}", f"{run.seconds:.0f}",
             "" if run.calibration_seconds is None else f"{run.calibration_seconds:.0f}",

@@ -2,6 +2,7 @@
 
 arguments    what can be set, checked before any work
 presets      settings that come with the package
+kinds        in which a run of one kind of task differs from one of another
 methods      a method's name -> adapted model and what the trainer has to know
 train        the run itself
 meter        time and peak memory of a phase

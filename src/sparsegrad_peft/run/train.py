@@ -12,17 +12,18 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from ..tasks.features import tokenize
 from ..tasks.load import load_task
 from .arguments import RunArguments
-from .base import load_config, load_model, load_tokenizer, model_path, without_weights
+from .base import load_model, without_weights
 from .environment import environment
 from .folder import RunFolder, save_whole
+from .kinds import KINDS
 from .methods import adapt, check_layers, trained_entries
 from .picture import write_curves
+from .pretrained import load_config, model_path
 from .progress import Progress
 from .quiet import quiet
-from .trainer import MeasureTraining, RunTrainer, collator, scorer, stopping, trainer_arguments
+from .trainer import MeasureTraining, RunTrainer, scorer, stopping, trainer_arguments
 
 
 def train(
@@ -74,16 +75,17 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
     task = load_task(arguments.task, arguments.data)
     if "train" not in task.splits:
         raise ValueError(f"{task.name} has no training rows in {task.source}")
+    kind = KINDS[task.kind]
 
     # Whether there is such a model, with such layers: in plain words, and before its weights are downloaded.
-    shapes = without_weights(load_config(model_path(arguments.model)))
+    shapes = without_weights(load_config(model_path(arguments.model)), task.kind)
     if shapes is not None:
         check_layers(shapes, arguments)
     set_seed(seed)
-    tokenizer = load_tokenizer(arguments.model)
+    processor = kind.processor(arguments.model)
     with quiet():
-        adapted = adapt(load_model(arguments.model, task, tokenizer), arguments)
-        features = {split: tokenize(task, split, tokenizer, arguments.data.max_length) for split in task.splits}
+        adapted = adapt(load_model(arguments.model, task, processor), arguments)
+        features = {split: kind.features(task, split, processor, arguments) for split in task.splits}
     # Nothing is refused any more by what was asked for: from here on the folder is this run's.
     folder.start(arguments)
     folder.write_json("environment.json", {**environment(), "seed": seed})
@@ -104,8 +106,9 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         args=trainer_arguments(arguments, folder, task, len(features["train"])),
         train_dataset=features["train"],
         eval_dataset=features[main_split],
-        data_collator=collator(tokenizer, arguments),
+        data_collator=kind.collator(processor, arguments),
         compute_metrics=scorer(task),
+        preprocess_logits_for_metrics=kind.reduced,
         callbacks=[reporter, training, *stopping(arguments), *callbacks],
         calibration=adapted.calibration,
         density=adapted.density,
@@ -128,7 +131,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
 
     save_whole(folder.path / ("model" if arguments.method == "full" else "adapter"),
                lambda path: save_weights(trainer.model, path))  # fmt: skip
-    save_whole(folder.path / "tokenizer", lambda path: tokenizer.save_pretrained(path))
+    save_whole(folder.path / kind.processor_folder, lambda path: processor.save_pretrained(path))
     log = trainer.state.log_history
     folder.write_json("metrics.json", log)
     write_curves(folder.path / "curves.png", log, task.main_metric, f"{task.name}, {arguments.method}, seed {seed}")

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
-from ..tasks.metrics import predictions_of, score
+from ..tasks.metrics import higher_is_better
 from ..tasks.task import Task
 from ..tuner.trainer import SparseGradTrainer
 from .arguments import RunArguments
 from .checkpoints import writing
 from .folder import RunFolder
+from .kinds import KINDS
 from .meter import Phase, measured
 
 
@@ -73,7 +74,7 @@ def trainer_arguments(
         output_dir=str(folder.checkpoints),
         num_train_epochs=training.epochs,
         per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=64,
+        per_device_eval_batch_size=KINDS[task.kind].evaluation_batch(arguments),
         gradient_accumulation_steps=training.gradient_accumulation,
         learning_rate=arguments.learning_rate,
         lr_scheduler_type=training.schedule,
@@ -88,7 +89,8 @@ def trainer_arguments(
         load_best_model_at_end=True,
         restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
         metric_for_best_model=task.main_metric,
-        greater_is_better=True,
+        greater_is_better=higher_is_better(task.main_metric),
+        label_names=["labels"],  # PEFT has no class of its own for some kinds, where the Trainer would find none
         logging_steps=max(1, min(every, total // 20)),
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
@@ -106,18 +108,10 @@ def stopping(arguments: RunArguments) -> list[EarlyStoppingCallback]:
     return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
 
 
-def collator(tokenizer: Any, arguments: RunArguments) -> DataCollatorWithPadding:
-    """Pads a batch."""
-    if arguments.training.padding == "dynamic":
-        return DataCollatorWithPadding(tokenizer)
-    return DataCollatorWithPadding(tokenizer, padding="max_length", max_length=arguments.data.max_length)
-
-
 def scorer(task: Task) -> Any:
-    """For the Trainer: predictions -> the task's metrics."""
+    """For the Trainer: outputs of all rows -> the task's metrics."""
 
     def compute(found: transformers.EvalPrediction) -> dict[str, float]:
-        logits = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
-        return score(task.metrics, found.label_ids, predictions_of(logits, task.labels is None))
+        return KINDS[task.kind].score(task, found.predictions, found.label_ids)
 
     return compute

@@ -11,18 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 
 import sparsegrad_peft.tuner  # noqa: F401  # registers the method, so that PEFT can load its adapters
 
-from ..tasks.arguments import DataArguments
+from ..tasks.arguments import kind_of
 from ..tasks.load import load_task
-from ..tasks.metrics import predictions_of, score
 from ..tasks.read import Row, read_rows
 from ..tasks.task import Task, check_columns
-from .base import load_config, load_model, load_tokenizer, model_path
+from .arguments import RunArguments
+from .base import load_model
 from .folder import RunFolder, save_whole, write_whole
+from .kinds import KINDS
+from .pretrained import load_config, model_path
 from .quiet import quiet
 from .train import save_weights
 
@@ -31,7 +34,7 @@ _BATCH = 64
 
 @dataclass
 class Finished:
-    """A run's model, with its adapter, its tokenizer and its task (without rows: those are not always at hand)."""
+    """A run's model, with its adapter, its tokenizer (or what reads images) and its task, without rows."""
 
     folder: RunFolder
     config: dict[str, Any]
@@ -53,6 +56,20 @@ class Finished:
             found.append(self.model(**batch.to(device)).logits.float().cpu())
         return torch.cat(found).numpy()
 
+    @torch.inference_mode()
+    def outputs(self, features: Dataset, arguments: RunArguments) -> np.ndarray[Any, Any]:
+        """(rows, ...), what the kind of task keeps of the model's outputs; features: with "labels"."""
+        kind = KINDS[self.task.kind]
+        collate, size = kind.collator(self.tokenizer, arguments), kind.evaluation_batch(arguments)
+        device = next(self.model.parameters()).device
+        kept = []
+        for start in range(0, len(features), size):
+            rows = [features[row] for row in range(start, min(start + size, len(features)))]
+            batch = {name: value.to(device) for name, value in collate(rows).items()}
+            labels = batch.pop("labels")
+            kept.append(kind.reduced(self.model(**batch).logits, labels).float().cpu())
+        return torch.cat(kept).numpy()
+
 
 def open_run(path: str | Path) -> Finished:
     """Load a finished run.
@@ -61,7 +78,8 @@ def open_run(path: str | Path) -> Finished:
         FileNotFoundError: no run folder, a run that did not come to its end, or its pretrained model is gone.
     """
     folder, config, task = read_run(path)
-    tokenizer = load_tokenizer(folder.path / "tokenizer")
+    kind = KINDS[task.kind]
+    tokenizer = kind.processor(folder.path / kind.processor_folder)
     adapter = folder.path / "adapter"
     if adapter.is_dir():
         load_config(model_path(config["model"]))  # whether there still is such a model, in plain words
@@ -91,7 +109,8 @@ def read_run(path: str | Path) -> tuple[RunFolder, dict[str, Any], Task]:
         )
     result = folder.read_result()
     labels = None if result["labels"] is None else tuple(result["labels"])
-    return folder, config, Task(result["task"], tuple(result["text"]), labels, tuple(result["metrics"]), {})
+    kind = kind_of(config["task"])
+    return folder, config, Task(result["task"], tuple(result["text"]), labels, tuple(result["metrics"]), {}, kind=kind)
 
 
 def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, float]]:
@@ -101,37 +120,43 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
         ValueError: the task has no such split; and what `open_run` raises.
     """
     _, config, learnt = read_run(path)
-    task = load_task(config["task"], DataArguments(**config["data"]))
+    arguments = RunArguments.from_dict(config)
+    task = load_task(arguments.task, arguments.data)
     if task.labels != learnt.labels:
         raise ValueError(
             f"{task.source}: expected the labels that the run learnt, {learnt.labels}; found {task.labels}"
         )
     if split is not None and split not in task.splits:
         raise ValueError(f"{task.name} has splits {', '.join(task.splits)}; found {split!r}")
-    run, scores = open_run(path), {}
+    run, kind, scores = open_run(path), KINDS[task.kind], {}
     for name in [split] if split else task.evaluation_splits:
-        data = task.splits[name]
-        rows = zip(*(data[column] for column in task.text), strict=True)
-        predictions = predictions_of(run.logits(rows), task.labels is None)
-        scores[name] = score(task.metrics, np.asarray(data["label"]), predictions)
+        with quiet():
+            features = kind.features(task, name, run.tokenizer, arguments)
+            scores[name] = kind.score(task, run.outputs(features, arguments), features["labels"][:])
     return scores
 
 
-def predict(path: str | Path, file: str | Path | None = None, texts: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """What a finished run says of new rows: the columns of the text, "prediction", and the probability of each class.
+def predict(
+    path: str | Path, file: str | Path | None = None, texts: Iterable[str] = (), *, max_new_tokens: int = 128
+) -> list[dict[str, Any]]:
+    """What a finished run says of new rows: their columns and "prediction"; of classes the probability of each as well.
 
     Args:
         path: the run.
-        file: CSV, TSV, JSON or JSON lines with the task's text columns.
+        file: CSV, TSV, JSON or JSON lines with the task's text columns; of a language model, the first is enough.
         texts: or a row, as one or two strings.
+        max_new_tokens: where a language model stops at the latest.
 
     Raises:
         ValueError: neither or both are given, a column is missing, a row has the wrong number of texts.
     """
     _, _, task = read_run(path)
-    columns, labels, given = task.text, task.labels, list(texts)
+    kind = KINDS[task.kind]
+    columns, given = kind.prompt_columns(task), list(texts)
     if (file is None) == (not given):
         raise ValueError(f"expected either a file or texts, found {'both' if given else 'neither'}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     if file is None:
         if len(given) != len(columns):
             takes = "one text" if len(columns) == 1 else "two texts"
@@ -140,15 +165,7 @@ def predict(path: str | Path, file: str | Path | None = None, texts: Iterable[st
     else:
         rows = read_rows(Path(file))
         check_columns(rows, columns, str(file))
-    logits = open_run(path).logits(tuple(row[column] for column in columns) for row in rows)
-    if labels is None:
-        return [{**row, "prediction": float(value)} for row, value in zip(rows, logits[:, 0], strict=True)]
-    probabilities = torch.from_numpy(logits).softmax(-1).tolist()
-    return [
-        {**row, "prediction": labels[max(range(len(labels)), key=found.__getitem__)],
-         **{f"p({name})": round(p, 6) for name, p in zip(labels, found, strict=True)}}
-        for row, found in zip(rows, probabilities, strict=True)
-    ]  # fmt: skip
+    return kind.predict(open_run(path), rows, max_new_tokens)
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

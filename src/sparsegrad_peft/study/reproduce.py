@@ -18,10 +18,11 @@ from typing import Any
 import yaml
 
 from ..cli.train import as_arguments
-from ..run.arguments import RunArguments
+from ..run.arguments import RunArguments, flat
 from ..run.environment import environment
 from ..run.folder import RunFolder, write_whole
 from ..run.search import journal
+from ..tasks.metrics import higher_is_better
 from .claims import Claims
 from .experiment import Cell, Experiment
 
@@ -196,7 +197,7 @@ def trials_of(cells: Iterable[Cell]) -> dict[str, list[str]]:
 
 
 def best_rate(cell: Cell, trials: Mapping[str, list[str]], results: Path) -> float | None:
-    """The learning rate with the highest score in the search; None while a trial is missing.
+    """The learning rate with the best score in the search; None while a trial is missing.
 
     Of several with the same score, as where none has learnt to tell the classes yet, it is the one with the lowest
     training loss; where all trials failed, the lowest that was tried.
@@ -211,8 +212,11 @@ def best_rate(cell: Cell, trials: Mapping[str, list[str]], results: Path) -> flo
     found = {}
     for path in files:
         trial = _read(path)
-        finished = trial["status"] == "finished"
-        found[_rate(path)] = (trial["score"], -trial["training_loss_last_sixth"]) if finished else (-math.inf, 0.0)
+        if trial["status"] != "finished":
+            found[_rate(path)] = (-math.inf, 0.0)
+            continue
+        score = trial["score"] if higher_is_better(trial["metric"]) else -trial["score"]
+        found[_rate(path)] = (score, -trial["training_loss_last_sixth"])
     return max(sorted(found), key=found.__getitem__)
 
 
@@ -222,12 +226,17 @@ def _rate(path: Path) -> float:
 
 def _same(arguments: RunArguments, results: Path) -> dict[str, Any] | None:
     """A finished run with the very same settings, such as another experiment's: it is not run again."""
-    wanted = arguments.as_dict()
+    wanted = _given(arguments.as_dict())
     for path in sorted(results.rglob("*.json")):
         there = _read(path)
-        if there.get("status") == "finished" and {**there["config"], "output": None} == {**wanted, "output": None}:
+        if there.get("status") == "finished" and _given(there["config"]) == wanted:
             return {**there, "same_as": path.relative_to(results).as_posix()}
     return None
+
+
+def _given(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides on a run; a setting that is not given may be one that an earlier version did not have."""
+    return {name: value for name, value in flat(config).items() if value is not None and name != "output"}
 
 
 def _check(cells: list[Cell], trials: Mapping[str, list[str]], places: Places) -> None:

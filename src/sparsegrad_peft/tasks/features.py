@@ -17,9 +17,7 @@ def tokenize(task: Task, split: str, tokenizer: Any, max_length: int) -> Dataset
     Raises:
         ValueError: `max_length` is more than the tokenizer's model can read.
     """
-    limit = tokenizer.model_max_length  # a huge number where it is not known
-    if max_length > limit:
-        raise ValueError(f"max_length: expected at most {limit} tokens (the model's own limit), found {max_length}")
+    check_length(tokenizer, max_length)
 
     def encode(rows: dict[str, list[Any]]) -> Any:
         encoded = tokenizer(*(rows[column] for column in task.text), truncation=True, max_length=max_length)
@@ -30,3 +28,10 @@ def tokenize(task: Task, split: str, tokenizer: Any, max_length: int) -> Dataset
     return data.map(
         encode, batched=True, remove_columns=data.column_names, keep_in_memory=True, load_from_cache_file=False
     )
+
+
+def check_length(tokenizer: Any, max_length: int) -> None:
+    """Raise ValueError for a `max_length` that is more than the tokenizer's model can read."""
+    limit = tokenizer.model_max_length  # a huge number where it is not known
+    if max_length > limit:
+        raise ValueError(f"max_length: expected at most {limit} tokens (the model's own limit), found {max_length}")

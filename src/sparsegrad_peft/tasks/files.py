@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from .metrics import LOSSES
 from .read import Row, read_rows
-from .task import Task, check_columns, make_split
+from .task import LANGUAGE, Task, check_columns, make_split
 
 
 def load_files(
@@ -35,11 +36,7 @@ def load_files(
         ValueError: not one or two text columns, a missing column, a label outside the set, a single class, or what
             `read_rows` refuses.
     """
-    if not 1 <= len(text) <= 2:
-        raise ValueError(f"expected one or two text columns, found {len(text)}: {', '.join(text)}")
-    rows = {name: read_rows(Path(path)) for name, path in (("train", train), ("validation", validation)) if path}
-    for name, path in (("train", train), ("validation", validation)):
-        check_columns(rows.get(name, []), (*text, label), str(path))
+    rows = _rows(train, validation, text, label)
     if regression:
         names = None
     else:
@@ -53,9 +50,43 @@ def load_files(
     splits = {name: make_split(found, text, label, names, str(paths[name])) for name, found in rows.items()}
     if not metrics:
         metrics = ("pearson", "spearmanr") if regression else ("accuracy",)
-    name = Path(train or validation).stem
-    source = ", ".join(str(path) for path in (train, validation) if path)
-    return Task(name, tuple(text), None if names is None else tuple(names), tuple(metrics), splits, source)
+    return Task(
+        Path(train or validation).stem, tuple(text), None if names is None else tuple(names), tuple(metrics), splits,
+        _source(train, validation),
+    )  # fmt: skip
+
+
+def load_texts(train: str | Path | None, validation: str | Path, *, text: Sequence[str]) -> Task:
+    """Texts to go on with, from files with the same columns.
+
+    Args:
+        train: rows to train on; None where there is only something to evaluate.
+        validation: rows to evaluate on.
+        text: one column, which is learnt whole; or two, a prompt and its answer, which is learnt.
+
+    Raises:
+        ValueError: not one or two text columns, a missing column, or what `read_rows` refuses.
+    """
+    from datasets import Dataset
+
+    rows = _rows(train, validation, text)
+    splits = {name: Dataset.from_list([{c: row[c] for c in text} for row in found]) for name, found in rows.items()}
+    name, source = Path(train or validation).stem, _source(train, validation)
+    return Task(name, tuple(text), None, LOSSES, splits, source, LANGUAGE)
+
+
+def _rows(train: str | Path | None, validation: str | Path, text: Sequence[str], *others: str) -> dict[str, list[Row]]:
+    if not 1 <= len(text) <= 2:
+        raise ValueError(f"expected one or two text columns, found {len(text)}: {', '.join(text)}")
+    paths = {"train": train, "validation": validation}
+    rows = {name: read_rows(Path(path)) for name, path in paths.items() if path}
+    for name, found in rows.items():
+        check_columns(found, (*text, *others), str(paths[name]))
+    return rows
+
+
+def _source(*paths: str | Path | None) -> str:
+    return ", ".join(str(path) for path in paths if path)
 
 
 def _classes(rows: list[Row], label: str) -> list[str]:

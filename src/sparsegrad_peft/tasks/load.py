@@ -7,9 +7,10 @@ from dataclasses import replace
 from datasets import Dataset
 
 from .arguments import DataArguments, check_task
-from .files import load_files
+from .files import load_files, load_texts
 from .glue import load_glue
 from .metrics import check_fit, check_metrics
+from .oasst1 import load_oasst1
 from .task import Task
 
 
@@ -17,7 +18,7 @@ def load_task(name: str, data: DataArguments | None = None) -> Task:
     """A task by its name, with the rows that `data` asks for.
 
     Raises:
-        ValueError, FileNotFoundError: see `check_task`, `load_glue` and `load_files`.
+        ValueError, FileNotFoundError: see `check_task`, `load_glue`, `load_files`, `load_texts` and `load_oasst1`.
     """
     data = data or DataArguments()
     check_task(name, data)
@@ -28,13 +29,18 @@ def load_task(name: str, data: DataArguments | None = None) -> Task:
             data.train_file, data.validation_file, text=data.text, label=data.label, labels=data.labels,
             regression=data.regression,
         )  # fmt: skip
+    elif name == "text":
+        assert data.validation_file is not None
+        task = load_texts(data.train_file, data.validation_file, text=data.text)
+    elif name == "oasst1":
+        task = load_oasst1(data.folder, data.language)
     elif name == "acceptability":
         task = load_acceptability()
     else:
         task = load_glue(name.removeprefix("glue/"), data.folder)
     if data.metrics:
         task = replace(task, metrics=tuple(data.metrics))
-    check_fit(task.metrics, task.labels)
+    check_fit(task.metrics, task.labels, task.kind)
     return task.limited(data.train_rows, data.validation_rows)
 
 

@@ -41,21 +41,39 @@ def read_rows(
         raise ValueError(f"{path}: expected a file that ends in {', '.join(_READERS)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    text = _text(path)
+    if kind in (".csv", ".tsv"):
+        rows = list(_delimited(text, path, header, quoted, skip_ragged))
+    else:
+        found = _json(text, path) if kind == ".json" else _json_lines(text, path)
+        rows = [_row(item, path, number) for number, item in found]
+    if not rows:
+        raise ValueError(f"{path}: expected rows, found none; the file may be cut off")
+    return rows
+
+
+def read_objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The objects of a `.jsonl` file in UTF-8 as they are, each with its line number.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no UTF-8, or a line is no JSON object.
+    """
+    found = list(_json_lines(_text(path), path))
+    for number, item in found:
+        _check_object(item, path, number)
+    return found
+
+
+def _text(path: Path) -> str:
     content = path.read_bytes()
     try:
-        text = content.decode("utf-8-sig")  # some of GLUE's begin with a byte order mark
+        return content.decode("utf-8-sig")  # some of GLUE's begin with a byte order mark
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(
             f"{path}, line {line}: expected UTF-8, found the byte 0x{content[error.start]:02x}; convert the file"
         ) from None
-    if kind in (".csv", ".tsv"):
-        rows = list(_delimited(text, path, header, quoted, skip_ragged))
-    else:
-        rows = list(_json(text, path) if kind == ".json" else _json_lines(text, path))
-    if not rows:
-        raise ValueError(f"{path}: expected rows, found none; the file may be cut off")
-    return rows
 
 
 def _delimited(text: str, path: Path, header: Sequence[str] | None, quoted: bool, skip_ragged: bool) -> Iterator[Row]:
@@ -86,30 +104,33 @@ def _delimited(text: str, path: Path, header: Sequence[str] | None, quoted: bool
         logger.warning("%s: %d rows left out, which have too few or too many fields", path, ragged)
 
 
-def _json_lines(text: str, path: Path) -> Iterator[Row]:
+def _json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 found = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: {error.msg}; the file may be cut off here") from None
-            yield _row(found, path, number)
+            yield number, found
 
 
-def _json(text: str, path: Path) -> Iterator[Row]:
+def _json(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}; the file may be cut off here") from None
     if not isinstance(found, list):
         raise ValueError(f"{path}: expected a list of objects, found {type(found).__name__}")
-    for number, item in enumerate(found, start=1):
-        yield _row(item, path, number)
+    yield from enumerate(found, start=1)
+
+
+def _check_object(item: Any, path: Path, number: int) -> None:
+    if not isinstance(item, dict):
+        raise ValueError(f"{path}, line {number}: expected an object, found {type(item).__name__}")
 
 
 def _row(item: Any, path: Path, number: int) -> Row:
-    if not isinstance(item, dict):
-        raise ValueError(f"{path}, line {number}: expected an object, found {type(item).__name__}")
+    _check_object(item, path, number)
     missing = [name for name, value in item.items() if value is None]
     if missing:
         raise ValueError(f"{path}, line {number}: no value for {', '.join(missing)}")

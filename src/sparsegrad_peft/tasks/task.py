@@ -12,19 +12,24 @@ from .read import Row
 if TYPE_CHECKING:
     from datasets import Dataset
 
+TEXT, LANGUAGE, IMAGES = "text classification", "causal language modelling", "image classification"
+"""Kinds of task. A number to predict from text is of the first kind as well."""
+
 
 @dataclass(frozen=True)
 class Task:
-    """Sentences, or pairs of sentences, with a class or a number each.
+    """Sentences, or pairs of sentences, with a class or a number each; or texts to go on with.
 
     Attributes:
         name: such as "glue/rte".
         text: one or two columns.
-        labels: class names, in the order of their numbers; None: the label is a number (regression).
+        labels: class names, in the order of their numbers; None: the label is a number (regression), or there is none.
         metrics: names in `metrics.METRICS`; the first decides which evaluation is the best, unless there are several:
-            then it is their mean, "combined_score".
+            then it is their mean, "combined_score", or the first of several losses.
         splits: "train" and evaluation splits ("validation", ...), with the columns of `text` and "label".
         source: where the rows came from, for the record.
+        kind: `TEXT`, `LANGUAGE` (no column "label"; the text may be a list, the turns of a
+            conversation) or `IMAGES`.
     """
 
     name: str
@@ -33,6 +38,7 @@ class Task:
     metrics: tuple[str, ...]
     splits: Mapping[str, Dataset] = field(repr=False)
     source: str = ""
+    kind: str = TEXT
 
     @property
     def evaluation_splits(self) -> list[str]:
@@ -42,7 +48,9 @@ class Task:
     @property
     def main_metric(self) -> str:
         """The one that decides which evaluation is the best."""
-        return self.metrics[0] if len(self.metrics) == 1 else "combined_score"
+        from .metrics import main_metric  # scikit-learn and SciPy: not for --help
+
+        return main_metric(self.metrics)
 
     def limited(self, train: int | None, validation: int | None) -> Task:
         """The first rows only, after a shuffle with a fixed seed: a sample that is the same in each run."""

@@ -1,0 +1,173 @@
+"""OpenAssistant conversations (Köpf et al., 2023): trees of messages, from a folder with .jsonl files or from the hub.
+
+Of each tree one conversation is taken: from the prompt on, the answer that people ranked first, then the first
+follow-up that has an answer, and so on. All paths would repeat the early messages of a tree in each of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .glue import ENVIRONMENT
+from .metrics import LOSSES
+from .read import read_objects
+from .task import LANGUAGE, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+HUB_NAME = "OpenAssistant/oasst1"
+COLUMN = "conversation"
+_HELD_OUT = 10  # one tree in so many, where there are no validation rows
+_NEEDED = ("message_id", "text", "role")
+
+Tree = list[dict[str, Any]]
+"""The messages of a tree, each with its parent's id, in the order of the file."""
+
+
+def load_oasst1(data: str | Path | None = None, language: str | None = None) -> Task:
+    """Conversations to learn the assistant's part of, in the column "conversation": human, assistant, human, ...
+
+    Files with "validation" in their names are to evaluate on, the others to train on; a tree that is in both is left
+    out of training. Where only one of both is there, a tenth of the trees is held out, the same in each run.
+
+    Args:
+        data: a folder with `.jsonl` files (or `oasst1/*.jsonl` in it), of messages or of nested trees; None: the folder
+            that the environment variable SPARSEGRAD_DATA names, else the hub.
+        language: leave out messages in other languages, and what answers them.
+
+    Raises:
+        FileNotFoundError: there are no such files, or the hub cannot be reached.
+        ValueError: a file is no JSON lines, a message lacks what it needs, or no tree has an answer.
+    """
+    folder = _folder(data)
+    if folder is None:
+        source, trees = f"hub: {HUB_NAME}", _from_hub()
+    else:
+        source, trees = str(folder), _from_folder(folder)
+    validation, train = trees["validation"], trees["train"]
+    train = {name: tree for name, tree in train.items() if name not in validation}
+    if not train or not validation:
+        train, validation = _held_out(train or validation)
+    splits = {}
+    for split, found in (("train", train), ("validation", validation)):
+        conversations = [turns for tree in found.values() if (turns := best_path(tree, language))]
+        if not conversations:
+            other = f" in language {language!r}" if language else ""
+            raise ValueError(
+                f"{source}: expected conversations with an answer{other} for the {split} split, found none in "
+                f"{len(found)} trees"
+            )
+        splits[split] = _dataset(conversations)
+    return Task("oasst1", (COLUMN,), None, LOSSES, splits, source, LANGUAGE)
+
+
+def best_path(tree: Tree, language: str | None = None) -> list[str]:
+    """The texts of a conversation from the root of a tree to an answer, human and assistant in turn; or none.
+
+    Deleted messages are passed over with all that answers them, and so is what hangs on a message that is not there.
+    Among answers the one with the lowest rank comes first, among equals the first in the file.
+    """
+    children: dict[str | None, Tree] = defaultdict(list)
+    for message in tree:
+        if not message.get("deleted") and language in (None, message.get("lang")):
+            children[message.get("parent_id")].append(message)
+    for siblings in children.values():
+        siblings.sort(key=_rank)
+
+    def answers(parent: str | None) -> list[str]:
+        for prompt in children[parent]:
+            for answer in children[prompt["message_id"]]:
+                if (prompt["role"], answer["role"]) == ("prompter", "assistant"):
+                    return [prompt["text"], answer["text"], *answers(answer["message_id"])]
+        return []
+
+    return answers(None)
+
+
+def _rank(message: Mapping[str, Any]) -> float:
+    rank = message.get("rank")
+    return float("inf") if rank is None else rank
+
+
+def _folder(data: str | Path | None) -> Path | None:
+    """Where the files are; None: nowhere here."""
+    root = data if data is not None else os.environ.get(ENVIRONMENT)
+    if not root:
+        return None
+    for folder in (Path(root) / "oasst1", Path(root)):
+        if any(folder.glob("*.jsonl")):
+            return folder
+    if data is None:
+        return None
+    raise FileNotFoundError(f"{root}: expected .jsonl files of OpenAssistant conversations, in {root}/oasst1 or {root}")
+
+
+def _from_folder(folder: Path) -> dict[str, dict[str, Tree]]:
+    trees: dict[str, dict[str, Tree]] = {"train": defaultdict(list), "validation": defaultdict(list)}
+    for path in sorted(folder.glob("*.jsonl")):
+        split = trees["validation" if "validation" in path.stem else "train"]
+        seen = {message["message_id"] for tree in split.values() for message in tree}
+        for line, item in read_objects(path):
+            nested = isinstance(item.get("prompt"), dict)
+            for message in _flat(item["prompt"], None) if nested else [item]:
+                needed = _NEEDED if nested else (*_NEEDED, "message_tree_id")
+                missing = [name for name in needed if not isinstance(message.get(name), str)]
+                if missing:
+                    raise ValueError(
+                        f"{path}, line {line}: expected a message with {', '.join(needed)} as text, found no "
+                        f"{', '.join(missing)}"
+                    )
+                if message["message_id"] not in seen:
+                    tree = item["prompt"]["message_id"] if nested else item["message_tree_id"]  # the root's id
+                    split[tree].append(message)
+    return trees
+
+
+def _flat(message: dict[str, Any], parent: str | None) -> Iterator[dict[str, Any]]:
+    """A nested message and all below it, each with its parent's id."""
+    yield {**message, "parent_id": parent, "replies": None}
+    for reply in message.get("replies") or ():
+        yield from _flat(reply, message.get("message_id"))
+
+
+def _from_hub() -> dict[str, dict[str, Tree]]:
+    from datasets import load_dataset
+
+    try:
+        found = load_dataset(HUB_NAME)
+    except Exception as error:  # whatever the network gives
+        raise FileNotFoundError(
+            f"oasst1 could not be taken from the hub ({type(error).__name__}: {error}); name a folder with .jsonl "
+            f"files in data.folder, or one with oasst1/*.jsonl in ${ENVIRONMENT}"
+        ) from error
+    return {split: from_messages(found[split]) for split in ("train", "validation")}
+
+
+def from_messages(messages: Iterable[dict[str, Any]]) -> dict[str, Tree]:
+    """Trees by their ids, of messages as the hub has them."""
+    trees: dict[str, Tree] = defaultdict(list)
+    for message in messages:
+        trees[message["message_tree_id"]].append(message)
+    return trees
+
+
+def _held_out(trees: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]:
+    """Nine tenths and a tenth, by a hash of the ids: whatever the order of the files, and the same in each run."""
+    names = sorted(trees, key=lambda name: hashlib.sha256(name.encode()).digest())
+    held = set(names[: max(1, len(names) // _HELD_OUT)])
+    return (
+        {name: tree for name, tree in trees.items() if name not in held},
+        {name: tree for name, tree in trees.items() if name in held},
+    )
+
+
+def _dataset(conversations: list[list[str]]) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_dict({COLUMN: conversations})
