@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,11 @@ from ..tasks.arguments import DataArguments, task_problems
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
 )  # fmt: skip
-METHODS = ("sparsegrad", "lora", "meprop", "full")
+METHODS = ("sparsegrad", "lora", "meprop", "full", "galore")
+WHOLE = ("full", "galore")
+"Those that train the weights themselves: a run leaves a model, and no adapter."
 
-LEARNING_RATES = {"sparsegrad": 3e-3, "lora": 2e-3, "meprop": 1e-3, "full": 1e-4}
+LEARNING_RATES = {"sparsegrad": 3e-3, "lora": 2e-3, "meprop": 1e-3, "full": 1e-4, "galore": 1e-3}
 """Where none is given: the best of a few on SST-2 with a 6-layer BERT. Masked and low-rank updates want about ten times
 the rate of full fine-tuning."""
 
@@ -43,7 +46,8 @@ class AdapterArguments:
     k: int | None = None
     "sparsegrad, meprop: the same as a number of entries a layer"
     rank: int | None = None
-    "lora: rank; default: the one with as many trained entries as sparsegrad with the sizes above"
+    """lora: rank; default: the one with as many trained entries as sparsegrad with the sizes above. galore: of the
+    projected gradients; default: a quarter of the smaller side"""
     target_modules: str | list[str] | None = None
     "which layers, as in PEFT: name endings or a regular expression; default: the MLP's"
     layers: list[int] | None = None
@@ -74,7 +78,7 @@ class TrainingArguments:
     "micro-batches of a step"
     learning_rate: float | None = None
     """of the adapter, or of everything where there is none; default: 3e-3 (sparsegrad), 2e-3 (lora), 1e-3 (meprop),
-    1e-4 (full)"""
+    1e-4 (full), 1e-3 (galore)"""
     rest_learning_rate: float | None = None
     "of what trains beside the adapter; default: the same"
     schedule: str = "linear"
@@ -106,7 +110,7 @@ class RunArguments:
     small grammar, no download; "files": your own sentences with labels, see data; for language models "oasst1":
     OpenAssistant's conversations, and "text": your own texts, or prompts and answers, see data"""
     method: str = "sparsegrad"
-    "sparsegrad, lora, meprop, full, or the path of any PEFT adapter_config.json"
+    "sparsegrad, lora, meprop, full, galore, or the path of any PEFT adapter_config.json"
     rest: Literal["train", "freeze"] = "freeze"
     """the model besides the MLP layers: train all of it (paper, GLUE), or the head (and pooler) only, which a language
     model has none of (paper, LLaMA)"""
@@ -180,8 +184,12 @@ class RunArguments:
         selects = adapter.density is not None or adapter.k is not None
         if selects and self.method not in ("sparsegrad", "meprop"):
             problems.append(f"adapter.density and adapter.k are not for method {self.method!r}")
-        if training.rest_learning_rate is not None and self.method == "full":
-            problems.append("training.rest_learning_rate is for what trains beside an adapter, found method 'full'")
+        if training.rest_learning_rate is not None and self.method in WHOLE:
+            problems.append(
+                f"training.rest_learning_rate is for what trains beside an adapter, found method {self.method!r}"
+            )
+        if self.method == "galore" and find_spec("galore_torch") is None:
+            problems.append("method galore needs its package: pip install galore-torch")
         for name, least in {
             "adapter.k": 1, "adapter.rank": 1, "calibration.n_steps": 1, "training.batch_size": 1,
             "training.gradient_accumulation": 1, "training.patience": 1, "training.evaluations": 1,

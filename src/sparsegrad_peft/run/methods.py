@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig, get_peft_model
@@ -16,7 +16,7 @@ from ..tasks.arguments import kind_of
 from ..tuner.config import SparseGradConfig
 from ..tuner.targets import mlp_linears
 from ..tuner.trainer import adapter_parameters
-from .arguments import METHODS, CalibrationArguments, RunArguments
+from .arguments import METHODS, WHOLE, CalibrationArguments, RunArguments
 from .kinds import KINDS
 
 
@@ -28,6 +28,8 @@ class Adapted:
     calibration: CalibrationConfig | None = None
     density: float | None = None
     k: int | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    "for `TrainingArguments`, where the Trainer makes the optimizer itself"
 
 
 def adapt(model: nn.Module, arguments: RunArguments) -> Adapted:
@@ -41,11 +43,11 @@ def adapt(model: nn.Module, arguments: RunArguments) -> Adapted:
         return _from_file(model, arguments)
     adapter, kind = arguments.adapter, KINDS[kind_of(arguments.task)]
     targets, heads = check_layers(model, arguments), _heads(model, kind.heads)
-    if arguments.method == "full":
+    if arguments.method in WHOLE:
         names = set(targets) | set(heads)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(arguments.rest == "train" or any(f"{name}.".startswith(f"{n}.") for n in names))
-        return Adapted(model)
+        return Adapted(model, optimizer=_galore(model, targets, arguments) if arguments.method == "galore" else {})
     rest = _rest(model, targets, heads) if arguments.rest == "train" else heads
     config: PeftConfig
     if arguments.method in ("sparsegrad", "meprop"):
@@ -62,6 +64,16 @@ def adapt(model: nn.Module, arguments: RunArguments) -> Adapted:
     adapted = get_peft_model(model, config)
     calibration = calibration_config(arguments.calibration) if arguments.method == "sparsegrad" else None
     return Adapted(adapted, calibration, arguments.density, adapter.k)
+
+
+def _galore(model: nn.Module, targets: list[str], arguments: RunArguments) -> dict[str, Any]:
+    """GaLore of `transformers` on the layers' weights, AdamW on the rest; new projections every 50 steps."""
+    smaller = min(min(linear_shape(model.get_submodule(name), name)) for name in targets)
+    rank = arguments.adapter.rank or max(1, smaller // 4)
+    return {
+        "optim": "galore_adamw", "optim_target_modules": targets,
+        "optim_args": f"rank={rank},update_proj_gap=50,scale=1.0",
+    }  # fmt: skip
 
 
 def _from_file(model: nn.Module, arguments: RunArguments) -> Adapted:

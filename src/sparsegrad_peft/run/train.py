@@ -13,7 +13,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from ..tasks.load import load_task
-from .arguments import RunArguments
+from .arguments import WHOLE, RunArguments
 from .base import load_model, without_weights
 from .environment import environment
 from .folder import RunFolder, save_whole
@@ -103,7 +103,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
     reporter.metric = task.main_metric
     trainer = RunTrainer(
         model=adapted.model,
-        args=trainer_arguments(arguments, folder, task, len(features["train"])),
+        args=trainer_arguments(arguments, folder, task, len(features["train"]), adapted.optimizer),
         train_dataset=features["train"],
         eval_dataset=features[main_split],
         data_collator=kind.collator(processor, arguments),
@@ -114,6 +114,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         density=adapted.density,
         k=adapted.k,
         rest_learning_rate=arguments.training.rest_learning_rate,
+        own_optimizer=not adapted.optimizer,
     )
     trainer.remove_callback(PrinterCallback)  # the reporter says it
     with quiet():
@@ -129,7 +130,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
             split: trainer.evaluate(features[split], metric_key_prefix=split) for split in task.evaluation_splits
         }  # of the best evaluation's weights, which the trainer has loaded
 
-    save_whole(folder.path / ("model" if arguments.method == "full" else "adapter"),
+    save_whole(folder.path / ("model" if arguments.method in WHOLE else "adapter"),
                lambda path: save_weights(trainer.model, path))  # fmt: skip
     save_whole(folder.path / kind.processor_folder, lambda path: processor.save_pretrained(path))
     log = trainer.state.log_history

@@ -62,7 +62,7 @@ class RunTrainer(SparseGradTrainer):
 
 
 def trainer_arguments(
-    arguments: RunArguments, folder: RunFolder, task: Task, n_train: int
+    arguments: RunArguments, folder: RunFolder, task: Task, n_train: int, optimizer: dict[str, Any]
 ) -> transformers.TrainingArguments:
     """Ours in the Trainer's words."""
     training = arguments.training
@@ -99,6 +99,7 @@ def trainer_arguments(
         disable_tqdm=True,  # `Progress` shows it
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
+        **optimizer,
     )
 
 

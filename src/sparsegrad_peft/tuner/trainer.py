@@ -47,6 +47,8 @@ class SparseGradTrainerMixin:
         rest_learning_rate: of what trains besides the cores, such as the head; None: the same as theirs.
         stop_if_not_finite: raise `TrainingDivergedError` at the first loss that is not finite.
         progress: show a bar while calibrating; None: as `disable_tqdm` says.
+        own_optimizer: False leaves the optimizer to the Trainer (`optim`, `optimizer_cls_and_kwargs`), for a model
+            without SparseGrad layers.
 
     Raises:
         ValueError: another optimizer was asked for (`optim`, `optimizer_cls_and_kwargs`); or one was passed in, and
@@ -62,6 +64,7 @@ class SparseGradTrainerMixin:
         rest_learning_rate: float | None = None,
         stop_if_not_finite: bool = True,
         progress: bool | None = None,
+        own_optimizer: bool = True,
         **kwargs: Any,
     ) -> None:
         self.sparsegrad_calibration = calibration
@@ -69,12 +72,16 @@ class SparseGradTrainerMixin:
         self.rest_learning_rate = rest_learning_rate
         self.stop_if_not_finite = stop_if_not_finite
         self.calibration_progress = progress
+        self.own_optimizer = own_optimizer
         super().__init__(*args, **kwargs)
         given = {"density": density, "k": k, "rest_learning_rate": rest_learning_rate}
         lost = [f"{name}={value}" for name, value in given.items() if value is not None]
         if self.optimizer is not None:
             if lost:
                 raise ValueError(f"an optimizer was passed in, which does not know {', '.join(lost)}; give one of both")
+        elif not own_optimizer:
+            if lost:
+                raise ValueError(f"own_optimizer=False, and the Trainer's does not know {', '.join(lost)}")
         elif self.optimizer_cls_and_kwargs or self.args.optim not in ("adamw_torch", "adamw_torch_fused"):
             cls = self.optimizer_cls_and_kwargs
             kind = cls[0].__name__ if cls else getattr(self.args.optim, "value", self.args.optim)
@@ -91,6 +98,9 @@ class SparseGradTrainerMixin:
                 optimizer that was passed in; and whatever calibration and optimizer refuse.
         """
         names = uncalibrated(self.model)
+        if not self.own_optimizer and not names:
+            made: torch.optim.Optimizer = super().create_optimizer()  # type: ignore[misc]
+            return made
         if names and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"adapter {names[0]!r} has no bases yet, and a sharded model cannot be calibrated; call "
