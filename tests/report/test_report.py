@@ -18,9 +18,12 @@ import pytest
 from sparsegrad_peft.cli.main import main
 from sparsegrad_peft.report.compare import cells, compare, mean_of_tasks
 from sparsegrad_peft.report.page import page, verdict
+from sparsegrad_peft.report.parameters import parameters
 from sparsegrad_peft.report.results import Run, Section, read_runs, read_sections
 from sparsegrad_peft.report.tables import comparisons, every_run, scores, searches
 from sparsegrad_peft.report.write import markdown
+from sparsegrad_peft.run.inspect import inspect
+from sparsegrad_peft.study.models import FOLDER, PUBLISHED
 
 SCORES = {  # task -> method -> score of each seed
     "glue/rte": {"sparsegrad": [0.60, 0.64], "lora": [0.58, 0.60], "full": [0.66]},
@@ -149,6 +152,21 @@ def test_a_study_names_what_was_not_run_and_what_failed(study: Section) -> None:
     assert "full, seed 1: out of memory (too &lt;large&gt;)" in text
     assert "id='of-comparison'" in text
     assert "out of memory: seed 1" in markdown([study], "t")
+
+
+def test_parameters_by_part() -> None:
+    """Counted from the configs; the paper's own numbers are these, rounded."""
+    table = parameters()
+    rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    assert list(rows) == ["bert-base", "llama-2-7b", "roberta-base", "roberta-large"]
+    assert rows["bert-base"]["MLP"] == "56.7 M, 51.8 % (57)"
+    assert rows["llama-2-7b"]["in all, M"] == "6,738.4 (6,700)"
+    assert rows["roberta-base"]["embeddings"] == "39.0 M, 31.3 % (40)"
+    for model, said in PUBLISHED.items():
+        parts = inspect(str(FOLDER / model)).parts
+        for part, count in said.items():
+            found = parts.total if part == "total" else getattr(parts, part)
+            assert found == pytest.approx(count, abs=0.06e9 if count >= 1e8 and model == "llama-2-7b" else 1.1e6)
 
 
 def test_the_same_runs_give_the_same_bytes(section: Section) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from .parsing import make_parser
 
-EXAMPLE = "sparsegrad inspect bert-base-uncased; prints three tables: parameters by part, layers to adapt, and memory."
+EXAMPLE = "sparsegrad inspect bert-base; prints three tables: parameters by part, layers to adapt, and memory."
 
 
 def main(argv: list[str]) -> None:
@@ -17,7 +18,8 @@ def main(argv: list[str]) -> None:
         "weights, gradients and optimizer. Reads the model's config only, no weights.",
         EXAMPLE,
     )
-    parser.add_argument("model", type=str, help='hub name or folder (with config.json), or "minilm"')
+    parser.add_argument("model", type=str, help="hub name or folder (with config.json), or, without a download, "
+                        "minilm, bert-base, roberta-base, roberta-large, llama-2-7b")  # fmt: skip
     for name, meaning in {
         "narrow": "rows of the basis of a layer's smaller side, see sparsegrad train", "wide": "of its larger side",
         "c": "rows of U, in place of those two", "r": "rows of V, likewise",
@@ -35,8 +37,12 @@ def main(argv: list[str]) -> None:
 
     from ..run.inspect import inspect, render
     from ..run.pretrained import model_path
+    from ..study.models import shipped_model
 
-    inspection = inspect(model_path(model), **found)
+    place = shipped_model(model)
+    inspection = inspect(model_path(model) if place is None else str(place), **found)
+    if place is not None:
+        inspection = replace(inspection, model=model)
     if as_json:
         print(json.dumps(inspection.as_dict(), indent=2))
     else:

@@ -9,6 +9,7 @@ from importlib.resources import files
 
 from .compare import by_unit, compare
 from .figures import pareto
+from .parameters import parameters
 from .results import Section
 from .tables import Table, comparisons, costs, every_run, scores, searches
 
@@ -29,6 +30,8 @@ def page(sections: Sequence[Section], title: str) -> str:
         parts.append(f"<nav><ul>{links}</ul></nav>")
     for section in sections:
         parts += _section(section, number, alone=len(sections) == 1)
+    if any(section.name for section in sections):
+        parts.append(_table(parameters(), "parameters", number))
     parts.append(_table(every_run(runs), "every-run", number, filtered=True))
     parts += [
         f"<details id='run-{position}'><summary>{escape(run.task)}, {escape(run.method)}, seed {run.result['seed']}: "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..run.folder import write_whole
 from .page import page, verdict
+from .parameters import parameters
 from .results import Section
 from .tables import Table, comparisons, costs, every_run, scores, searches
 
@@ -29,6 +30,9 @@ def markdown(sections: Sequence[Section], title: str) -> str:
         words = [f"- `{method}`: {said}" for method, said in section.methods.items() if said]
         parts.append("\n".join(words))
         parts += [f"### {table.title}\n\n{table.markdown()}" for table in tables_of(section).values()]
+    if any(section.name for section in sections):
+        table = parameters()
+        parts.append(f"## {table.title}\n\n{table.markdown()}")
     parts.append(origin(sections))
     return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
 
