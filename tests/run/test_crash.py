@@ -87,6 +87,7 @@ def test_a_killed_run_goes_on(
     assert step is not None
     assert 6 <= int(step[1]) < 72
     assert RunFolder(run).read_result()["resumed"] is True
+    assert RunFolder(run).read_result()["calibration"]["seconds"] > 0  # of the process that is gone
     check_same(run, long_run)
 
 

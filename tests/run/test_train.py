@@ -70,6 +70,7 @@ def test_each_method(
     folder = tmp_path / "run"
     saved = "model" if method == "full" else "adapter"
     files = {"config.yaml", "environment.json", "metrics.json", "result.json", "curves.png", "tokenizer", saved}
+    files |= {"calibration.json"} if method == "sparsegrad" else set()
     assert {file.name for file in folder.iterdir()} == files  # and no checkpoints
 
     # What was trained besides the adapter, and what was not.

@@ -58,6 +58,7 @@ class RunFolder:
 
     config.yaml       what was asked for, as run
     environment.json  commit, versions, device, seed
+    calibration.json  its time and memory, where there was one; a run that was interrupted does not calibrate again
     metrics.json      the trainer's log: loss, learning rate, scores
     adapter/          the best evaluation's adapter; or model/, where the method trains the weights themselves
     tokenizer/        with which the model was trained
@@ -150,6 +151,11 @@ class RunFolder:
         """Scores, times and memory of a finished run."""
         found: dict[str, Any] = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
         return found
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file's content; None where it is not there."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def write_yaml(self, name: str, content: Any) -> None:
         """Write a YAML file."""

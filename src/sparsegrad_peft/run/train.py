@@ -15,8 +15,9 @@ from transformers.trainer_callback import PrinterCallback
 from ..tasks.load import load_task
 from .arguments import WHOLE, RunArguments
 from .base import load_model, without_weights
+from .card import card
 from .environment import environment
-from .folder import RunFolder, save_whole
+from .folder import RunFolder, save_whole, write_whole
 from .kinds import KINDS
 from .methods import adapt, check_layers, trained_entries
 from .picture import write_curves
@@ -115,6 +116,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         k=adapted.k,
         rest_learning_rate=arguments.training.rest_learning_rate,
         own_optimizer=not adapted.optimizer,
+        calibrated=lambda phase: folder.write_json("calibration.json", phase.as_dict()),
     )
     trainer.remove_callback(PrinterCallback)  # the reporter says it
     with quiet():
@@ -151,13 +153,15 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         "best_step": trainer.state.best_global_step,
         "learning_rate": arguments.learning_rate,
         "training_loss_last_sixth": last_sixth(log),
-        "weights_bytes": sum(file.stat().st_size for file in folder.weights.iterdir()),
-        "calibration": trainer.calibration_phase.as_dict() if trainer.calibration_phase else None,
+        "weights_bytes": sum(file.stat().st_size for file in folder.weights.iterdir() if file.suffix != ".md"),
+        "calibration": folder.read_json("calibration.json"),
         "training": training.phase.as_dict(),
         "resumed": checkpoint is not None,
         "config": arguments.as_dict(),
         "environment": {**environment(), "seed": seed},
     }  # fmt: skip
+    base, config = model_path(arguments.model), getattr(trainer.model, "peft_config", {}).get("default")
+    write_whole(folder.weights / "README.md", card(result, config, kind.auto.__name__, base))
     folder.write_json("result.json", result)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return folder.read_result()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,20 @@ class MeasureTraining(TrainerCallback):
 
 
 class RunTrainer(SparseGradTrainer):
-    """The trainer of a run: it notes what calibration takes, apart from training."""
+    """The trainer of a run.
 
-    calibration_phase: Phase | None = None
+    Args:
+        calibrated: is told what calibration took, apart from training.
+    """
+
+    def __init__(self, *args: Any, calibrated: Callable[[Phase], None], **kwargs: Any) -> None:
+        self.calibrated = calibrated
+        super().__init__(*args, **kwargs)
 
     def _calibrate(self, adapter_name: str) -> None:
         with measured() as phase:
             super()._calibrate(adapter_name)
-        self.calibration_phase = phase
+        self.calibrated(phase)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with writing(Path(self.args.output_dir)):
