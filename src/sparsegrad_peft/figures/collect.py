@@ -36,6 +36,9 @@ from .train import published, regular
 CALIBRATING, SHOWN, FRESH = 1, 3, 100
 """Offsets of batches, see `Scene.batches`; those of a look begin at the last."""
 
+POINTS = 200
+"""Of a spectrum, evenly spaced in the logarithm of the direction's number."""
+
 ORIGINAL, PAPER, SHARED, PER_LAYER, OWN = (
     "original space", "paper: at the start, shared", "along a trajectory, shared", "along a trajectory, per layer",
     "as the run is set",
@@ -175,15 +178,20 @@ def _spectra(
     found = []
     for group, gram in groups.items():
         basis = bases[gram.layers[0]]
-        for side, spectrum, kept in (("input", basis.spectrum_in, cut[group].U), ("output", basis.spectrum_out,
-                                                                                  cut[group].V)):  # fmt: skip
+        sides = (("input", basis.spectrum_in, cut[group].U), ("output", basis.spectrum_out, cut[group].V))
+        for side, spectrum, kept in sides:
             assert spectrum is not None
             assert kept is not None
             shares = spectrum.double() / spectrum.double().sum()
+            summed = shares.cumsum(0)
+            # As many as a logarithmic axis can show; a large model has thousands.
+            at = sorted({round(len(shares) ** (number / (POINTS - 1))) for number in range(POINTS)} | {len(kept)})
             found.append({
                 "group": group, "role": scene.role(gram.layers[0]), "side": side, "size": len(shares),
-                "shares": [float(f"{share:.4g}") for share in shares.tolist()],
-                "kept": len(kept), "share_kept": round(float(shares[: len(kept)].sum()), 6),
+                "at": at,
+                "each": [float(f"{shares[place - 1]:.4g}") for place in at],
+                "summed": [round(float(summed[place - 1]), 6) for place in at],
+                "kept": len(kept), "share_kept": round(float(summed[len(kept) - 1]), 6),
             })  # fmt: skip
     return found
 

@@ -22,12 +22,12 @@ def spectrum(data: dict[str, Any]) -> Drawing:
     words = []
     for (each, summed), group in zip(rows, groups, strict=True):
         for side in (side for side in found if side["group"] == group):
-            colour, shares = SIDES[side["side"]], np.array(side["shares"])
-            directions, kept = np.arange(1, len(shares) + 1), side["kept"]
+            colour, shares = SIDES[side["side"]], np.array(side["each"])
+            directions, kept = np.array(side["at"]), side["kept"]
             positive = shares > 0
             each.plot(directions[positive], shares[positive], color=colour, label=f"{side['side']} side")
             label = f"{side['side']} side: {kept} of {side['size']} kept, {percent(side['share_kept'])}"
-            summed.plot(directions, shares.cumsum(), color=colour)
+            summed.plot(directions, side["summed"], color=colour)
             summed.plot([kept], [side["share_kept"]], "o", color=colour, label=label)
             for axes in (each, summed):
                 axes.axvline(kept, color=colour, linestyle=":", linewidth=1.2)
@@ -41,7 +41,7 @@ def spectrum(data: dict[str, Any]) -> Drawing:
         summed.yaxis.set_major_formatter(PercentFormatter(1, 0))
         summed.set_title(f"{role}: leading directions together", fontsize=10)
         each.legend(fontsize=8, loc="lower left")
-        summed.legend(fontsize=8, loc="upper left")
+        summed.legend(fontsize=8, loc="lower right")
         for axes in (each, summed):
             axes.grid(alpha=0.3)
     title = "Spectrum of the calibration gradients"
@@ -85,8 +85,8 @@ def ageing(data: dict[str, Any]) -> Drawing:
         "ageing", title,
         f"Share of the squared gradient in its largest {percent(data['density'])} of entries against the training "
         f"step. After {last['step']} steps, {'; '.join(words)}.",
-        "A line that falls is a basis that the gradient moves away from; one that stays above the dashed line of the "
-        "original space is worth its cost at that step.",
+        "A line that falls towards the dashed one is a basis that the gradient moves away from; how far a line stays "
+        "above the original space is what the basis is worth at that step.",
         figure,
     )  # fmt: skip
 

@@ -15,9 +15,9 @@ FORWARD, BACKWARD, SAVED = "#20508c", "#a61c00", "#6a6a6a"
 BOXES = {  # name: (middle x, middle y, width, colour, first line, second line)
     "x": (1.2, 6.4, 1.6, PLAIN, "x", "(T, in)"),
     "W": (6.6, 8.2, 2.6, FROZEN, "x Wᵀ + b", "W (out, in), frozen"),
-    "U": (4.2, 6.4, 2.2, BASIS, "x̃ = x Uᵀ", "(T, c)"),
+    "U": (4.2, 6.4, 2.2, BASIS, "x̃ = x Uᵀ", "U (c, in), frozen"),
     "S": (8.3, 6.4, 2.2, TRAINED, "x̃ Sᵀ", "S (r, c), trained"),
-    "V": (11.5, 6.4, 2.2, BASIS, "(x̃ Sᵀ) V", "(T, out)"),
+    "V": (11.5, 6.4, 2.2, BASIS, "(x̃ Sᵀ) V", "V (r, out), frozen"),
     "+": (13.9, 6.4, 0.7, PLAIN, "+", ""),
     "y": (15.8, 6.4, 1.6, PLAIN, "y", "(T, out)"),
     "G": (4.2, 4.1, 3.0, GRADIENT, "G̃ = (δVᵀ)ᵀ (xUᵀ)", "= V G Uᵀ   (r, c)"),

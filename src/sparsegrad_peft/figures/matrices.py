@@ -45,8 +45,8 @@ def gradient_before_after(data: dict[str, Any]) -> Drawing:
         "gradient_before_after", title,
         f"Images of G and of V G Uᵀ for block {data['block']}, log10 of the magnitude on one scale. Share of the "
         f"squared gradient in the largest {percent(data['density'])} of entries: {'; '.join(words)}.",
-        "On the right the large entries gather in the corner of the strongest directions, which is what makes a small "
-        "selection, or a small leading block, hold most of the gradient.",
+        "Bases that fit the gradient gather its large entries on the right in the corner of the strongest directions; "
+        "the shares above the images say how much that gains.",
         figure,
     )  # fmt: skip
 
@@ -84,7 +84,7 @@ def touched(data: dict[str, Any]) -> Drawing:
         f"Images of where entries were ever selected, and the share touched against the step. After {steps} steps with "
         f"{percent(selected)} selected in each: {percent(curves['all'][-1])} of all layers' entries; "
         + "; ".join(f"{role} of block {data['block']}: {percent(curves[role][-1])}" for role in roles) + ".",
-        "Each step selects anew, so the entries that a run changes are many times those of one step; they spread from "
-        "the strongest directions outwards.",
+        f"Each step selects anew: after {steps} steps, {curves['all'][-1] / selected:.1f} times as many entries have "
+        "changed as one step selects, and that is what the run's update consists of.",
         figure,
     )  # fmt: skip

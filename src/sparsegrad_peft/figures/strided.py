@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.patches import Patch
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .drawing import Drawing, new_figure, of_run, percent, short
 
@@ -32,6 +32,8 @@ def strided_structure(data: dict[str, Any]) -> Drawing:
         axes.imshow(tokens, cmap=colours, norm=BoundaryNorm(np.arange(-0.5, 4), 4), aspect="auto",
                     interpolation="none", extent=(0, tokens.shape[1], tokens.shape[0], 0))  # fmt: skip
         axes.set(xlabel="position in the sequence", ylabel="row of the batch")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_title(f"{place}: {short(rows['layers'][key])}, one batch at the start", fontsize=10)
     looks = rows["shares"]
     for axes, (key, place) in zip(below, places.items(), strict=True):
