@@ -334,6 +334,12 @@ def test_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_training_that_diverges(figures_of: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(figures_of(tmp_path / "out", "--training.learning_rate", "1e30")) == 1
+    assert "; lower the learning rate, found 1e+30 (training.learning_rate)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_folders_that_hold_something_else(
     figures_of: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

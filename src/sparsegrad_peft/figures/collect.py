@@ -64,6 +64,7 @@ def collect(
     arguments.check()
     what.check(arguments)
     scene = prepare(arguments, what.layer)
+    made = {**environment(), "seed": scene.seed}
     own, ways = _calibrations(arguments)
     n_steps = arguments.calibration.n_steps
     total = (len(ways) + 1) * n_steps + 1 + 2 * what.steps + len(what.looks()) * what.batches
@@ -96,7 +97,7 @@ def collect(
         sparse = published(scene, arguments, own_bases, what.steps, advance)
     return {
         "command": command, "config": arguments.as_dict(), "figures": what.as_dict(),
-        "environment": {**environment(), "seed": scene.seed},
+        "environment": made,
         "block": scene.block, "blocks": max(map(len, scene.groups.values())), "density": DENSITY,
         "roles": {group: scene.role(names[0]) for group, names in scene.groups.items()},
         "calibrated": next(way for way, made in ways.items() if made == own),
