@@ -19,7 +19,7 @@ class FiguresArguments:
     points: int = 4
     "looks along training, evenly spaced, the first and the last step among them; one at half time comes on top"
     batches: int = 2
-    "fresh batches a look"
+    "batches a look: for shares of energy the same at each, for zero rows fresh ones; none of the training's"
     layer: int | None = None
     "block whose layers are shown entry by entry, counted from 0; default: the middle one"
     redraw: bool = False

@@ -33,8 +33,9 @@ from .measure import DENSITY, look, shares_of
 from .scene import Scene, prepare
 from .train import published, regular
 
-CALIBRATING, SHOWN, FRESH = 1, 3, 100
-"""Offsets of batches, see `Scene.batches`; those of a look begin at the last."""
+CALIBRATING, SHOWN, HELD, FRESH = 1, 3, 4, 100
+"""Offsets of batches, see `Scene.batches`. Shares of energy are of the same batches at each look, since they differ more
+from batch to batch than a basis ages in a few steps; zero rows are of fresh ones, which begin at the last."""
 
 POINTS = 200
 """Of a spectrum, evenly spaced in the logarithm of the direction's number."""
@@ -67,7 +68,7 @@ def collect(
     made = {**environment(), "seed": scene.seed}
     own, ways = _calibrations(arguments)
     n_steps = arguments.calibration.n_steps
-    total = (len(ways) + 1) * n_steps + 1 + 2 * what.steps + len(what.looks()) * what.batches
+    total = (len(ways) + 1) * n_steps + 1 + 2 * what.steps + 2 * len(what.looks()) * what.batches
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), disable=not progress,
@@ -214,7 +215,8 @@ def _aged(
             walk = _trajectory(arguments)
             bases[renewed] = _calibrated(scene, walk, True, scene.measured, advance)[1]
             bases[renewed] = {name: bases[renewed][name] for name in scene.measured}
-        shares, tokens = look(scene, bases, watched, what.batches, FRESH + step, advance)
+        shares, _ = look(scene, bases, {}, what.batches, HELD, advance)
+        _, tokens = look(scene, {}, watched, what.batches, FRESH + step, advance)
         points.append({"step": step, "shares": shares})
         rows["shares"].append({"step": step} | {key: shares_of(found) for key, found in tokens.items()})
         rows.setdefault("tokens", {key: ["".join(map(str, row)) for row in found[0].tolist()]

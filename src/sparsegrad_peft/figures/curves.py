@@ -75,7 +75,9 @@ def ageing(data: dict[str, Any]) -> Drawing:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     title = "How bases age"
-    figure.suptitle(f"{title}\n{of_run(data)}, regular fine-tuning; mean over layers and fresh batches", fontsize=11)
+    figure.suptitle(
+        f"{title}\n{of_run(data)}, regular fine-tuning; mean over layers, the same batches at each step", fontsize=11
+    )
     last = points[-1]
     words = [
         f"{way}: {', '.join(f'{role} {percent(share)}' for role, share in shares.items())}"

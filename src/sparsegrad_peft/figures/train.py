@@ -81,7 +81,8 @@ def published(scene: Scene, arguments: RunArguments, bases: Mapping[str, Basis],
         entries that were selected up to each step, and "all": the same over all layers; "images": role -> the share of
         each cell's entries.
     """
-    rate = arguments.learning_rate
+    # Without one given: that of a run that selects as many, not of one that trains a small core whole.
+    rate = arguments.training.learning_rate or LEARNING_RATES["meprop"]
     rest_rate = arguments.training.rest_learning_rate or rate
     density = arguments.adapter.density
     selection: dict[str, Any] = {"k": arguments.adapter.k, "density": density}
