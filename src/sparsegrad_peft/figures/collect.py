@@ -34,8 +34,8 @@ from .scene import Scene, prepare
 from .train import published, regular
 
 CALIBRATING, SHOWN, HELD, FRESH = 1, 3, 4, 100
-"""Offsets of batches, see `Scene.batches`. Shares of energy are of the same batches at each look, since they differ more
-from batch to batch than a basis ages in a few steps; zero rows are of fresh ones, which begin at the last."""
+"""Offsets of batches, see `Scene.batches`. Shares of energy are of the same batches at each look, since they differ
+more from batch to batch than a basis ages in a few steps; zero rows are of fresh ones, which begin at the last."""
 
 POINTS = 200
 """Of a spectrum, evenly spaced in the logarithm of the direction's number."""

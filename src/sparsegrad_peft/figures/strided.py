@@ -40,12 +40,13 @@ def strided_structure(data: dict[str, Any]) -> Drawing:
         bottom = np.zeros(len(looks))
         for kind in shown[::-1]:
             shares = np.array([look[key][kind] for look in looks])
-            axes.bar(range(len(looks)), shares, bottom=bottom, color=KINDS[kind][0], width=0.7, edgecolor="white")
+            axes.bar(range(len(looks)), shares, bottom=bottom, color=KINDS[kind][0], width=0.7)
             bottom += shares
         axes.set_xticks(range(len(looks)), [str(look["step"]) for look in looks])
         axes.set(xlabel="training step", ylabel="share of the tokens", ylim=(0, 1))
         axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
-        axes.set_title(f"{place}, fresh batches through training", fontsize=10)
+        live = sum(look[key]["live"] for look in looks) / len(looks)
+        axes.set_title(f"{place}, fresh batches: {percent(live)} not zero", fontsize=10)
     figure.legend(handles=[Patch(facecolor=KINDS[kind][0], label=KINDS[kind][1]) for kind in shown],
                   loc="outside lower center", ncols=len(shown), fontsize=9, frameon=False)  # fmt: skip
     title = "Rows of the output gradient that are exactly zero"

@@ -23,7 +23,7 @@ def draw(data: dict[str, Any]) -> list[Drawing]:
 
 
 def check_output(folder: Path) -> None:
-    """Whether figures may be written there.
+    """Whether figures may be written there; former ones are replaced.
 
     Raises:
         FileExistsError: it holds something else than figures.
