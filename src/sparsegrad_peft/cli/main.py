@@ -21,6 +21,7 @@ VERBS = {
     "export": "write an adapter as a LoRA adapter, for servers that know only LoRA",
     "inspect": "parameters, layers and memory of any model, from its config alone",
     "reproduce": "the paper's comparison and what goes beyond it, as a grid of runs",
+    "figures": "pictures of what the method sees in a model and a task: gradients, bases, what is touched",
     "report": "compare finished runs: one page, and tables",
     "bench": "time and memory of a training step, beside LoRA's and full fine-tuning's",
     "presets": "settings that come with the package",

@@ -56,10 +56,11 @@ def _scatter(section: Section, title: str, label: str, of: Callable[[Run], float
         own = sorted((run for run in runs if run.task == task), key=lambda run: run.score)
         word, top = ("highest", own[-1]) if own[0].higher_is_better else ("lowest", own[0])
         best.append(f"{task}: {word} {top.shown(top.score)} by {top.method} at {of(top):,.0f} ({label})")
-    return Picture(title, _svg(figure), f"{title}, one point a run. {'; '.join(best)}.")
+    return Picture(title, svg_text(figure), f"{title}, one point a run. {'; '.join(best)}.")
 
 
-def _svg(figure: Figure) -> str:
+def svg_text(figure: Figure) -> str:
+    """The figure as an `<svg>` element; equal figures give equal bytes, and words stay words."""
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": "sparsegrad", "svg.fonttype": "none"}):  # the same runs give the same bytes
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})

@@ -113,9 +113,9 @@ class RunFolder:
                 f"{self} is not empty and holds no run (no config.yaml); choose another output folder"
             )
         if not self.finished:
-            self._check_writable()
+            self.check_writable()
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
         """By writing, in the nearest folder that there is: permissions alone do not say it, and nothing is left."""
         near = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not near.is_dir():
