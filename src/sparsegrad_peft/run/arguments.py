@@ -95,6 +95,8 @@ class TrainingArguments:
     "evaluations an epoch; the best one's adapter is kept"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     "of the products (automatic mixed precision); what is trained stays in float32"
+    batches: Literal["random", "by_length"] = "random"
+    "of rows drawn at random, or of about the same length, which leaves little padding and is the quicker for it"
     padding: Literal["dynamic", "max_length"] = "dynamic"
     "pad a batch to its longest row, or every row to data.max_length"
 

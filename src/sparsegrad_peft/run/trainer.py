@@ -19,6 +19,7 @@ from .checkpoints import writing
 from .folder import RunFolder
 from .kinds import KINDS
 from .meter import Phase, measured
+from .sampler import ByLength
 
 
 class MeasureTraining(TrainerCallback):
@@ -56,6 +57,13 @@ class RunTrainer(SparseGradTrainer):
         with measured() as phase:
             super()._calibrate(adapter_name)
         self.calibrated(phase)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length" or self.args.world_size > 1:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(tokens) for tokens in rows["input_ids"]]
+        return ByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths, self.args.seed)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with writing(Path(self.args.output_dir)):
@@ -103,6 +111,7 @@ def trainer_arguments(
         fp16=training.precision == "fp16",
         use_cpu=not torch.accelerator.is_available(),  # without it, the Trainer refuses bf16 there
         seed=arguments.seeds[0],
+        train_sampling_strategy="group_by_length" if training.batches == "by_length" else "random",
         disable_tqdm=True,  # `Progress` shows it
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
