@@ -83,6 +83,34 @@ def test_tables(runs: list[Run]) -> None:
     assert verdict(runs, "prefix") == "9 runs of sparsegrad, lora, full; there is nothing to compare with prefix."
 
 
+def test_losses_are_lower_the_better_and_apart(folder: Path) -> None:
+    """Losses 1.20, 1.30 against 1.25, 1.32: ahead in both, by 0.035; no mean over losses and points."""
+    file = next(folder.rglob("*.json"))
+    real = json.loads(file.read_text(encoding="utf-8"))
+    for method, losses in (("sparsegrad", [1.20, 1.30]), ("lora", [1.25, 1.32])):
+        for seed, loss in enumerate(losses):
+            result = {**real, "task": "oasst1", "method": method, "seed": seed, "score": loss, "metric": "loss"}
+            (folder / f"{method}-{seed}.json").write_text(json.dumps(result), encoding="utf-8")
+    runs = read_runs([folder])
+    found = compare([run for run in runs if run.unit == "loss"], "sparsegrad", "lora")
+    assert (found.pairs, found.ahead, found.difference) == (2, 2, pytest.approx(-0.035))
+    assert found.words.startswith("sparsegrad against lora: -0.0350 loss (lower is better) over 2 pairs of runs")
+    assert "ahead in 2." in found.words
+    by_task = {row[0]: row[1:] for row in scores(runs).rows}
+    assert by_task["oasst1, loss"][:2] == ["1.250 ± 0.071 (2)", "1.285 ± 0.049 (2)"]
+    assert by_task["mean of tasks, points"][:2] == ["72.0", "70.0"]
+    assert by_task["mean of tasks, loss"] == ["1.250", "1.285", "not all run"]
+    assert [row[0] for row in comparisons(runs, "lora").rows] == [
+        "sparsegrad",
+        "full",
+        "sparsegrad, loss",
+        "full, loss",
+    ]
+    assert "+2.00 points over 4 pairs" in verdict(runs)  # as without them
+    assert "oasst1: lowest 1.200 by sparsegrad" in page(runs, "t")
+    assert "rte: highest 66.0 by full" in page(runs, "t")
+
+
 def test_command_writes_page_markdown_and_csv(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder), "--output", str(tmp_path / "out"), "--title", "A <title>"]) == 0
     shown = capsys.readouterr().out
@@ -152,7 +180,9 @@ def test_page_in_a_browser(runs: list[Run], tmp_path: Path) -> None:
         tab.goto(file.as_uri())
         column = "#every-run tbody tr:not([hidden]) td:nth-child(4)"
         tab.click("#every-run th:nth-child(4) button")
-        assert [float(text) for text in tab.locator(column).all_inner_texts()] == sorted(run.score for run in runs)
+        assert [float(text) for text in tab.locator(column).all_inner_texts()] == pytest.approx(
+            sorted(run.score for run in runs)
+        )
         tab.click("#every-run th:nth-child(4) button")
         assert float(tab.locator(column).first.inner_text()) == 83.0
         tab.fill("input[type=search]", "rte lora")
