@@ -146,11 +146,8 @@ def vit_of(file: Path, own_head: bool = False) -> Any:
         "embeddings.patch_embeddings.projection.bias": theirs["patch_to_embedding.bias"],
     }
     for number in range(6):
-        here, attention, mlp = (
-            f"layers.{number}",
-            f"transformer.layers.{number}.0.fn",
-            f"transformer.layers.{number}.1.fn",
-        )
+        here, there = f"layers.{number}", f"transformer.layers.{number}"
+        attention, mlp = f"{there}.0.fn", f"{there}.1.fn"
         q, k, v = theirs[f"{attention}.fn.to_qkv.weight"].chunk(3)
         state |= {f"{here}.attention.q_proj.weight": q * (8 / 64) ** 0.5}
         state |= {f"{here}.attention.k_proj.weight": k, f"{here}.attention.v_proj.weight": v}

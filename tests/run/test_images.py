@@ -33,7 +33,7 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4,
-        num_channels=1,
+        num_channels=1, initializer_range=0.2,
     )  # fmt: skip
     ViTModel(config).save_pretrained(folder)
     return folder
@@ -43,7 +43,7 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def image_arguments(tiny_vit: Path) -> Arguments:
     def make(output: Path, *more: str) -> RunArguments:
         return parse([
-            "--model", str(tiny_vit), "--task", "digits", "--data.train_rows", "96", "--data.validation_rows", "40",
+            "--model", str(tiny_vit), "--task", "digits", "--data.train_rows", "320", "--data.validation_rows", "80",
             "--calibration.n_steps", "2", "--adapter.c", "0.5", "--adapter.r", "0.5", "--training.batch_size", "16",
             "--training.epochs", "3", "--training.learning_rate", "0.01", "--output", str(output), *more,
         ])  # fmt: skip

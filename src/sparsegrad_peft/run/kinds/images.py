@@ -20,6 +20,7 @@ from ...tasks.metrics import predictions_of, score
 from ...tasks.task import Task
 from ..arguments import RunArguments
 from ..pretrained import load_config, model_path
+from ..quiet import quiet
 from .kind import Kind, Rows
 from .text import class_options, with_probabilities
 
@@ -71,7 +72,8 @@ class ImagesKind(Kind):
         if (Path(place) / _FILE).is_file():
             return Pixels(**json.loads((Path(place) / _FILE).read_text(encoding="utf-8")))
         try:
-            return AutoImageProcessor.from_pretrained(place)
+            with quiet():  # it says that there is a faster one, with torchvision
+                return AutoImageProcessor.from_pretrained(place)
         except (OSError, ValueError):  # it has none
             config: Any = load_config(place)
         size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
