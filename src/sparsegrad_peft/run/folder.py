@@ -60,7 +60,7 @@ class RunFolder:
     environment.json  commit, versions, device, seed
     metrics.json      the trainer's log: loss, learning rate, scores
     adapter/          the best evaluation's adapter; or model/, where the method trains the weights themselves
-    tokenizer/        with which the model was trained
+    tokenizer/        with which the model was trained; or processor/, which reads images
     result.json       scores, times, memory: written last, so it says that the run is finished
     curves.png        loss and score
     checkpoints/      while it runs
