@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-pytest_plugins = ["tiny_runs"]  # a tiny model and a finished run of it
+pytest_plugins = ["tiny_runs", "real_models"]  # tiny models, a finished run, small real models
 
 
 @pytest.fixture(autouse=True)

@@ -112,3 +112,59 @@ def tokenizer_of(file: Path) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=512
     )
+
+
+@pytest.fixture(scope="session")
+def mnist_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT of 28 by 28 that was trained on MNIST, for a new head."""
+    folder = tmp_path_factory.mktemp("mnist-vit")
+    vit_of(data_folder("weights/vit_mnist_gaurav") / "vit_mnist.pth").save_pretrained(folder)
+    return folder
+
+
+def vit_of(file: Path, own_head: bool = False) -> Any:
+    """A ViT with fused queries, keys and values -> ViTForImageClassification.
+
+    Its attention divides by the root of the width, that of `transformers` by that of a head's width: the queries make
+    up for it. It has no norm after the last block and two layers in its head, which `own_head` puts in; a folder
+    cannot hold those.
+    """
+    from torch import nn
+    from transformers import ViTConfig, ViTForImageClassification
+
+    theirs = torch.load(file, weights_only=True)
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=6, num_attention_heads=8, intermediate_size=128, image_size=28, patch_size=7,
+        num_channels=1, num_labels=10, qkv_bias=False, layer_norm_eps=1e-5, hidden_act="gelu",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = ViTForImageClassification(config)
+    state = {
+        "embeddings.cls_token": theirs["cls_token"],
+        "embeddings.position_embeddings": theirs["pos_embedding"],
+        "embeddings.patch_embeddings.projection.weight": theirs["patch_to_embedding.weight"].view(64, 1, 7, 7),
+        "embeddings.patch_embeddings.projection.bias": theirs["patch_to_embedding.bias"],
+    }
+    for number in range(6):
+        here, there = f"layers.{number}", f"transformer.layers.{number}"
+        attention, mlp = f"{there}.0.fn", f"{there}.1.fn"
+        q, k, v = theirs[f"{attention}.fn.to_qkv.weight"].chunk(3)
+        state |= {f"{here}.attention.q_proj.weight": q * (8 / 64) ** 0.5}
+        state |= {f"{here}.attention.k_proj.weight": k, f"{here}.attention.v_proj.weight": v}
+        for part in ("weight", "bias"):
+            state |= {
+                f"{here}.attention.o_proj.{part}": theirs[f"{attention}.fn.to_out.{part}"],
+                f"{here}.layernorm_before.{part}": theirs[f"{attention}.norm.{part}"],
+                f"{here}.layernorm_after.{part}": theirs[f"{mlp}.norm.{part}"],
+                f"{here}.mlp.fc1.{part}": theirs[f"{mlp}.fn.net.0.{part}"],
+                f"{here}.mlp.fc2.{part}": theirs[f"{mlp}.fn.net.2.{part}"],
+            }
+    missing, unexpected = model.vit.load_state_dict(state, strict=False)
+    assert (sorted(missing), unexpected) == (["layernorm.bias", "layernorm.weight"], [])
+    if own_head:
+        model.vit.layernorm = nn.Identity()
+        model.classifier = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 10))
+        model.classifier.load_state_dict(
+            {name.removeprefix("mlp_head."): value for name, value in theirs.items() if name.startswith("mlp_head.")}
+        )
+    return model

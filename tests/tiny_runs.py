@@ -85,6 +85,38 @@ def words(tiny_bert: Path, rows: Path) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    words = save_tokenizer(folder, pad=False)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=words, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=40, bos_token_id=None, eos_token_id=3, pad_token_id=None,
+        initializer_range=0.5,  # with less, no change of the MLPs would move the frozen head's outputs
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def language_words(words: Callable[..., list[str]], tiny_llama: Path) -> Callable[..., list[str]]:
+    """The same for the tiny LLaMA: the first text is a prompt, the second its answer."""
+    more = ["--model", str(tiny_llama), "--task", "text", "--data.text", '["text", "other"]']
+    return lambda output, *others: words(output, *more, *others)
+
+
+@pytest.fixture(scope="session")
+def language_arguments(language_words: Callable[..., list[str]]) -> Callable[..., Any]:
+    """The same as `RunArguments`."""
+    from sparsegrad_peft.cli.train import parse
+
+    return lambda output, *more: parse(language_words(output, *more)[1:])
+
+
+@pytest.fixture(scope="session")
 def arguments(words: Callable[..., list[str]]) -> Callable[..., Any]:
     """The same as `RunArguments`."""
     from sparsegrad_peft.cli.train import parse

@@ -310,7 +310,7 @@ FILES = {
     ("option", "value", "expected"),
     [
         ("task", "glue/rtee", r"unknown task 'glue/rtee'; expected one of acceptability, files, glue/cola, "),
-        ("task", "glue/rte", r"data.train_file and data.validation_file are for task files, found task 'glue/rte'"),
+        ("task", "glue/rte", r"data.train_file and data.validation_file are for task files or text, found task 'glue"),
         ("data.train_file", "@column.csv", r"column.csv, line 2: expected a column 'text', found 'sentence', 'label'"),
         ("data.validation_file", "@column.csv", r"column.csv, line 2: expected a column 'text', found 'sentence'"),
         ("data.train_file", "@empty.csv", r"empty.csv: expected rows, found none; the file may be cut off"),

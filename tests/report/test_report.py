@@ -96,6 +96,31 @@ def test_tables(runs: list[Run], section: Section) -> None:
     )
 
 
+def test_losses_are_lower_the_better_and_apart(folder: Path) -> None:
+    """Losses 1.20, 1.30 against 1.25, 1.32: ahead in both, by 0.035; no mean over losses and points."""
+    file = next(folder.rglob("*.json"))
+    real = json.loads(file.read_text(encoding="utf-8"))
+    for method, losses in (("sparsegrad", [1.20, 1.30]), ("lora", [1.25, 1.32])):
+        for seed, loss in enumerate(losses):
+            result = {**real, "task": "oasst1", "method": method, "seed": seed, "score": loss, "metric": "loss"}
+            (folder / f"{method}-{seed}.json").write_text(json.dumps(result), encoding="utf-8")
+    [section] = read_sections([folder])
+    found = compare([run for run in section.runs if run.unit == "loss"], "sparsegrad", "lora")
+    assert (found.pairs, found.ahead, found.difference) == (2, 2, pytest.approx(-0.035))
+    assert found.words.startswith("sparsegrad against lora: -0.0350 loss (lower is better) over 2 pairs of runs")
+    assert "ahead in 2." in found.words
+    by_task = {row[0]: row[1:] for row in scores(section).rows}
+    assert by_task["oasst1, loss"][:2] == ["1.250 ± 0.071 (2)", "1.285 ± 0.049 (2)"]
+    assert by_task["mean of tasks, points"][:2] == ["72.0", "70.0"]
+    assert by_task["mean of tasks, loss"] == ["1.250", "1.285", "not all run"]
+    assert [row[0] for row in comparisons(section).rows] == [
+        "sparsegrad", "full", "sparsegrad, loss", "full, loss",
+    ]  # fmt: skip
+    assert "+2.00 points over 4 pairs" in verdict(section)  # as without them
+    assert "oasst1: lowest 1.200 by sparsegrad" in page([section], "t")
+    assert "rte: highest 66.0 by full" in page([section], "t")
+
+
 def test_command_writes_page_markdown_and_csv(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder), "--output", str(tmp_path / "out"), "--title", "A <title>"]) == 0
     shown = capsys.readouterr().out

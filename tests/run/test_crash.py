@@ -20,6 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 from sparsegrad_peft.cli.main import main
+from sparsegrad_peft.cli.train import parse
 from sparsegrad_peft.run.arguments import RunArguments
 from sparsegrad_peft.run.checkpoints import is_whole
 from sparsegrad_peft.run.folder import RunFolder
@@ -96,6 +97,7 @@ FULL = """
 import resource, sys
 import sparsegrad_peft.run.train  # imports, which look for a folder to write to
 from sparsegrad_peft.cli.main import main
+from sparsegrad_peft.cli.train import parse
 words = sys.argv[2:]
 for limit in sys.argv[1].split(","):  # SIGXFSZ is ignored by Python: writes fail
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
@@ -243,3 +245,17 @@ def test_the_config_of_a_run_goes_on_with_it(
     assert main(command) == 0
     assert "going on from step 12\n" in capsys.readouterr().err
     check_same(stopped_run, finished_run)
+
+
+def test_a_language_model_goes_on_as_well(language_words: Words, tmp_path: Path) -> None:
+    """From a step in the middle; the best evaluation is the one with the lowest loss, before and after."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert main(language_words(whole)) == 0
+    RunFolder(run).start(parse(language_words(run)[1:]))
+    (run / "curves.png").mkdir()
+    assert main(language_words(run)) == 1
+    (run / "curves.png").rmdir()
+    shutil.rmtree(run / "checkpoints" / "checkpoint-12")
+    assert main(language_words(run)) == 0
+    assert RunFolder(run).read_result()["resumed"] is True
+    check_same(run, whole)

@@ -262,6 +262,19 @@ def save_tiny(kind: str, folder: Path) -> None:
             hf.DistilBertConfig(vocab_size=n, dim=16, hidden_dim=32, n_layers=2, n_heads=2, max_position_embeddings=40)
         ),
         "llama": lambda: hf.LlamaModel(hf.LlamaConfig(**sizes, bos_token_id=2, eos_token_id=3)),
+        "t5": lambda: hf.T5Model(
+            hf.T5Config(
+                vocab_size=n,
+                d_model=16,
+                d_kv=8,
+                d_ff=32,
+                num_layers=2,
+                num_heads=2,
+                eos_token_id=3,
+                pad_token_id=0,
+                decoder_start_token_id=0,
+            )
+        ),
     }[kind]()
     model.save_pretrained(folder)
 
@@ -280,6 +293,24 @@ def test_other_architectures(kind: str, rest: str, arguments: Arguments, kept: l
         expected = kept[0].eval()(**batch).logits
     assert torch.equal(torch.from_numpy(again.logits(rows)), expected)
     assert evaluate(tmp_path / "run")["validation"]["accuracy"] == result["score"]
+
+
+@pytest.mark.parametrize("method", ["sparsegrad", "lora"])
+def test_t5(method: str, arguments: Arguments, tmp_path: Path) -> None:
+    """An encoder and a decoder with an MLP in each block; its embeddings are shared, so that the rest stays frozen."""
+    save_tiny("t5", tmp_path / "base")
+    words = ["--model", str(tmp_path / "base"), "--method", method, "--training.epochs", "6"]
+    (result,) = train(arguments(tmp_path / "run", *words), progress=False)
+    assert result["evaluations"][-1]["loss"] < result["evaluations"][0]["loss"]
+    keys = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors").keys()
+    for part in ("encoder.block.1.layer.1.DenseReluDense.wi", "decoder.block.1.layer.2.DenseReluDense.wo"):
+        assert any(part in key for key in keys), part
+    assert any("classification_head.out_proj" in key for key in keys)
+    assert evaluate(tmp_path / "run")["validation"]["accuracy"] == result["score"]
+    (row,) = predict(tmp_path / "run", texts=["the warm film"])
+    assert row["prediction"] in ("good", "bad")
+    with pytest.raises(ValueError, match=r"rest: train cannot save .*, which share a weight; use rest: freeze"):
+        train(arguments(tmp_path / "all", *words, "--rest", "train"), progress=False)
 
 
 @pytest.mark.slow

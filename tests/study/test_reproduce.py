@@ -211,12 +211,14 @@ def test_a_process_that_has_ended_is_not_alive() -> None:
     assert not is_alive(os.getpid())
 
 
-def test_no_rate_before_the_search_is_over(load: Any, places: Places) -> None:
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_no_rate_before_the_search_is_over(metric: str, load: Any, places: Places) -> None:
     cells = list(load("first").cells())
     trials = [cell for cell in cells if cell.trial is not None and cell.method.name == "lora"]
     run = next(cell for cell in cells if cell.trial is None and cell.method.name == "lora")
     places.result(trials[0].name).parent.mkdir(parents=True)
-    finished = {"status": "finished", "metric": "accuracy", "score": 0.5, "training_loss_last_sixth": 0.6}
+    finished = {"status": "finished", "metric": metric, "score": 0.5, "training_loss_last_sixth": 0.6}
+    better, worse = (0.6, 0.4) if metric == "accuracy" else (0.4, 0.6)
 
     def write(trial: Any, result: dict[str, Any]) -> None:
         places.result(trial.name).write_text(json.dumps(result), encoding="utf-8")
@@ -224,8 +226,8 @@ def test_no_rate_before_the_search_is_over(load: Any, places: Places) -> None:
     write(trials[0], finished)
     assert best_rate(run, trials_of(cells), places.results) is None
     for second, best in (
-        ({**finished, "score": 0.6}, 1e-3),
-        ({**finished, "score": 0.4}, 1e-2),
+        ({**finished, "score": better}, 1e-3),
+        ({**finished, "score": worse}, 1e-2),
         ({**finished, "training_loss_last_sixth": 0.5}, 1e-3),
         ({"status": "diverged"}, 1e-2),
     ):

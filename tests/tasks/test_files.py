@@ -172,7 +172,7 @@ def test_number_of_text_columns(text: list[str], tmp_path: Path) -> None:
     [
         ("glue/ax", {}, r"unknown task 'glue/ax'; expected one of acceptability, files, glue/cola"),
         ("files", {}, r"expected data.train_file, data.validation_file and data.text .* found None, None and \[\]"),
-        ("glue/rte", {"train_file": "x.csv"}, r"are for task files, found task 'glue/rte'"),
+        ("glue/rte", {"train_file": "x.csv"}, r"are for task files or text, found task 'glue/rte'"),
         ("acceptability", {"train_rows": 0}, r"data.train_rows must be at least 1, found 0"),
         ("acceptability", {"metrics": ["f2"]}, r"expected metrics among accuracy, .*; found f2"),
         ("acceptability", {"metrics": ["pearson"]}, r"classes take accuracy, .*; found pearson"),

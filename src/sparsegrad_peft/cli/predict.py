@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     """Print predictions as JSON lines, or write them as CSV."""
     parser = make_parser("predict", "What a finished run says of new rows.", EXAMPLE)
     parser.add_argument("run", type=str, help="folder of a finished run")
-    parser.add_argument("--text", type=str, nargs="+", default=[], help="a row: one text, or two")
+    parser.add_argument("--text", type=str, nargs="+", default=[], help="a row: one text, or two, or an image's file")
     parser.add_argument("--file", type=str | None, default=None, help="CSV, TSV, JSON or JSON lines")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="of a language model's answer, at most")
     parser.add_argument("--output", type=str | None, default=None, help="CSV file to write; default: print JSON lines")

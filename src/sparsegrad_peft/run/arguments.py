@@ -110,7 +110,8 @@ class RunArguments:
     task: str = "acceptability"
     """"glue/cola", "glue/rte", ... (also sst2, mrpc, stsb, qqp, mnli, qnli, wnli); "acceptability": sentences of a
     small grammar, no download; "files": your own sentences with labels, see data; for language models "oasst1":
-    OpenAssistant's conversations, and "text": your own texts, or prompts and answers, see data"""
+    OpenAssistant's conversations, and "text": your own texts, or prompts and answers, see data; for models
+    of images "digits": scikit-learn's, no download, and "images": folders of your own, see data"""
     method: str = "sparsegrad"
     "sparsegrad, lora, meprop, full, galore, or the path of any PEFT adapter_config.json"
     rest: Literal["train", "freeze"] = "freeze"

@@ -36,7 +36,7 @@ def load_model(model: str, task: Task, tokenizer: Any, folder: str | Path | None
         raise ValueError(
             f"{place}: the model's weights cannot be read ({first_line(error)}); save or download it anew"
         ) from error
-    if getattr(found.config, "pad_token_id", 0) is None:
+    if getattr(found.config, "pad_token_id", 0) is None and hasattr(tokenizer, "pad_token_id"):
         found.config.pad_token_id = tokenizer.pad_token_id
     model_with_head: nn.Module = found
     return model_with_head

@@ -61,7 +61,7 @@ class RunFolder:
     calibration.json  its time and memory, where there was one; a run that was interrupted does not calibrate again
     metrics.json      the trainer's log: loss, learning rate, scores
     adapter/          the best evaluation's adapter; or model/, where the method trains the weights themselves
-    tokenizer/        with which the model was trained
+    tokenizer/        with which the model was trained; or processor/, which reads images
     result.json       scores, times, memory: written last, so it says that the run is finished
     curves.png        loss and score
     checkpoints/      while it runs

@@ -166,7 +166,7 @@ def _run(arguments: RunArguments, threads: int | None, started: Callable[[int], 
     folder = RunFolder(output)
     if status == 0:
         result = folder.read_result()
-        for weights in ("adapter", "model", "tokenizer"):
+        for weights in ("adapter", "model", "tokenizer", "processor"):
             shutil.rmtree(output / weights, ignore_errors=True)  # a study is for the numbers
         return {**result, "status": "finished", "command": " ".join(command)}
     words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()

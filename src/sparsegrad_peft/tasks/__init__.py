@@ -1,5 +1,5 @@
-"""What is learnt: rows of text with a label, from GLUE, from your files, or from the grammar in this package; or texts
-and conversations to go on with.
+"""What is learnt: rows of text with a label, from GLUE, from your files, or from the grammar in this package; texts and
+conversations to go on with; or images with a class.
 
     load           a task by its name
 task           Task: the data sets of its splits, its columns, its labels, its metrics
@@ -10,6 +10,7 @@ oasst1         OpenAssistant's conversations
 lexicon        words for
 acceptability  sentences of a small English grammar, acceptable or not
 metrics        official metrics
+images         digits, and images in folders
 features       rows -> token ids
 language       texts, answers and conversations -> token ids, and which of them are learnt
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .glue import GLUE
-from .task import LANGUAGE, TEXT
+from .task import IMAGES, LANGUAGE, TEXT
 
 
 @dataclass
@@ -15,7 +15,7 @@ class DataArguments:
 
     folder: str | None = None
     """GLUE: folder with the official files (glue/RTE/train.tsv, ...); oasst1: with .jsonl files of conversation trees;
-    default: $SPARSEGRAD_DATA, else the hub"""
+    default of both: $SPARSEGRAD_DATA, else the hub. images: with train/CLASS/*.png and validation/CLASS/*.png"""
     train_file: str | None = None
     "tasks files and text: CSV, TSV, JSON or JSON lines to train on"
     validation_file: str | None = None
@@ -50,6 +50,8 @@ TASKS = {
     **{f"glue/{name}": TEXT for name in GLUE},
     "oasst1": LANGUAGE,
     "text": LANGUAGE,
+    "digits": IMAGES,
+    "images": IMAGES,
 }
 """Name -> kind."""
 
@@ -83,6 +85,8 @@ def task_problems(name: str, data: DataArguments) -> list[str]:
         )
     if name not in _WITH_FILES and (data.train_file or data.validation_file):
         problems.append(f"data.train_file and data.validation_file are for task files or text, found task {name!r}")
+    if name == "images" and data.folder is None:
+        problems.append("task images: expected data.folder, with train/CLASS/* and validation/CLASS/*; found None")
     if data.language is not None and name != "oasst1":
         problems.append(f"data.language is for task oasst1, found task {name!r}")
     if data.template is not None and kind_of(name) != LANGUAGE:

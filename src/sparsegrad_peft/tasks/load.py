@@ -9,6 +9,7 @@ from datasets import Dataset
 from .arguments import DataArguments, check_task
 from .files import load_files, load_texts
 from .glue import load_glue
+from .images import load_digits, load_images
 from .metrics import check_fit, check_metrics
 from .oasst1 import load_oasst1
 from .task import Task
@@ -18,7 +19,8 @@ def load_task(name: str, data: DataArguments | None = None) -> Task:
     """A task by its name, with the rows that `data` asks for.
 
     Raises:
-        ValueError, FileNotFoundError: see `check_task`, `load_glue`, `load_files`, `load_texts` and `load_oasst1`.
+        ValueError, FileNotFoundError: see `check_task`, `load_glue`, `load_files`, `load_texts`, `load_oasst1` and
+            `load_images`.
     """
     data = data or DataArguments()
     check_task(name, data)
@@ -32,6 +34,11 @@ def load_task(name: str, data: DataArguments | None = None) -> Task:
     elif name == "text":
         assert data.validation_file is not None
         task = load_texts(data.train_file, data.validation_file, text=data.text)
+    elif name == "digits":
+        task = load_digits()
+    elif name == "images":
+        assert data.folder is not None
+        task = load_images(data.folder)
     elif name == "oasst1":
         task = load_oasst1(data.folder, data.language)
     elif name == "acceptability":

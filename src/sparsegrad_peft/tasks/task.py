@@ -18,7 +18,7 @@ TEXT, LANGUAGE, IMAGES = "text classification", "causal language modelling", "im
 
 @dataclass(frozen=True)
 class Task:
-    """Sentences, or pairs of sentences, with a class or a number each; or texts to go on with.
+    """Sentences, or pairs of sentences, with a class or a number each; texts to go on with; or images with a class.
 
     Attributes:
         name: such as "glue/rte".
@@ -29,7 +29,7 @@ class Task:
         splits: "train" and evaluation splits ("validation", ...), with the columns of `text` and "label".
         source: where the rows came from, for the record.
         kind: `TEXT`, `LANGUAGE` (no column "label"; the text may be a list, the turns of a
-            conversation) or `IMAGES`.
+            conversation) or `IMAGES` (the text is a column of images, see `images`).
     """
 
     name: str

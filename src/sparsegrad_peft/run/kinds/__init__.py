@@ -3,14 +3,16 @@
 kind      what a kind has to say
 text      sentences with a class or a number
 language  texts to go on with
+images    images with a class
 """
 
 from __future__ import annotations
 
-from ...tasks.task import LANGUAGE, TEXT
+from ...tasks.task import IMAGES, LANGUAGE, TEXT
+from .images import ImagesKind
 from .kind import Kind
 from .language import LanguageKind
 from .text import TextKind
 
-KINDS: dict[str, Kind] = {TEXT: TextKind(), LANGUAGE: LanguageKind()}
+KINDS: dict[str, Kind] = {TEXT: TextKind(), LANGUAGE: LanguageKind(), IMAGES: ImagesKind()}
 """By the names in `tasks.task`."""
