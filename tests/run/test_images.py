@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import interpolate, pad
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
-from real_models import data_folder, vit_of
+from real_models import data_folder
+from small_models import vit_of
 from sparsegrad_peft.cli.train import parse
 from sparsegrad_peft.run.arguments import RunArguments
 from sparsegrad_peft.run.kinds.images import Pixels

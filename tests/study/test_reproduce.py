@@ -43,7 +43,7 @@ def folder(tmp_path: Path, tiny_bert: Path, rows: Path) -> Path:
     data = {"train_file": str(rows / "train.csv"), "validation_file": str(rows / "dev.csv"), "text": ["text"]}
     default = {
         "order": ["first", "second"], "seeds": [0, 1], "task_settings": {}, "methods": {}, "paper": None,
-        "baseline": "lora", "only_at": None,
+        "baseline": "lora", "only_at": None, "needs": None,
         "settings": {
             "data": {**data, "max_length": 24}, "calibration": {"n_steps": 2},
             "training": {"epochs": 1, "batch_size": 8},
@@ -52,7 +52,7 @@ def folder(tmp_path: Path, tiny_bert: Path, rows: Path) -> Path:
         "scales": {"cpu": {"models": [str(tiny_bert)], "tasks": ["files"]}},
     }  # fmt: skip
     first = {
-        "title": "First", "question": "Which?",
+        "title": "First", "question": "Which?", "needs": "make it",
         "methods": {
             "sparsegrad": {"settings": {"adapter": {"c": 0.5, "r": 0.5}}, "learning_rates": [1e-2, 1e-3]},
             "lora": {"settings": {"method": "lora", "adapter": {"rank": 1}}, "learning_rates": [1e-2, 1e-3]},
@@ -244,6 +244,7 @@ def test_no_rate_before_the_search_is_over(metric: str, load: Any, places: Place
         (("first", "methods", {"lora": {"settings": {"method": "lore"}}}), "found 'lore'"),
         (("first", "methods", {"lora": {"settings": {"adaptor": {"c": 8}}}}), "adaptor"),
         (("first", "methods", {"lora": {"rates_of": "second/lora"}}), "sparsegrad reproduce second"),
+        (("first", "scales", {"cpu": {"models": ["./no"]}}), "no folder ./no; before experiment first: make it"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_is_refused_first(

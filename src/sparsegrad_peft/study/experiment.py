@@ -16,8 +16,8 @@ SHIPPED = Path(str(files(__package__))) / "experiments"
 SEARCH = "search"
 "Folder of the search's results within an experiment's."
 _SAID = {
-    "title", "question", "only_at", "models", "tasks", "task_settings", "methods", "seeds", "search", "settings",
-    "baseline", "paper",
+    "title", "question", "needs", "only_at", "models", "tasks", "task_settings", "methods", "seeds", "search",
+    "settings", "baseline", "paper",
 }  # fmt: skip
 _SAID_OF_METHOD = {"words", "settings", "learning_rates", "rates_of"}
 
@@ -52,6 +52,8 @@ class Experiment:
     search_settings: dict[str, dict[str, Any]]
     "task -> what a trial has otherwise"
     settings: dict[str, Any]
+    needs: str | None
+    "what has to be done before"
     baseline: str
     "method that the others are compared with"
     paper: dict[str, Any] | None
@@ -177,7 +179,7 @@ def load_experiment(name: str, scale: str = "cpu", folder: Path = SHIPPED) -> Ex
             task: merged(said["search"]["settings"], said["search"]["task_settings"].get(task, {}))
             for task in said["tasks"]
         },
-        settings=said["settings"], baseline=said["baseline"], paper=said["paper"],
+        settings=said["settings"], needs=said["needs"], baseline=said["baseline"], paper=said["paper"],
     )  # fmt: skip
 
 

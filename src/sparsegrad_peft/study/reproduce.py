@@ -21,6 +21,7 @@ from ..cli.train import as_arguments
 from ..run.arguments import RunArguments, flat
 from ..run.environment import environment
 from ..run.folder import RunFolder, write_whole
+from ..run.pretrained import load_config, model_path
 from ..run.search import journal
 from ..tasks.metrics import higher_is_better
 from .claims import Claims
@@ -241,6 +242,9 @@ def _given(config: dict[str, Any]) -> dict[str, Any]:
 
 def _check(cells: list[Cell], trials: Mapping[str, list[str]], places: Places) -> None:
     """Whether all of it can be run, before any of it is."""
+    for experiment in {cell.experiment.name: cell.experiment for cell in cells}.values():
+        for model in experiment.models:
+            _check_model(experiment, model)
     seen: set[str] = set()
     for cell in cells:
         if cell.trial is None and cell.searched_as is not None:
@@ -256,6 +260,15 @@ def _check(cells: list[Cell], trials: Mapping[str, list[str]], places: Places) -
         if key not in seen:
             seen.add(key)
             as_arguments(settings).check()
+
+
+def _check_model(experiment: Experiment, model: str) -> None:
+    """Whether it is there; a hub name is looked up, which fetches its config."""
+    try:
+        load_config(model_path(model))
+    except (FileNotFoundError, ValueError) as error:
+        before = f"; before experiment {experiment.name}: {experiment.needs}" if experiment.needs else ""
+        raise ValueError(f"{error}{before}") from error
 
 
 def _journal_in(folder: Path) -> Any:
