@@ -17,6 +17,7 @@ from ..method.basis import Basis
 from ..method.function import Prefer
 from ..method.linear import apply_core, is_conv1d, weight_and_bias
 from .config import SparseGradConfig
+from .decoding import Folded, apply_folded, few_tokens, folded
 
 _PLAIN = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -126,8 +127,15 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
         super().__init__()
         SparseGradLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
+        self._folded: dict[str, Folded] = {}  # adapter -> its update as decoding wants it
         self.update_layer(adapter_name, config, basis)
         self.train(base_layer.training)  # a layer put into a model in eval mode does not train
+
+    def train(self, mode: bool = True) -> SparseGradTunerLinear:
+        """As in PyTorch; what was kept for decoding is dropped."""
+        self._folded.clear()
+        super().train(mode)
+        return self
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out); `adapter_names`, one for each example, mixes adapters in a batch at inference."""
@@ -193,6 +201,11 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
     def _fast(self, x: Tensor, adapter: str) -> Tensor:
         weight, bias = weight_and_bias(self.base_layer)  # no copies
         S, basis = self.core_and_basis(adapter)
+        if few_tokens(x, self.training) and not torch.is_autocast_enabled(x.device.type):
+            matrices = folded(self._folded.get(adapter), S, basis, x.dtype)
+            if matrices is not None:
+                self._folded[adapter] = matrices
+                return apply_folded(x, weight, bias, matrices)
         return apply_core(x, weight, bias, S, None, basis, self.sparsegrad_prefer[adapter])
 
     def _update(self, x: Tensor, adapter: str) -> Tensor:
