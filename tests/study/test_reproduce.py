@@ -163,9 +163,25 @@ def test_two_processes_share_the_runs_and_a_killed_one_is_taken_up(
     assert sorted(attempts) == [1] * 7 + [2]
 
 
+@pytest.fixture
+def empty_database() -> str:
+    """Of a real server: SPARSEGRAD_POSTGRESQL=postgresql+psycopg://user:word@host/name. What is in it is lost."""
+    import sqlalchemy
+
+    url = os.environ.get("SPARSEGRAD_POSTGRESQL")
+    if url is None:
+        pytest.skip("SPARSEGRAD_POSTGRESQL names no server")
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("DROP SCHEMA public CASCADE"))
+        connection.execute(sqlalchemy.text("CREATE SCHEMA public"))
+    engine.dispose()
+    return url
+
+
 @pytest.fixture(params=["journal", "postgresql"])
 def storages(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Any, Any]]:
-    """A file, or an empty database of a real server: SPARSEGRAD_POSTGRESQL=postgresql://user:word@host/name."""
+    """A file, or a real server's database, as two processes open it."""
     from optuna.storages import RDBStorage
 
     from sparsegrad_peft.run.search import journal
@@ -173,9 +189,8 @@ def storages(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[A
     if request.param == "journal":
         yield journal(tmp_path / "j"), journal(tmp_path / "j")
         return
-    if "SPARSEGRAD_POSTGRESQL" not in os.environ:
-        pytest.skip("SPARSEGRAD_POSTGRESQL names no server")
-    both = RDBStorage(os.environ["SPARSEGRAD_POSTGRESQL"]), RDBStorage(os.environ["SPARSEGRAD_POSTGRESQL"])
+    url = request.getfixturevalue("empty_database")
+    both = RDBStorage(url), RDBStorage(url)
     yield both
     for storage in both:
         storage.remove_session()
@@ -194,6 +209,17 @@ def test_claims(storages: tuple[Any, Any]) -> None:
     first.forget("a")
     assert dict(first.results()) == {}
     assert first.take("a") == 3
+
+
+def test_many_open_an_empty_database_at_once(empty_database: str) -> None:
+    """Optuna makes its tables without asking whether another is about to."""
+    script = f"from sparsegrad_peft.study.claims import Claims; print(len(list(Claims({empty_database!r}).results())))"
+    all_of_them = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in all_of_them]
+    assert [process.returncode for process in all_of_them] == [0] * 4
+    assert said == ["0\n"] * 4
 
 
 def test_a_process_that_has_ended_is_not_alive() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
@@ -25,7 +26,7 @@ class Claims:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.storage = optuna.storages.get_storage(storage)
+        self.storage = _opened(storage)
 
     def take(self, name: str) -> int:
         """Claim a run; returns which attempt this is, from 1 on, or 0 if it is another's."""
@@ -82,3 +83,17 @@ class Claims:
             return True
         here = attributes["host"] == socket.gethostname()
         return not here or any(process == os.getpid() or is_alive(process) for process in attributes["processes"])
+
+
+def _opened(storage: Any, tries: int = 5) -> Any:
+    """Optuna's storage. Of several processes that make the tables of an empty database at once, all but one fail."""
+    import optuna
+    from sqlalchemy.exc import DBAPIError
+
+    try:
+        return optuna.storages.get_storage(storage)
+    except DBAPIError:
+        if tries == 1:
+            raise
+    time.sleep(1)
+    return _opened(storage, tries - 1)
