@@ -28,6 +28,9 @@ VERBS = {
 }
 """Verb -> what it does; its file has the same name."""
 
+RESUMED = ("train", "search", "reproduce", "demo")
+"Those that go on where they were interrupted."
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status: 0, 1 for an error in the work, 2 for one in what was typed."""
@@ -62,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sparsegrad {verb}: {_words(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"sparsegrad {verb}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        goes_on = "; the same command goes on from the last checkpoint" if verb in RESUMED else ""
+        print(f"sparsegrad {verb}: interrupted{goes_on}", file=sys.stderr)
         return 130
     return 0
 

@@ -19,6 +19,9 @@ class SparseGradConfig(PeftConfig):
     The adapter starts as a no-op. `calibrate_adapter` gives it its bases, and `S` its size (r, c). Until then it trains
     the whole of `S` in the original space, and warns; with `original_space=True` that is what you want.
 
+    The defaults are those that the measurements support: `docs/results.md` for the shape of the core and the way to
+    calibrate, `docs/performance.md` for time and memory beside LoRA's.
+
     Args:
         narrow: rows of the basis of a layer's smaller side, the hidden size: "full", a count, a fraction, or
             "energy:SHARE". A direction of this side costs a fraction of one of the wide side.
