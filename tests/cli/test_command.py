@@ -332,7 +332,11 @@ FILES = {
         ("adapter.density", "1.5", r"adapter.density is a share in \(0, 1\], found 1.5"),
         ("adapter.c", "lots", r"expected \"full\", a count .*; found 'lots'"),
         ("seeds", "[1, 1]", r"seeds: expected different numbers, at least one, found \[1, 1\]"),
-        ("method", "sparsgrad", r"expected one of sparsegrad, lora, meprop, full, galore, or the path .*; found 'sparsgrad'"),
+        (
+            "method",
+            "sparsgrad",
+            r"expected one of sparsegrad, lora, meprop, full, galore, or the path .*; found 'sparsgrad'",
+        ),
         ("method", "@none.json", r"none.json: expected an adapter_config.json .* a peft_type such as LORA, found None"),
         ("method", "@kind.json", r"expected a peft_type such as LORA, found 'NONE_SUCH'"),
         ("method", "@list.json", r"expected a peft_type such as LORA, found 'list'"),

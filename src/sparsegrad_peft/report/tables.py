@@ -124,7 +124,7 @@ def comparisons(section: Section) -> Table:
                 shown(found.difference) if found.pairs else "",
                 f"{shown(found.low)} to {shown(found.high)}" if known else "", f"{found.p:.2g}" if known else "",
                 f"{found.ahead} of {found.pairs}",
-                *([", ".join(f"{value:+.1f}" for value in theirs)] if published else []),
+                *([", ".join(map(partial(shown, digits=1 if unit == "points" else 2), theirs))] if published else []),
             ])  # fmt: skip
     header = ["method", "pairs", f"difference from {baseline}", "95 % interval", "p (paired t-test)", "ahead"]
     note = "Pairs of runs with the same task and seed; points are hundredths of a score."
