@@ -151,3 +151,10 @@ def test_head_that_comes_with_the_model(tiny_bert: Path, tmp_path: Path) -> None
     two = load_model(str(tmp_path), Task("x", ("text",), ("a", "b"), ("accuracy",), {}), tokenizer)
     assert two.classifier.weight.shape == (2, 16)  # type: ignore[union-attr]
     assert two.config.id2label == {0: "a", 1: "b"}  # type: ignore[union-attr]
+
+
+def test_galore_without_its_package(arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before any work, with what to install."""
+    monkeypatch.setattr("sparsegrad_peft.run.arguments.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="method galore needs its package: pip install galore-torch"):
+        arguments(tmp_path / "run", "--method", "galore").check()

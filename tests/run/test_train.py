@@ -125,7 +125,11 @@ def test_result_fields(finished_run: Path) -> None:
     # Two layers of two cores, 16 by 8 and 8 by 16; the pooler and the head.
     assert result["trained_entries"]["adapter"] == 4 * 128
     assert result["trained_entries"]["all"] == 4 * 128 + 16 * 16 + 16 + 2 * 16 + 2
-    assert result["weights_bytes"] == sum(file.stat().st_size for file in (finished_run / "adapter").iterdir())
+    files = [file for file in (finished_run / "adapter").iterdir() if file.name != "README.md"]
+    assert result["weights_bytes"] == sum(file.stat().st_size for file in files)
+    assert 0 < result["trained_entries"]["touched"] <= result["trained_entries"]["adapter"]
+    at_best = [found for found in result["evaluations"] if found["step"] == result["best_step"]]
+    assert [found["accuracy"] for found in at_best] == [result["scores"]["validation"]["accuracy"]]
     for phase in ("calibration", "training"):
         assert result[phase]["seconds"] > 0
         assert result[phase]["peak_memory_bytes"] > result[phase]["extra_memory_bytes"] >= 0
