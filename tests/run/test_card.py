@@ -16,7 +16,7 @@ import yaml
 from sparsegrad_peft.run.train import train
 
 
-@pytest.mark.parametrize("method", ["sparsegrad", "lora", "full"])
+@pytest.mark.parametrize("method", ["sparsegrad", "full"])
 def test_its_code_loads_it(method: str, arguments: Callable[..., Any], tmp_path: Path) -> None:
     """In a process that has imported nothing: PEFT knows SparseGrad only after an import, which the card names."""
     [result] = train(arguments(tmp_path / "run", "--method", method, "--training.epochs", "1"), progress=False)
