@@ -258,6 +258,7 @@ def test_page_in_a_browser(runs: list[Run], section: Section, tmp_path: Path) ->
         tab.fill("input[type=search]", "rte lora")
         assert [float(text) for text in tab.locator(column).all_inner_texts()] == [60.0, 58.0]
         tab.click(f"{column} a >> nth=0")
+        tab.wait_for_selector("details[open]")  # the page hears of the new address a moment later
         assert tab.locator("details[open]").count() == 1
         assert '"score": 0.6' in tab.locator("details[open] pre").inner_text()
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")  # a phone's width holds it

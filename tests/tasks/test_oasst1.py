@@ -122,7 +122,9 @@ def test_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path}: expected .jsonl files of OpenAssistant")):
         load_oasst1(tmp_path)
     monkeypatch.delenv("SPARSEGRAD_DATA", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # What the variable says was read when the libraries were imported; without it they try for a while.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"could not be taken from the hub .* name a folder with .jsonl files"):
         load_oasst1()
 
