@@ -17,10 +17,11 @@ import pytest
 
 from sparsegrad_peft.cli.main import main
 from sparsegrad_peft.report.compare import cells, compare, mean_of_tasks
+from sparsegrad_peft.report.figures import pareto
 from sparsegrad_peft.report.page import page, verdict
 from sparsegrad_peft.report.parameters import parameters
 from sparsegrad_peft.report.results import Run, Section, read_runs, read_sections
-from sparsegrad_peft.report.tables import comparisons, every_run, scores, searches
+from sparsegrad_peft.report.tables import comparisons, costs, every_run, scores, searches
 from sparsegrad_peft.report.write import markdown
 from sparsegrad_peft.run.inspect import inspect
 from sparsegrad_peft.study.models import FOLDER, PUBLISHED
@@ -177,6 +178,22 @@ def test_a_study_names_what_was_not_run_and_what_failed(study: Section) -> None:
     assert "full, seed 1: out of memory (too &lt;large&gt;)" in text
     assert "id='of-comparison'" in text
     assert "out of memory: seed 1" in markdown([study], "t")
+
+
+def test_a_resumed_run_has_no_time(section: Section) -> None:
+    """Its seconds are those since it was resumed: a share or a speed from them would be wrong, and was."""
+    first, *others = section.runs
+    cut = {**first.result, "resumed": True, "training": {**first.result["training"], "seconds": 1e-3}}
+    resumed = replace(section, runs=(Run(first.path, cut), *others))
+    row = next(row for row in costs(resumed).rows if row[0] == first.method)
+    whole = [run for run in others if run.method == first.method]
+    rates = [run.result["steps"] / run.seconds for run in whole]
+    assert row[3] == f"{sum(rates) / len(rates):.2f}"
+    assert row[4] == next(row for row in costs(replace(section, runs=tuple(others))).rows if row[0] == first.method)[4]
+    assert every_run(resumed.runs).rows[0][9] == ""
+    times, memory = (picture.svg.count("<use ") for picture in pareto(resumed))
+    assert times < memory
+    assert len(pareto(replace(section, runs=(Run(first.path, cut),)))) == 1
 
 
 def test_parameters_by_part() -> None:

@@ -24,14 +24,19 @@ class Picture:
 
 def pareto(section: Section) -> list[Picture]:
     """Score against training time, and against memory: a panel a task, a point a run."""
+    timed = tuple(run for run in section.runs if run.timed)
     return [
-        _scatter(section, "Score against training time", "training, s", lambda run: run.seconds),
-        _scatter(section, "Score against peak memory", "peak memory, MB", lambda run: run.megabytes),
+        _scatter(section, runs, title, label, of)
+        for title, label, of, runs in (
+            ("Score against training time", "training, s", lambda run: run.seconds, timed),
+            ("Score against peak memory", "peak memory, MB", lambda run: run.megabytes, section.runs),
+        )
+        if runs
     ]
 
 
-def _scatter(section: Section, title: str, label: str, of: Callable[[Run], float]) -> Picture:
-    runs, methods = section.runs, section.methods
+def _scatter(section: Section, runs: tuple[Run, ...], title: str, label: str, of: Callable[[Run], float]) -> Picture:
+    methods = section.methods
     tasks = [task for task in section.tasks if any(run.task == task for run in runs)]
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)

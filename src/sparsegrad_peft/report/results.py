@@ -57,6 +57,11 @@ class Run:
         return f"{score:{sign}.{digits if self.higher_is_better else digits + 2}f}"
 
     @property
+    def timed(self) -> bool:
+        """Whether `seconds` are those of all its steps; of a run that was resumed they are those since then."""
+        return not self.result.get("resumed")
+
+    @property
     def seconds(self) -> float:
         """Of training, calibration aside."""
         return float(self.result["training"]["seconds"])

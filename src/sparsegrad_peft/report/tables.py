@@ -84,8 +84,9 @@ def costs(section: Section) -> Table:
         if not own:
             continue
         behind[len(rows), 0] = tuple(own)
-        speeds = [run.result["steps"] / run.seconds for run in own if not run.result.get("resumed")]
-        calibrations = [run.calibration_seconds / run.seconds for run in own if run.calibration_seconds is not None]
+        timed = [run for run in own if run.timed]
+        speeds = [run.result["steps"] / run.seconds for run in timed]
+        calibrations = [run.calibration_seconds / run.seconds for run in timed if run.calibration_seconds is not None]
         touched = sorted({run.result["trained_entries"].get("touched", run.entries) for run in own})
         rows.append([
             method,
@@ -159,8 +160,9 @@ def searches(section: Section) -> Table:
                 ", ".join(f"{rate:g}" for rate in taken),
             ])  # fmt: skip
     note = (
-        "Each method gets the same number of trials on a task, at a seed that does not count, shorter than the runs "
-        "that do; the runs take the rate with the highest score, of equal ones that with the lowest training loss."
+        "Each method gets the same number of trials on a task, at a seed that does not count; its settings, often "
+        "fewer epochs, are in its file. The runs take the rate with the best score, of equal ones that with the lowest "
+        "training loss."
     )
     return Table("Search", note, ["task", "method", "learning rate: score", "taken"], rows, behind)
 
@@ -175,10 +177,16 @@ def every_run(runs: Iterable[Run]) -> Table:
         rows.append([
             run.result.get("experiment", ""), run.task, run.method, str(run.result["seed"]), run.shown(run.score, 2),
             f"{run.result['learning_rate']:g}", str(training["batch_size"]), f"{training['epochs']:g}",
-            f"{run.result['rows']['train']:,}", f"{run.seconds:.0f}",
+            f"{run.result['rows']['train']:,}", f"{run.seconds:.0f}" if run.timed else "",
             "" if run.calibration_seconds is None else f"{run.calibration_seconds:.0f}",
             f"{run.megabytes:,.0f}", str(run.result["environment"].get("commit") or "")[:10],
         ])  # fmt: skip
     header = ["experiment", "task", "method", "seed", "score", "learning rate", "batch", "epochs", "rows",
               "training, s", "calibration, s", "peak, MB", "commit"]  # fmt: skip
-    return Table("Every run", "A score leads to all that is known of its run.", header, rows, behind)
+    return Table(
+        "Every run",
+        "A score leads to all that is known of its run; one that was resumed has no time of all its steps.",
+        header,
+        rows,
+        behind,
+    )
