@@ -191,9 +191,9 @@ def test_a_resumed_run_has_no_time(section: Section) -> None:
     assert row[3] == f"{sum(rates) / len(rates):.2f}"
     assert row[4] == next(row for row in costs(replace(section, runs=tuple(others))).rows if row[0] == first.method)[4]
     assert every_run(resumed.runs).rows[0][9] == ""
-    times, memory = (picture.svg.count("<use ") for picture in pareto(resumed))
-    assert times < memory
-    assert len(pareto(replace(section, runs=(Run(first.path, cut),)))) == 1
+    assert [picture.title for picture in pareto(replace(section, runs=(Run(first.path, cut),)))] == [
+        "Score against peak memory"
+    ]
 
 
 def test_parameters_by_part() -> None:
