@@ -15,6 +15,7 @@ _HOME = {
     "CalibrationConfig": "method.calibrate",
     "GramStatistics": "method.calibrate",
     "LiteralSparseGradLinear": "method.literal",
+    "Sizes": "method.sizes",
     "SparseGradAdamW": "method.optim",
     "SparseGradCalibration": "tuner.trainer",
     "SparseGradConfig": "tuner.config",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from .method.refresh import renew_positions as renew_positions
     from .method.selection import sparse_dense_product as sparse_dense_product
     from .method.selection import topk_magnitude as topk_magnitude
+    from .method.sizes import Sizes as Sizes
     from .method.surgery import param_groups as param_groups
     from .method.surgery import replace_linears as replace_linears
     from .method.surgery import restore_linears as restore_linears

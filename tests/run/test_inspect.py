@@ -209,13 +209,14 @@ def test_bytes_by_hand() -> None:
     """BERT-base with the defaults: 24 cores of 256 x 96, long on the hidden side."""
     inspection = inspect(BertConfig(), density=0.01)
     total, layers, entries = 109_482_240, 24 * 768 * 3072, 24 * 256 * 96
-    grams = 2 * 4 * (768**2 + 3072**2)
+    sketches = 2 * 4 * (768**2 + 3072 * (2 * 96 + 16)) + 4 * 3072 * (2 * 96 + 16)  # and their random vectors, once
+    complete = 2 * 4 * (768**2 + 3072**2)
     bases = 2 * 4 * (256 * 768 + 96 * 3072)
     k, k_complete = 24 * 245, 24 * 23592
     rank = 6
     assert [(g.r, g.c, g.k_per_layer) for g in inspection.groups] == [(96, 256, 245), (256, 96, 245)]
     assert (inspection.layers, inspection.entries, inspection.k, inspection.lora_rank) == (24, entries, k, rank)
-    assert inspection.calibration_bytes == grams + 4 * 768 * 3072
+    assert inspection.calibration_bytes == sketches + 4 * 768 * 3072
     lora = rank * 24 * (768 + 3072)
     assert abs(lora - entries) <= 24 * (768 + 3072) / 2
     expected = {  # trained entries; bytes of weights, bases, gradients, optimizer at first and at most
@@ -224,8 +225,8 @@ def test_bytes_by_hand() -> None:
         "lora": (lora, 4 * (total + lora), 0, 4 * lora, 8 * lora, 8 * lora),
         "block": (entries, 4 * (total + entries), bases, 4 * entries, 8 * entries, 8 * entries),
         "topk": (entries, 4 * (total + entries), bases, 4 * entries, 12 * k, 12 * entries),
-        "published": (layers, 4 * total, grams, 20 * k_complete, 12 * k_complete, 12 * layers),
-        "published_plain": (layers, 4 * total, grams, 4 * layers, 12 * k_complete, 12 * layers),
+        "published": (layers, 4 * total, complete, 20 * k_complete, 12 * k_complete, 12 * layers),
+        "published_plain": (layers, 4 * total, complete, 4 * layers, 12 * k_complete, 12 * layers),
     }
     assert [row.key for row in inspection.methods] == list(expected)
     for row in inspection.methods:
@@ -315,7 +316,7 @@ def test_printed_at_80_columns(config: Any, options: dict[str, Any]) -> None:
 
 def test_printed_numbers_have_units() -> None:
     text = printed(inspect(BertConfig()))
-    assert "Gram matrices and one gradient: 89.65 MB" in text
+    assert "for its sums and one gradient: 21.82 MB" in text
     assert "in MB (1e6 bytes)" in text
     assert "LoRA rank 6, AdamW" in text
     assert "0.071-7.08" in text  # 12 bytes for each of 5,880 to 589,824 entries

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .hosvd import Eigenbasis, eigenbasis
 from .products import chain
 from .sizes import Rows, check_rows
+from .sketch import eigenbasis_of_sketch
 
 if TYPE_CHECKING:
     from .calibrate import GramStatistics
@@ -99,13 +100,14 @@ class Basis(nn.Module):
             dtype: of the bases; the decomposition itself is done in the type of the statistics.
 
         Raises:
-            ValueError: no gradient reached the group, or its statistics are not finite; the message names the layers.
+            ValueError: no gradient reached the group, its statistics are not finite, or they were made for fewer rows;
+                the message names the layers.
         """
         whose = _named(gram)
         check_rows(c, gram.gram_in.shape[0], f"c, {whose}")
         check_rows(r, gram.gram_out.shape[0], f"r, {whose}")
-        side_in = eigenbasis(gram.gram_in, c, name=f"{whose}, input side")
-        side_out = eigenbasis(gram.gram_out, r, name=f"{whose}, output side")
+        side_in = _eigenbasis(gram.gram_in, gram.probe_in, c, gram.energy, f"{whose}, input side")
+        side_out = _eigenbasis(gram.gram_out, gram.probe_out, r, gram.energy, f"{whose}, output side")
         _warn_if_completed(side_in, gram, "input")
         _warn_if_completed(side_out, gram, "output")
         return cls(
@@ -242,6 +244,12 @@ def _in_type(vectors: Float[Tensor, "rows n"], dtype: torch.dtype) -> Float[Tens
             for _ in range(2):
                 rows = 1.5 * rows - 0.5 * (rows @ rows.T) @ rows
     return rows
+
+
+def _eigenbasis(gram: Tensor, probe: Tensor | None, rows: Rows, energy: float, name: str) -> Eigenbasis:
+    if probe is None:
+        return eigenbasis(gram, rows, name=name)
+    return eigenbasis_of_sketch(gram, probe, rows, energy, name=name)
 
 
 def _named(gram: GramStatistics) -> str:

@@ -21,6 +21,7 @@ from .gradients import Step, Trajectory, default_loss, stream_gradients
 from .groups import group_linears, linear_shape
 from .processes import sum_over_processes, taken_from_first
 from .sizes import Rows, Sizes
+from .sketch import random_vectors, sketch_width
 
 
 @dataclass
@@ -32,11 +33,17 @@ class GramStatistics:
     layers: tuple[str, ...]
     "the layers whose gradients are in the sums"
     gram_in: Tensor
-    "`Σ GᵀG`, (in, in)"
+    "`Σ GᵀG`, (in, in); with `probe_in`, its product with that (in, width)"
     gram_out: Tensor
-    "`Σ GGᵀ`, (out, out)"
+    "`Σ GGᵀ`, (out, out); with `probe_out`, its product with that (out, width)"
     n_gradients: int = 0
     "number of gradients summed, over layers, steps and processes"
+    probe_in: Tensor | None = None
+    "the random vectors of the input side, where a few leading directions are all that is wanted (see `sketch`)"
+    probe_out: Tensor | None = None
+    "the same of the output side"
+    energy: float = 0.0
+    "`Σ ‖G‖²`, where there are such vectors; the trace of whole Gram matrices is the same"
 
     @torch.no_grad()
     def add(self, G: Tensor, *, normalize: bool = False) -> None:
@@ -46,8 +53,10 @@ class GramStatistics:
             norm = float(G.norm()) or 1.0
             # Before the products, where the square of a tiny norm would underflow; in place if G is a copy already.
             G = G / norm if G is given else G.div_(norm)
-        self.gram_in.addmm_(G.T, G)
-        self.gram_out.addmm_(G, G.T)
+        self.gram_in.addmm_(G.T, G if self.probe_in is None else G @ self.probe_in)
+        self.gram_out.addmm_(G, G.T if self.probe_out is None else G.T @ self.probe_out)
+        if self.probe_in is not None or self.probe_out is not None:
+            self.energy += float(G.square().sum())
         self.n_gradients += 1
 
 
@@ -108,6 +117,7 @@ def calibrate(
     batches: Iterable[Any] | None = None,
     *,
     groups: Mapping[str, Sequence[str]] | None = None,
+    sizes: Sizes | None = None,
     step: Step | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] = default_loss,
     config: CalibrationConfig | None = None,
@@ -124,6 +134,9 @@ def calibrate(
         model: any module; unwrap DDP and FSDP first. Everything but the target layers is frozen meanwhile.
         batches: what `loss_fn` takes; started anew when they run out, if they can be.
         groups: group name -> layer names, from `group_linears`; None takes every linear layer of the model.
+        sizes: rows that bases will be asked for, at most. Of a large side of which few are wanted, the sums are then
+            kept as a sketch, a small part of the Gram matrix's size and work (see `sketch`). None: whole Gram matrices,
+            for bases of any size.
         step: in place of `batches`: a function without arguments that returns the loss of its next batch.
         loss_fn: (model, batch) -> scalar loss. Default: `model(**batch).loss`.
         config: how to calibrate.
@@ -143,7 +156,8 @@ def calibrate(
     """
     config = _merge(config, options)
     groups = groups if groups is not None else group_linears(model)
-    statistics = {name: _empty(model, name, layers, config) for name, layers in groups.items()}
+    probes: dict[tuple[Any, ...], Tensor] = {}  # the same random vectors for all sides of a size
+    statistics = {name: _empty(model, name, layers, sizes, config, probes) for name, layers in groups.items()}
     group_of: dict[str, GramStatistics] = {}
     for gram in statistics.values():
         for layer in gram.layers:
@@ -174,7 +188,14 @@ def _merge(config: CalibrationConfig | None, options: dict[str, Any]) -> Calibra
     return config if config is not None else CalibrationConfig(**options)
 
 
-def _empty(model: nn.Module, name: str, layers: Sequence[str], config: CalibrationConfig) -> GramStatistics:
+def _empty(
+    model: nn.Module,
+    name: str,
+    layers: Sequence[str],
+    sizes: Sizes | None,
+    config: CalibrationConfig,
+    probes: dict[tuple[Any, ...], Tensor],
+) -> GramStatistics:
     modules = dict(model.named_modules())
     unknown = [layer for layer in layers if layer not in modules]
     if unknown:
@@ -183,11 +204,22 @@ def _empty(model: nn.Module, name: str, layers: Sequence[str], config: Calibrati
     if len(set(shapes.values())) != 1:
         raise ValueError(f"group {name!r}: the layers of a group share a shape, found (out, in) = {shapes}")
     out_features, in_features = next(iter(shapes.values()))
-    device = config.gram_device or modules[layers[0]].weight.device
+    r, c = sizes.check(out_features, in_features, f"group {name}") if sizes is not None else ("full", "full")
+    device = torch.device(config.gram_device or modules[layers[0]].weight.device)
+
+    def room(n: int, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        width = sketch_width(rows, n)
+        room = torch.zeros(n, n if width is None else width, dtype=config.gram_dtype, device=device)
+        if width is None:
+            return room, None
+        key = (n, width, device)
+        if key not in probes:
+            probes[key] = random_vectors(n, width, room)
+        return room, probes[key]
+
     with torch.inference_mode(False):  # tensors made in a caller's inference mode could not be added to
-        gram_in = torch.zeros(in_features, in_features, dtype=config.gram_dtype, device=device)
-        gram_out = torch.zeros(out_features, out_features, dtype=config.gram_dtype, device=device)
-    return GramStatistics(name, tuple(layers), gram_in, gram_out)
+        (gram_in, probe_in), (gram_out, probe_out) = room(in_features, c), room(out_features, r)
+    return GramStatistics(name, tuple(layers), gram_in, gram_out, probe_in=probe_in, probe_out=probe_out)
 
 
 def _agreed(gram: GramStatistics, c: Rows, r: Rows, dtype: torch.dtype) -> Basis:
@@ -203,7 +235,7 @@ def _agreed(gram: GramStatistics, c: Rows, r: Rows, dtype: torch.dtype) -> Basis
 
 
 def _sum_over_processes(gram: GramStatistics) -> None:
-    count = torch.tensor(gram.n_gradients)
-    for tensor in (gram.gram_in, gram.gram_out, count):
+    count, energy = torch.tensor(gram.n_gradients), torch.tensor(gram.energy, dtype=torch.float64)
+    for tensor in (gram.gram_in, gram.gram_out, count, energy):
         sum_over_processes(tensor)
-    gram.n_gradients = int(count)
+    gram.n_gradients, gram.energy = int(count), float(energy)

@@ -104,10 +104,10 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
         cumulated = spectrum.double().cumsum(0)
         count = min(int((cumulated < share * cumulated[-1]).sum()) + 1, n)
     vectors = vectors[:count].contiguous()
-    return Eigenbasis(_fix_signs(vectors), spectrum, energy, rank)
+    return Eigenbasis(fix_signs(vectors), spectrum, energy, rank)
 
 
-def _fix_signs(vectors: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
+def fix_signs(vectors: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
     """The entry of largest magnitude of each row made positive; an eigenvector's sign is otherwise an accident."""
     largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
     return torch.where(largest < 0, -vectors, vectors)

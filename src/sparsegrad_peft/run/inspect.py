@@ -25,6 +25,7 @@ from transformers import PretrainedConfig
 from ..method.groups import group_linears, linear_shape
 from ..method.selection import resolve_k
 from ..method.sizes import Rows, Sizes
+from ..method.sketch import sketch_width
 from ..tuner.config import SparseGradConfig
 from ..tuner.targets import _ATTENTION, TARGETS, find_mlp_linears
 from .base import first_line, load_config
@@ -102,7 +103,7 @@ class GroupRow:
         entries: the same for all layers of the group.
         k_per_layer: entries of a layer that move in a step at the density given.
         bases_bytes: `U` (c, in) and `V` (r, out) in float32, once for the group.
-        gram_bytes: both Gram matrices of the group in float32, during calibration.
+        gram_bytes: both Gram matrices of the group in float32, or sketches of them, during calibration.
     """
 
     name: str
@@ -163,7 +164,8 @@ class Inspection:
         target_modules: the layers' names, a regular expression for them, or their endings.
         parts: parameters by part.
         groups: the layers that SparseGrad would take.
-        calibration_bytes: extra memory of calibration at its peak: all Gram matrices and one gradient.
+        calibration_bytes: extra memory of calibration at its peak: all Gram matrices, or sketches of them with their
+            random vectors, and one gradient.
         lora_rank: rank at which LoRA on the same layers trains about as many entries.
         methods: bytes under each method.
         notes: what the numbers mean and what they leave out.
@@ -275,7 +277,7 @@ def inspect(
         target_modules=targets,
         parts=parts,
         groups=rows,
-        calibration_bytes=sum(row.gram_bytes for row in rows) + gradient,
+        calibration_bytes=sum(row.gram_bytes for row in rows) + _probe_bytes(rows) + gradient,
         lora_rank=rank,
         methods=_methods(parts.total, rows, rank, density, width),
         notes=_notes(dtype_name),
@@ -404,8 +406,14 @@ def _group_row(model: nn.Module, name: str, layers: list[str], sizes: Sizes, den
         entries=len(layers) * entries,
         k_per_layer=resolve_k(entries, density=density),
         bases_bytes=(c_count * in_ + r_count * out) * _FLOAT32,
-        gram_bytes=(in_**2 + out**2) * _FLOAT32,
+        gram_bytes=sum(n * (sketch_width(rows, n) or n) for n, rows in ((in_, c_count), (out, r_count))) * _FLOAT32,
     )
+
+
+def _probe_bytes(rows: list[GroupRow]) -> int:
+    """Random vectors of the sketches: one matrix for all sides of a size."""
+    sides = {(n, sketch_width(count, n)) for row in rows for n, count in ((row.in_, row.c), (row.out, row.r))}
+    return sum(n * width for n, width in sides if width is not None) * _FLOAT32
 
 
 def _lora_entries(rows: list[GroupRow]) -> int:
@@ -420,7 +428,7 @@ def _methods(total: int, rows: list[GroupRow], rank: int, density: float, width:
     k = sum(row.layers * row.k_per_layer for row in rows)
     k_complete = sum(row.layers * resolve_k(row.out * row.in_, density=density) for row in rows)
     bases = sum(row.bases_bytes for row in rows)
-    complete = sum(row.gram_bytes for row in rows)  # complete bases are as large as the Gram matrices
+    complete = sum(row.in_**2 + row.out**2 for row in rows) * _FLOAT32
     lora = rank * _lora_entries(rows)
     widened = (total - layers) * width + layers * _FLOAT32
 
@@ -471,7 +479,7 @@ def render(inspection: Inspection, console: Console) -> None:
     console.print(_groups_table(inspection))
     for number, group in enumerate(inspection.groups, 1):
         say(f"{number:>3} {group.name}")
-    say("\nCalibration adds at its peak, for Gram matrices and one gradient: "
+    say("\nCalibration adds at its peak, for its sums and one gradient: "
         f"{_in(calibration, _unit(calibration))} {_unit(calibration)}")  # fmt: skip
     console.print(_methods_table(inspection))
     say("")

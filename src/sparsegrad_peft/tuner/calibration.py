@@ -47,7 +47,7 @@ def calibrate_adapter(
         options: for `sparsegrad_peft.calibrate`: `n_steps`, `step`, `loss_fn`, `progress`, ...
 
     Returns:
-        The statistics, to be used again.
+        The statistics, to be used again for adapters of this size or smaller (see `sizes` of `calibrate`).
 
     Raises:
         ValueError: the model has no such adapter, the adapter trains in the original space or has already learnt
@@ -83,7 +83,7 @@ def calibrate_adapter(
             names = {field.name for field in fields(CalibrationConfig)} & set(options)
             config = replace(RECOMMENDED, **{name: options.pop(name) for name in names})
         with _left_out(adapter_name, layers.values()):
-            calibration = calibrate(model, batches, groups=groups, config=config, **options)
+            calibration = calibrate(model, batches, groups=groups, sizes=peft_config.sizes, config=config, **options)
     elif {name: tuple(names) for name, names in groups.items()} != {n: g.layers for n, g in calibration.groups.items()}:
         raise ValueError(f"the statistics are of groups {list(calibration.groups)}, the adapter has {list(groups)}")
     set_bases(model, adapter_name, groups, calibration.bases(sizes=peft_config.sizes))
