@@ -21,7 +21,7 @@ from sparsegrad_peft.report.figures import pareto
 from sparsegrad_peft.report.page import page, verdict
 from sparsegrad_peft.report.parameters import parameters
 from sparsegrad_peft.report.results import Run, Section, read_runs, read_sections
-from sparsegrad_peft.report.tables import comparisons, costs, every_run, scores, searches
+from sparsegrad_peft.report.tables import comparisons, costs, costs_by_task, every_run, scores, searches, tables_of
 from sparsegrad_peft.report.write import markdown
 from sparsegrad_peft.run.inspect import inspect
 from sparsegrad_peft.study.models import FOLDER, PUBLISHED
@@ -173,7 +173,18 @@ def test_a_study_names_what_was_not_run_and_what_failed(study: Section) -> None:
     assert against["full"][-1] == "+0.9, +1.1, +1.9"
     assert against["sparsegrad"][-1] == ""
     assert searches(study).rows == [["rte", "sparsegrad", "0.001: 45.0, 0.01: 55.0", "0.01"]]
-    assert "Not run: sparsegrad-per-layer" in verdict(study)
+    assert verdict(study).endswith(
+        "Not run: sparsegrad-shared, full, sparsegrad-paper, meprop; sparsegrad on sst2, mrpc, stsb, cola; 2 of the "
+        "other 3 runs of sparsegrad; lora on sst2, mrpc, stsb, cola; 2 of the other 3 runs of lora."
+    )
+    # Of a study of time and memory there is no score to look at.
+    short = replace(study, scored=False)
+    assert list(tables_of(short)) == ["search", "costs", "speed"]
+    assert verdict(short).startswith("2 runs of a few steps, for time and memory alone. Not run: sparsegrad-shared")
+    speed = dict(zip(costs_by_task(study).header, costs_by_task(study).rows[4], strict=True))
+    one = next(run for run in study.runs if run.method == "lora")
+    assert speed["lora"] == f"{one.result['steps'] / one.seconds:.2f} / {one.megabytes:,.0f}"
+    assert [row[1:] for row in costs_by_task(study).rows[:4]] == [["not run", "not run"]] * 4
     text = page([study], "t")
     assert "full, seed 1: out of memory (too &lt;large&gt;)" in text
     assert "id='of-comparison'" in text

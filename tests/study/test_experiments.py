@@ -18,7 +18,7 @@ from sparsegrad_peft.tasks.arguments import kind_of
 from sparsegrad_peft.tasks.task import IMAGES, LANGUAGE, TEXT
 from tiny_runs import save_tokenizer
 
-AT_PAPER = ["comparison", "rest-trained", "kept-entries", "conversations", "long-sequences", "t5"]
+AT_PAPER = ["comparison", "rest-trained", "speed", "kept-entries", "conversations", "long-sequences", "t5"]
 EXPERIMENTS = {
     name: load_experiment(name, "cpu" if name in experiment_names(scale="cpu") else "paper")
     for name in experiment_names()
@@ -35,8 +35,8 @@ RUN = [
 
 def test_all_are_found() -> None:
     """A folder that is not listed, or a config that no experiment uses, would never be run."""
-    assert len(EXPERIMENTS) == 12
-    assert len(METHODS) == 60
+    assert len(EXPERIMENTS) == 13
+    assert len(METHODS) == 71
     folders = {path.name for path in SHIPPED.iterdir() if path.is_dir()}
     assert folders == set(EXPERIMENTS)
     used = {Path(method.settings.get("method", "")).resolve() for _, method in METHODS}
@@ -68,7 +68,7 @@ def test_settings_are_valid(name: str, scale: str) -> None:
 
 def test_scales() -> None:
     assert experiment_names(scale="paper") == AT_PAPER
-    assert len(experiment_names(scale="cpu")) == 10
+    assert len(experiment_names(scale="cpu")) == 11
     with pytest.raises(ValueError, match="experiment sizes is for scale cpu"):
         load_experiment("sizes", "paper")
     lora = next(method for method in load_experiment("comparison", "paper").methods if method.name == "lora")

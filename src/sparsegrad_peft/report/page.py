@@ -11,7 +11,7 @@ from .compare import by_unit, compare
 from .figures import pareto
 from .parameters import parameters
 from .results import Section
-from .tables import Table, comparisons, costs, every_run, scores, searches
+from .tables import Table, every_run, tables_of
 
 
 def page(sections: Sequence[Section], title: str) -> str:
@@ -60,22 +60,16 @@ def _section(section: Section, number: dict[int, int], alone: bool) -> list[str]
         ]
     said = [f"<dt>{escape(method)}</dt><dd>{escape(words)}</dd>" for method, words in section.methods.items() if words]
     parts += [f"<dl>{''.join(said)}</dl>"] if said else []
-    parts.append(_table(scores(section), f"{prefix}scores", number))
-    if section.baseline in section.methods and len(section.methods) > 1:
-        parts.append(_table(comparisons(section), f"{prefix}comparison", number))
+    parts += [_table(table, f"{prefix}{name}", number) for name, table in tables_of(section).items()]
     if section.failures:
         lines = "".join(f"<li>{escape(failure.words)}</li>" for failure in section.failures)
         parts.append(f"<h3>Runs without a score</h3><ul>{lines}</ul>")
-    if section.runs:
-        parts.append(_table(costs(section), f"{prefix}costs", number))
-        for picture in pareto(section):
-            parts.append(
-                f"<h3>{escape(picture.title)}</h3>\n<figure role='img' "
-                f"aria-label='{escape(picture.alt, quote=True)}'>{picture.svg}"
-                f"<figcaption>{escape(picture.alt)}</figcaption></figure>"
-            )
-    if section.trials:
-        parts.append(_table(searches(section), f"{prefix}search", number))
+    for picture in pareto(section) if section.runs and section.scored else ():
+        parts.append(
+            f"<h3>{escape(picture.title)}</h3>\n<figure role='img' "
+            f"aria-label='{escape(picture.alt, quote=True)}'>{picture.svg}"
+            f"<figcaption>{escape(picture.alt)}</figcaption></figure>"
+        )
     return parts
 
 
@@ -84,12 +78,29 @@ def verdict(section: Section) -> str:
     baseline = section.baseline
     methods = [method for method in section.methods if any(run.method == method for run in section.runs)]
     others = [method for method in methods if method != baseline]
+    if not section.scored:
+        return " ".join([f"{len(section.runs)} runs of a few steps, for time and memory alone.", *_left(section)])
     if baseline not in methods or not others:
         return f"{len(section.runs)} runs of {', '.join(methods)}; there is nothing to compare with {baseline}."
-    missing = [method for method in section.methods if method not in methods]
-    left = [f"Not run: {', '.join(missing)}."] if missing else []
+    left = _left(section)
     parts = by_unit(section).values()
     return " ".join([*(compare(part.runs, method, baseline).words for part in parts for method in others), *left])
+
+
+def _left(section: Section) -> list[str]:
+    """What the experiment has and the runs have not, in a sentence: methods, and tasks of those that were run."""
+    missing = [method for method in section.methods if all(run.method != method for run in section.runs)]
+    words = [", ".join(missing)] if missing else []
+    for method in section.methods:
+        own = [run for run in section.runs if run.method == method]
+        done = len(own) + sum(f.result["variant"] == method and not f.result.get("trial") for f in section.failures)
+        tasks = [task for task in section.tasks if all(run.task != task for run in own)]
+        wanted = (len(section.tasks) - len(tasks)) * len(section.seeds)
+        if own and tasks:
+            words.append(f"{method} on {', '.join(tasks)}")
+        if own and done < wanted:
+            words.append(f"{wanted - done} of the other {wanted} runs of {method}")
+    return [f"Not run: {'; '.join(words)}."] if words else []
 
 
 def _table(table: Table, name: str, number: dict[int, int], filtered: bool = False) -> str:

@@ -117,6 +117,8 @@ class Section:
     failures: tuple[Failure, ...] = ()
     paper: dict[str, Any] | None = None
     "the published figures: source, columns, scores of each method"
+    scored: bool = True
+    "whether the scores mean something; else times and memory alone do"
 
 
 def read_sections(paths: Iterable[str | Path], baseline: str | None = None) -> list[Section]:
@@ -158,7 +160,7 @@ def _section(name: str, found: list[Run], failures: list[Failure], baseline: str
     return Section(
         name, experiment.title, experiment.question, {**words, **{m: words.get(m, "") for m in met}},
         tuple(task.removeprefix("glue/") for task in experiment.tasks), experiment.seeds,
-        baseline or experiment.baseline, runs, trials, tuple(failures), experiment.paper,
+        baseline or experiment.baseline, runs, trials, tuple(failures), experiment.paper, experiment.scored,
     )  # fmt: skip
 
 

@@ -36,6 +36,20 @@ class Table:
         return buffer.getvalue()
 
 
+def tables_of(section: Section) -> dict[str, Table]:
+    """The tables of an experiment, by the names of their files."""
+    found = {"scores": scores(section)} if section.scored else {}
+    if section.scored and section.baseline in section.methods and len(section.methods) > 1:
+        found["comparison"] = comparisons(section)
+    if section.trials:
+        found["search"] = searches(section)
+    if section.runs:
+        found["costs"] = costs(section)
+    if section.runs and len(section.tasks) > 1:
+        found["speed"] = costs_by_task(section)
+    return found
+
+
 def scores(section: Section) -> Table:
     """Tasks down, methods across; what was not run or failed is named as such."""
     table = cells(section.runs)
@@ -106,6 +120,29 @@ def costs(section: Section) -> Table:
     return Table("Costs", note, header, rows, behind)
 
 
+def costs_by_task(section: Section) -> Table:
+    """Steps per second and peak memory: tasks down, methods across (the paper's tables 3, 7 and 8)."""
+    methods = [method for method in section.methods if any(run.method == method for run in section.runs)]
+    rows: list[list[str]] = []
+    behind: dict[tuple[int, int], tuple[Run, ...]] = {}
+    for task in section.tasks:
+        row = [task]
+        for column, method in enumerate(methods, 1):
+            own = tuple(run for run in section.runs if (run.task, run.method) == (task, method) and run.timed)
+            if own:
+                behind[len(rows), column] = own
+                speed = sum(run.result["steps"] for run in own) / sum(run.seconds for run in own)
+                row.append(f"{speed:.2f} / {max(run.megabytes for run in own):,.0f}")
+            else:
+                row.append("not run")
+        rows.append(row)
+    note = (
+        "Steps per second / most memory of the process in MB. A step is a batch; how long its sequences are is the "
+        "task's doing."
+    )
+    return Table("Speed and memory by task", note, ["task", *methods], rows, behind)
+
+
 def comparisons(section: Section) -> Table:
     """Every method against the baseline, paired by task and seed, beside the published difference."""
     baseline, units = section.baseline, by_unit(section)
@@ -160,9 +197,8 @@ def searches(section: Section) -> Table:
                 ", ".join(f"{rate:g}" for rate in taken),
             ])  # fmt: skip
     note = (
-        "Each method gets the same number of trials on a task, at a seed that does not count; its settings, often "
-        "fewer epochs, are in its file. The runs take the rate with the best score, of equal ones that with the lowest "
-        "training loss."
+        "Each method gets the same number of trials on a task, at a seed that does not count. The runs take the rate "
+        "with the best score, of equal ones that with the lowest training loss."
     )
     return Table("Search", note, ["task", "method", "learning rate: score", "taken"], rows, behind)
 

@@ -9,17 +9,7 @@ from ..run.folder import write_whole
 from .page import page, verdict
 from .parameters import parameters
 from .results import Section
-from .tables import Table, comparisons, costs, every_run, scores, searches
-
-
-def tables_of(section: Section) -> dict[str, Table]:
-    """File name -> table."""
-    found = {"scores": scores(section)}
-    if section.baseline in section.methods and len(section.methods) > 1:
-        found["comparison"] = comparisons(section)
-    if section.trials:
-        found["search"] = searches(section)
-    return {**found, "costs": costs(section)} if section.runs else found
+from .tables import every_run, tables_of
 
 
 def markdown(sections: Sequence[Section], title: str) -> str:

@@ -17,7 +17,7 @@ SEARCH = "search"
 "Folder of the search's results within an experiment's."
 _SAID = {
     "title", "question", "needs", "only_at", "models", "tasks", "task_settings", "methods", "seeds", "search",
-    "settings", "baseline", "paper",
+    "settings", "baseline", "scored", "paper",
 }  # fmt: skip
 _SAID_OF_METHOD = {"words", "settings", "learning_rates", "rates_of"}
 
@@ -56,6 +56,8 @@ class Experiment:
     "what has to be done before"
     baseline: str
     "method that the others are compared with"
+    scored: bool
+    "whether the scores mean something; else times and memory alone do"
     paper: dict[str, Any] | None
     "what the paper has to say to the question: source, columns, scores of each method"
 
@@ -179,7 +181,8 @@ def load_experiment(name: str, scale: str = "cpu", folder: Path = SHIPPED) -> Ex
             task: merged(said["search"]["settings"], said["search"]["task_settings"].get(task, {}))
             for task in said["tasks"]
         },
-        settings=said["settings"], needs=said["needs"], baseline=said["baseline"], paper=said["paper"],
+        settings=said["settings"], needs=said["needs"], baseline=said["baseline"], scored=said["scored"],
+        paper=said["paper"],
     )  # fmt: skip
 
 
