@@ -43,7 +43,7 @@ def folder(tmp_path: Path, tiny_bert: Path, rows: Path) -> Path:
     data = {"train_file": str(rows / "train.csv"), "validation_file": str(rows / "dev.csv"), "text": ["text"]}
     default = {
         "order": ["first", "second"], "seeds": [0, 1], "task_settings": {}, "methods": {}, "paper": None,
-        "baseline": "lora", "only_at": None, "needs": None,
+        "baseline": "lora", "only_at": None, "needs": None, "scored": True,
         "settings": {
             "data": {**data, "max_length": 24}, "calibration": {"n_steps": 2},
             "training": {"epochs": 1, "batch_size": 8},
@@ -134,6 +134,20 @@ def test_grid_search_best_and_again(load: Any, places: Places, tmp_path: Path) -
     other = Places(tmp_path / "elsewhere", places.runs)
     assert reproduce([load("first")], other, reporter=again) == {n: r for n, r in results.items() if "first" in n}
     assert again.begun == []
+
+    # The search would give another rate now: what ran with the old one is named, and with retry run again.
+    old = next(result for name, result in results.items() if name.endswith("lora-0"))["learning_rate"]
+    trial = places.result(next(name for name in results if name.endswith(f"lora-lr{old:g}")))
+    trial.write_text(json.dumps({**read(trial), "score": -1.0}), encoding="utf-8")
+    new = 1e-3 if old == 1e-2 else 1e-2
+    words = rf"2 results.*lora-0\.json \(training\.learning_rate {old:g}, now {new:g}\).*--retry"
+    with pytest.raises(ValueError, match=words):
+        reproduce([load("first")], places, threads=1, reporter=Lines())
+    redone = Lines()
+    redo = {"keep": lambda cell: cell.seed != 1, "threads": 1, "retry": True, "reporter": redone}
+    found = reproduce([load("first")], places, **redo)
+    assert [name.rpartition("/")[2] for name in redone.begun] == ["lora-0"]
+    assert next(result for name, result in found.items() if name.endswith("lora-0"))["learning_rate"] == new
 
 
 @pytest.mark.slow

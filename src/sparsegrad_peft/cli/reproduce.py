@@ -35,7 +35,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tasks", type=str, default=None, help="only these, by comma")
     parser.add_argument("--seeds", type=str, default=None, help="only these, by comma; the search's runs aside")
     parser.add_argument("--threads", type=int, default=None, help="of each run; default: PyTorch's choice")
-    parser.add_argument("--retry", action="store_true", help="run again what has failed before")
+    parser.add_argument(
+        "--retry", action="store_true", help="run again what has failed before, or was run with other settings"
+    )
     parser.add_argument("--folder", type=str, default=None, help="experiments of your own, with a default.yaml")
     found = parser.parse_args(argv)
     from ..study.experiment import SHIPPED, experiment_names, load_experiment

@@ -78,7 +78,7 @@ def reproduce(
         places: where.
         keep: which of the runs.
         threads: of each run; None: PyTorch's own choice.
-        retry: run again what has failed before.
+        retry: run again what has failed before, and what was run with other settings.
         reporter: hears of it.
 
     Returns:
@@ -86,7 +86,8 @@ def reproduce(
 
     Raises:
         ValueError: a run takes its learning rate from a search that is not among the runs and has no results, or has
-            settings that `sparsegrad train` refuses; before any of them is started.
+            settings that `sparsegrad train` refuses; before any of them is started. A result that is there was made
+            with other settings than its run has now, or with another learning rate than the search gives.
     """
     reporter = reporter or Reporter()
     cells = [cell for experiment in experiments for cell in experiment.cells() if keep(cell)]
@@ -95,8 +96,8 @@ def reproduce(
     claims = Claims(places.storage or _journal_in(places.runs))
     for cell in cells if retry else ():
         if places.result(cell.name).is_file() and _read(places.result(cell.name))["status"] != "finished":
-            claims.forget(cell.name)
-            places.result(cell.name).unlink()
+            _forget(cell, places, claims)
+    _outdated(cells, trials, places, claims, retry)
     while True:
         for name, result in claims.results():
             if not places.result(name).is_file():
@@ -104,9 +105,42 @@ def reproduce(
         left = [cell for cell in cells if not places.result(cell.name).is_file()]
         reporter.counts(len(cells) - len(left), len(cells))
         if not left:
+            if _outdated(cells, trials, places, claims, retry):
+                continue
             return {cell.name: _read(places.result(cell.name)) for cell in cells}
         if not any(_take(cell, trials, places, claims, threads, reporter) for cell in left):
             time.sleep(_POLL)
+
+
+def _outdated(cells: list[Cell], trials: Mapping[str, list[str]], places: Places, claims: Claims, retry: bool) -> bool:
+    """Whether results were made with other settings than their runs have now; with `retry` they are removed.
+
+    Raises:
+        ValueError: there are some, and they are not to be removed: tables would mix two experiments.
+    """
+    found = []
+    for cell in cells:
+        rate = cell.trial if cell.trial is not None else best_rate(cell, trials, places.results)
+        if places.result(cell.name).is_file() and (rate is not None or cell.searched_as is None):
+            was = _given(_read(places.result(cell.name))["config"])
+            now = _given(as_arguments(cell.settings(rate)).as_dict())
+            differ = [f"{key} {was[key]}, now {now[key]}" for key in was.keys() & now.keys() if was[key] != now[key]]
+            if differ:
+                found.append((cell, f"{places.result(cell.name)} ({'; '.join(sorted(differ))})"))
+    if found and not retry:
+        raise ValueError(
+            f"{len(found)} results were made with other settings than their experiments have now: "
+            f"{', '.join(words for _, words in found[:4])}{', ...' if len(found) > 4 else ''}. --retry runs them "
+            "again; or keep them, with the experiments that they are of, in a folder of their own"
+        )
+    for cell, _ in found:
+        _forget(cell, places, claims)
+    return bool(found)
+
+
+def _forget(cell: Cell, places: Places, claims: Claims) -> None:
+    claims.forget(cell.name)
+    places.result(cell.name).unlink()
 
 
 def _take(
@@ -237,7 +271,10 @@ def _same(arguments: RunArguments, results: Path) -> dict[str, Any] | None:
 
 def _given(config: dict[str, Any]) -> dict[str, Any]:
     """What decides on a run; a setting that is not given may be one that an earlier version did not have."""
-    return {name: value for name, value in flat(config).items() if value is not None and name != "output"}
+    found = {name: value for name, value in flat(config).items() if value is not None and name != "output"}
+    if str(found["method"]).endswith(".json"):  # a PEFT config, wherever the experiments are installed
+        found["method"] = Path(found["method"]).name
+    return found
 
 
 def _check(cells: list[Cell], trials: Mapping[str, list[str]], places: Places) -> None:
