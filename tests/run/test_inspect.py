@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import resource
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +175,8 @@ def test_position_tokens_of_vit_are_embeddings() -> None:
 @pytest.mark.parametrize("shared", [True, False])
 def test_groups_are_those_of_group_linears(kind: str, shared: bool) -> None:
     model = make(kind)
-    groups = group_linears(model, TARGETS[kind], shared=shared)
+    groups = group_linears(model, TARGETS[kind])
+    pairs = group_linears(model, TARGETS[kind], shared=shared)
     rows = inspect(model, shared=shared, c=0.25, r=0.5, density=0.1).groups
     assert [row.name for row in rows] == list(groups)
     for row, names in zip(rows, groups.values(), strict=True):
@@ -181,19 +184,24 @@ def test_groups_are_those_of_group_linears(kind: str, shared: bool) -> None:
         assert (row.out, row.in_) == linear_shape(model.get_submodule(names[0]), names[0])
         assert row.entries_per_layer == row.r * row.c
         assert row.entries == row.layers * row.r * row.c
+    # One pair of bases for each group or each layer, in float32.
+    shapes = [linear_shape(model.get_submodule(names[0]), names[0]) for names in pairs.values()]
+    assert sum(row.gram_bytes for row in rows) == sum(4 * (out**2 + in_**2) for out, in_ in shapes)
 
 
 @pytest.mark.parametrize("options", [{}, {"target_modules": ["dense"]}, {"target_modules": "all-linear"}], ids=str)
 def test_the_adapter_takes_the_same_layers(options: dict[str, Any]) -> None:
-    inspection = inspect(make("bert"), **options, task_type="SEQ_CLS", shared=False)
+    inspection = inspect(make("bert"), **options, task_type="SEQ_CLS")
     adapted = get_peft_model(make("bert"), SparseGradConfig(task_type="SEQ_CLS", **options))
     names = [n for n, m in adapted.base_model.model.named_modules() if isinstance(m, SparseGradLayer)]
-    assert [group.name for group in inspection.groups] == names
+    roles = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    assert {group.name: group.layers for group in inspection.groups} == roles
 
 
-def test_trained_entries_are_those_of_a_calibrated_adapter() -> None:
-    inspection = inspect(make("bert"), c=0.5, r=0.25)
-    adapted = get_peft_model(make("bert"), SparseGradConfig(c=0.5, r=0.25))
+@pytest.mark.parametrize("shared", [True, False])
+def test_trained_entries_are_those_of_a_calibrated_adapter(shared: bool) -> None:
+    inspection = inspect(make("bert"), c=0.5, r=0.25, shared=shared)
+    adapted = get_peft_model(make("bert"), SparseGradConfig(c=0.5, r=0.25, shared=shared))
     calibration = calibrate_adapter(adapted, [batch("bert")], n_steps=2, progress=False)
     cores = [p for n, p in adapted.named_parameters() if "sparsegrad_S" in n]
     assert inspection.entries == sum(core.numel() for core in cores)
@@ -209,9 +217,9 @@ def test_bytes_by_hand() -> None:
     """BERT-base with the defaults: 24 cores of 256 x 96, long on the hidden side."""
     inspection = inspect(BertConfig(), density=0.01)
     total, layers, entries = 109_482_240, 24 * 768 * 3072, 24 * 256 * 96
-    sketches = 2 * 4 * (768**2 + 3072 * (2 * 96 + 16)) + 4 * 3072 * (2 * 96 + 16)  # and their random vectors, once
+    sketches = 24 * 4 * (768**2 + 3072 * (2 * 96 + 16)) + 4 * 3072 * (2 * 96 + 16)  # and their random vectors, once
     complete = 2 * 4 * (768**2 + 3072**2)
-    bases = 2 * 4 * (256 * 768 + 96 * 3072)
+    bases = 24 * 4 * (256 * 768 + 96 * 3072)
     k, k_complete = 24 * 245, 24 * 23592
     rank = 6
     assert [(g.r, g.c, g.k_per_layer) for g in inspection.groups] == [(96, 256, 245), (256, 96, 245)]
@@ -316,7 +324,7 @@ def test_printed_at_80_columns(config: Any, options: dict[str, Any]) -> None:
 
 def test_printed_numbers_have_units() -> None:
     text = printed(inspect(BertConfig()))
-    assert "for its sums and one gradient: 21.82 MB" in text
+    assert "for its sums and one gradient: 130.0 MB" in text
     assert "in MB (1e6 bytes)" in text
     assert "LoRA rank 6, AdamW" in text
     assert "0.071-7.08" in text  # 12 bytes for each of 5,880 to 589,824 entries

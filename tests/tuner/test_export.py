@@ -53,7 +53,7 @@ def differs(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "options", [{}, {"shared": False}, {"calibrated": False}], ids=["shared", "own", "uncalibrated"]
+    "options", [{"shared": True}, {}, {"calibrated": False}], ids=["shared", "own", "uncalibrated"]
 )
 def test_full_rank_is_the_same_model(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     data = batch(kind)

@@ -115,7 +115,7 @@ def test_uncalibrated_weights_into_a_calibrated_adapter(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"original_space": True}, r"original space \(original_space=True\), the weights come with bases"),
-        ({"shared": False}, r"no bases for the layers bert.encoder.layer.1.intermediate.dense, .* with shared=True"),
+        ({}, r"no bases for the layers bert.encoder.layer.1.intermediate.dense, .* with shared=True"),
         (
             {"target_modules": r".*layer\.[01]\.(intermediate|output)\.dense"},
             r"made for 6 layers, such as bert.encoder.layer.0.intermediate.dense, and this one with 4 adapted layers "
@@ -129,7 +129,7 @@ def test_uncalibrated_weights_into_a_calibrated_adapter(tmp_path: Path) -> None:
 )
 def test_an_adapter_of_another_kind(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     """Refused before anything is changed."""
-    adapted("bert")[0].save_pretrained(tmp_path)
+    adapted("bert", shared=True)[0].save_pretrained(tmp_path)
     fresh = get_peft_model(make("bert"), SparseGradConfig(**options))
     before = cores(fresh)
     with pytest.raises(ValueError, match=words):
@@ -140,7 +140,7 @@ def test_an_adapter_of_another_kind(options: dict[str, Any], words: str, tmp_pat
 
 def test_bases_of_each_layer_into_an_adapter_that_shares_them(tmp_path: Path) -> None:
     adapted("bert", shared=False)[0].save_pretrained(tmp_path)
-    fresh = get_peft_model(make("bert"), SparseGradConfig())
+    fresh = get_peft_model(make("bert"), SparseGradConfig(shared=True))
     with pytest.raises(ValueError, match=r"hold 3 bases for the layers .* has shared=True: make it with shared=False"):
         fresh.load_adapter(str(tmp_path), "default")
 

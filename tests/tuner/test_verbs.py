@@ -27,8 +27,9 @@ def deltas(model: nn.Module, adapter: str) -> list[Tensor]:
 
 def pair(kind: str = "bert", *, calibrated: bool = True) -> PeftModel:
     """Adapters "one" and "two", from the same statistics and trained apart."""
-    model = get_peft_model(make(kind), SparseGradConfig(c=0.5, r=0.25, original_space=not calibrated), "one")
-    model.add_adapter("two", SparseGradConfig(c=0.5, r=0.25, original_space=not calibrated))
+    options = {"c": 0.5, "r": 0.25, "shared": True, "original_space": not calibrated}
+    model = get_peft_model(make(kind), SparseGradConfig(**options), "one")
+    model.add_adapter("two", SparseGradConfig(**options))
     if calibrated:
         statistics = calibrate_adapter(model, [batch(kind)], adapter_name="one", n_steps=3, progress=False)
         calibrate_adapter(model, adapter_name="two", calibration=statistics)
@@ -122,7 +123,7 @@ def test_weighted_sum_with_a_head_is_refused() -> None:
 
 def test_hotswap_is_refused_by_peft(tmp_path: Path) -> None:
     """PEFT swaps LoRA adapters only, and says so; loading into an adapter that is there swaps one of the same size."""
-    model, _ = adapted("bert")
+    model, _ = adapted("bert", shared=True)
     other = pair()
     before = logits(model, batch("bert"))
     other.save_pretrained(tmp_path, selected_adapters=["two"])

@@ -89,7 +89,13 @@ class Basis(nn.Module):
 
     @classmethod
     def from_gram(
-        cls, gram: GramStatistics, *, c: Rows = "full", r: Rows = "full", dtype: torch.dtype = torch.float32
+        cls,
+        gram: GramStatistics,
+        *,
+        c: Rows = "full",
+        r: Rows = "full",
+        dtype: torch.dtype = torch.float32,
+        completed: list[str] | None = None,
     ) -> Basis:
         """HOSVD factors of a group's gradients from its Gram matrices (see `hosvd.eigenbasis`).
 
@@ -98,6 +104,8 @@ class Basis(nn.Module):
             c: rows of `U` to keep: "full", a count, a fraction of `in`, or "energy:SHARE".
             r: rows of `V` to keep, likewise.
             dtype: of the bases; the decomposition itself is done in the type of the statistics.
+            completed: gets a sentence for each side with more rows than the gradients have directions, in place of the
+                warning; see `warn_of_completed`.
 
         Raises:
             ValueError: no gradient reached the group, its statistics are not finite, or they were made for fewer rows;
@@ -108,8 +116,16 @@ class Basis(nn.Module):
         check_rows(r, gram.gram_out.shape[0], f"r, {whose}")
         side_in = _eigenbasis(gram.gram_in, gram.probe_in, c, gram.energy, f"{whose}, input side")
         side_out = _eigenbasis(gram.gram_out, gram.probe_out, r, gram.energy, f"{whose}, output side")
-        _warn_if_completed(side_in, gram, "input")
-        _warn_if_completed(side_out, gram, "output")
+        found = [
+            f"{whose}, {which} side: the calibration gradients stand above rounding in {side.rank} of the "
+            f"{side.vectors.shape[0]} directions asked for"
+            for which, side in (("input", side_in), ("output", side_out))
+            if side.vectors.shape[0] > side.rank
+        ]
+        if completed is None:
+            warn_of_completed(found)
+        else:
+            completed += found
         return cls(
             _in_type(side_in.vectors, dtype),
             _in_type(side_out.vectors, dtype),
@@ -257,11 +273,11 @@ def _named(gram: GramStatistics) -> str:
     return f"group {gram.name!r} ({first}{f' and {len(gram.layers) - 3} more' if len(gram.layers) > 3 else ''})"
 
 
-def _warn_if_completed(side: Eigenbasis, gram: GramStatistics, which: str) -> None:
-    rows = side.vectors.shape[0]
-    if rows > side.rank:
+def warn_of_completed(found: list[str]) -> None:
+    """One warning for all sides of which more rows were asked for than the gradients have directions."""
+    if found:
+        others = f" (and so in {len(found) - 1} other side{'s' if len(found) > 2 else ''})" if len(found) > 1 else ""
         logger.warning(
-            "%s, %s side: the calibration gradients stand above rounding in %d of the %d directions asked for; the "
-            "other rows only complete the basis. More calibration steps, gram_dtype=torch.float64, or fewer rows help.",
-            _named(gram), which, side.rank, rows,
+            "%s%s; the other rows only complete the basis. More calibration steps, gram_dtype=torch.float64, or fewer "
+            "rows help.", found[0], others,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .basis import Basis
+from .basis import Basis, warn_of_completed
 from .gradients import Step, Trajectory, default_loss, stream_gradients
 from .groups import group_linears, linear_shape
 from .processes import sum_over_processes, taken_from_first
@@ -104,11 +104,13 @@ class Calibration:
             dtype: of the bases.
         """
         sizes = sizes or Sizes(c=c, r=r)
-        found = {}
+        found: dict[str, Basis] = {}
+        completed: list[str] = []
         for name, gram in self.groups.items():
             out_features, in_features = len(gram.gram_out), len(gram.gram_in)
             r, c = sizes.check(out_features, in_features, f"group {name}")
-            found[name] = _agreed(gram, c, r, dtype)
+            found[name] = _agreed(gram, c, r, dtype, completed)
+        warn_of_completed(completed)
         return found
 
 
@@ -222,13 +224,13 @@ def _empty(
     return GramStatistics(name, tuple(layers), gram_in, gram_out, probe_in=probe_in, probe_out=probe_out)
 
 
-def _agreed(gram: GramStatistics, c: Rows, r: Rows, dtype: torch.dtype) -> Basis:
+def _agreed(gram: GramStatistics, c: Rows, r: Rows, dtype: torch.dtype, completed: list[str]) -> Basis:
     """The group's basis, equal to the bit on every process.
 
     The Gram matrices agree, but machines may differ in the eigensolver, and nearly equal eigenvalues then give other
     vectors and, for a share of energy, another number of them. So the first process's are taken, numbers included.
     """
-    basis = Basis.from_gram(gram, c=c, r=r, dtype=dtype)
+    basis = Basis.from_gram(gram, c=c, r=r, dtype=dtype, completed=completed)
     for name, buffer in list(basis.named_buffers()):
         setattr(basis, name, taken_from_first(buffer))
     return basis

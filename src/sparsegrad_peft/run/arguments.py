@@ -37,7 +37,7 @@ class AdapterArguments:
     "sparsegrad: rows of U, the input side of every layer, in place of those two"
     r: int | float | str | None = None
     "sparsegrad: rows of V, the output side of every layer, in place of those two; no rank"
-    shared: bool = True
+    shared: bool = False
     "sparsegrad: one pair of bases for all layers with the same role and shape, or one for each layer"
     prefer: Literal["memory", "speed"] = "memory"
     'sparsegrad: "memory" saves the projected input for backward, "speed" what costs the fewest multiply-adds'

@@ -102,8 +102,8 @@ class GroupRow:
         entries_per_layer: trained entries of a layer, r · c.
         entries: the same for all layers of the group.
         k_per_layer: entries of a layer that move in a step at the density given.
-        bases_bytes: `U` (c, in) and `V` (r, out) in float32, once for the group.
-        gram_bytes: both Gram matrices of the group in float32, or sketches of them, during calibration.
+        bases_bytes: `U` (c, in) and `V` (r, out) in float32, once for the group or for each of its layers.
+        gram_bytes: both Gram matrices in float32, or sketches of them, during calibration; as often.
     """
 
     name: str
@@ -258,9 +258,9 @@ def inspect(
     shared = defaults.shared if shared is None else shared
     built = _built(model, task_type, num_labels)
     targets = _targets(built, target_modules, task_type)
-    groups = group_linears(built, targets, shared=shared)
+    groups = group_linears(built, targets)  # by role, for a short table; with bases of its own, a layer has a pair
     parts = _parts(built, {name for names in groups.values() for name in names})
-    rows = [_group_row(built, name, names, sizes, density) for name, names in groups.items()]
+    rows = [_group_row(built, name, names, sizes, shared, density) for name, names in groups.items()]
     width = _DTYPES[dtype_name].itemsize
     # A gradient has the type of the weights; the sums are float32, so a narrower one is copied.
     gradient = max(row.out * row.in_ for row in rows) * (width if width == _FLOAT32 else width + _FLOAT32)
@@ -385,7 +385,7 @@ def _part_of(name: str, owner: nn.Module, output: nn.Module | None) -> str:
     return "mlp" if _MLP_NAME.search(name) else "other"
 
 
-def _group_row(model: nn.Module, name: str, layers: list[str], sizes: Sizes, density: float) -> GroupRow:
+def _group_row(model: nn.Module, name: str, layers: list[str], sizes: Sizes, shared: bool, density: float) -> GroupRow:
     out, in_ = linear_shape(model.get_submodule(layers[0]), layers[0])
     sizes.check(out, in_, f"group {name}")
     r_count, c_count = sizes.counts(out, in_)
@@ -395,6 +395,7 @@ def _group_row(model: nn.Module, name: str, layers: list[str], sizes: Sizes, den
             "calibration"
         )
     entries = r_count * c_count
+    pairs = 1 if shared else len(layers)  # of bases, and of Gram matrices
     return GroupRow(
         name=name,
         layers=len(layers),
@@ -405,8 +406,10 @@ def _group_row(model: nn.Module, name: str, layers: list[str], sizes: Sizes, den
         entries_per_layer=entries,
         entries=len(layers) * entries,
         k_per_layer=resolve_k(entries, density=density),
-        bases_bytes=(c_count * in_ + r_count * out) * _FLOAT32,
-        gram_bytes=sum(n * (sketch_width(rows, n) or n) for n, rows in ((in_, c_count), (out, r_count))) * _FLOAT32,
+        bases_bytes=pairs * (c_count * in_ + r_count * out) * _FLOAT32,
+        gram_bytes=pairs
+        * sum(n * (sketch_width(rows, n) or n) for n, rows in ((in_, c_count), (out, r_count)))
+        * _FLOAT32,
     )
 
 

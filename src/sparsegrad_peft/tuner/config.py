@@ -47,7 +47,7 @@ class SparseGradConfig(PeftConfig):
     wide: Rows = field(default=0.03, metadata={"help": "rows of the basis of a layer's larger side"})
     c: Rows | None = field(default=None, metadata={"help": "rows of U (input side), in place of those"})
     r: Rows | None = field(default=None, metadata={"help": "rows of V (output side), in place of those; no rank"})
-    shared: bool = field(default=True, metadata={"help": "one pair of bases a group of layers, or one a layer"})
+    shared: bool = field(default=False, metadata={"help": "one pair of bases a group of layers, or one a layer"})
     original_space: bool = field(default=False, metadata={"help": "no bases, on purpose: MeProp's rule"})
     prefer: Prefer = field(default="memory", metadata={"help": '"memory" or "speed"'})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to adapt; None: the MLPs"})
