@@ -12,7 +12,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile  # a test takes one thread
 
 $(VENV)/demo-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

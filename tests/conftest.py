@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # side by side: what a test starts takes one thread as well
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["tiny_runs", "real_models"]  # tiny models, a finished run, small real models
 

@@ -28,7 +28,9 @@ class SparseGradConfig(PeftConfig):
         wide: rows of the basis of its larger side, likewise. The defaults train 1 % of a layer's entries.
         c: rows of `U`, the input side, of every layer, in place of those two.
         r: rows of `V`, the output side, of every layer, likewise. This is no rank.
-        shared: one pair of bases for all layers with the same role and shape (the paper), or one for each layer.
+        shared: one pair of bases for all layers with the same role and shape (the paper), or one for each layer, which
+            scores better and takes `narrow` and `wide` of each layer's bytes more: 47 MB for BERT-base with the
+            defaults. For models of billions of parameters share them.
         original_space: train in the original space on purpose, without bases: MeProp's rule, if the optimizer selects.
             the sizes above and `shared` then mean nothing.
         prefer: "memory" saves the projected input for backward, "speed" whatever costs the fewest multiply-adds.
