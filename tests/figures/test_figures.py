@@ -177,7 +177,7 @@ def test_ageing(data: dict[str, Any]) -> None:
     renewed = "along a trajectory, shared, renewed at step 2"
     assert steps[0] == set(found["ways"]) - {renewed}
     assert steps[2] == steps[4] == set(found["ways"])
-    assert data["calibrated"] == "along a trajectory, shared"  # what a run does by default
+    assert data["calibrated"] == "along a trajectory, per layer"  # what a run does by default
 
 
 def test_original_space_by_hand(scene: Scene) -> None:

@@ -18,6 +18,7 @@ from ..method.function import Prefer
 from ..method.linear import apply_core, is_conv1d, weight_and_bias
 from .config import SparseGradConfig
 from .decoding import Folded, apply_folded, few_tokens, folded
+from .offload import REMEDY, fetched, is_offloaded
 
 _PLAIN = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -92,9 +93,14 @@ class SparseGradLayer(BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As in PEFT, which leaves cores on the meta device alone: give those the type of the base layer too.
 
-        PEFT widens half precision afterwards, or not; so the type tells `set_basis` what is wanted.
+        PEFT widens half precision afterwards, or not; so the type tells `set_basis` what is wanted. And where the base
+        layer's weight is on disk, and a meta tensor here, the basis stays: accelerate fetches parameters, not buffers.
         """
+        basis = cast(Basis, self.sparsegrad_basis[adapter_name])
+        kept = {name: buffer for name, buffer in basis.named_buffers() if not buffer.is_meta}
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        lost = [name for name, buffer in basis.named_buffers() if buffer.is_meta]
+        basis._buffers.update({name: kept[name] for name in lost if name in kept})
         core, dtype = self.sparsegrad_S[adapter_name], self._base_device_and_dtype()[1]
         if core.is_meta and dtype is not None and dtype.is_floating_point:
             self.sparsegrad_S[adapter_name] = nn.Parameter(core.detach().to(dtype), requires_grad=core.requires_grad)
@@ -139,6 +145,12 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out); `adapter_names`, one for each example, mixes adapters in a batch at inference."""
+        if is_offloaded(self.sparsegrad_S):
+            with fetched([self.sparsegrad_S, *self.sparsegrad_basis.values()]):
+                return self._adapted(x, adapter_names, *args, **kwargs)
+        return self._adapted(x, adapter_names, *args, **kwargs)
+
+    def _adapted(self, x: Tensor, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -164,6 +176,8 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
     def _check_basis(self, adapter: str, x: Tensor) -> None:
         """Say so once if an adapter trains without the bases that it was to get, and at once if it cannot run."""
         S, basis = self.core_and_basis(adapter)
+        if S.is_meta and is_offloaded(self.get_base_layer()):
+            raise RuntimeError(f"adapter {adapter!r} was loaded onto a model that was offloaded already. {REMEDY}")
         if S.is_meta and not x.is_meta:
             raise RuntimeError(
                 f"adapter {adapter!r} was made with low_cpu_mem_usage=True and has no core yet: call "
@@ -195,6 +209,8 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
     def _is_plain(self) -> bool:
         """Whether base layer and update can be one product: a bare linear layer, with no hooks to be called."""
         base = self.base_layer
+        if is_offloaded(base):  # calling it fetches its weight
+            return False
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
         return (type(base) is nn.Linear or is_conv1d(base)) and self.quantization_backend is None and not any(hooks)
 

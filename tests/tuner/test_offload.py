@@ -1,0 +1,65 @@
+"""Models whose weights wait on the CPU or on disk, with accelerate's own hooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from adapters import adapted, differs
+from models import batch, logits, make
+from peft import PeftModel
+from transformers import LlamaForCausalLM
+
+# transformers 5.23 renames gradient to activation checkpointing; peft 0.21 has the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+# PyTorch's word for it, with LoRA as well: what is away is not written to.
+COPIED = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter:UserWarning")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_is_the_same_model(place: str, shared: bool, tmp_path: Path) -> None:
+    model, _ = adapted("llama", shared=shared)
+    expected = logits(model, batch("llama"))
+    prompt = batch("llama")["input_ids"][:, :4]
+    written = model.generate(input_ids=prompt, max_new_tokens=4, do_sample=False)
+    if place == "cpu":
+        model = cpu_offload(model, execution_device="cpu")
+    else:
+        model = disk_offload(model, str(tmp_path), execution_device="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    for _ in range(2):
+        assert differs(logits(model, batch("llama")), expected) < 1e-6  # base layer and update by themselves
+        assert all(parameter.is_meta for parameter in model.parameters())  # away again
+    # A token at a time is decoded by other products.
+    assert torch.equal(model.generate(input_ids=prompt, max_new_tokens=4, do_sample=False), written)
+    model.merge_adapter()
+    assert differs(logits(model, batch("llama")), expected) < 1e-5
+
+
+@COPIED
+def test_loading_onto_a_model_that_is_away_is_refused(tmp_path: Path) -> None:
+    """PEFT's own loading has no place for what is not LoRA there; LoRA's numbers come out wrong without a word."""
+    adapted("llama")[0].save_pretrained(tmp_path / "adapter")
+    base = cpu_offload(make("llama"), execution_device="cpu")
+    model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    with pytest.raises(RuntimeError, match=r"offloaded already\. Load model and adapter into the CPU's memory first"):
+        logits(model.eval(), batch("llama"))
+
+
+@COPIED
+def test_loading_onto_a_model_on_disk_is_refused(tmp_path: Path) -> None:
+    adapted("llama")[0].save_pretrained(tmp_path / "adapter")
+    base = make("llama")
+    base.save_pretrained(tmp_path / "base")
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {f"model.layers.{i}": "disk" for i in range(base.config.num_hidden_layers)}
+    away = LlamaForCausalLM.from_pretrained(tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "away"))
+    model = PeftModel.from_pretrained(
+        away, str(tmp_path / "adapter"), max_memory={"cpu": 10_000}, offload_folder=str(tmp_path / "there")
+    )
+    with pytest.raises(RuntimeError, match=r"sparsegrad_S.* is not among the tensors on disk.*offloaded already"):
+        logits(model.eval(), batch("llama"))
