@@ -188,3 +188,18 @@ def test_the_papers_configuration() -> None:
     for layer in tuner_layers(model):
         assert layer.sparsegrad_basis["default"].is_complete
         assert layer.sparsegrad_S["default"].shape == (layer.out_features, layer.in_features)
+
+
+def test_bases_of_gigabytes_are_announced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Of each layer they are 9.2 million numbers for LLaMA-2-7B's; the limit is lowered, not the model made larger."""
+    size = 6 * 4 * (8 * 16 + 4 * 32)
+    options: dict[str, Any] = {"trained": 0, "c": None, "r": None, "narrow": 8, "wide": 4}
+    monkeypatch.setattr("sparsegrad_peft.tuner.calibration.LARGE_BASES", size)
+    adapted("bert", **options)
+    monkeypatch.setattr("sparsegrad_peft.tuner.calibration.LARGE_BASES", size - 1)
+    adapted("bert", **options, shared=True)
+    assert not [message for message in caplog.messages if "GB" in message]
+    model, _ = adapted("bert", **options)
+    assert [m for m in caplog.messages if m.startswith("the bases of 6 layers take 0.0 GB; with SparseGradConfig(")]
+    bases = [b for n, b in model.named_buffers() if n.endswith((".U", ".V"))]
+    assert sum(b.nbytes for b in bases) == size

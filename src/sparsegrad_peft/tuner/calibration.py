@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
@@ -14,6 +15,11 @@ from ..method.gradients import Trajectory, sign_step
 from .bases import layers_of, set_bases, wrapped_groups
 from .config import SparseGradConfig
 from .layer import SparseGradLayer
+
+logger = logging.getLogger(__name__)
+
+LARGE_BASES = 1e9
+"Bytes of a model's bases above which calibration says how to have smaller ones."
 
 RECOMMENDED = CalibrationConfig(n_steps=30, normalize=True, trajectory=Trajectory(1e-4, sign_step))
 """Gradients along a short training run, which is undone afterwards, each scaled to norm 1: such bases hold more of the
@@ -78,6 +84,8 @@ def calibrate_adapter(
             f"{learnt[0]}); calibrate before training, or merge it and add a new adapter"
         )
     groups = wrapped_groups(model, layers, shared=peft_config.shared)
+    if not peft_config.shared:
+        _warn_of_large_bases(layers, wrapped_groups(model, layers, shared=True), peft_config)
     if calibration is None:
         if config is None:
             names = {field.name for field in fields(CalibrationConfig)} & set(options)
@@ -88,6 +96,24 @@ def calibrate_adapter(
         raise ValueError(f"the statistics are of groups {list(calibration.groups)}, the adapter has {list(groups)}")
     set_bases(model, adapter_name, groups, calibration.bases(sizes=peft_config.sizes))
     return calibration
+
+
+def _warn_of_large_bases(
+    layers: Mapping[str, SparseGradLayer], shared: Mapping[str, list[str]], config: SparseGradConfig
+) -> None:
+    """Before the work: for large models a pair of bases for each layer is gigabytes."""
+
+    def size(layer: SparseGradLayer) -> int:
+        r, c = config.sizes.counts(layer.out_features, layer.in_features)
+        return 4 * ((r or 0) * layer.out_features + (c or 0) * layer.in_features)
+
+    own = sum(map(size, layers.values()))
+    together = sum(size(layers[names[0].removesuffix(".base_layer")]) for names in shared.values())
+    if own > LARGE_BASES and len(shared) < len(layers):
+        logger.warning(
+            "the bases of %d layers take %.1f GB; with SparseGradConfig(shared=True) the layers of a role share a pair "
+            "of them, and they take %.2f GB", len(layers), own / 1e9, together / 1e9,
+        )  # fmt: skip
 
 
 @contextmanager
