@@ -64,7 +64,8 @@ def test_a_killed_run_goes_on(
     number: signal.Signals, long_run: Path, words: Words, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "sparsegrad_peft.cli.main", *words(run, *LONG)]
+    # Behind the one that watches it, or it may be over before it is seen where the machine is busy.
+    command = ["nice", "-n", "10", sys.executable, "-m", "sparsegrad_peft.cli.main", *words(run, *LONG)]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
     while not any(map(is_whole, (run / "checkpoints").glob("checkpoint-*"))) and process.poll() is None:
