@@ -131,6 +131,16 @@ def test_calibration_of_a_large_side(shared: bool) -> None:
     assert len(probes) == 1  # one matrix of random vectors for all sides of a size
 
 
+def test_under_a_callers_autocast() -> None:
+    """The model computes in its type, the sums are made in float32."""
+    model, options = blocks()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = calibrate(model, sizes=Sizes(narrow=16, wide=20), **options)
+    for gram in found.groups.values():
+        assert gram.gram_in.dtype == gram.gram_out.dtype == torch.float32
+        assert all(len(side) for side in found.bases(sizes=Sizes(narrow=16, wide=20))[gram.name].buffers())
+
+
 def test_larger_bases_than_it_was_made_for_are_refused() -> None:
     model, options = blocks()
     small = calibrate(model, sizes=Sizes(narrow=16, wide=20), **options)
