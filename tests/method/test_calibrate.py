@@ -378,10 +378,10 @@ def test_bases_take_sizes_and_type() -> None:
 @pytest.mark.parametrize("progress", [True, False])
 def test_progress_bar(progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """On stderr: stdout is for what a program prints."""
-    calibrate(Blocks(), some_batches(), loss_fn=call, n_steps=2, progress=progress)
+    calibrate(Blocks(), some_batches(), loss_fn=call, n_steps=2, progress=progress).bases(c=1, r=1, progress=progress)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert ("Calibrating" in captured.err) == progress
+    assert ("Calibrating" in captured.err) == ("Making bases" in captured.err) == progress
     assert (captured.err != "") == progress
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .basis import Basis, warn_of_completed
 from .gradients import Step, Trajectory, default_loss, stream_gradients
 from .groups import group_linears, linear_shape
-from .processes import sum_over_processes, taken_from_first
+from .processes import shown, sum_over_processes, taken_from_first
 from .sizes import Rows, Sizes
 from .sketch import random_vectors, sketch_width
 
@@ -93,7 +93,13 @@ class Calibration:
 
     @torch.inference_mode(False)  # bases made under it could not be saved for backward
     def bases(
-        self, *, c: Rows = "full", r: Rows = "full", sizes: Sizes | None = None, dtype: torch.dtype = torch.float32
+        self,
+        *,
+        c: Rows = "full",
+        r: Rows = "full",
+        sizes: Sizes | None = None,
+        dtype: torch.dtype = torch.float32,
+        progress: bool = False,
     ) -> dict[str, Basis]:
         """One `Basis` for each group (see `Basis.from_gram`); equal to the bit on every process.
 
@@ -104,11 +110,12 @@ class Calibration:
             r: rows of `V`, the output side, of every group.
             sizes: in place of both, by the shape of each group's layers.
             dtype: of the bases.
+            progress: show a progress bar; with bases of each layer it is minutes for models of billions of parameters.
         """
         sizes = sizes or Sizes(c=c, r=r)
         found: dict[str, Basis] = {}
         completed: list[str] = []
-        for name, gram in self.groups.items():
+        for name, gram in shown(list(self.groups.items()), "Making bases" if progress else None):
             out_features, in_features = len(gram.gram_out), len(gram.gram_in)
             r, c = sizes.check(out_features, in_features, f"group {name}")
             found[name] = _agreed(gram, c, r, dtype, completed)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .groups import linear_shape
 from .linear import is_conv1d
-from .processes import is_first
+from .processes import shown
 from .untouched import untouched
 
 Step = Callable[[], Tensor]
@@ -170,7 +170,7 @@ def stream_gradients(
             weight: Tensor = layer.weight  # type: ignore[assignment]
             weight.requires_grad_(True)
             stack.callback(weight.register_post_accumulate_grad_hook(target_hook(name, layer)).remove)
-        for number in _counted(n_steps, progress):
+        for number in shown(range(1, n_steps + 1), progress):
             loss = next_loss()
             _check_loss(loss, number)
             loss.backward()
@@ -246,14 +246,3 @@ def _check_loss(loss: Any, number: int) -> None:
             f"the loss of step {number} does not depend on any target weight: it was computed under no_grad, detached, "
             "or the targets take no part in it"
         )
-
-
-def _counted(n_steps: int, progress: str | None) -> Iterator[int]:
-    numbers = range(1, n_steps + 1)
-    if progress is None or not is_first():
-        yield from numbers
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(numbers, description=progress, console=Console(stderr=True))

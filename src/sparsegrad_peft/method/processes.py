@@ -1,10 +1,15 @@
-"""The collective operations that calibration needs. Without a process group they do nothing."""
+"""The collective operations that calibration needs, and who shows a bar. Without a process group they do nothing."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+Item = TypeVar("Item")
 
 
 def together() -> bool:
@@ -15,6 +20,17 @@ def together() -> bool:
 def is_first() -> bool:
     """Whether this is the process that speaks for all: it shows the progress bar, and its bases are taken."""
     return not together() or dist.get_rank() == 0
+
+
+def shown(items: Sequence[Item], words: str | None) -> Iterator[Item]:
+    """The items, with a progress bar beside these words where this process speaks; None shows no bar."""
+    if words is None or not is_first():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, description=words, console=Console(stderr=True))
 
 
 def sum_over_processes(tensor: Tensor) -> None:

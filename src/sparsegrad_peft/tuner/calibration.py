@@ -94,7 +94,8 @@ def calibrate_adapter(
             calibration = calibrate(model, batches, groups=groups, sizes=peft_config.sizes, config=config, **options)
     elif {name: tuple(names) for name, names in groups.items()} != {n: g.layers for n, g in calibration.groups.items()}:
         raise ValueError(f"the statistics are of groups {list(calibration.groups)}, the adapter has {list(groups)}")
-    set_bases(model, adapter_name, groups, calibration.bases(sizes=peft_config.sizes))
+    bases = calibration.bases(sizes=peft_config.sizes, progress=bool(options.get("progress", True)))
+    set_bases(model, adapter_name, groups, bases)
     return calibration
 
 
