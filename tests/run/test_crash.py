@@ -59,7 +59,7 @@ def long_run(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_run_goes_on(
     number: signal.Signals, long_run: Path, words: Words, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

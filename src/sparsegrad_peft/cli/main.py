@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from rich.console import Console
@@ -52,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; its kernels are of no use here
     try:
-        import_module(f".{verb}", __package__).main(rest)
+        with _ended_as_by_ctrl_c():
+            import_module(f".{verb}", __package__).main(rest)
     except ModuleNotFoundError as error:
         if traceback or (error.name or "").startswith("sparsegrad_peft"):
             raise
@@ -69,6 +73,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sparsegrad {verb}: interrupted{goes_on}", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM, which batch systems send, does what Ctrl-C does: what was started ends too, and files are whole."""
+    if threading.current_thread() is not threading.main_thread():  # Python's rule: handlers are set there
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _words(error: Exception) -> str:

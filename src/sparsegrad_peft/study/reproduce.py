@@ -215,7 +215,7 @@ def _run(arguments: RunArguments, threads: int | None, started: Callable[[int], 
 
 
 def _status(status: int, error: str) -> str:
-    if status < 0:  # by a signal: on Linux, that is what a machine without memory left does
+    if status < 0 or status == 130:  # by a signal: on Linux, that is what a machine without memory left does
         return "killed"
     if "out of memory" in error.lower() or "MemoryError" in error:
         return "out of memory"
