@@ -51,7 +51,8 @@ def test_loading_onto_a_model_that_is_away_is_refused(tmp_path: Path) -> None:
 
 
 @COPIED
-def test_loading_onto_a_model_on_disk_is_refused(tmp_path: Path) -> None:
+def test_loading_onto_a_model_on_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # PEFT writes below the working folder: it loses the first slash of the path
     adapted("llama")[0].save_pretrained(tmp_path / "adapter")
     base = make("llama")
     base.save_pretrained(tmp_path / "base")
