@@ -19,10 +19,10 @@ class SparseGradConfig(PeftConfig):
     The adapter starts as a no-op. `calibrate_adapter` gives it its bases, and `S` its size (r, c). Until then it trains
     the whole of `S` in the original space, and warns; with `original_space=True` that is what you want.
 
-    The defaults are those that the measurements support (`docs/results.md`, MiniLM, dev sets). At as many trained entries
-    as LoRA of rank 3, on five GLUE tasks and three seeds, they are 0.85 points above it (95 % interval -0.4 to +2.1: not
-    beyond chance). Bases of each layer are ahead of shared ones in all six comparisons of one seed or more: four GLUE
-    tasks (+1.05 in the mean), a ViT on digits (97.3 against 96.3), a small LLaMA's loss (3.377 against 3.381). Time and
+    The defaults are those that the measurements support (`docs/results.md`, MiniLM, dev sets). With as many trained
+    entries as LoRA of rank 3 they are 0.85 points above it, over five GLUE tasks and three seeds (95 % interval -0.4 to
+    +2.1: not beyond chance). Bases of each layer are ahead of shared ones wherever both were run: four GLUE tasks (+1.05
+    in the mean, one seed), a ViT on digits (97.3 against 96.3), a small LLaMA's loss (3.377 against 3.381). Time and
     memory beside LoRA's: `docs/performance.md`.
 
     Args:
