@@ -1,6 +1,6 @@
 """A real pretrained BERT (6 layers, 384/1536): replacing its MLP layers changes nothing, and its gradients are sparse.
 
-GLUE rows are used where `SPARSEGRAD_DATA` names a folder with them; the energy test is skipped, and says so, elsewhere.
+GLUE rows are used where `SPARSEGRAD_DATA` names a folder with them; elsewhere two tests are skipped, and say so.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 import energy
 from sparsegrad_peft import (
+    CalibrationConfig,
     LiteralSparseGradLinear,
+    Sizes,
     SparseGradAdamW,
     SparseGradLinear,
+    Trajectory,
     calibrate,
     group_linears,
     param_groups,
@@ -143,3 +146,29 @@ def test_gradient_energy_on_real_sst2(monkeypatch: pytest.MonkeyPatch) -> None:
     for role in ("up", "down"):
         assert later[walk][role]["top"] > later[paper][role]["top"]
         assert later[walk][role]["block"] > later[none][role]["block"]
+
+
+@pytest.mark.skipif("SPARSEGRAD_DATA" not in os.environ, reason="SPARSEGRAD_DATA names no folder with GLUE")
+def test_a_sketch_finds_nearly_the_best_directions_of_real_gradients(minilm: tuple[nn.Module, Any]) -> None:
+    """Of each layer's wide side, at the size of the study, along a trajectory."""
+    model, tokenizer = minilm
+    rows, sizes = energy.sst2(400), Sizes(narrow=128, wide=45)
+    groups = group_linears(model, energy.MLP, shared=False)
+    config = CalibrationConfig(n_steps=8, normalize=True, trajectory=Trajectory(1e-4))
+    whole, sketched = (
+        calibrate(model, energy.batches(rows, tokenizer, 16, 0), groups=groups, sizes=asked, config=config,
+                  progress=False)
+        for asked in (None, sizes)
+    )  # fmt: skip
+    exact, found = whole.bases(sizes=sizes), sketched.bases(sizes=sizes)
+    shares = []
+    for name, gram in whole.groups.items():
+        up = len(gram.gram_out) > len(gram.gram_in)
+        A = gram.gram_out if up else gram.gram_in
+        best, mine = (basis.V if up else basis.U for basis in (exact[name], found[name]))
+        assert best is not None
+        assert mine is not None
+        shares.append(float((mine @ A * mine).sum() / (best @ A * best).sum()))
+    print(f"share of the best directions' energy: mean {sum(shares) / len(shares):.4f}, least {min(shares):.4f}")
+    assert sum(shares) / len(shares) > 0.97
+    assert max(shares) < 1.0001
