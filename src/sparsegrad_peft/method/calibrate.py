@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .basis import Basis, warn_of_completed
 from .gradients import Step, Trajectory, default_loss, stream_gradients
 from .groups import group_linears, linear_shape
+from .linear import autocast_kind
 from .processes import shown, sum_over_processes, taken_from_first
 from .sizes import Rows, Sizes
 from .sketch import random_vectors, sketch_width
@@ -53,8 +54,9 @@ class GramStatistics:
             norm = float(G.norm()) or 1.0
             # Before the products, where the square of a tiny norm would underflow; in place if G is a copy already.
             G = G / norm if G is given else G.div_(norm)
-        kind = G.device.type if torch.amp.is_autocast_available(G.device.type) else "cpu"
-        with torch.autocast(kind, enabled=False):  # a caller's: the products would be rounded to its type
+        with torch.autocast(
+            autocast_kind(G.device), enabled=False
+        ):  # a caller's: the products would be rounded to its type
             self.gram_in.addmm_(G.T, G if self.probe_in is None else G @ self.probe_in)
             self.gram_out.addmm_(G, G.T if self.probe_out is None else G.T @ self.probe_out)
         if self.probe_in is not None or self.probe_out is not None:

@@ -19,9 +19,14 @@ from .basis import Basis, HoldsBasis
 from .function import Prefer, SparseGradFunction, dense_core, form_weight, output_without_grad
 
 
+def autocast_kind(device: torch.device) -> str:
+    """The device type to ask autocast about: it knows nothing of some, such as "meta", and raises."""
+    return device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+
+
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The type a linear layer computes in: autocast's where it is on (float64 is exempt), else the weight's."""
-    kind = x.device.type
+    kind = autocast_kind(x.device)
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return weight.dtype
@@ -51,14 +56,14 @@ def apply_core(
         (..., out).
     """
     out_features, in_features = weight.shape
-    dtype = compute_dtype(x, weight)
+    dtype, kind = compute_dtype(x, weight), autocast_kind(x.device)
     flat = x.reshape(-1, in_features)  # (T, in)
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(kind):
         flat = flat.to(dtype)
     U, V = basis.U, basis.V
     core_shape = (out_features if V is None else V.shape[0], in_features if U is None else U.shape[0])
     operands = (flat, weight, None if bias is None else bias.to(dtype), core, positions, U, V, core_shape, prefer)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(kind, enabled=False):
         compute = SparseGradFunction.apply if torch.is_grad_enabled() else output_without_grad
         y = compute(*operands)  # (T, out)
     return y.view(*x.shape[:-1], out_features)

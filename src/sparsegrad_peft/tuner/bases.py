@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
@@ -42,17 +44,27 @@ def wrapped_groups(model: nn.Module, layers: Mapping[str, SparseGradLayer], *, s
 def set_bases(model: nn.Module, adapter_name: str, groups: Mapping[str, list[str]], bases: Mapping[str, Basis]) -> None:
     """Give the layers of each group (see `wrapped_groups`) its basis, and write the shapes into the configuration.
 
-    The cores are new parameters: an optimizer that was made before holds the old ones.
+    The cores are new parameters: an optimizer that was made before holds the old ones. Where the layers of a group are
+    on several devices (`device_map`), each device gets one copy of the basis.
     """
     config: SparseGradConfig = model.peft_config[adapter_name]  # type: ignore[index, assignment]
     layers = layers_of(model, adapter_name)
     for group, names in groups.items():
+        copies: dict[torch.device, Basis] = {}
         for wrapped in names:
             name = wrapped.removesuffix(".base_layer")
             layer = layers[name]
-            layer.set_basis(adapter_name, bases[group])
+            device = layer.device_of(adapter_name)
+            if device not in copies:
+                copies[device] = _on(device, bases[group])
+            layer.set_basis(adapter_name, copies[device])
             r, c = layer.sparsegrad_S[adapter_name].shape
             config.core_shapes[layer_key(model, name)] = [group, r, c, layer.out_features, layer.in_features]
+
+
+def _on(device: torch.device, basis: Basis) -> Basis:
+    """The basis itself if it is there, else a copy: `.to` would move it away from under the other layers."""
+    return basis if all(buffer.device == device for buffer in basis.buffers()) else deepcopy(basis).to(device)
 
 
 def make_room(model: nn.Module, config: SparseGradConfig, adapter_name: str, entries: Mapping[str, Tensor]) -> None:

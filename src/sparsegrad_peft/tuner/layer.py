@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..method.basis import Basis
 from ..method.function import Prefer
-from ..method.linear import apply_core, is_conv1d, weight_and_bias
+from ..method.linear import apply_core, autocast_kind, is_conv1d, weight_and_bias
 from .config import SparseGradConfig
 from .decoding import Folded, apply_folded, few_tokens, folded
 from .offload import REMEDY, fetched, is_offloaded
@@ -78,13 +78,18 @@ class SparseGradLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def device_of(self, adapter_name: str) -> torch.device:
+        """Where an adapter's core is, or is to be: beside the weight."""
+        core = self.sparsegrad_S[adapter_name]
+        return (self._base_device_and_dtype()[0] if core.is_meta else None) or core.device
+
     @torch.no_grad()
     def set_basis(self, adapter_name: str, basis: Basis) -> None:
-        """Give an adapter a basis; its core gets the size that goes with it, and is zero."""
+        """Give an adapter a basis, which is on its device; its core gets the size that goes with it, and is zero."""
         old = self.sparsegrad_S[adapter_name]
-        device = self._base_device_and_dtype()[0] if old.is_meta else old.device
-        core = torch.zeros(basis.core_shape(self.out_features, self.in_features), dtype=old.dtype, device=device)
-        self.sparsegrad_basis[adapter_name] = basis.to(device)
+        shape, device = basis.core_shape(self.out_features, self.in_features), self.device_of(adapter_name)
+        core = torch.zeros(shape, dtype=old.dtype, device=device)
+        self.sparsegrad_basis[adapter_name] = basis
         self.sparsegrad_S[adapter_name] = nn.Parameter(core, requires_grad=old.requires_grad)
 
     def _base_device_and_dtype(self) -> tuple[torch.device | None, torch.dtype | None]:
@@ -217,7 +222,7 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
     def _fast(self, x: Tensor, adapter: str) -> Tensor:
         weight, bias = weight_and_bias(self.base_layer)  # no copies
         S, basis = self.core_and_basis(adapter)
-        if few_tokens(x, self.training) and not torch.is_autocast_enabled(x.device.type):
+        if few_tokens(x, self.training) and not torch.is_autocast_enabled(autocast_kind(x.device)):
             matrices = folded(self._folded.get(adapter), S, basis, x.dtype)
             if matrices is not None:
                 self._folded[adapter] = matrices

@@ -10,6 +10,7 @@ from copy import copy
 from functools import partial
 from typing import Any
 
+import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -71,7 +72,8 @@ class SparseGradModel(BaseTuner):
         return check_target_module_exists(by_ending, key)
 
     def _prepare_model(self, peft_config: SparseGradConfig, model: nn.Module) -> None:
-        self._bases: dict[str, Basis] = {}  # group -> basis, while one adapter is injected
+        # Group and device -> basis, while one adapter is injected.
+        self._bases: dict[tuple[str, torch.device | None], Basis] = {}
 
     def _create_and_replace(  # type: ignore[override]
         self, config: SparseGradConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
@@ -105,7 +107,7 @@ class SparseGradModel(BaseTuner):
     def _basis_for(self, config: SparseGradConfig, key: str, target: nn.Module) -> Basis:
         """The identity before calibration; afterwards room for the group's basis, which the checkpoint fills."""
         if not config.calibrated:
-            return self._bases.setdefault("", Basis.identity())
+            return self._bases.setdefault(("", None), Basis.identity())
         if key not in config.core_shapes:
             raise ValueError(
                 f"the adapter was calibrated for {', '.join(list(config.core_shapes)[:3])}, ... and not for {key}; "
@@ -119,9 +121,11 @@ class SparseGradModel(BaseTuner):
                 f"the adapter belongs to another model: {key} had (out, in) = ({out_features}, {in_features}) when it "
                 f"was calibrated, and has ({out_here}, {in_here}) here"
             )
-        if group not in self._bases:
-            self._bases[group] = Basis.allocate(r=r, c=c, out_features=out_features, in_features=in_features)
-        return self._bases[group]
+        weight = getattr(base, "weight", None)
+        place = (group, weight.device if isinstance(weight, Tensor) else None)  # where the layer will move it to
+        if place not in self._bases:
+            self._bases[place] = Basis.allocate(r=r, c=c, out_features=out_features, in_features=in_features)
+        return self._bases[place]
 
     @classmethod
     def _get_adapter_state_dict(
