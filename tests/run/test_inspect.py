@@ -219,7 +219,7 @@ def test_bytes_by_hand() -> None:
     total, layers, entries = 109_482_240, 24 * 768 * 3072, 24 * 256 * 96
     sketches = 24 * 4 * (768**2 + 3072 * (2 * 96 + 16)) + 4 * 3072 * (2 * 96 + 16)  # and their random vectors, once
     complete = 2 * 4 * (768**2 + 3072**2)
-    bases = 24 * 4 * (256 * 768 + 96 * 3072)
+    bases = 24 * 2 * (256 * 768 + 96 * 3072)
     k, k_complete = 24 * 245, 24 * 23592
     rank = 6
     assert [(g.r, g.c, g.k_per_layer) for g in inspection.groups] == [(96, 256, 245), (256, 96, 245)]

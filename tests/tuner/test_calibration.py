@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import warnings
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import torch
 from adapters import adapted, cores, differs, train, tuner_layers
 from models import LAYERS, batch, logits, make
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparsegrad_peft import Calibration, SparseGradConfig, Trajectory, calibrate_adapter
@@ -159,7 +161,7 @@ def test_type_of_cores_that_were_never_allocated(dtype: torch.dtype, autocast_ad
         )  # fmt: skip
         calibrate_adapter(model, calibration=statistics_of("llama"))
         types.append({core.dtype for core in cores(model)})
-        assert all(layer.sparsegrad_basis["default"].U.dtype == torch.float32 for layer in tuner_layers(model))
+        assert all(layer.sparsegrad_basis["default"].U.dtype == torch.bfloat16 for layer in tuner_layers(model))
     assert types[0] == types[1] == {torch.float32 if autocast_adapter_dtype else dtype}
 
 
@@ -167,6 +169,45 @@ def test_a_core_that_is_not_there_says_so() -> None:
     model = get_peft_model(make("bert"), SparseGradConfig(), low_cpu_mem_usage=True)
     with pytest.raises(RuntimeError, match=r"low_cpu_mem_usage=True and has no core yet: call calibrate_adapter"):
         logits(model, batch("bert"))
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, torch.bfloat16),
+        ({"c": "full"}, torch.bfloat16),
+        ({"c": "full", "r": "full"}, torch.float32),
+        ({"narrow": "full", "wide": "full"}, torch.float32),
+        ({"basis_dtype": "float64"}, torch.float64),
+        ({"basis_dtype": "bfloat16", "c": "full", "r": "full"}, torch.bfloat16),
+    ],
+)
+def test_type_of_bases(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    """In memory, in the file, and after loading, also into an adapter that has no bases yet."""
+    model, base = adapted("llama", **{"c": None, "r": None, **options})
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
+    fresh = get_peft_model(copy.deepcopy(base), SparseGradConfig(**options)).eval()
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    set_peft_model_state_dict(fresh, weights)
+    assert {value.dtype for name, value in weights.items() if "basis" in name} == {dtype}
+    expected = logits(model, batch("llama"))
+    for found in (model, again, fresh):
+        assert {b.dtype for n, b in found.named_buffers() if n.endswith((".U", ".V"))} == {dtype}
+        assert differs(logits(found, batch("llama")), expected) == 0
+    assert differs(logits(again.merge_and_unload(), batch("llama")), expected) < 1e-5  # the rounded ones, throughout
+
+
+def test_a_files_bases_keep_their_type(tmp_path: Path) -> None:
+    """Also where the configuration says another, as one that was written by hand may."""
+    model, base = adapted("bert", basis_dtype="float32")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["basis_dtype"] = None
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for low_cpu_mem_usage in (True, False):
+        again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage)
+        assert differs(logits(again.eval(), batch("bert")), logits(model, batch("bert"))) == 0
 
 
 def test_calibrating_through_the_tuner_gives_the_same_names() -> None:
@@ -193,7 +234,7 @@ def test_the_papers_configuration() -> None:
 
 def test_bases_of_gigabytes_are_announced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Of each layer they are 9.2 million numbers for LLaMA-2-7B's; the limit is lowered, not the model made larger."""
-    size = 6 * 4 * (8 * 16 + 4 * 32)
+    size = 6 * 2 * (8 * 16 + 4 * 32)
     options: dict[str, Any] = {"trained": 0, "c": None, "r": None, "narrow": 8, "wide": 4}
     monkeypatch.setattr("sparsegrad_peft.tuner.calibration.LARGE_BASES", size)
     adapted("bert", **options)

@@ -284,6 +284,7 @@ def test_adapter_of_another_model(tmp_path: Path) -> None:
         ({"r": 2.0}, "r: expected .* a fraction in"),
         ({"c": "half"}, "c: expected .* found 'half'"),
         ({"prefer": "disk"}, 'prefer must be "memory" or "speed", found \'disk\''),
+        ({"basis_dtype": "int8"}, "basis_dtype must be one of bfloat16, float32, float64, or None; found 'int8'"),
         ({"layers_pattern": "layer"}, "layers_pattern needs layers_to_transform"),
     ],
 )

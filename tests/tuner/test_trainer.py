@@ -311,7 +311,8 @@ def test_bfloat16_on_the_cpu(tmp_path: Path) -> None:
         trainer.train()
         kind = torch.bfloat16 if bf16 else torch.float32
         assert trainer.seen == [(True, kind)] * 8 + [(False, kind)] * 4
-        assert {value.dtype for value in trainer.model.state_dict().values()} == {torch.float32}
+        types = {value.dtype for name, value in trainer.model.state_dict().items() if "sparsegrad_basis" not in name}
+        assert types == {torch.float32}
         assert all(p.any() for name, p in trainer.model.named_parameters() if "sparsegrad_S" in name)
         trainers.append(trainer)
     short, full = (torch.tensor(losses(trainer)) for trainer in trainers)

@@ -95,8 +95,8 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path) -> None:
     alone = train(str(tmp_path), by_hand=True)
     for name, value in alone["model"].items():
         if "sparsegrad_basis" in name:
-            same = (value @ first["model"][name].T).abs()
-            torch.testing.assert_close(same, torch.eye(len(value)), rtol=0, atol=1e-3)
+            same = (value.float() @ first["model"][name].float().T).abs()
+            torch.testing.assert_close(same, torch.eye(len(value)), rtol=0, atol=1e-2)  # they are kept in bfloat16
         elif "sparsegrad_S" not in name:
             torch.testing.assert_close(first["model"][name], value, msg=name)
     for name, value in alone["deltas"].items():

@@ -78,6 +78,40 @@ def test_a_weighted_sum_has_bases_of_its_own() -> None:
     assert model.peft_config["sum"].core_shapes is not model.peft_config["one"].core_shapes
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("c", [0.25, 0.75])  # 0.75 of both is more than there is
+def test_weighted_sum_of_adapters_with_bases_of_their_own(kind: str, shared: bool, c: float, tmp_path: Path) -> None:
+    """Each calibrated by itself, as adapters for two tasks are."""
+    model = get_peft_model(make(kind), SparseGradConfig(c=c, r=0.25, shared=True), "one")
+    model.add_adapter("two", SparseGradConfig(c=c, r=0.5, shared=shared))
+    data = batch(kind)
+    for name, on in (("one", data), ("two", {key: value.flip(-1) for key, value in data.items()})):
+        model.set_adapter(name)
+        calibrate_adapter(model, [on], adapter_name=name, n_steps=3, training=False, progress=False)
+        train(model, data, 2)
+    model.eval().add_weighted_adapter(["one", "two"], [2.0, -0.5], "sum", combination_type="cat")
+    for one, two, both in zip(*(deltas(model, name) for name in ("one", "two", "sum")), strict=True):
+        assert one.abs().max() > 0
+        assert two.abs().max() > 0
+        torch.testing.assert_close(both, 2 * one - 0.5 * two, rtol=1e-4, atol=1e-6)
+    for layer in tuner_layers(model):
+        basis = layer.core_and_basis("sum")[1]
+        rows = min(layer.in_features, 2 * round(c * layer.in_features))
+        assert (len(basis.U), len(basis.V)) == (rows, round(0.75 * layer.out_features))
+    bases = {id(layer.core_and_basis("sum")[1]) for layer in tuner_layers(model)}
+    assert len(bases) == (2 if shared else len(tuner_layers(model)))
+
+    model.set_adapter("sum")
+    expected = logits(model, data)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(make(kind), str(tmp_path / "sum")).eval()
+    assert differs(logits(loaded, data), expected) < 1e-6
+    assert differs(logits(loaded.merge_and_unload(), data), expected) < 1e-5
+    train(model, data, 1)  # it is an adapter like any other
+    assert differs(logits(model, data), expected) > 1e-5
+
+
 def test_weighted_sums_that_are_refused() -> None:
     model = pair()
     model.add_adapter("other", SparseGradConfig(c=0.5, r=0.25))
@@ -91,12 +125,7 @@ def test_weighted_sums_that_are_refused() -> None:
         (
             ["one", "other"],
             [1, 1],
-            r"'one' and 'other' have other bases in .*layer.0.intermediate.dense; a weighted sum is",
-        ),
-        (
-            ["one", "other"],
-            [1, 1],
-            r"Merge one after the other into the model, or convert them with peft.convert_to_lora",
+            r"'one' and 'other' have other bases in .*layer.0.intermediate.dense; .*\"linear\" is for .*\"cat\" takes",
         ),
         (["one", "bare"], [1, 1], r"'one' and 'bare' have other bases"),
         (["one", "fewer"], [1, 1], r"'one' and 'fewer' adapt other layers, such as .*output.dense"),
@@ -109,8 +138,12 @@ def test_weighted_sums_that_are_refused() -> None:
             model.add_weighted_adapter(adapters, weights, "sum")
     with pytest.raises(ValueError, match="an adapter named 'two' already"):
         model.add_weighted_adapter(["one"], [1.0], "two")
-    with pytest.raises(ValueError, match=r'combination_type must be "linear", found .svd.'):
+    with pytest.raises(ValueError, match=r'combination_type must be "linear" or "cat", found .svd.'):
         model.add_weighted_adapter(["one", "two"], [1, 1], "sum", combination_type="svd")
+    with pytest.raises(ValueError, match="'bare' has no bases, its cores are as large as the layers"):
+        model.add_weighted_adapter(["one", "bare"], [1, 1], "sum", combination_type="cat")
+    with pytest.raises(ValueError, match="'one' and 'fewer' adapt other layers"):
+        model.add_weighted_adapter(["one", "fewer"], [1, 1], "sum", combination_type="cat")
     assert list(model.peft_config) == names
     assert all("sum" not in layer.sparsegrad_S for layer in tuner_layers(model))
 

@@ -81,10 +81,12 @@ class Basis(nn.Module):
         return cls(None, None)
 
     @classmethod
-    def allocate(cls, *, r: int, c: int, out_features: int, in_features: int) -> Basis:
+    def allocate(
+        cls, *, r: int, c: int, out_features: int, in_features: int, dtype: torch.dtype = torch.float32
+    ) -> Basis:
         """Room for a basis whose numbers are still to be loaded; zeros until then."""
         basis = cls(None, None)
-        basis.U, basis.V = torch.zeros(c, in_features), torch.zeros(r, out_features)
+        basis.U, basis.V = torch.zeros(c, in_features, dtype=dtype), torch.zeros(r, out_features, dtype=dtype)
         return basis
 
     @classmethod

@@ -79,6 +79,17 @@ class Sizes:
         r, c = (self.wide, self.narrow) if in_features <= out_features else (self.narrow, self.wide)
         return (r if self.r is None else self.r, c if self.c is None else self.c)
 
+    @property
+    def complete(self) -> bool:
+        """Whether both sides of every layer are whole."""
+        return (
+            (self.c or self.narrow)
+            == (self.r or self.narrow)
+            == (self.c or self.wide)
+            == (self.r or self.wide)
+            == "full"
+        )
+
     def check(self, out_features: int, in_features: int, whose: str) -> tuple[Rows, Rows]:
         """(r, c) of a layer of that shape.
 

@@ -26,7 +26,7 @@ from ..method.groups import group_linears, linear_shape
 from ..method.selection import resolve_k
 from ..method.sizes import Rows, Sizes
 from ..method.sketch import sketch_width
-from ..tuner.config import SparseGradConfig
+from ..tuner.config import SparseGradConfig, dtype_of_bases
 from ..tuner.targets import _ATTENTION, TARGETS, find_mlp_linears
 from .base import first_line, load_config
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FLOAT32 = 4  # bytes; bases and whatever trains are held in float32
+_FLOAT32 = 4  # bytes; complete bases and whatever trains are held in float32
 _MOMENTS = 8  # bytes an entry: AdamW's two moments
 _TOUCHED = 12  # bytes an entry that was ever selected: position and two moments, see method/optim.py
 _COO = 20  # bytes an entry of a COO gradient: row and column (int64), value
@@ -102,7 +102,8 @@ class GroupRow:
         entries_per_layer: trained entries of a layer, r · c.
         entries: the same for all layers of the group.
         k_per_layer: entries of a layer that move in a step at the density given.
-        bases_bytes: `U` (c, in) and `V` (r, out) in float32, once for the group or for each of its layers.
+        bases_bytes: `U` (c, in) and `V` (r, out), once for the group or for each of its layers: bfloat16, complete ones
+            float32.
         gram_bytes: both Gram matrices in float32, or sketches of them, during calibration; as often.
     """
 
@@ -406,7 +407,7 @@ def _group_row(model: nn.Module, name: str, layers: list[str], sizes: Sizes, sha
         entries_per_layer=entries,
         entries=len(layers) * entries,
         k_per_layer=resolve_k(entries, density=density),
-        bases_bytes=pairs * (c_count * in_ + r_count * out) * _FLOAT32,
+        bases_bytes=pairs * (c_count * in_ + r_count * out) * dtype_of_bases(sizes).itemsize,
         gram_bytes=pairs
         * sum(n * (sketch_width(rows, n) or n) for n, rows in ((in_, c_count), (out, r_count)))
         * _FLOAT32,
@@ -458,7 +459,8 @@ def _methods(total: int, rows: list[GroupRow], rank: int, density: float, width:
 def _notes(dtype: str) -> list[str]:
     return [
         "Activations are not counted: they depend on batch, length and checkpointing.",
-        f"Frozen weights are {dtype}; what trains, its gradients and moments, and the bases are float32.",
+        f"Frozen weights are {dtype}, truncated bases bfloat16; what trains, its gradients and moments, and complete "
+        "bases are float32.",
         "Weights of the layers train, not their biases; a head that trains as well is not counted.",
         "SparseGrad: an adapter, the blocks S (r, c) in truncated bases; trained whole by AdamW, or the largest "
         "gradient entries of each step.",

@@ -106,7 +106,13 @@ def make_room(model: nn.Module, config: SparseGradConfig, adapter_name: str, ent
         )
     if config.calibrated:  # the bases have their place; loading into it says itself if a shape differs
         for group in {shape[0] for shape in config.core_shapes.values()}:
-            _basis_of([key for key, shape in config.core_shapes.items() if shape[0] == group], sides, config)
+            keys = [key for key, shape in config.core_shapes.items() if shape[0] == group]
+            given = _basis_of(keys, sides, config)
+            for name, layer in layers.items():  # not to be rounded to the type that the room was made in
+                if layer_key(model, name) in keys:
+                    room = layer.core_and_basis(adapter_name)[1]
+                    for side, value in given.items():
+                        setattr(room, side, getattr(room, side).to(value.dtype))
         return
     groups = wrapped_groups(model, layers, shared=config.shared)
     bases = {}
@@ -138,7 +144,7 @@ def _room(U: Tensor, V: Tensor, members: Mapping[str, SparseGradLayer]) -> Basis
                 f"the adapter belongs to another model: {key} has (out, in) = {found} there and "
                 f"({layer.out_features}, {layer.in_features}) here"
             )
-    return Basis.allocate(r=len(V), c=len(U), out_features=found[0], in_features=found[1])
+    return Basis.allocate(r=len(V), c=len(U), out_features=found[0], in_features=found[1], dtype=U.dtype)
 
 
 def _check_layers(found: Mapping[str, Tensor], here: set[str], *, complete: bool) -> None:

@@ -94,7 +94,9 @@ def calibrate_adapter(
             calibration = calibrate(model, batches, groups=groups, sizes=peft_config.sizes, config=config, **options)
     elif {name: tuple(names) for name, names in groups.items()} != {n: g.layers for n, g in calibration.groups.items()}:
         raise ValueError(f"the statistics are of groups {list(calibration.groups)}, the adapter has {list(groups)}")
-    bases = calibration.bases(sizes=peft_config.sizes, progress=bool(options.get("progress", True)))
+    bases = calibration.bases(
+        sizes=peft_config.sizes, dtype=peft_config.dtype_of_bases, progress=bool(options.get("progress", True))
+    )
     set_bases(model, adapter_name, groups, bases)
     return calibration
 
@@ -106,7 +108,7 @@ def _warn_of_large_bases(
 
     def size(layer: SparseGradLayer) -> int:
         r, c = config.sizes.counts(layer.out_features, layer.in_features)
-        return 4 * ((r or 0) * layer.out_features + (c or 0) * layer.in_features)
+        return config.dtype_of_bases.itemsize * ((r or 0) * layer.out_features + (c or 0) * layer.in_features)
 
     own = sum(map(size, layers.values()))
     together = sum(size(layers[names[0].removesuffix(".base_layer")]) for names in shared.values())

@@ -1,10 +1,18 @@
-"""The weighted sum of adapters as a new one, `Σ wᵢ Vᵀ Sᵢ U = Vᵀ (Σ wᵢ Sᵢ) U`: exact where they have the same bases."""
+"""The weighted sum of adapters as a new one.
+
+    linear   Σ wᵢ Vᵀ Sᵢ U = Vᵀ (Σ wᵢ Sᵢ) U                   where they have the same bases: no larger than each of them
+    cat      Σ wᵢ Vᵢᵀ Sᵢ Uᵢ = Yᵀ (Σ wᵢ Rᵢ Sᵢ Tᵢᵀ) X          for any bases: as large as all of them together
+
+`X` and `Y` are orthonormal bases of the rows of all `Uᵢ` and of all `Vᵢ` (QR): `Uᵢ = Tᵢᵀ X`, `Vᵢ = Rᵢᵀ Y`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -12,19 +20,33 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..method.basis import Basis
-from .bases import layers_of
+from .bases import layer_key, layers_of
+from .config import SparseGradConfig
 from .layer import SparseGradLayer
 
 _REMEDY = (
-    "a weighted sum is exact for adapters of the same layers and bases only (one calibration for both: "
-    "calibrate_adapter(..., calibration=...)). Merge one after the other into the model, or convert them with "
-    "peft.convert_to_lora and add those"
+    'combination_type="linear" is for adapters with the same bases (one calibration for both: calibrate_adapter(..., '
+    'calibration=...)). combination_type="cat" takes any calibrated ones of the same layers, and gives one as large as '
+    "all of them together"
 )
 
 
+@dataclass(frozen=True)
+class _Joined:
+    """The basis of a group in the new adapter, and how the old cores are written in it."""
+
+    basis: Basis
+    left: list[Tensor]
+    "`Rᵢ` (r, rᵢ) of each adapter"
+    right: list[Tensor]
+    "`Tᵢ` (c, cᵢ) of each adapter"
+
+
 @torch.no_grad()
-def add_weighted_sum(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-    """See `SparseGradModel.add_weighted_adapter`."""
+def add_weighted_sum(
+    tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *, joined: bool
+) -> None:
+    """See `SparseGradModel.add_weighted_adapter`; `joined` is its "cat"."""
     if adapter_name in tuner.peft_config:
         raise ValueError(f"there is an adapter named {adapter_name!r} already")
     if not adapters or len(adapters) != len(weights) or not all(math.isfinite(weight) for weight in weights):
@@ -32,32 +54,40 @@ def add_weighted_sum(tuner: BaseTuner, adapters: Sequence[str], weights: Sequenc
     unknown = [name for name in adapters if name not in tuner.peft_config]
     if unknown:
         raise ValueError(f"no adapter named {', '.join(unknown)}; there are {', '.join(tuner.peft_config)}")
-    layers = [layers_of(tuner, name) for name in adapters]
-    first = layers[0]
-    for name, others in zip(adapters, layers, strict=True):
-        different = set(first) ^ set(others)
-        if different:
-            raise ValueError(f"{adapters[0]!r} and {name!r} adapt other layers, such as {min(different)}; {_REMEDY}")
-    for layer_name, layer in first.items():
-        for name in adapters:
-            if not _same(layer.core_and_basis(adapters[0])[1], layer.core_and_basis(name)[1]):
-                raise ValueError(f"{adapters[0]!r} and {name!r} have other bases in {layer_name}; {_REMEDY}")
+    layers = layers_of(tuner, adapters[0])
+    _check_layers(tuner, adapters, layers, joined)
     _check_nothing_else(tuner, adapters)
 
     config = deepcopy(tuner.peft_config[adapters[0]])
+    assert isinstance(config, SparseGradConfig)
     config.init_weights = True
+    made = (_join if joined else _add)(tuner, adapters, weights, layers, config)
     tuner.peft_config[adapter_name] = config
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
     except Exception:
         del tuner.peft_config[adapter_name]
         raise
-    copies: dict[int, Basis] = {}  # of its own: loading weights into the one adapter must not change the other
-    for layer in first.values():
-        basis = layer.core_and_basis(adapters[0])[1]
-        layer.sparsegrad_basis[adapter_name] = copies.setdefault(id(basis), deepcopy(basis))
-        core = _weighted(layer, adapters, weights)
-        layer.sparsegrad_S[adapter_name] = nn.Parameter(core, requires_grad=False)  # not active yet
+    for name, (basis, core) in made.items():
+        layers[name].sparsegrad_basis[adapter_name] = basis
+        layers[name].sparsegrad_S[adapter_name] = nn.Parameter(core, requires_grad=False)  # not active yet
+
+
+def _check_layers(tuner: BaseTuner, adapters: Sequence[str], first: dict[str, SparseGradLayer], joined: bool) -> None:
+    for name in adapters:
+        different = set(first) ^ set(layers_of(tuner, name))
+        if different:
+            raise ValueError(
+                f"{adapters[0]!r} and {name!r} adapt other layers, such as {min(different)}; merge one after the other "
+                "into the model"
+            )
+    for layer_name, layer in first.items():
+        for name in adapters:
+            mine, theirs = layer.core_and_basis(adapters[0])[1], layer.core_and_basis(name)[1]
+            if not joined and not _same(mine, theirs):
+                raise ValueError(f"{adapters[0]!r} and {name!r} have other bases in {layer_name}; {_REMEDY}")
+            if joined and (theirs.U is None or theirs.V is None):
+                raise ValueError(f"{name!r} has no bases, its cores are as large as the layers; {_REMEDY}")
 
 
 def _same(one: Basis, other: Basis) -> bool:
@@ -66,9 +96,60 @@ def _same(one: Basis, other: Basis) -> bool:
     return one is other or all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
 
-def _weighted(layer: SparseGradLayer, adapters: Sequence[str], weights: Sequence[float]) -> Tensor:
-    parts = [weight * layer.core_and_basis(name)[0] for name, weight in zip(adapters, weights, strict=True)]
-    return torch.stack(parts).sum(0)
+def _add(
+    tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], layers: dict[str, SparseGradLayer], config: Any
+) -> dict[str, tuple[Basis, Tensor]]:
+    """Layer -> copy of the basis, and the sum of the cores."""
+    copies: dict[int, Basis] = {}  # of its own: loading weights into the one adapter must not change the other
+    made = {}
+    for name, layer in layers.items():
+        basis = layer.core_and_basis(adapters[0])[1]
+        parts = [weight * layer.core_and_basis(a)[0] for a, weight in zip(adapters, weights, strict=True)]
+        made[name] = copies.setdefault(id(basis), deepcopy(basis)), torch.stack(parts).sum(0)
+    return made
+
+
+def _join(
+    tuner: BaseTuner,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    layers: dict[str, SparseGradLayer],
+    config: SparseGradConfig,
+) -> dict[str, tuple[Basis, Tensor]]:
+    """Layer -> basis of all rows, and the sum of the cores in it; the sizes are written into `config`."""
+    configs: list[Any] = [tuner.peft_config[name] for name in adapters]
+    found: dict[tuple[int, ...], _Joined] = {}
+    made = {}
+    for name, layer in layers.items():
+        pairs = [layer.core_and_basis(adapter) for adapter in adapters]
+        key = tuple(id(basis) for _, basis in pairs)
+        if key not in found:
+            found[key] = _joined([basis for _, basis in pairs], torch.promote_types(pairs[0][0].dtype, torch.float32))
+        group = found[key]
+        parts = [
+            weight * (R @ S.double() @ T.T)
+            for weight, R, (S, _), T in zip(weights, group.left, pairs, group.right, strict=True)
+        ]
+        core = torch.stack(parts).sum(0).to(pairs[0][0].dtype)
+        made[name] = group.basis, core
+        in_model = layer_key(tuner, name)
+        whole = " + ".join(dict.fromkeys(str(c.core_shapes[in_model][0]) for c in configs))
+        config.core_shapes[in_model] = [whole, *core.shape, layer.out_features, layer.in_features]
+    config.shared = all(c.shared for c in configs)
+    config.basis_dtype = str(next(iter(found.values())).basis.U.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    return made
+
+
+def _joined(bases: Sequence[Basis], dtype: torch.dtype) -> _Joined:
+    U, right = _rows([basis.U for basis in bases if basis.U is not None], dtype)
+    V, left = _rows([basis.V for basis in bases if basis.V is not None], dtype)
+    return _Joined(Basis(U, V, layers=bases[0].layers), left, right)
+
+
+def _rows(sides: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """An orthonormal basis (m, n) of the rows of all matrices, and each of these in it, (m, its rows)."""
+    X, T = torch.linalg.qr(torch.cat([side.double() for side in sides]).T)  # (n, m), (m, rows of all)
+    return X.T.to(dtype).contiguous(), list(T.split([len(side) for side in sides], dim=1))
 
 
 def _check_nothing_else(tuner: BaseTuner, adapters: Sequence[str]) -> None:

@@ -5,11 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import PeftConfig
 
 from ..method.function import Prefer
 from ..method.sizes import Rows, Sizes, check_rows
 from .register import ensure_peft_type
+
+
+def dtype_of_bases(sizes: Sizes) -> torch.dtype:
+    """The type that bases are kept in unless one is asked for."""
+    return torch.float32 if sizes.complete else torch.bfloat16
+
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass
@@ -32,8 +41,11 @@ class SparseGradConfig(PeftConfig):
         c: rows of `U`, the input side, of every layer, in place of those two.
         r: rows of `V`, the output side, of every layer, likewise. This is no rank.
         shared: one pair of bases for all layers with the same role and shape (the paper), or one for each layer, which
-            scores better and takes `narrow` and `wide` of each layer's bytes more: 47 MB for BERT-base with the
-            defaults. For models of billions of parameters share them.
+            scores better and takes more room: 24 MB for BERT-base with the defaults. For models of billions of
+            parameters share them.
+        basis_dtype: type that the bases are kept in, in memory and in the file: "bfloat16", "float32" or "float64".
+            None: bfloat16 (products in half precision round them to that anyway), but float32 for complete bases, which
+            lose nothing. They are rounded once, before training, so that nothing is lost afterwards.
         original_space: train in the original space on purpose, without bases: MeProp's rule, if the optimizer selects.
             the sizes above and `shared` then mean nothing.
         prefer: "memory" saves the projected input for backward, "speed" whatever costs the fewest multiply-adds.
@@ -53,6 +65,7 @@ class SparseGradConfig(PeftConfig):
     c: Rows | None = field(default=None, metadata={"help": "rows of U (input side), in place of those"})
     r: Rows | None = field(default=None, metadata={"help": "rows of V (output side), in place of those; no rank"})
     shared: bool = field(default=False, metadata={"help": "one pair of bases a group of layers, or one a layer"})
+    basis_dtype: str | None = field(default=None, metadata={"help": "type that the bases are kept in"})
     original_space: bool = field(default=False, metadata={"help": "no bases, on purpose: MeProp's rule"})
     prefer: Prefer = field(default="memory", metadata={"help": '"memory" or "speed"'})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to adapt; None: the MLPs"})
@@ -74,6 +87,8 @@ class SparseGradConfig(PeftConfig):
             raise ValueError("layers_pattern needs layers_to_transform, found None")
         if self.prefer not in ("memory", "speed"):
             raise ValueError(f'prefer must be "memory" or "speed", found {self.prefer!r}')
+        if self.basis_dtype not in (None, *_DTYPES):
+            raise ValueError(f"basis_dtype must be one of {', '.join(_DTYPES)}, or None; found {self.basis_dtype!r}")
         for name in ("narrow", "wide", "c", "r"):
             rows = getattr(self, name)
             if rows is not None or name in ("narrow", "wide"):
@@ -100,6 +115,11 @@ class SparseGradConfig(PeftConfig):
     def sizes(self) -> Sizes:
         """Rows of the bases, by the shape of a layer."""
         return Sizes(self.narrow, self.wide, self.c, self.r)
+
+    @property
+    def dtype_of_bases(self) -> torch.dtype:
+        """`basis_dtype`, or what None stands for."""
+        return dtype_of_bases(self.sizes) if self.basis_dtype is None else _DTYPES[self.basis_dtype]
 
     @property
     def calibrated(self) -> bool:

@@ -1,9 +1,10 @@
 """A saved SparseGrad adapter as a LoRA adapter, for servers that know nothing else (vLLM, llama.cpp, TGI).
 
-    Vᵀ S U = (Vᵀ P √s) (√s Qᵀ U) = B A        S = P diag(s) Qᵀ, the SVD of the small core (r, c)
+    Vᵀ S U = Y (R S Tᵀ) Xᵀ = (Y P √s) (√s Qᵀ Xᵀ) = B A        R S Tᵀ = P diag(s) Qᵀ, an SVD of the size of the core
 
-`U` and `V` have orthonormal rows, so the SVD of the core is that of the update: its leading `R` terms are the best
-approximation of rank `R` there is, and the error is known exactly. The adapter's folder is enough, no model is needed.
+`X` and `Y` have orthonormal columns (`Uᵀ = X T` and `Vᵀ = Y R` by QR), so this is the SVD of the update: its leading
+terms are the best approximation of their rank there is, and the error is known exactly. `U` and `V` alone would not do:
+kept in bfloat16 they are orthonormal to rounding only. The adapter's folder is enough, no model is needed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..method.products import chain
 from .bases import BASIS, CORE, ROOT
 from .register import NAME, PREFIX
 
@@ -171,14 +173,16 @@ def _factors(core_shapes: dict[str, list[Any]], tensors: dict[str, Tensor]) -> d
 
 
 def _decompose(S: Tensor, U: Tensor | None, V: Tensor | None) -> _Factors:
-    P, s, Q = torch.linalg.svd(S.double(), full_matrices=False)
+    X, T = (None, None) if U is None else torch.linalg.qr(U.double().T)  # (in, c), (c, c)
+    Y, R = (None, None) if V is None else torch.linalg.qr(V.double().T)  # (out, r), (r, r)
+    P, s, Q = torch.linalg.svd(chain(R, S.double(), None if T is None else T.T), full_matrices=False)
     dtype = torch.promote_types(S.dtype, torch.float32)
     # Rounding S to its type adds a matrix of random entries, whose largest singular value is below eps of S's own.
     rank = int((s > torch.finfo(dtype).eps * s[0]).sum())
     return _Factors(
-        B=P[:, :rank] if V is None else V.double().T @ P[:, :rank],
+        B=P[:, :rank] if Y is None else Y @ P[:, :rank],
         s=s,
-        A=Q[:rank] if U is None else Q[:rank] @ U.double(),
+        A=Q[:rank] if X is None else Q[:rank] @ X.T,
         rank=rank,
         dtype=dtype,
     )

@@ -124,7 +124,9 @@ class SparseGradModel(BaseTuner):
         weight = getattr(base, "weight", None)
         place = (group, weight.device if isinstance(weight, Tensor) else None)  # where the layer will move it to
         if place not in self._bases:
-            self._bases[place] = Basis.allocate(r=r, c=c, out_features=out_features, in_features=in_features)
+            self._bases[place] = Basis.allocate(
+                r=r, c=c, out_features=out_features, in_features=in_features, dtype=config.dtype_of_bases
+            )
         return self._bases[place]
 
     @classmethod
@@ -166,22 +168,23 @@ class SparseGradModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add an adapter that is the weighted sum of others, exactly; it is not active yet.
+        """Add an adapter that is the weighted sum of others, to rounding; it is not active yet.
 
         Args:
-            adapters: names of adapters of the same layers with the same bases: both from one calibration, one trained
-                on from the other's file, or both in the original space.
+            adapters: names of adapters of the same layers.
             weights: one for each, of any sign.
             adapter_name: of the new one.
-            combination_type: "linear", the only one there is; PEFT's name for it.
+            combination_type: PEFT's names. "linear" is for adapters with the same bases (both from one calibration, one
+                trained on from the other's file, or both in the original space), and adds their cores. "cat" is for
+                calibrated adapters with any bases; the new one has as many rows in its bases as all of them together.
 
         Raises:
             ValueError: the bases differ, the adapters hold modules trained whole, or the arguments do not fit; the
                 message says what to do instead. Nothing has been changed then.
         """
-        if combination_type != "linear":
-            raise ValueError(f'combination_type must be "linear", found {combination_type!r}')
-        add_weighted_sum(self, adapters, weights, adapter_name)
+        if combination_type not in ("linear", "cat"):
+            raise ValueError(f'combination_type must be "linear" or "cat", found {combination_type!r}')
+        add_weighted_sum(self, adapters, weights, adapter_name, joined=combination_type == "cat")
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
