@@ -13,12 +13,10 @@ from transformers import set_seed
 from ..method.gradients import Step, default_loss
 from ..method.groups import group_linears, linear_shape
 from ..run.arguments import RunArguments
-from ..run.base import load_model, without_weights
+from ..run.base import load_model
 from ..run.kinds import KINDS
-from ..run.methods import adapt, check_layers
-from ..run.pretrained import load_config, model_path
+from ..run.methods import adapt, check_layers, load_run_task
 from ..run.quiet import quiet
-from ..tasks.load import load_task
 
 MOST_BLOCKS = 6
 """Of how many blocks gradients are measured, evenly spaced: bases of its own for each layer take memory."""
@@ -109,11 +107,8 @@ def prepare(arguments: RunArguments, block: int | None) -> Scene:
         ValueError: no training rows, no MLP layers, sizes or a block that the model does not have; all of it before the
             weights are loaded, where the model's config alone says it.
     """
-    task = load_task(arguments.task, arguments.data)
-    if "train" not in task.splits:
-        raise ValueError(f"{task.name} has no training rows in {task.source}")
+    task, shapes = load_run_task(arguments)
     kind = KINDS[task.kind]
-    shapes = without_weights(load_config(model_path(arguments.model)), task.kind)
     if shapes is not None:
         choose_block(group_linears(shapes, check_layers(shapes, arguments)), block)
     set_seed(arguments.seeds[0])

@@ -12,16 +12,15 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from ..tasks.load import load_task
 from .arguments import WHOLE, RunArguments
-from .base import load_model, without_weights
+from .base import load_model
 from .card import card
 from .environment import environment
 from .folder import RunFolder, save_whole, write_whole
 from .kinds import KINDS
-from .methods import adapt, check_layers, trained_entries
+from .methods import adapt, load_run_task, trained_entries
 from .picture import write_curves
-from .pretrained import load_config, model_path
+from .pretrained import model_path
 from .progress import Progress
 from .quiet import quiet
 from .trainer import MeasureTraining, RunTrainer, scorer, stopping, trainer_arguments
@@ -73,15 +72,8 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         reporter.say(f"{folder}: this run is finished already, nothing is done")
         shutil.rmtree(folder.checkpoints, ignore_errors=True)  # a kill may have left some
         return folder.read_result()
-    task = load_task(arguments.task, arguments.data)
-    if "train" not in task.splits:
-        raise ValueError(f"{task.name} has no training rows in {task.source}")
+    task, _ = load_run_task(arguments)
     kind = KINDS[task.kind]
-
-    # Whether there is such a model, with such layers: in plain words, and before its weights are downloaded.
-    shapes = without_weights(load_config(model_path(arguments.model)), task.kind)
-    if shapes is not None:
-        check_layers(shapes, arguments)
     set_seed(seed)
     processor = kind.processor(arguments.model)
     with quiet():
