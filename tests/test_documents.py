@@ -22,7 +22,7 @@ from sparsegrad_peft.study.experiment import SHIPPED
 ROOT = Path(__file__).parents[1]
 BLOCKS = [
     (document, language, code)
-    for document in ("README.md", "docs/pytorch.md")
+    for document in ("README.md", "docs/peft.md", "docs/pytorch.md")
     for language, code in re.findall(r"```(\w+)\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
 ]
 PYTHON = [code for _, language, code in BLOCKS if language == "python"]
@@ -44,12 +44,12 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_counts() -> None:
-    assert len(PYTHON) == 4
+    assert len(PYTHON) == 5
     assert len(RESULTS) == 4
     assert len(SPEED) == 7
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 def test_readme_python_runs(number: int, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(PYTHON[number], encoding="utf-8")
