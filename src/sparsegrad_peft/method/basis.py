@@ -34,8 +34,8 @@ class Basis(nn.Module):
 
     Share the module, not its tensors, between the layers of a group: a tensor that is a buffer of two modules becomes
     two tensors at the first `.to()`, a shared module stays one. The bases keep the data type they were made in when the
-    model is cast (`.half()`, `.to(torch.bfloat16)`), because a rounded basis is no longer orthogonal; devices are
-    followed.
+    model is cast (`.half()`, `.to(torch.bfloat16)`): rounded later, it would no longer be the one that the core was
+    trained in. Devices are followed.
 
     Args:
         U: (c, in), the input side; c = in is a complete basis. None stands for the identity.

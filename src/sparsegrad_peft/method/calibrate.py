@@ -54,9 +54,8 @@ class GramStatistics:
             norm = float(G.norm()) or 1.0
             # Before the products, where the square of a tiny norm would underflow; in place if G is a copy already.
             G = G / norm if G is given else G.div_(norm)
-        with torch.autocast(
-            autocast_kind(G.device), enabled=False
-        ):  # a caller's: the products would be rounded to its type
+        # A caller's autocast would round the products to its type.
+        with torch.autocast(autocast_kind(G.device), enabled=False):
             self.gram_in.addmm_(G.T, G if self.probe_in is None else G @ self.probe_in)
             self.gram_out.addmm_(G, G.T if self.probe_out is None else G.T @ self.probe_out)
         if self.probe_in is not None or self.probe_out is not None:

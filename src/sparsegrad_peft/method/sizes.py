@@ -82,13 +82,7 @@ class Sizes:
     @property
     def complete(self) -> bool:
         """Whether both sides of every layer are whole."""
-        return (
-            (self.c or self.narrow)
-            == (self.r or self.narrow)
-            == (self.c or self.wide)
-            == (self.r or self.wide)
-            == "full"
-        )
+        return self.of(1, 2) == self.of(2, 1) == ("full", "full")
 
     def check(self, out_features: int, in_features: int, whose: str) -> tuple[Rows, Rows]:
         """(r, c) of a layer of that shape.
