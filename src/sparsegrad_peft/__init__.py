@@ -29,6 +29,7 @@ _HOME = {
     "group_linears": "method.groups",
     "param_groups": "method.surgery",
     "refresh": "method.refresh",
+    "refresh_adapter": "tuner.refresh",
     "replace_linears": "method.surgery",
     "renew_positions": "method.refresh",
     "restore_linears": "method.surgery",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from .tuner.calibration import calibrate_adapter as calibrate_adapter
     from .tuner.config import SparseGradConfig as SparseGradConfig
     from .tuner.export import export_lora as export_lora
+    from .tuner.refresh import refresh_adapter as refresh_adapter
     from .tuner.trainer import SparseGradCalibration as SparseGradCalibration
     from .tuner.trainer import SparseGradTrainer as SparseGradTrainer
     from .tuner.trainer import SparseGradTrainerMixin as SparseGradTrainerMixin

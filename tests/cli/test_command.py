@@ -341,6 +341,7 @@ FILES = {
         ("method", "@kind.json", r"expected a peft_type such as LORA, found 'NONE_SUCH'"),
         ("method", "@list.json", r"expected a peft_type such as LORA, found 'list'"),
         ("method", "@text.json", r"text.json: expected an adapter_config.json of PEFT \(Expecting value: line 1"),
+        ("calibration.refresh", "5", r"calibration.refresh is for .* complete bases .*, found sparsegrad with c = "),
         ("output", "@one.csv", r"one.csv: expected a folder to write, found a file; choose another output folder"),
         ("output", "@one.csv/run", r"one.csv/run: .*one.csv is a file, not a folder; choose another output folder"),
         ("output", "@", r"is not empty and holds no run \(no config.yaml\); choose another output folder"),

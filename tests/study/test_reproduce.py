@@ -18,8 +18,8 @@ import yaml
 from sparsegrad_peft.cli.main import main
 from sparsegrad_peft.run.search import is_alive
 from sparsegrad_peft.study.claims import Claims
-from sparsegrad_peft.study.experiment import Experiment, load_experiment
-from sparsegrad_peft.study.reproduce import Places, Reporter, best_rate, reproduce, trials_of
+from sparsegrad_peft.study.experiment import Experiment, experiment_names, load_experiment, merged
+from sparsegrad_peft.study.reproduce import Places, Reporter, best_rate, outdated, reproduce, trials_of
 
 # Optuna's own: a class that is marked as new, and one that it will rename.
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -126,6 +126,14 @@ def test_grid_search_best_and_again(load: Any, places: Places, tmp_path: Path) -
     again = Lines()
     assert reproduce([load("first"), load("second")], places, threads=1, reporter=again) == results
     assert again.begun == []
+    # Nor because of what LoRA does not read, such as a default of ours that has changed since.
+    lora = next(places.result(name) for name in results if name.endswith("lora-0"))
+    there = read(lora)
+    other = merged(there, {"config": {"adapter": {"shared": True}, "calibration": {"n_steps": 99}}})
+    lora.write_text(json.dumps(other), encoding="utf-8")
+    reproduce([load("first")], places, threads=1, reporter=again)
+    assert again.begun == []
+    lora.write_text(json.dumps(there, indent=1) + "\n", encoding="utf-8")
     retried = Lines()
     reproduce([load("second")], places, threads=1, retry=True, reporter=retried)
     assert [name.rpartition("/")[2] for name in retried.begun] == ["broken-0"]
@@ -273,6 +281,22 @@ def test_no_rate_before_the_search_is_over(metric: str, load: Any, places: Place
     ):
         write(trials[1], second)
         assert best_rate(run, trials_of(cells), places.results) == best
+
+
+def test_the_committed_results_are_of_the_shipped_experiments(places: Places) -> None:
+    """Each file is that of a run of theirs, with the settings and the learning rate that it would have now."""
+    study = Path(__file__).parents[2] / "benchmarks" / "results" / "study"
+    there = Places(study, places.runs)
+    experiments = [load_experiment(name, "cpu") for name in experiment_names(scale="cpu")]
+    cells = [cell for experiment in experiments for cell in experiment.cells()]
+    files = {path.relative_to(study).with_suffix("").as_posix() for path in study.rglob("*.json")}
+    assert len(files) > 100
+    assert files <= {cell.name for cell in cells}
+    trials = trials_of(cells)
+    assert not outdated(cells, trials, there)
+    for cell in cells:  # and its search is whole
+        if cell.name in files and cell.searched_as is not None and cell.trial is None:
+            assert best_rate(cell, trials, study) is not None, cell.name
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def refresh_folded(optimizer: SparseGradAdamW, bases: Mapping[nn.Parameter, Basi
 
 @torch.no_grad()
 def rotate_moments(
-    optimizer: SparseGradAdamW, parameter: nn.Parameter, old: Basis, new: Basis, shape: Sequence[int]
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, old: Basis, new: Basis, shape: Sequence[int]
 ) -> None:
     """Turn the moments of a core from one basis into another; `shape` is the layer's (out, in).
 

@@ -64,6 +64,8 @@ class CalibrationArguments:
     "step size of the short training run that the gradients are taken along, undone afterwards; null: stand still"
     normalize: bool = True
     "scale each gradient to norm 1, so that the first steps do not outweigh the others"
+    refresh: int | None = None
+    "new bases after every so many steps of training, for complete ones (adapter.c and r: full); default: never"
 
 
 @dataclass
@@ -155,6 +157,7 @@ class RunArguments:
         """Raise one ValueError that names every problem; before any long work starts."""
         import torch
 
+        from ..method.sizes import Sizes
         from ..tasks.metrics import check_metrics
         from ..tuner.config import SparseGradConfig
         from .methods import read_config
@@ -187,6 +190,12 @@ class RunArguments:
         selects = adapter.density is not None or adapter.k is not None
         if selects and self.method not in ("sparsegrad", "meprop"):
             problems.append(f"adapter.density and adapter.k are not for method {self.method!r}")
+        sizes = Sizes(adapter.narrow, adapter.wide, adapter.c, adapter.r)
+        if self.calibration.refresh is not None and not (self.method == "sparsegrad" and sizes.complete):
+            problems.append(
+                "calibration.refresh is for method sparsegrad with complete bases (adapter.c and adapter.r: full), "
+                f"found {self.method} with {sizes}"
+            )
         if training.rest_learning_rate is not None and self.method in WHOLE:
             problems.append(
                 f"training.rest_learning_rate is for what trains beside an adapter, found method {self.method!r}"
@@ -194,8 +203,9 @@ class RunArguments:
         if self.method == "galore" and find_spec("galore_torch") is None:
             problems.append("method galore needs its package: pip install galore-torch")
         for name, least in {
-            "adapter.k": 1, "adapter.rank": 1, "calibration.n_steps": 1, "training.batch_size": 1,
-            "training.gradient_accumulation": 1, "training.patience": 1, "training.evaluations": 1,
+            "adapter.k": 1, "adapter.rank": 1, "calibration.n_steps": 1, "calibration.refresh": 1,
+            "training.batch_size": 1, "training.gradient_accumulation": 1, "training.patience": 1,
+            "training.evaluations": 1,
         }.items():  # fmt: skip
             value = _value(self, name)
             if value is not None and value < least:

@@ -104,6 +104,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         preprocess_logits_for_metrics=kind.reduced,
         callbacks=[reporter, training, *stopping(arguments), *callbacks],
         calibration=adapted.calibration,
+        refresh_every=arguments.calibration.refresh,
         density=adapted.density,
         k=adapted.k,
         rest_learning_rate=arguments.training.rest_learning_rate,

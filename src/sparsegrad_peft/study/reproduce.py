@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from ..cli.train import as_arguments
-from ..run.arguments import RunArguments, flat
+from ..run.arguments import METHODS, RunArguments, flat
 from ..run.environment import environment
 from ..run.folder import RunFolder, write_whole
 from ..run.pretrained import load_config, model_path
@@ -28,6 +28,7 @@ from .claims import Claims
 from .experiment import Cell, Experiment
 
 _POLL = 3.0  # seconds between two looks at what others are doing
+_OF_SPARSEGRAD = ("calibration.", "adapter.shared")
 _ATTEMPTS = 2  # a run whose process was killed so often is given up
 
 
@@ -97,7 +98,7 @@ def reproduce(
     for cell in cells if retry else ():
         if places.result(cell.name).is_file() and _read(places.result(cell.name))["status"] != "finished":
             _forget(cell, places, claims)
-    _outdated(cells, trials, places, claims, retry)
+    _renewed(cells, trials, places, claims, retry)
     while True:
         for name, result in claims.results():
             if not places.result(name).is_file():
@@ -105,18 +106,34 @@ def reproduce(
         left = [cell for cell in cells if not places.result(cell.name).is_file()]
         reporter.counts(len(cells) - len(left), len(cells))
         if not left:
-            if _outdated(cells, trials, places, claims, retry):
+            if _renewed(cells, trials, places, claims, retry):
                 continue
             return {cell.name: _read(places.result(cell.name)) for cell in cells}
         if not any(_take(cell, trials, places, claims, threads, reporter) for cell in left):
             time.sleep(_POLL)
 
 
-def _outdated(cells: list[Cell], trials: Mapping[str, list[str]], places: Places, claims: Claims, retry: bool) -> bool:
+def _renewed(cells: list[Cell], trials: Mapping[str, list[str]], places: Places, claims: Claims, retry: bool) -> bool:
     """Whether results were made with other settings than their runs have now; with `retry` they are removed.
 
     Raises:
         ValueError: there are some, and they are not to be removed: tables would mix two experiments.
+    """
+    found = outdated(cells, trials, places)
+    if found and not retry:
+        raise ValueError(
+            f"{len(found)} results were made with other settings than their experiments have now: "
+            f"{', '.join(words for _, words in found[:4])}{', ...' if len(found) > 4 else ''}. --retry runs them "
+            "again; or keep them, with the experiments that they are of, in a folder of their own"
+        )
+    for cell, _ in found:
+        _forget(cell, places, claims)
+    return bool(found)
+
+
+def outdated(cells: Iterable[Cell], trials: Mapping[str, list[str]], places: Places) -> list[tuple[Cell, str]]:
+    """Results that were made with other settings than their runs have now, or with another learning rate than the
+    search gives: the run, and what differs.
     """
     found = []
     for cell in cells:
@@ -127,15 +144,7 @@ def _outdated(cells: list[Cell], trials: Mapping[str, list[str]], places: Places
             differ = [f"{key} {was[key]}, now {now[key]}" for key in was.keys() & now.keys() if was[key] != now[key]]
             if differ:
                 found.append((cell, f"{places.result(cell.name)} ({'; '.join(sorted(differ))})"))
-    if found and not retry:
-        raise ValueError(
-            f"{len(found)} results were made with other settings than their experiments have now: "
-            f"{', '.join(words for _, words in found[:4])}{', ...' if len(found) > 4 else ''}. --retry runs them "
-            "again; or keep them, with the experiments that they are of, in a folder of their own"
-        )
-    for cell, _ in found:
-        _forget(cell, places, claims)
-    return bool(found)
+    return found
 
 
 def _forget(cell: Cell, places: Places, claims: Claims) -> None:
@@ -272,6 +281,8 @@ def _same(arguments: RunArguments, results: Path) -> dict[str, Any] | None:
 def _given(config: dict[str, Any]) -> dict[str, Any]:
     """What decides on a run; a setting that is not given may be one that an earlier version did not have."""
     found = {name: value for name, value in flat(config).items() if value is not None and name != "output"}
+    if found["method"] in METHODS and found["method"] != "sparsegrad":  # what those do not read
+        found = {name: value for name, value in found.items() if not name.startswith(_OF_SPARSEGRAD)}
     if str(found["method"]).endswith(".json"):  # a PEFT config, wherever the experiments are installed
         found["method"] = Path(found["method"]).name
     return found

@@ -6,6 +6,7 @@
     model        which module is replaced by what; saving and loading of shared bases
     bases        which layers share a basis, and how they get it
     calibration  bases for an adapter, after get_peft_model
+    refresh      new bases for it in mid-training
     offload      adapters of models whose weights wait on the CPU or on disk
     trainer      calibration and optimizer inside transformers.Trainer
     combine      a weighted sum of adapters

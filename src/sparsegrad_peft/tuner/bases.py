@@ -56,13 +56,13 @@ def set_bases(model: nn.Module, adapter_name: str, groups: Mapping[str, list[str
             layer = layers[name]
             device = layer.device_of(adapter_name)
             if device not in copies:
-                copies[device] = _on(device, bases[group])
+                copies[device] = on_device(device, bases[group])
             layer.set_basis(adapter_name, copies[device])
             r, c = layer.sparsegrad_S[adapter_name].shape
             config.core_shapes[layer_key(model, name)] = [group, r, c, layer.out_features, layer.in_features]
 
 
-def _on(device: torch.device, basis: Basis) -> Basis:
+def on_device(device: torch.device, basis: Basis) -> Basis:
     """The basis itself if it is there, else a copy: `.to` would move it away from under the other layers."""
     return basis if all(buffer.device == device for buffer in basis.buffers()) else deepcopy(basis).to(device)
 

@@ -87,18 +87,30 @@ def calibrate_adapter(
     if not peft_config.shared:
         _warn_of_large_bases(layers, wrapped_groups(model, layers, shared=True), peft_config)
     if calibration is None:
-        if config is None:
-            names = {field.name for field in fields(CalibrationConfig)} & set(options)
-            config = replace(RECOMMENDED, **{name: options.pop(name) for name in names})
+        config = config_from(config, options)
         with _left_out(adapter_name, layers.values()):
             calibration = calibrate(model, batches, groups=groups, sizes=peft_config.sizes, config=config, **options)
-    elif {name: tuple(names) for name, names in groups.items()} != {n: g.layers for n, g in calibration.groups.items()}:
-        raise ValueError(f"the statistics are of groups {list(calibration.groups)}, the adapter has {list(groups)}")
+    else:
+        check_groups(calibration, groups)
     bases = calibration.bases(
         sizes=peft_config.sizes, dtype=peft_config.dtype_of_bases, progress=bool(options.get("progress", True))
     )
     set_bases(model, adapter_name, groups, bases)
     return calibration
+
+
+def config_from(config: CalibrationConfig | None, options: dict[str, Any]) -> CalibrationConfig:
+    """`config`; where there is none, `RECOMMENDED` with the fields of it that are taken out of `options`."""
+    if config is not None:
+        return config
+    names = {field.name for field in fields(CalibrationConfig)} & set(options)
+    return replace(RECOMMENDED, **{name: options.pop(name) for name in names})
+
+
+def check_groups(calibration: Calibration, groups: Mapping[str, list[str]]) -> None:
+    """Raise unless ready statistics are of these groups of layers."""
+    if {name: tuple(names) for name, names in groups.items()} != {n: g.layers for n, g in calibration.groups.items()}:
+        raise ValueError(f"the statistics are of groups {list(calibration.groups)}, the adapter has {list(groups)}")
 
 
 def _warn_of_large_bases(

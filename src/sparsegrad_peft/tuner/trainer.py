@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..method.calibrate import CalibrationConfig
-from ..method.gradients import default_loss
 from ..method.optim import SparseGradAdamW
 from ..method.surgery import param_groups
 from .calibration import calibrate_adapter
 from .config import SparseGradConfig
+from .refresh import refresh_adapter, truncated
 
 _COUNTED = ("_metrics", "_total_train_tokens")
 
@@ -47,12 +47,15 @@ class SparseGradTrainerMixin:
         rest_learning_rate: of what trains besides the cores, such as the head; None: the same as theirs.
         stop_if_not_finite: raise `TrainingDivergedError` at the first loss that is not finite.
         progress: show a bar while calibrating; None: as `disable_tqdm` says.
+        refresh_every: steps after which an adapter with complete bases gets new ones, again and again (see
+            `refresh_adapter`); in one process. None: never.
         own_optimizer: False leaves the optimizer to the Trainer (`optim`, `optimizer_cls_and_kwargs`), for a model
             without SparseGrad layers.
 
     Raises:
         ValueError: another optimizer was asked for (`optim`, `optimizer_cls_and_kwargs`); or one was passed in, and
-            `density`, `k` or `rest_learning_rate` as well, which it would not know.
+            `density`, `k` or `rest_learning_rate` as well, which it would not know; `refresh_every` with truncated
+            bases or in several processes.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class SparseGradTrainerMixin:
         rest_learning_rate: float | None = None,
         stop_if_not_finite: bool = True,
         progress: bool | None = None,
+        refresh_every: int | None = None,
         own_optimizer: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -76,6 +80,15 @@ class SparseGradTrainerMixin:
         super().__init__(*args, **kwargs)
         given = {"density": density, "k": k, "rest_learning_rate": rest_learning_rate}
         lost = [f"{name}={value}" for name, value in given.items() if value is not None]
+        if refresh_every is not None:
+            if refresh_every < 1:
+                raise ValueError(f"refresh_every must be at least 1, found {refresh_every}")
+            if self.args.world_size > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("refresh_every is for training in one process; leave it out")
+            for name, peft_config in _active(self.model).items():
+                if not peft_config.sizes.complete:
+                    raise ValueError(truncated(name))
+            self.add_callback(_Refreshing(self, refresh_every))
         if self.optimizer is not None:
             if lost:
                 raise ValueError(f"an optimizer was passed in, which does not know {', '.join(lost)}; give one of both")
@@ -124,6 +137,13 @@ class SparseGradTrainerMixin:
         return optimizer
 
     def _calibrate(self: Any, adapter_name: str) -> None:
+        show = not self.args.disable_tqdm if self.calibration_progress is None else self.calibration_progress
+        self._on_training_batches(calibrate_adapter, adapter_name=adapter_name, progress=show)
+
+    def _refresh(self: Any, adapter_name: str) -> None:
+        self._on_training_batches(refresh_adapter, optimizer=self.optimizer, adapter_name=adapter_name, progress=False)
+
+    def _on_training_batches(self: Any, calibrates: Callable[..., Any], **options: Any) -> None:
         """On the training loader, through `compute_loss`; the trainer is then as if it had not happened."""
 
         def loss_of(model: nn.Module, batch: Any) -> Tensor:
@@ -136,11 +156,9 @@ class SparseGradTrainerMixin:
         # TRL's trainers count in compute_loss what they log.
         counted = {name: copy.deepcopy(vars(self)[name]) for name in _COUNTED if name in vars(self)}
         loaders = list(self.accelerator._dataloaders)
-        show = not self.args.disable_tqdm if self.calibration_progress is None else self.calibration_progress
         try:
-            calibrate_from(
-                self.model, adapter_name, self.get_train_dataloader, loss_of, self.sparsegrad_calibration, show
-            )
+            with closing(_Batches(self.get_train_dataloader)) as batches:
+                calibrates(self.model, batches, loss_fn=loss_of, config=self.sparsegrad_calibration, **options)
         finally:
             vars(self).update(counted)
             self.accelerator._dataloaders[:] = loaders
@@ -183,6 +201,19 @@ class SparseGradTrainerMixin:
         return loss
 
 
+class _Refreshing(TrainerCallback):
+    """After a step, and before its checkpoint is written: a resumed run goes on with the same bases and moments."""
+
+    def __init__(self, trainer: Any, every: int) -> None:
+        self.trainer, self.every = trainer, every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """New bases where the number of steps says so; after the last step there is nothing to have them for."""
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            for name in calibrated(self.trainer.model):
+                self.trainer._refresh(name)
+
+
 class SparseGradTrainer(SparseGradTrainerMixin, Trainer):
     """`transformers.Trainer` that calibrates the adapter before its first step and trains it with `SparseGradAdamW`."""
 
@@ -222,7 +253,8 @@ class SparseGradCalibration(TrainerCallback):
             )
         for name in names:
             old = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            calibrate_from(model, name, lambda: loader, default_loss, self.config, not args.disable_tqdm)
+            with closing(_Batches(lambda: loader)) as batches:
+                calibrate_adapter(model, batches, adapter_name=name, config=self.config, progress=not args.disable_tqdm)
             new = {id(old[n]): p for n, p in model.named_parameters() if n in old and p is not old[n]}
             for group in optimizer.param_groups:
                 group["params"] = [new.get(id(parameter), parameter) for parameter in group["params"]]
@@ -230,17 +262,21 @@ class SparseGradCalibration(TrainerCallback):
 
 def uncalibrated(model: nn.Module) -> list[str]:
     """Names of the active SparseGrad adapters that have no bases and want some."""
+    return [name for name, config in _active(model).items() if not config.calibrated and not config.original_space]
+
+
+def calibrated(model: nn.Module) -> list[str]:
+    """Names of the active SparseGrad adapters that have bases."""
+    return [name for name, config in _active(model).items() if config.calibrated]
+
+
+def _active(model: nn.Module) -> dict[str, SparseGradConfig]:
     configs = getattr(model, "peft_config", {})
     if not configs:  # a transformers model without an adapter raises when it is asked for the active ones
-        return []
+        return {}
     active: Any = model.active_adapters
-    return [
-        name
-        for name in (active() if callable(active) else active)
-        if isinstance(configs.get(name), SparseGradConfig)
-        and not configs[name].calibrated
-        and not configs[name].original_space
-    ]
+    names = active() if callable(active) else active
+    return {name: configs[name] for name in names if isinstance(configs.get(name), SparseGradConfig)}
 
 
 def adapter_parameters(model: nn.Module) -> tuple[set[int], bool]:
@@ -260,19 +296,6 @@ def adapter_parameters(model: nn.Module) -> tuple[set[int], bool]:
         if (child := getattr(layer, name, None)) is not None
         for parameter in (child.parameters() if isinstance(child, nn.Module) else ())
     }, False
-
-
-def calibrate_from(
-    model: nn.Module,
-    adapter_name: str,
-    make_loader: Callable[[], Any],
-    loss_fn: Callable[[nn.Module, Any], Tensor],
-    config: CalibrationConfig | None,
-    progress: bool,
-) -> None:
-    """Calibrate on the batches of a trainer's loader, which is then as if it had never been read from."""
-    with closing(_Batches(make_loader)) as batches:
-        calibrate_adapter(model, batches, adapter_name=adapter_name, loss_fn=loss_fn, config=config, progress=progress)
 
 
 class _Batches:
