@@ -140,7 +140,8 @@ def test_head_that_comes_with_the_model(tiny_bert: Path, tmp_path: Path) -> None
     """Kept where its size is right, made anew elsewhere."""
     import torch
 
-    from sparsegrad_peft.run.base import load_model, load_tokenizer
+    from sparsegrad_peft.run.base import load_model
+    from sparsegrad_peft.run.pretrained import load_tokenizer
     from sparsegrad_peft.tasks.task import Task
 
     tokenizer = load_tokenizer(str(tiny_bert))

@@ -17,8 +17,9 @@ from transformers import AutoModelForSequenceClassification
 
 import sparsegrad_peft.run.train as train_module
 from sparsegrad_peft.run.arguments import RunArguments
-from sparsegrad_peft.run.base import load_model, load_tokenizer
+from sparsegrad_peft.run.base import load_model
 from sparsegrad_peft.run.folder import RunFolder
+from sparsegrad_peft.run.pretrained import load_tokenizer
 from sparsegrad_peft.run.quiet import quiet
 from sparsegrad_peft.run.train import last_sixth, output_folder, train
 from sparsegrad_peft.run.use import evaluate, open_run, predict

@@ -13,9 +13,9 @@ from transformers import set_seed
 from ..method.gradients import Step, default_loss
 from ..method.groups import group_linears, linear_shape
 from ..run.arguments import RunArguments
-from ..run.base import load_model
+from ..run.base import load_model, load_run_task
 from ..run.kinds import KINDS
-from ..run.methods import adapt, check_layers, load_run_task
+from ..run.methods import adapt, check_layers
 from ..run.quiet import quiet
 
 MOST_BLOCKS = 6

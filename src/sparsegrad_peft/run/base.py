@@ -10,12 +10,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig
 
+from ..tasks.load import load_task
 from ..tasks.task import TEXT, Task
+from .arguments import RunArguments
 from .kinds import KINDS
-from .pretrained import first_line, load_config, load_tokenizer, model_path
+from .methods import check_layers
+from .pretrained import first_line, load_config, model_path
 from .quiet import quiet
-
-__all__ = ["load_config", "load_model", "load_tokenizer", "model_path", "without_weights"]
 
 
 def load_model(model: str, task: Task, tokenizer: Any, folder: str | Path | None = None) -> nn.Module:
@@ -61,3 +62,18 @@ def without_weights(config: PretrainedConfig, kind: str = TEXT) -> nn.Module | N
     except (RuntimeError, NotImplementedError):
         return None
     return found
+
+
+def load_run_task(arguments: RunArguments) -> tuple[Task, nn.Module | None]:
+    """The task of a run, and its model's modules without weights, None for a model that needs them to be made.
+
+    Raises:
+        ValueError: no training rows, no such model, or see `check_layers`: in plain words, before weights are loaded.
+    """
+    task = load_task(arguments.task, arguments.data)
+    if "train" not in task.splits:
+        raise ValueError(f"{task.name} has no training rows in {task.source}")
+    shapes = without_weights(load_config(model_path(arguments.model)), task.kind)
+    if shapes is not None:
+        check_layers(shapes, arguments)
+    return task, shapes

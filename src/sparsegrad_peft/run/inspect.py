@@ -28,7 +28,7 @@ from ..method.sizes import Rows, Sizes
 from ..method.sketch import sketch_width
 from ..tuner.config import SparseGradConfig, dtype_of_bases
 from ..tuner.targets import _ATTENTION, TARGETS, find_mlp_linears
-from .base import first_line, load_config
+from .pretrained import first_line, load_config
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,15 +13,11 @@ from ..method.gradients import Trajectory, sign_step
 from ..method.groups import linear_shape
 from ..method.sizes import Sizes
 from ..tasks.arguments import kind_of
-from ..tasks.load import load_task
-from ..tasks.task import Task
 from ..tuner.config import SparseGradConfig
 from ..tuner.targets import mlp_linears
 from ..tuner.trainer import adapter_parameters
 from .arguments import METHODS, WHOLE, CalibrationArguments, RunArguments
-from .base import without_weights
 from .kinds import KINDS
-from .pretrained import load_config, model_path
 
 
 @dataclass
@@ -136,21 +132,6 @@ def check_layers(model: nn.Module, arguments: RunArguments) -> list[str]:
     if arguments.method in ("sparsegrad", "meprop"):
         check_sizes(model, targets, arguments)
     return targets
-
-
-def load_run_task(arguments: RunArguments) -> tuple[Task, nn.Module | None]:
-    """The task of a run, and its model's modules without weights, None for a model that needs them to be made.
-
-    Raises:
-        ValueError: no training rows, no such model, or see `check_layers`: in plain words, before weights are loaded.
-    """
-    task = load_task(arguments.task, arguments.data)
-    if "train" not in task.splits:
-        raise ValueError(f"{task.name} has no training rows in {task.source}")
-    shapes = without_weights(load_config(model_path(arguments.model)), task.kind)
-    if shapes is not None:
-        check_layers(shapes, arguments)
-    return task, shapes
 
 
 def in_layers(targets: list[str], layers: list[int] | None) -> list[str]:

@@ -13,12 +13,12 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from .arguments import WHOLE, RunArguments
-from .base import load_model
+from .base import load_model, load_run_task
 from .card import card
 from .environment import environment
 from .folder import RunFolder, save_whole, write_whole
 from .kinds import KINDS
-from .methods import adapt, load_run_task, trained_entries
+from .methods import adapt, trained_entries
 from .picture import write_curves
 from .pretrained import model_path
 from .progress import Progress
