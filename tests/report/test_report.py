@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from sparsegrad_peft.cli.main import main
+from sparsegrad_peft.inspection.inspect import inspect
 from sparsegrad_peft.report.compare import cells, compare, mean_of_tasks
 from sparsegrad_peft.report.figures import pareto
 from sparsegrad_peft.report.page import page, verdict
@@ -23,7 +24,6 @@ from sparsegrad_peft.report.parameters import parameters
 from sparsegrad_peft.report.results import Run, Section, read_runs, read_sections
 from sparsegrad_peft.report.tables import comparisons, costs, costs_by_task, every_run, scores, searches, tables_of
 from sparsegrad_peft.report.write import markdown
-from sparsegrad_peft.run.inspect import inspect
 from sparsegrad_peft.study.models import FOLDER, PUBLISHED
 
 SCORES = {  # task -> method -> score of each seed

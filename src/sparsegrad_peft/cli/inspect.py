@@ -35,7 +35,8 @@ def main(argv: list[str]) -> None:
     as_json, model = found.pop("json"), found.pop("model")
     from rich.console import Console
 
-    from ..run.inspect import inspect, render
+    from ..inspection.inspect import inspect
+    from ..inspection.tables import render
     from ..run.pretrained import model_path
     from ..study.models import shipped_model
 

@@ -10,7 +10,7 @@ _PARTS = ("embeddings", "attention", "mlp", "norms", "head")
 
 def parameters() -> Table:
     """Models down, parts across, the published numbers in brackets."""
-    from ..run.inspect import inspect
+    from ..inspection.inspect import inspect
 
     rows = []
     for name in model_names():

@@ -10,5 +10,4 @@ environment  commit, versions, machine
 folder       the files of a run: written whole or not at all
 picture      loss and score as an image
 use          a finished run: evaluate, predict, merge
-inspect      what a model consists of, from its config alone
 """

@@ -1,24 +1,12 @@
-"""What SparseGrad would do to a model, from its config alone: parameters by part, groups of layers, bytes a method.
-
-    config.json ──► the model's modules on the meta device ──► ModelParts, GroupRow, MethodBytes
-
-No weight is downloaded or allocated, so a model of any size is looked at in a second. Every number is computed, none is
-measured; activations are left out, because they depend on the batch.
-"""
+"""The layers that SparseGrad would take, and the bytes that each way of fine-tuning holds."""
 
 from __future__ import annotations
 
-import copy
-import re
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import transformers
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
-from rich.table import Table
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -27,67 +15,14 @@ from ..method.selection import resolve_k
 from ..method.sizes import Rows, Sizes
 from ..method.sketch import sketch_width
 from ..tuner.config import SparseGradConfig, dtype_of_bases
-from ..tuner.targets import _ATTENTION, TARGETS, find_mlp_linears
-from .pretrained import first_line, load_config
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from .built import built, model_type_of, targets
+from .parts import ModelParts, parts_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FLOAT32 = 4  # bytes; complete bases and whatever trains are held in float32
 _MOMENTS = 8  # bytes an entry: AdamW's two moments
 _TOUCHED = 12  # bytes an entry that was ever selected: position and two moments, see method/optim.py
 _COO = 20  # bytes an entry of a COO gradient: row and column (int64), value
-
-_HEADS = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-"""PEFT's task types -> the model with the head for it."""
-
-_EMBEDDING_NAME = re.compile(r"embed|position|(cls|mask|class|distillation)_token", re.IGNORECASE)
-# A head lies beside the blocks, not in one of them.
-_HEAD_NAME = re.compile(
-    r"(^|\.)(classifier|score|cls|pooler|head|proj_out|embed_out|qa_outputs|vocab_\w+|logits_proj|sequence_summary|"
-    r"\w+_(head|classifier|predictions))\."
-)
-# Where the MLP is not made of linear layers, as with fused experts.
-_MLP_NAME = re.compile(r"(^|\.)(mlp|ffn|feed_?forward|(block_sparse_)?moe|experts)\.", re.IGNORECASE)
-_IN_BLOCK = re.compile(r"(^|\.)\d+\.")
-
-
-@dataclass(frozen=True)
-class ModelParts:
-    """Parameters of a model by part; each parameter is in exactly one, a tied one is counted once.
-
-    Attributes:
-        embeddings: of tokens, positions and patches. A head tied to them is counted here.
-        attention: projections, and whatever else lies in an attention module.
-        mlp: the MLP's layers with their biases.
-        norms: every normalization, by the name of its class.
-        head: language model head, classifier, pooler.
-        other: the rest.
-    """
-
-    embeddings: int = 0
-    attention: int = 0
-    mlp: int = 0
-    norms: int = 0
-    head: int = 0
-    other: int = 0
-
-    @property
-    def total(self) -> int:
-        """All parameters of the model."""
-        return sum(getattr(self, field.name) for field in fields(self))
-
-    def share(self, part: str) -> float:
-        """Share of a part in the whole, 0 to 1."""
-        return float(getattr(self, part) / self.total)
 
 
 @dataclass(frozen=True)
@@ -257,25 +192,25 @@ def inspect(
     defaults = SparseGradConfig()
     sizes = Sizes(defaults.narrow if narrow is None else narrow, defaults.wide if wide is None else wide, c, r)
     shared = defaults.shared if shared is None else shared
-    built = _built(model, task_type, num_labels)
-    targets = _targets(built, target_modules, task_type)
-    groups = group_linears(built, targets)  # by role, for a short table; with bases of its own, a layer has a pair
-    parts = _parts(built, {name for names in groups.values() for name in names})
-    rows = [_group_row(built, name, names, sizes, shared, density) for name, names in groups.items()]
+    modules = built(model, task_type, num_labels)
+    wanted = targets(modules, target_modules, task_type)
+    groups = group_linears(modules, wanted)  # by role, for a short table; with bases of its own, a layer has a pair
+    parts = parts_of(modules, {name for names in groups.values() for name in names})
+    rows = [_group_row(modules, name, names, sizes, shared, density) for name, names in groups.items()]
     width = _DTYPES[dtype_name].itemsize
     # A gradient has the type of the weights; the sums are float32, so a narrower one is copied.
     gradient = max(row.out * row.in_ for row in rows) * (width if width == _FLOAT32 else width + _FLOAT32)
     rank = max(1, round(sum(row.entries for row in rows) / _lora_entries(rows)))
-    named = getattr(getattr(built, "config", None), "name_or_path", None) or type(built).__name__
+    named = getattr(getattr(modules, "config", None), "name_or_path", None) or type(modules).__name__
     return Inspection(
         model=model if isinstance(model, str) else str(named),
-        model_class=type(built).__name__,
-        model_type=_model_type(built),
+        model_class=type(modules).__name__,
+        model_type=model_type_of(modules),
         dtype=dtype_name,
         sizes=sizes,
         shared=shared,
         density=density,
-        target_modules=targets,
+        target_modules=wanted,
         parts=parts,
         groups=rows,
         calibration_bytes=sum(row.gram_bytes for row in rows) + _probe_bytes(rows) + gradient,
@@ -283,107 +218,6 @@ def inspect(
         methods=_methods(parts.total, rows, rank, density, width),
         notes=_notes(dtype_name),
     )
-
-
-def _model_type(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "model_type", None) or ""
-
-
-def _built(model: str | nn.Module | PretrainedConfig, task_type: str | None, num_labels: int | None) -> nn.Module:
-    """The model's modules, with parameters that have a shape and no storage."""
-    if isinstance(model, nn.Module):
-        return model
-    config = load_config(model) if isinstance(model, str) else copy.deepcopy(model)
-    if num_labels is not None:
-        config.num_labels = num_labels
-    try:
-        with torch.device("meta"):
-            return _construct(config, task_type)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        task = f" with a head for task_type={task_type!r}" if task_type else ""
-        raise ValueError(f"transformers has no {config.model_type} model{task}") from None
-    except (RuntimeError, NotImplementedError) as error:  # it looks at numbers while it is made
-        raise ValueError(
-            f"{config.model_type}: the model cannot be made without its weights ({first_line(error)}); load it and "
-            "pass the model itself"
-        ) from error
-
-
-def _construct(config: PretrainedConfig, task_type: str | None) -> nn.Module:
-    if task_type is not None:
-        auto = _HEADS.get(str(task_type).rpartition(".")[2].upper())
-        if auto is None:
-            raise ValueError(f"task_type must be one of {', '.join(_HEADS)}, found {task_type!r}")
-        return getattr(transformers, auto).from_config(config)
-    architectures = getattr(config, "architectures", None) or [""]
-    named = getattr(transformers, architectures[0], None)
-    return transformers.AutoModel.from_config(config) if named is None else named(config)
-
-
-def _targets(model: nn.Module, target_modules: Iterable[str] | str | None, task_type: str | None) -> list[str] | str:
-    """The layers that `SparseGradConfig(target_modules=...)` would adapt, in a form that `group_linears` takes."""
-    if target_modules is None:
-        if not _mlp_linears(model):
-            raise ValueError(
-                f"{type(model).__name__}: no MLP layers known for model_type {_model_type(model)!r}, and none found by "
-                "structure; name the layers with target_modules (endings of their names, or a regular expression)"
-            )
-        return _mlp_targets(model)
-    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        config = SparseGradConfig(target_modules="all-linear", task_type=task_type)
-        names = set(_maybe_include_all_linear_layers(config, model).target_modules or ())
-        return [name for name, _ in model.named_modules() if name in names]
-    return target_modules if isinstance(target_modules, str) else sorted(target_modules)
-
-
-def _mlp_targets(model: nn.Module) -> list[str] | str:
-    return TARGETS.get(_model_type(model)) or find_mlp_linears(model)
-
-
-def _mlp_linears(model: nn.Module) -> set[str]:
-    """Names of the MLP's linear layers, whatever SparseGrad is asked to take."""
-    try:
-        groups = group_linears(model, _mlp_targets(model))
-    except ValueError:  # nothing matches
-        return set()
-    return {name for names in groups.values() for name in names}
-
-
-def _parts(model: nn.Module, chosen: set[str]) -> ModelParts:
-    """Every parameter to its part; what is chosen as a target is the MLP where no better is known."""
-    mlp = _mlp_linears(model)
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    modules = dict(model.named_modules(remove_duplicate=False))
-    places: dict[nn.Parameter, list[str]] = defaultdict(list)  # a tied parameter has several
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        places[parameter].append(name)
-    counts: dict[str, int] = defaultdict(int)
-    for parameter, names in places.items():
-        found = []
-        for name in names:
-            owner = name.rpartition(".")[0]
-            part = "mlp" if owner in mlp else _part_of(name, modules[owner], output)
-            found.append("mlp" if part == "other" and owner in chosen and not mlp else part)
-        counts["embeddings" if "embeddings" in found else found[0]] += parameter.numel()
-    return ModelParts(**counts)
-
-
-def _part_of(name: str, owner: nn.Module, output: nn.Module | None) -> str:
-    """The part of a parameter outside the known MLP layers, from its full name and the module that holds it."""
-    if "Norm" in type(owner).__name__:
-        return "norms"
-    if isinstance(owner, nn.Embedding) or _EMBEDDING_NAME.search(name.rpartition(".")[2]):
-        return "embeddings"
-    head = _HEAD_NAME.search(name)
-    if owner is output or (head and not _IN_BLOCK.search(name[: head.start() + 1])):
-        return "head"
-    if _ATTENTION.search(name):
-        return "attention"
-    if _EMBEDDING_NAME.search(name):
-        return "embeddings"
-    return "mlp" if _MLP_NAME.search(name) else "other"
 
 
 def _group_row(model: nn.Module, name: str, layers: list[str], sizes: Sizes, shared: bool, density: float) -> GroupRow:
@@ -470,82 +304,3 @@ def _notes(dtype: str) -> list[str]:
         "optimizer, LOW-HIGH: an entry takes 12 bytes from when it is first selected. LOW is the first step, HIGH is "
         "with every entry selected at some time; a run ends between them. AdamW takes 8 bytes an entry.",
     ]
-
-
-def render(inspection: Inspection, console: Console) -> None:
-    """Print an inspection as tables that fit into 80 columns."""
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
-
-    calibration = inspection.calibration_bytes
-    say(f"{inspection.model}: {inspection.model_class}, {inspection.parts.total:,} parameters")
-    console.print(_parts_table(inspection.parts))
-    console.print(_groups_table(inspection))
-    for number, group in enumerate(inspection.groups, 1):
-        say(f"{number:>3} {group.name}")
-    say("\nCalibration adds at its peak, for its sums and one gradient: "
-        f"{_in(calibration, _unit(calibration))} {_unit(calibration)}")  # fmt: skip
-    console.print(_methods_table(inspection))
-    say("")
-    for note in inspection.notes:
-        say(f"- {note}")
-
-
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", overflow="fold")
-    return table
-
-
-def _parts_table(parts: ModelParts) -> Table:
-    table = _table("Parameters by part", "part", "parameters", "share, %")
-    for field in fields(parts):
-        name = "MLP" if field.name == "mlp" else field.name
-        table.add_row(name, f"{getattr(parts, field.name):,}", f"{100 * parts.share(field.name):.1f}")
-    table.add_row("all", f"{parts.total:,}", "100.0", style="bold")
-    return table
-
-
-def _groups_table(i: Inspection) -> Table:
-    table = _table(
-        f"Layers to adapt: {i.sizes}, k at density {i.density:.4g}",
-        "no.", "layers", "out x in", "core r x c", "entries\na layer", "entries", "k a\nlayer", "bases,\nMB",
-    )  # fmt: skip
-    for number, g in enumerate(i.groups, 1):
-        table.add_row(f"{number:>3}", str(g.layers), f"{g.out}x{g.in_}", f"{g.r}x{g.c}", f"{g.entries_per_layer:,}",
-                      f"{g.entries:,}", f"{g.k_per_layer:,}", _in(g.bases_bytes, "MB"))  # fmt: skip
-    bases = _in(sum(g.bases_bytes for g in i.groups), "MB")
-    table.add_row("all", str(i.layers), "", "", "", f"{i.entries:,}", "", bases, style="bold")
-    return table
-
-
-def _methods_table(i: Inspection) -> Table:
-    unit = _unit(max(method.total_bytes_high for method in i.methods))
-    table = _table(
-        f"Memory of each method, in {unit} ({'1e9' if unit == 'GB' else '1e6'} bytes)",
-        "what trains", "trained,\nmillion", "weights", "bases", "gradients", "optimizer", "in all,\nat most",
-    )  # fmt: skip
-    for m in i.methods:
-        low, high = _in(m.optimizer_bytes_low, unit), _in(m.optimizer_bytes_high, unit)
-        table.add_row(m.name, _figure(m.trained / 1e6), _in(m.weights_bytes, unit), _in(m.bases_bytes, unit),
-                      _in(m.gradients_bytes, unit), low if low == high else f"{low}-{high}",
-                      _in(m.total_bytes_high, unit))  # fmt: skip
-    return table
-
-
-def _unit(largest: int) -> str:
-    return "GB" if largest >= 10**10 else "MB"
-
-
-def _in(number: int, unit: str) -> str:
-    """Bytes in a decimal unit."""
-    return _figure(number / (1e9 if unit == "GB" else 1e6))
-
-
-def _figure(value: float) -> str:
-    """About three figures, without exponents."""
-    if value == 0:
-        return "0"
-    return f"{value:,.3f}" if value < 1 else f"{value:,.2f}" if value < 100 else f"{value:,.1f}"

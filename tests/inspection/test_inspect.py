@@ -41,8 +41,9 @@ from sparsegrad_peft import (
     param_groups,
     replace_linears,
 )
+from sparsegrad_peft.inspection.inspect import Inspection, inspect
+from sparsegrad_peft.inspection.tables import render
 from sparsegrad_peft.method.groups import group_linears, linear_shape
-from sparsegrad_peft.run.inspect import Inspection, inspect, render
 from sparsegrad_peft.tuner.layer import SparseGradLayer
 from sparsegrad_peft.tuner.targets import TARGETS
 from tuner.models import MAKE, batch, make

@@ -1,0 +1,90 @@
+"""An inspection as tables for the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from rich.console import Console
+from rich.table import Table
+
+from .inspect import Inspection
+from .parts import ModelParts
+
+
+def render(inspection: Inspection, console: Console) -> None:
+    """Print an inspection as tables that fit into 80 columns."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    calibration = inspection.calibration_bytes
+    say(f"{inspection.model}: {inspection.model_class}, {inspection.parts.total:,} parameters")
+    console.print(_parts_table(inspection.parts))
+    console.print(_groups_table(inspection))
+    for number, group in enumerate(inspection.groups, 1):
+        say(f"{number:>3} {group.name}")
+    say("\nCalibration adds at its peak, for its sums and one gradient: "
+        f"{_in(calibration, _unit(calibration))} {_unit(calibration)}")  # fmt: skip
+    console.print(_methods_table(inspection))
+    say("")
+    for note in inspection.notes:
+        say(f"- {note}")
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def _parts_table(parts: ModelParts) -> Table:
+    table = _table("Parameters by part", "part", "parameters", "share, %")
+    for field in fields(parts):
+        name = "MLP" if field.name == "mlp" else field.name
+        table.add_row(name, f"{getattr(parts, field.name):,}", f"{100 * parts.share(field.name):.1f}")
+    table.add_row("all", f"{parts.total:,}", "100.0", style="bold")
+    return table
+
+
+def _groups_table(i: Inspection) -> Table:
+    table = _table(
+        f"Layers to adapt: {i.sizes}, k at density {i.density:.4g}",
+        "no.", "layers", "out x in", "core r x c", "entries\na layer", "entries", "k a\nlayer", "bases,\nMB",
+    )  # fmt: skip
+    for number, g in enumerate(i.groups, 1):
+        table.add_row(f"{number:>3}", str(g.layers), f"{g.out}x{g.in_}", f"{g.r}x{g.c}", f"{g.entries_per_layer:,}",
+                      f"{g.entries:,}", f"{g.k_per_layer:,}", _in(g.bases_bytes, "MB"))  # fmt: skip
+    bases = _in(sum(g.bases_bytes for g in i.groups), "MB")
+    table.add_row("all", str(i.layers), "", "", "", f"{i.entries:,}", "", bases, style="bold")
+    return table
+
+
+def _methods_table(i: Inspection) -> Table:
+    unit = _unit(max(method.total_bytes_high for method in i.methods))
+    table = _table(
+        f"Memory of each method, in {unit} ({'1e9' if unit == 'GB' else '1e6'} bytes)",
+        "what trains", "trained,\nmillion", "weights", "bases", "gradients", "optimizer", "in all,\nat most",
+    )  # fmt: skip
+    for m in i.methods:
+        low, high = _in(m.optimizer_bytes_low, unit), _in(m.optimizer_bytes_high, unit)
+        table.add_row(m.name, _figure(m.trained / 1e6), _in(m.weights_bytes, unit), _in(m.bases_bytes, unit),
+                      _in(m.gradients_bytes, unit), low if low == high else f"{low}-{high}",
+                      _in(m.total_bytes_high, unit))  # fmt: skip
+    return table
+
+
+def _unit(largest: int) -> str:
+    return "GB" if largest >= 10**10 else "MB"
+
+
+def _in(number: int, unit: str) -> str:
+    """Bytes in a decimal unit."""
+    return _figure(number / (1e9 if unit == "GB" else 1e6))
+
+
+def _figure(value: float) -> str:
+    """About three figures, without exponents."""
+    if value == 0:
+        return "0"
+    return f"{value:,.3f}" if value < 1 else f"{value:,.2f}" if value < 100 else f"{value:,.1f}"
