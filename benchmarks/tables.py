@@ -19,6 +19,7 @@ from typing import Any
 from sparsegrad_peft.report.page import verdict
 from sparsegrad_peft.report.results import read_sections
 from sparsegrad_peft.report.tables import comparisons, scores
+from sparsegrad_peft.report.write import bullets
 from sparsegrad_peft.report.write import markdown as results_document
 from sparsegrad_peft.report.write import origin as origin_of_runs
 from sparsegrad_peft.run.folder import write_whole
@@ -164,7 +165,12 @@ def energy(result: dict[str, Any]) -> str:
 def study(path: Path) -> str:
     """Verdict, scores and differences of one experiment, from one result file a run."""
     [section] = read_sections([path])
-    parts = [verdict(section), scores(section).markdown(), comparisons(section).markdown(), origin_of_runs([section])]
+    parts = [
+        bullets(verdict(section)),
+        scores(section).markdown(),
+        comparisons(section).markdown(),
+        origin_of_runs([section]),
+    ]
     return "\n\n".join(part.rstrip("\n") for part in parts)
 
 

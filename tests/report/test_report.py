@@ -91,10 +91,10 @@ def test_tables(runs: list[Run], section: Section) -> None:
     assert by_task["mean of tasks"] == ["72.0", "70.0", "not all run"]
     assert comparisons(section).rows[0][:3] == ["sparsegrad", "4", "+2.00"]
     assert len(every_run(runs).rows) == 9
-    assert (
-        verdict(replace(section, baseline="prefix"))
-        == "9 runs of sparsegrad, lora, full; there is nothing to compare with prefix."
-    )
+    assert verdict(section)[0] == "Mean of 2 tasks: sparsegrad 72.0, lora 70.0."
+    assert verdict(replace(section, baseline="prefix")) == [
+        "9 runs of sparsegrad, lora, full; there is nothing to compare with prefix."
+    ]
 
 
 def test_losses_are_lower_the_better_and_apart(folder: Path) -> None:
@@ -117,7 +117,11 @@ def test_losses_are_lower_the_better_and_apart(folder: Path) -> None:
     assert [row[0] for row in comparisons(section).rows] == [
         "sparsegrad", "full", "sparsegrad, loss", "full, loss",
     ]  # fmt: skip
-    assert "+2.00 points over 4 pairs" in verdict(section)  # as without them
+    assert verdict(section)[:2] == [
+        "Mean of 2 tasks: sparsegrad 72.0, lora 70.0.",
+        "oasst1 (lower is better): sparsegrad 1.250, lora 1.285.",
+    ]
+    assert any("+2.00 points over 4 pairs" in sentence for sentence in verdict(section))  # as without them
     assert "oasst1: lowest 1.200 by sparsegrad" in page([section], "t")
     assert "rte: highest 66.0 by full" in page([section], "t")
 
@@ -125,7 +129,7 @@ def test_losses_are_lower_the_better_and_apart(folder: Path) -> None:
 def test_command_writes_page_markdown_and_csv(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder), "--output", str(tmp_path / "out"), "--title", "A <title>"]) == 0
     shown = capsys.readouterr().out
-    assert "9 runs. sparsegrad against lora: +2.00 points over 4 pairs of runs" in shown
+    assert "9 runs\n  Mean of 2 tasks: sparsegrad 72.0, lora 70.0.\n  sparsegrad against lora: +2.00 points" in shown
     text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert "<h1>A &lt;title&gt;</h1>" in text
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|<pre>.*?</pre>|<metadata>.*?</metadata>', "", text, flags=re.S)
@@ -173,14 +177,14 @@ def test_a_study_names_what_was_not_run_and_what_failed(study: Section) -> None:
     assert against["full"][-1] == "+0.9, +1.1, +1.9"
     assert against["sparsegrad"][-1] == ""
     assert searches(study).rows == [["rte", "sparsegrad", "0.001: 45.0, 0.01: 55.0", "0.01"]]
-    assert verdict(study).endswith(
+    assert verdict(study)[-1] == (
         "Not run: full, sparsegrad-paper, meprop; sparsegrad on sst2, mrpc, stsb, cola; 2 of the "
         "other 3 runs of sparsegrad; lora on sst2, mrpc, stsb, cola; 2 of the other 3 runs of lora."
     )
     # Of a study of time and memory there is no score to look at.
     short = replace(study, scored=False)
     assert list(tables_of(short)) == ["search", "costs", "speed"]
-    assert verdict(short).startswith(
+    assert " ".join(verdict(short)).startswith(
         "2 runs of a few steps, for time and memory alone. Not run: full, sparsegrad-paper"
     )
     speed = dict(zip(costs_by_task(study).header, costs_by_task(study).rows[4], strict=True))

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     sections = read_sections(found.runs, found.baseline)
     for section in sections:
         start = f"{section.title}, " if section.name else ""
-        print(f"{start}{len(section.runs)} runs. {verdict(section)}")
+        print("\n  ".join([f"{start}{len(section.runs)} runs", *verdict(section)]))
     if found.markdown is not None:
         write_whole(Path(found.markdown), markdown(sections, found.title))
         print(f"written: {found.markdown}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
-from .compare import by_unit, compare
+from .compare import by_unit, compare, mean_of_tasks
 from .figures import pareto
 from .parameters import parameters
 from .results import Section
@@ -51,7 +52,8 @@ def page(sections: Sequence[Section], title: str) -> str:
 def _section(section: Section, number: dict[int, int], alone: bool) -> list[str]:
     """Heading, verdict, tables and pictures of an experiment."""
     prefix = f"{section.name}-" if section.name else ""
-    parts = [f"<p class='verdict'>{escape(verdict(section))}</p>"]
+    lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in verdict(section))
+    parts = [f"<ul class='verdict'>{lines}</ul>"]
     if section.name or not alone:
         parts = [
             f"<h2 id='of-{escape(section.name)}'>{escape(section.title)}</h2>",
@@ -73,18 +75,35 @@ def _section(section: Section, number: dict[int, int], alone: bool) -> list[str]
     return parts
 
 
-def verdict(section: Section) -> str:
-    """What the runs say, in a sentence for each method that is compared."""
+def verdict(section: Section) -> list[str]:
+    """What the runs say: a sentence for each method that is compared, and one for what was not run."""
     baseline = section.baseline
     methods = [method for method in section.methods if any(run.method == method for run in section.runs)]
     others = [method for method in methods if method != baseline]
     if not section.scored:
-        return " ".join([f"{len(section.runs)} runs of a few steps, for time and memory alone.", *_left(section)])
+        return [f"{len(section.runs)} runs of a few steps, for time and memory alone.", *_left(section)]
     if baseline not in methods or not others:
-        return f"{len(section.runs)} runs of {', '.join(methods)}; there is nothing to compare with {baseline}."
-    left = _left(section)
+        return [f"{len(section.runs)} runs of {', '.join(methods)}; there is nothing to compare with {baseline}."]
     parts = by_unit(section).values()
-    return " ".join([*(compare(part.runs, method, baseline).words for part in parts for method in others), *left])
+    return [
+        *(_ranking(part, methods) for part in parts),
+        *(compare(part.runs, method, baseline).words for part in parts for method in others),
+        *_left(section),
+    ]
+
+
+def _ranking(section: Section, methods: list[str]) -> str:
+    """The methods that have run on all tasks, the best first; runs of one unit."""
+    first = section.runs[0]
+    means = {method: mean_of_tasks(section, method) for method in methods}
+    found = sorted(
+        ((mean, method) for method, mean in means.items() if not math.isnan(mean)), reverse=first.higher_is_better
+    )
+    if not found:
+        return f"No method has run on all of {', '.join(section.tasks)} yet."
+    what = f"Mean of {len(section.tasks)} tasks" if len(section.tasks) > 1 else section.tasks[0]
+    lower = "" if first.higher_is_better else " (lower is better)"
+    return f"{what}{lower}: {', '.join(f'{method} {first.shown(mean)}' for mean, method in found)}."
 
 
 def _left(section: Section) -> list[str]:

@@ -16,7 +16,7 @@ def markdown(sections: Sequence[Section], title: str) -> str:
     """Verdict and tables of each experiment; where the numbers come from."""
     parts = [f"# {title}"]
     for section in sections:
-        parts += [f"## {section.title}", section.question, verdict(section)]
+        parts += [f"## {section.title}", section.question, bullets(verdict(section))]
         words = [f"- `{method}`: {said}" for method, said in section.methods.items() if said]
         parts.append("\n".join(words))
         parts += [f"### {table.title}\n\n{table.markdown()}" for table in tables_of(section).values()]
@@ -25,6 +25,11 @@ def markdown(sections: Sequence[Section], title: str) -> str:
         parts.append(f"## {table.title}\n\n{table.markdown()}")
     parts.append(origin(sections))
     return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
+
+
+def bullets(sentences: Sequence[str]) -> str:
+    """As a Markdown list; one alone stays a paragraph."""
+    return sentences[0] if len(sentences) == 1 else "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def origin(sections: Sequence[Section]) -> str:
