@@ -159,6 +159,26 @@ def test_autocast(weights: torch.dtype, to: torch.dtype, tokens: int) -> None:
     assert float(error) < 5e-2
 
 
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])
+def test_a_small_update_is_not_swallowed_under_autocast(to: torch.dtype) -> None:
+    """An update of a sixteenth of a rounding of `W` is there in the mean; added to a rounded `W` it would be gone."""
+    torch.manual_seed(0)
+    weight = 1 + torch.rand(200, 300)
+    basis = Basis(orthogonal(300).float(), orthogonal(200).float())
+    update = torch.full((200, 300), torch.finfo(to).eps / 16)
+    linear = nn.Linear(300, 200, bias=False)
+    linear.weight.data = weight
+    layer = SparseGradLinear.from_linear(linear, basis)
+    layer.S.data = basis.to_basis(update)
+    with torch.autocast("cpu", dtype=to):
+        found = (
+            layer(torch.eye(300).repeat(10, 1)).detach()[:300].T.double()
+        )  # enough tokens for `W + Vᵀ S U` to be formed
+    drift = float((found - weight.double()).mean() / update.double().mean())
+    assert drift == pytest.approx(1, rel=0.2)
+    assert torch.equal(weight.to(to) + update.to(to), weight.to(to))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("tokens", [2, 200])
 def test_gradient_checkpointing(reentrant: bool, tokens: int) -> None:

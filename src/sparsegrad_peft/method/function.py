@@ -50,6 +50,18 @@ def form_weight(weight: Tensor, S: Tensor, U: Tensor | None, V: Tensor | None) -
     return add_chain(weight.to(wide), None if V is None else V.T, S.to(wide), U).to(weight.dtype)
 
 
+def _formed(weight: Tensor, S: Tensor, U: Tensor | None, V: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`W + Vᵀ S U` (out, in) in the type to compute in.
+
+    Where that is narrower (autocast), the products are made in it, as all others are, at twice to many times the speed.
+    The sum is not: `W` rounded by itself would swallow a small update.
+    """
+    if dtype == weight.dtype:
+        return form_weight(weight, S, U, V)
+    update = chain(None if V is None else V.T.to(dtype), S.to(dtype), None if U is None else U.to(dtype))
+    return (weight + update).to(dtype)
+
+
 def _forms(tokens: int, core_shape: tuple[int, int], weight: Tensor, prefer: Prefer) -> bool:
     """Whether forming `W + Vᵀ S U` takes fewer multiply-adds, forward and backward, than going through its factors.
 
@@ -84,7 +96,7 @@ def _output(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`y` (T, out), and what was made on the way: `x_tilde` (T, c) or `W + Vᵀ S U` (out, in), in the type of `x`."""
     if formed:
-        W_formed = form_weight(weight, S, U, V).to(x.dtype)
+        W_formed = _formed(weight, S, U, V, x.dtype)
         return functional.linear(x, W_formed, bias), None, W_formed
     x_tilde = x if U is None else x @ U.T.to(x.dtype)
     y = functional.linear(x, weight.to(x.dtype), bias)
@@ -165,7 +177,7 @@ class SparseGradFunction(torch.autograd.Function):
         delta_tilde = None  # δ Vᵀ (T, r), basis
         if ctx.needs_input_grad[0]:
             if W_formed is None and ctx.formed:
-                W_formed = form_weight(weight, dense_core(core, positions, ctx.core_shape), U, V).to(delta.dtype)
+                W_formed = _formed(weight, dense_core(core, positions, ctx.core_shape), U, V, delta.dtype)
             if W_formed is not None:
                 grad_x = delta @ W_formed
             else:
