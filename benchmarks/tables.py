@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_peft.report.page import verdict
 from sparsegrad_peft.report.results import read_sections
 from sparsegrad_peft.report.tables import comparisons, scores
+from sparsegrad_peft.report.verdict import verdict
 from sparsegrad_peft.report.write import bullets
 from sparsegrad_peft.report.write import markdown as results_document
 from sparsegrad_peft.report.write import origin as origin_of_runs

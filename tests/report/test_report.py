@@ -19,11 +19,14 @@ from sparsegrad_peft.cli.main import main
 from sparsegrad_peft.inspection.inspect import inspect
 from sparsegrad_peft.report.compare import cells, compare, mean_of_tasks
 from sparsegrad_peft.report.figures import pareto
-from sparsegrad_peft.report.page import page, verdict
+from sparsegrad_peft.report.overview import overview
+from sparsegrad_peft.report.page import page
 from sparsegrad_peft.report.parameters import parameters
 from sparsegrad_peft.report.results import Run, Section, read_runs, read_sections
 from sparsegrad_peft.report.tables import comparisons, costs, costs_by_task, every_run, scores, searches, tables_of
+from sparsegrad_peft.report.verdict import verdict
 from sparsegrad_peft.report.write import markdown
+from sparsegrad_peft.study.experiment import experiment_names
 from sparsegrad_peft.study.models import FOLDER, PUBLISHED
 
 SCORES = {  # task -> method -> score of each seed
@@ -195,6 +198,23 @@ def test_a_study_names_what_was_not_run_and_what_failed(study: Section) -> None:
     assert "full, seed 1: out of memory (too &lt;large&gt;)" in text
     assert "id='of-comparison'" in text
     assert "out of memory: seed 1" in markdown([study], "t")
+
+
+def test_all_experiments_are_in_the_overview(study: Section, section: Section) -> None:
+    """Also those that were not run; where there is no study, there is none."""
+    assert overview([section]) is None
+    assert overview([study]) is None  # a section alone says all of it itself
+    digits = replace(study, name="digits", tasks=("rte",), seeds=(0,))
+    table = overview([study, digits])
+    assert table is not None
+    assert len(table.rows) == len(experiment_names())
+    by = {row[0]: row[2:] for row in table.rows}
+    assert by["The paper's comparison"] == ["No method has run on all of sst2, mrpc, stsb, cola, rte yet.", "2 of 75"]
+    assert by["A vision transformer"] == ["rte: sparsegrad 60.0, lora 50.0.", "2 of 18"]
+    assert by["Attention layers"] == ["not run", "0 of 12"]
+    assert by["An encoder-decoder"] == ["not run: its sizes are those of scale paper", ""]
+    assert "id='overview'" in page([study, digits], "t")
+    assert "## Questions and answers" in markdown([study, digits], "t")
 
 
 def test_a_resumed_run_has_no_time(section: Section) -> None:

@@ -28,8 +28,8 @@ def main(argv: list[str]) -> None:
                         help="what the others are compared with; default: the experiment's, or lora")  # fmt: skip
     parser.add_argument("--title", type=str, default="SparseGrad and its peers", help="heading of the page")
     found = parser.parse_args(argv)
-    from ..report.page import verdict
     from ..report.results import read_sections
+    from ..report.verdict import verdict
     from ..report.write import markdown, write_report
     from ..run.folder import write_whole
 

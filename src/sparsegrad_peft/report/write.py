@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..run.folder import write_whole
-from .page import page, verdict
+from .overview import overview
+from .page import page
 from .parameters import parameters
 from .results import Section
 from .tables import every_run, tables_of
+from .verdict import verdict
 
 
 def markdown(sections: Sequence[Section], title: str) -> str:
     """Verdict and tables of each experiment; where the numbers come from."""
     parts = [f"# {title}"]
+    if (summary := overview(sections)) is not None:
+        parts.append(f"## {summary.title}\n\n{summary.markdown()}")
     for section in sections:
         parts += [f"## {section.title}", section.question, bullets(verdict(section))]
         words = [f"- `{method}`: {said}" for method, said in section.methods.items() if said]

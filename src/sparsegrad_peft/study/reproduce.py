@@ -149,7 +149,7 @@ def outdated(cells: Iterable[Cell], trials: Mapping[str, list[str]], places: Pla
 
 def _forget(cell: Cell, places: Places, claims: Claims) -> None:
     claims.forget(cell.name)
-    places.result(cell.name).unlink()
+    places.result(cell.name).unlink(missing_ok=True)  # another process may have done it
 
 
 def _take(

@@ -1,0 +1,55 @@
+"""What the runs of an experiment say, in sentences."""
+
+from __future__ import annotations
+
+import math
+
+from .compare import by_unit, compare, mean_of_tasks
+from .results import Section
+
+
+def verdict(section: Section) -> list[str]:
+    """What the runs say: a sentence for each method that is compared, and one for what was not run."""
+    baseline = section.baseline
+    methods = [method for method in section.methods if any(run.method == method for run in section.runs)]
+    others = [method for method in methods if method != baseline]
+    if not section.scored:
+        return [f"{len(section.runs)} runs of a few steps, for time and memory alone.", *_left(section)]
+    if baseline not in methods or not others:
+        return [f"{len(section.runs)} runs of {', '.join(methods)}; there is nothing to compare with {baseline}."]
+    parts = by_unit(section).values()
+    return [
+        *(_ranking(part, methods) for part in parts),
+        *(compare(part.runs, method, baseline).words for part in parts for method in others),
+        *_left(section),
+    ]
+
+
+def _ranking(section: Section, methods: list[str]) -> str:
+    """The methods that have run on all tasks, the best first; runs of one unit."""
+    first = section.runs[0]
+    means = {method: mean_of_tasks(section, method) for method in methods}
+    found = sorted(
+        ((mean, method) for method, mean in means.items() if not math.isnan(mean)), reverse=first.higher_is_better
+    )
+    if not found:
+        return f"No method has run on all of {', '.join(section.tasks)} yet."
+    what = f"Mean of {len(section.tasks)} tasks" if len(section.tasks) > 1 else section.tasks[0]
+    lower = "" if first.higher_is_better else " (lower is better)"
+    return f"{what}{lower}: {', '.join(f'{method} {first.shown(mean)}' for mean, method in found)}."
+
+
+def _left(section: Section) -> list[str]:
+    """What the experiment has and the runs have not, in a sentence: methods, and tasks of those that were run."""
+    missing = [method for method in section.methods if all(run.method != method for run in section.runs)]
+    words = [", ".join(missing)] if missing else []
+    for method in section.methods:
+        own = [run for run in section.runs if run.method == method]
+        done = len(own) + sum(f.result["variant"] == method and not f.result.get("trial") for f in section.failures)
+        tasks = [task for task in section.tasks if all(run.task != task for run in own)]
+        wanted = (len(section.tasks) - len(tasks)) * len(section.seeds)
+        if own and tasks:
+            words.append(f"{method} on {', '.join(tasks)}")
+        if own and done < wanted:
+            words.append(f"{wanted - done} of the other {wanted} runs of {method}")
+    return [f"Not run: {'; '.join(words)}."] if words else []
