@@ -28,6 +28,7 @@ def ensure_peft_type() -> PeftType:
     if NAME not in PeftType.__members__:
         member = str.__new__(PeftType, NAME)
         member._name_, member._value_ = NAME, NAME
+        type.__setattr__(PeftType, NAME, member)  # from Python 3.12 on members are attributes of their class
         PeftType._member_map_[NAME] = member
         PeftType._value2member_map_[NAME] = member
         PeftType._member_names_.append(NAME)
