@@ -30,9 +30,9 @@ class SparseGradConfig(PeftConfig):
 
     The defaults are those that the measurements support (`docs/results.md`, MiniLM, dev sets). With as many trained
     entries as LoRA of rank 3 they are 0.85 points above it, over five GLUE tasks and three seeds (95 % interval -0.4 to
-    +2.1: not beyond chance), and 0.76 below training all MLP weights. Bases of each layer are ahead of shared ones
-    wherever both were run: four GLUE tasks (+1.05 in the mean, one seed), a ViT on digits (97.3 against 96.3), a small
-    LLaMA's loss (3.377 against 3.381). Time and memory beside LoRA's: `docs/performance.md`.
+    +2.1: not beyond chance), 0.41 above the published method, and 0.76 below training all MLP weights. Bases of each
+    layer were ahead of shared ones on four GLUE tasks (+1.05 in the mean, one seed; `docs/method.md`, at the end).
+    Time and memory beside LoRA's: `docs/performance.md`.
 
     Args:
         narrow: rows of the basis of a layer's smaller side, the hidden size: "full", a count, a fraction, or
