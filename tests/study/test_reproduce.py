@@ -155,7 +155,8 @@ def test_grid_search_best_and_again(load: Any, places: Places, tmp_path: Path) -
     redo = {"keep": lambda cell: cell.seed != 1, "threads": 1, "retry": True, "reporter": redone}
     found = reproduce([load("first")], places, **redo)
     assert [name.rpartition("/")[2] for name in redone.begun] == ["lora-0"]
-    assert next(result for name, result in found.items() if name.endswith("lora-0"))["learning_rate"] == new
+    again = next(result for name, result in found.items() if name.endswith("lora-0"))
+    assert (again["status"], again["learning_rate"]) == ("finished", new)
 
 
 @pytest.mark.slow

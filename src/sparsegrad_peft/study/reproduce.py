@@ -128,6 +128,7 @@ def _renewed(cells: list[Cell], trials: Mapping[str, list[str]], places: Places,
         )
     for cell, _ in found:
         _forget(cell, places, claims)
+        shutil.rmtree(places.runs / cell.name, ignore_errors=True)  # `sparsegrad train` would take it for another's
     return bool(found)
 
 
