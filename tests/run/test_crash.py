@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def test_a_killed_run_goes_on(
     run = tmp_path / "run"
     # Behind the one that watches it, or it may be over before it is seen where the machine is busy.
     command = ["nice", "-n", "10", sys.executable, "-m", "sparsegrad_peft.cli.main", *words(run, *LONG)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    # As in a terminal, also where the tests themselves were started in the background, with Ctrl-C ignored.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
     until = time.monotonic() + 120
     while not any(map(is_whole, (run / "checkpoints").glob("checkpoint-*"))) and process.poll() is None:
         assert time.monotonic() < until
