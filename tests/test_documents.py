@@ -242,3 +242,30 @@ def test_method_page_names_functions_that_exist() -> None:
             found = importlib.import_module("sparsegrad_peft.method.reference")
             for part in name.split("."):
                 found = getattr(found, part)
+
+
+def test_what_the_config_says_of_its_defaults_is_what_the_results_say() -> None:
+    """Its docstring's numbers, from the committed results."""
+    from sparsegrad_peft import SparseGradConfig
+    from sparsegrad_peft.report.compare import compare, mean_of_tasks
+    from sparsegrad_peft.report.results import read_sections
+
+    said = " ".join((SparseGradConfig.__doc__ or "").split())
+    of = {section.name: section for section in read_sections([ROOT / "benchmarks" / "results" / "study"])}
+
+    def mean(name: str, method: str) -> float:
+        return mean_of_tasks(of[name], method)
+
+    glue, ours = of["comparison"], mean("comparison", "sparsegrad")
+    lora = compare(glue.runs, "sparsegrad", "lora")
+    assert f"{lora.difference:.2f} points above it" in said
+    assert f"95 % interval {lora.low:.1f} to {lora.high:+.1f}" in said
+    assert f"{ours - mean('comparison', 'sparsegrad-paper'):.2f} above the published method" in said
+    assert f"{mean('comparison', 'full') - ours:.2f} below training all" in said
+    digits, shared, other = (mean("digits", method) for method in ("sparsegrad", "sparsegrad-shared", "lora"))
+    assert f"level with LoRA ({digits:.1f} and {other:.1f})" in said
+    assert f"({digits:.1f} against {shared:.1f}, " in said
+    loss, shared, other = (mean("conversations", method) for method in ("sparsegrad", "sparsegrad-shared", "lora"))
+    assert f"loss {loss:.3f} against {other:.3f}" in said
+    assert f"{loss:.3f} against {shared:.3f}, GLUE in one seed" in said
+    assert f"({mean('selection', 'block'):.1f} and {mean('selection', 'select-in-all'):.1f}, one seed)" in said

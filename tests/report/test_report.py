@@ -214,6 +214,12 @@ def test_all_experiments_are_in_the_overview(study: Section, section: Section) -
     assert by["Attention layers"] == ["not run", "0 of 12"]
     assert by["An encoder-decoder"] == ["not run: its sizes are those of scale paper", ""]
     assert "id='overview'" in page([study, digits], "t")
+    failed = [replace(section, runs=(), trials=()) for section in (study, digits)]
+    table = overview(failed)
+    assert table is not None
+    assert [row[2:] for row in table.rows if row[0] == "A vision transformer"] == [
+        ["No run has a score yet.", "0 of 18"]
+    ]
     assert "## Questions and answers" in markdown([study, digits], "t")
 
 

@@ -53,8 +53,8 @@ def form_weight(weight: Tensor, S: Tensor, U: Tensor | None, V: Tensor | None) -
 def _formed(weight: Tensor, S: Tensor, U: Tensor | None, V: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`W + Vᵀ S U` (out, in) in the type to compute in.
 
-    Where that is narrower (autocast), the products are made in it, as all others are, at twice to many times the speed.
-    The sum is not: `W` rounded by itself would swallow a small update.
+    Where that is narrower (autocast), the products are made in it, as all others are. The sum is not: `W` rounded by
+    itself would swallow a small update.
     """
     if dtype == weight.dtype:
         return form_weight(weight, S, U, V)

@@ -15,8 +15,8 @@ def overview(sections: Sequence[Section]) -> Table | None:
     of = {section.name: section for section in sections if section.name in experiment_names()}
     if len(of) < 2:
         return None
-    known = [run for section in of.values() for run in (*section.runs, *section.trials)]
-    scale = known[0].result["scale"]
+    found = next(iter(of.values()))
+    scale = next(one.result["scale"] for some in (found.runs, found.trials, found.failures) for one in some)
     rows = []
     for name in experiment_names():
         here = name in experiment_names(scale=scale)

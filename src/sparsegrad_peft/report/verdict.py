@@ -13,10 +13,13 @@ def verdict(section: Section) -> list[str]:
     baseline = section.baseline
     methods = [method for method in section.methods if any(run.method == method for run in section.runs)]
     others = [method for method in methods if method != baseline]
+    if not methods:
+        return ["No run has a score yet.", *_left(section)]
     if not section.scored:
         return [f"{len(section.runs)} runs of a few steps, for time and memory alone.", *_left(section)]
     if baseline not in methods or not others:
-        return [f"{len(section.runs)} runs of {', '.join(methods)}; there is nothing to compare with {baseline}."]
+        runs = f"{len(section.runs)} run{'s' if len(section.runs) > 1 else ''}"
+        return [f"{runs} of {', '.join(methods)}; there is nothing to compare with {baseline}."]
     parts = by_unit(section).values()
     return [
         *(_ranking(part, methods) for part in parts),

@@ -135,17 +135,28 @@ def _warn_of_large_bases(
 def _left_out(adapter_name: str, layers: Iterable[SparseGradLayer]) -> Iterator[None]:
     """Take an adapter out of the forward pass: it adds nothing yet, by a product with a core as large as the weight.
 
-    Not by `set_adapter`, which would change what trains. The cores count as frozen meanwhile, so that a `Trajectory`
-    does not keep a copy of them.
+    Not by `set_adapter`, which would change what trains. The cores are frozen meanwhile.
     """
-    held = [(layer, layer.sparsegrad_S[adapter_name]) for layer in layers]
-    before = [(layer._active_adapter, core.requires_grad) for layer, core in held]
+    layers = list(layers)
+    before = [layer._active_adapter for layer in layers]
     try:
-        for layer, core in held:
+        for layer in layers:
             layer._active_adapter = [name for name in layer.active_adapters if name != adapter_name]
+        with frozen(layer.sparsegrad_S[adapter_name] for layer in layers):
+            yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active
+
+
+@contextmanager
+def frozen(cores: Iterable[nn.Parameter]) -> Iterator[None]:
+    """A `Trajectory` then neither walks with them nor keeps a copy of them; it walks with the weights themselves."""
+    before = [(core, core.requires_grad) for core in cores]
+    try:
+        for core, _ in before:
             core.requires_grad_(False)
         yield
     finally:
-        for (layer, core), (active, requires_grad) in zip(held, before, strict=True):
-            layer._active_adapter = active
+        for core, requires_grad in before:
             core.requires_grad_(requires_grad)

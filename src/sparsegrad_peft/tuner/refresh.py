@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from ..method.calibrate import Calibration, CalibrationConfig, calibrate
 from ..method.refresh import rotate_moments
 from ..method.sizes import Sizes
 from .bases import layers_of, on_device, wrapped_groups
-from .calibration import check_groups, config_from
+from .calibration import check_groups, config_from, frozen
 from .config import SparseGradConfig
 
 _COMPLETE = Sizes("full", "full")
@@ -77,7 +76,7 @@ def refresh_adapter(
     groups = wrapped_groups(model, layers, shared=peft_config.shared)
     if calibration is None:
         config = config_from(config, options)
-        with _frozen(S for S, _ in held.values()):
+        with frozen(S for S, _ in held.values()):
             calibration = calibrate(model, batches, groups=groups, sizes=_COMPLETE, config=config, **options)
     else:
         check_groups(calibration, groups)
@@ -114,16 +113,3 @@ def _turn(
     if optimizer is not None:
         rotate_moments(optimizer, S, old, new, shape)
     S.copy_(new.to_basis(update))
-
-
-@contextmanager
-def _frozen(cores: Iterable[nn.Parameter]) -> Iterator[None]:
-    """A `Trajectory` then neither walks with them nor keeps a copy of them; it walks with the weights themselves."""
-    before = [(core, core.requires_grad) for core in cores]
-    try:
-        for core, _ in before:
-            core.requires_grad_(False)
-        yield
-    finally:
-        for core, requires_grad in before:
-            core.requires_grad_(requires_grad)
