@@ -1,11 +1,12 @@
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from sparsegrad_peft import (
     Basis,
@@ -46,8 +47,8 @@ def bases_for(model: nn.Module, groups: dict[str, list[str]], rows: int | None =
     return bases
 
 
-def surgery(model: nn.Module, kind: str) -> dict[str, nn.Module]:
-    groups = group_linears(model, MLP)
+def surgery(model: nn.Module, kind: str, layers: str = MLP) -> dict[str, nn.Module]:
+    groups = group_linears(model, layers)
     bases = bases_for(model, groups, 5 if kind == "truncated" else None)
     if kind == "literal":
         return replace_linears(model, groups, bases, LiteralSparseGradLinear.from_linear, density=0.05)
@@ -273,6 +274,26 @@ def test_restoring_keeps_train_and_eval_mode(bert: nn.Module) -> None:
     bert.eval()
     restore_linears(bert)
     assert not any(module.training for module in bert.modules())
+
+
+@KINDS
+def test_restoring_gives_gpt2_its_own_layers_back(kind: str, tmp_path: Path) -> None:
+    """Plain linear layers in their place would be saved with weights as (out, in), which GPT-2 cannot load."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, n_positions=16, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    kinds = [(name, type(module)) for name, module in model.named_modules()]
+    surgery(model, kind, r".*mlp\.c_(fc|proj)")
+    for layer in model.modules():
+        for _, core in getattr(layer, "trained_cores", tuple)():
+            core.data.add_(torch.randn_like(core), alpha=0.1)
+    tokens = torch.arange(10)[None]
+    trained = model(tokens).logits
+    assert restore_linears(model) == 4
+    assert [(name, type(module)) for name, module in model.named_modules()] == kinds
+    torch.testing.assert_close(model(tokens).logits, trained, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(GPT2LMHeadModel.from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
 
 
 class Tied(nn.Module):

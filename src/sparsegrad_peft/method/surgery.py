@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .basis import Basis, HoldsBasis
-from .linear import SparseGradLinear
+from .linear import SparseGradLinear, as_conv1d
 from .literal import LiteralSparseGradLinear
 
 SparseGradLayer = SparseGradLinear | LiteralSparseGradLinear
@@ -63,10 +63,14 @@ def replace_linears(
 
 
 def restore_linears(model: nn.Module) -> int:
-    """Replace every SparseGrad layer by a plain `nn.Linear` with the trained weight; returns how many there were."""
+    """Replace every SparseGrad layer by a plain one with the trained weight; returns how many there were.
+
+    An `nn.Linear`; a `Conv1D` where it had taken the place of one, so that `save_pretrained` writes what
+    GPT-2's classes load again.
+    """
     found = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
     _check_not_root(model, found)
-    _replace(model, {module: module.to_linear() for module in found})
+    _replace(model, {module: _plain(module) for module in found})
     return len(found)
 
 
@@ -110,6 +114,12 @@ def param_groups(
     if not any(group["params"] for group in candidates[:3]):
         raise ValueError("the model has no SparseGrad layer with a trainable core; call replace_linears first")
     return [group for group in candidates if group["params"]]
+
+
+def _plain(layer: SparseGradLayer) -> nn.Module:
+    linear = layer.to_linear()
+    # Conv1D's own forward wants a bias
+    return linear if layer.conv1d is None or linear.bias is None else as_conv1d(linear, layer.conv1d)
 
 
 def _check_not_root(model: nn.Module, layers: Sequence[nn.Module]) -> None:
