@@ -35,6 +35,29 @@ def train(folder: str, *, by_hand: bool = False, **options: Any) -> dict[str, An
     return {"model": saved(model), "deltas": deltas, "processes": trainer.accelerator.num_processes}
 
 
+def train_with_new_bases(folder: str, n_steps: int, **options: Any) -> dict[str, Any]:
+    from trainers import adapted, arguments, rows, saved
+
+    from sparsegrad_peft import CalibrationConfig
+    from sparsegrad_peft.tuner.trainer import SparseGradTrainer
+
+    model = adapted(dropout=0, c="full", r="full")
+    trainer = SparseGradTrainer(
+        model=model, args=arguments(folder, max_steps=3, warmup_steps=2, **options), train_dataset=rows(),
+        calibration=CalibrationConfig(n_steps=n_steps, trajectory=None), density=0.2, refresh_every=2,
+    )  # fmt: skip
+    trainer.train()
+    state = {
+        f"{name}.{part}": value
+        for name, parameter in model.named_parameters()
+        for part, value in trainer.optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+    deltas = {n: m.get_delta_weight("default").detach() for n, m in model.named_modules() if hasattr(m, "sparsegrad_S")}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"model": {**saved(model), **state}, "deltas": deltas, "losses": losses}
+
+
 def diverges_on_one(folder: str, rank: int) -> str:
     from trainers import CALIBRATION, adapted, arguments, rows
 
@@ -73,6 +96,7 @@ def worker(rank: int, folder: str, port: int) -> None:
     }  # fmt: skip
     options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False, "per_device_train_batch_size": 2}
     result = train(folder, **options)
+    torch.save(train_with_new_bases(folder, 6, **options), f"{folder}/refreshed-{rank}.pt")
     torch.save({**result, "words": [diverges_on_one(folder, rank), too_late(folder)]}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -102,3 +126,17 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path) -> None:
     for name, value in alone["deltas"].items():
         assert float((first["deltas"][name] - value).norm()) < 0.01 * float(value.norm()), name
     assert first["words"] == second["words"]
+
+    # New bases after step 2: the same on both, to the bit, and what one process finds on all rows.
+    first, second = (torch.load(tmp_path / f"refreshed-{rank}.pt", weights_only=True) for rank in range(2))
+    assert any(name.endswith("sparsegrad_S.default.positions") for name in first["model"])
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    alone = train_with_new_bases(str(tmp_path), 12, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    for name, value in alone["model"].items():
+        if "sparsegrad_basis" in name:  # signs aside; the last directions are those of next to no gradient
+            assert ((value @ first["model"][name].T).abs().diagonal()[:10] > 0.999).all(), name
+    assert first["losses"] == second["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+    for name, value in alone["deltas"].items():
+        # Second moments turn as the variances of uncorrelated entries, which depends on those directions too.
+        assert float((first["deltas"][name] - value).norm()) < 0.2 * float(value.norm()), name

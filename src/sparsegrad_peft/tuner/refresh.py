@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..method.basis import Basis
 from ..method.calibrate import Calibration, CalibrationConfig, calibrate
+from ..method.processes import taken_from_first
 from ..method.refresh import rotate_moments
 from ..method.sizes import Sizes
 from .bases import layers_of, on_device, wrapped_groups
@@ -34,6 +35,9 @@ def refresh_adapter(
     Bases age (`docs/method.md`): after a hundred steps the gradient has left the directions that it had when they were
     made. What the adapter has learnt stays, `S' = V' Vᵀ S U U'ᵀ`, and the optimizer's moments are turned along (see
     `sparsegrad_peft.refresh`, which does this for the layers of plain PyTorch).
+
+    Under `torch.distributed` each process passes its own batches, and all of them call this. Pass the
+    model that DDP wraps.
 
     Truncated bases are refused: what was learnt lies in the old directions, and the new ones have no room for all of
     it. Freeze the adapter, add and calibrate a second one, and join the two at the end with
@@ -91,7 +95,11 @@ def refresh_adapter(
             _turn(S, old, new, optimizer, (layer.out_features, layer.in_features))
         for old, new in copies.values():
             for side, value in new.named_buffers():
-                setattr(old, side, value)
+                there = getattr(old, side)
+                if there is not None and there.shape == value.shape:
+                    there.copy_(value)  # DistributedDataParallel keeps hold of it
+                else:
+                    setattr(old, side, value)
             old.layers = new.layers
     return calibration
 
@@ -112,4 +120,8 @@ def _turn(
     update = old.from_basis(S.to(torch.promote_types(S.dtype, torch.float32)))
     if optimizer is not None:
         rotate_moments(optimizer, S, old, new, shape)
-    S.copy_(new.to_basis(update))
+        for name, value in optimizer.state.get(S, {}).items():
+            if isinstance(value, Tensor):
+                optimizer.state[S][name] = taken_from_first(value)
+    # The bases are equal to the bit on every process; products with them are so only on equal machines.
+    S.copy_(taken_from_first(new.to_basis(update)))

@@ -48,14 +48,14 @@ class SparseGradTrainerMixin:
         stop_if_not_finite: raise `TrainingDivergedError` at the first loss that is not finite.
         progress: show a bar while calibrating; None: as `disable_tqdm` says.
         refresh_every: steps after which an adapter with complete bases gets new ones, again and again (see
-            `refresh_adapter`); in one process. None: never.
+            `refresh_adapter`); not under FSDP or DeepSpeed. None: never.
         own_optimizer: False leaves the optimizer to the Trainer (`optim`, `optimizer_cls_and_kwargs`), for a model
             without SparseGrad layers.
 
     Raises:
         ValueError: another optimizer was asked for (`optim`, `optimizer_cls_and_kwargs`); or one was passed in, and
             `density`, `k` or `rest_learning_rate` as well, which it would not know; `refresh_every` with truncated
-            bases or in several processes.
+            bases or a sharded model.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class SparseGradTrainerMixin:
         if refresh_every is not None:
             if refresh_every < 1:
                 raise ValueError(f"refresh_every must be at least 1, found {refresh_every}")
-            if self.args.world_size > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError("refresh_every is for training in one process; leave it out")
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("refresh_every is not for models that FSDP or DeepSpeed shards; leave it out")
             for name, peft_config in _active(self.model).items():
                 if not peft_config.sizes.complete:
                     raise ValueError(truncated(name))
