@@ -335,7 +335,7 @@ FILES = {
         (
             "method",
             "sparsgrad",
-            r"expected one of sparsegrad, lora, meprop, full, galore, or the path .*; found 'sparsgrad'",
+            r"expected one of sparsegrad, lora, meprop, full, galore, literal, or the path .*; found 'sparsgrad'",
         ),
         ("method", "@none.json", r"none.json: expected an adapter_config.json .* a peft_type such as LORA, found None"),
         ("method", "@kind.json", r"expected a peft_type such as LORA, found 'NONE_SUCH'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import sparsegrad_peft.run.train as train_module
-from sparsegrad_peft.run.arguments import RunArguments
+from sparsegrad_peft.run.arguments import WHOLE, RunArguments
 from sparsegrad_peft.run.base import load_model
 from sparsegrad_peft.run.folder import RunFolder
 from sparsegrad_peft.run.pretrained import load_tokenizer
@@ -57,7 +58,7 @@ def is_mlp(name: str) -> bool:
 
 
 @pytest.mark.parametrize("rest", ["freeze", "train"])
-@pytest.mark.parametrize("method", ["sparsegrad", "lora", "meprop", "full", "ia3"])
+@pytest.mark.parametrize("method", ["sparsegrad", "lora", "meprop", "full", "literal", "ia3"])
 def test_each_method(
     method: str, rest: str, arguments: Arguments, tiny_bert: Path, kept: list[Any], tmp_path: Path
 ) -> None:
@@ -65,18 +66,19 @@ def test_each_method(
         targets = {"target_modules": r".*layer\.\d+\.(intermediate|output)\.dense", "feedforward_modules": []}
         peft.IA3Config(**targets).save_pretrained(tmp_path / "ia3")
     path = str(tmp_path / "ia3" / "adapter_config.json")
-    asked = arguments(tmp_path / "run", "--method", path if method == "ia3" else method, "--rest", rest)
+    bases = ["--adapter.c", "full", "--adapter.r", "full"] if method == "literal" else []
+    asked = arguments(tmp_path / "run", "--method", path if method == "ia3" else method, "--rest", rest, *bases)
     (result,) = train(asked, progress=False)
     (model,) = kept
     folder = tmp_path / "run"
-    saved = "model" if method == "full" else "adapter"
+    saved = "model" if method in WHOLE else "adapter"
     files = {"config.yaml", "environment.json", "metrics.json", "result.json", "curves.png", "tokenizer", saved}
-    files |= {"calibration.json"} if method == "sparsegrad" else set()
+    files |= {"calibration.json"} if method in ("sparsegrad", "literal") else set()
     assert {file.name for file in folder.iterdir()} == files  # and no checkpoints
 
     # What was trained besides the adapter, and what was not.
     before = load_model(str(tiny_bert), load_task("files", asked.data), load_tokenizer(str(tiny_bert))).state_dict()
-    plain = model.get_base_model() if method != "full" else model
+    plain = model.get_base_model() if method not in WHOLE else model
     moved = set()
     for name, value in plain.state_dict().items():
         if "original_module" in name or not torch.is_floating_point(value):
@@ -85,14 +87,14 @@ def test_each_method(
         new_head = short.startswith("classifier")  # which begins anew each time
         if short in before and not new_head and not torch.equal(value, before[short]):
             moved.add(short)
-    assert any(map(is_mlp, moved)) == (method == "full")
+    assert any(map(is_mlp, moved)) == (method in WHOLE)
     for part in ("embeddings.word_embeddings", "attention.self.query", "output.LayerNorm"):
         assert any(part in name for name in moved) == (rest == "train"), part
     assert any("pooler" in name for name in moved)
 
     # What is on disk is the model in memory, and scores alike.
     expected = outputs(model, tiny_bert, [("the warm film",), ("a dull one",)])
-    if method == "full":
+    if method in WHOLE:
         again: Any = AutoModelForSequenceClassification.from_pretrained(folder / "model")
     else:
         base = load_model(str(tiny_bert), load_task("files", asked.data), load_tokenizer(str(tiny_bert)))
@@ -218,6 +220,20 @@ def test_another_run_in_the_folder(finished_run: Path, arguments: Arguments) -> 
     words = r"holds another run, which differs in adapter.c \(0.5 there, 0.25 here\), seeds \(\[0\] there, \[1\] here\)"
     with pytest.raises(FileExistsError, match=words):
         train(other, progress=False)
+
+
+def test_a_run_that_an_earlier_version_began(finished_run: Path, arguments: Arguments, tmp_path: Path) -> None:
+    """It did not know all settings; what it did not know is as it is by default, and nothing else."""
+    old = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+    settings = old.read_arguments()
+    del settings["adapter"]["products"], settings["rest"]
+    (old.path / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    old.check(arguments(old.path))
+    with pytest.raises(FileExistsError, match=r"adapter.products \(regular there, sparse here\), rest \(freeze there"):
+        old.check(arguments(old.path, "--adapter.products", "sparse", "--rest", "train"))
+    (old.path / "config.yaml").write_text(yaml.safe_dump({**settings, "gone": 1}), encoding="utf-8")
+    with pytest.raises(FileExistsError, match=r"gone \(1 there, None here\)"):
+        old.check(arguments(old.path))
 
 
 def test_the_same_folder_by_another_name(

@@ -84,6 +84,7 @@ class SparseGradLinear(HoldsBasis):
         bias: (out,) or None, the original's parameter, trained or not as before.
         basis: the shared `Basis`.
         S: (r, c) or None where packed; float32 for half precision weights.
+        conv1d: the class of a GPT-2 `Conv1D` that this layer took the place of, for `restore_linears`; else None.
         values, positions: (k) and (k), or None where not packed.
     """
 
@@ -92,6 +93,7 @@ class SparseGradLinear(HoldsBasis):
     S: nn.Parameter | None
     values: nn.Parameter | None
     positions: Tensor | None
+    conv1d: type[nn.Module] | None = None
 
     def __init__(
         self,
@@ -141,6 +143,7 @@ class SparseGradLinear(HoldsBasis):
         """
         weight, bias = weight_and_bias(linear)
         layer = cls(weight, bias, basis.to(weight.device), core_dtype=core_dtype, prefer=prefer)
+        layer.conv1d = type(linear) if is_conv1d(linear) else None
         if positions is not None:
             layer.pack(positions)
         return layer.train(linear.training)
@@ -253,6 +256,15 @@ def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return linear
+
+
+def as_conv1d(linear: nn.Linear, conv1d: type[nn.Module]) -> nn.Module:
+    """The same layer with its weight as (in, out), as GPT-2's classes and their checkpoints have it."""
+    with torch.device("meta"):
+        layer = conv1d(linear.out_features, linear.in_features)
+    layer.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=linear.weight.requires_grad)
+    layer.bias = linear.bias
+    return layer.train(linear.training)
 
 
 def check_positions(positions: Tensor, numel: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .basis import Basis, HoldsBasis
-from .linear import compute_dtype, plain_linear, weight_and_bias
+from .linear import compute_dtype, is_conv1d, plain_linear, weight_and_bias
 from .selection import compressed_product, resolve_k, topk_magnitude
 
 Products = Literal["regular", "sparse"]
@@ -76,9 +76,11 @@ class LiteralSparseGradLinear(HoldsBasis):
         bias: (out,) or None, the original's parameter.
         basis: complete on both sides.
         k: entries of the gradient kept in each backward pass.
+        conv1d: the class of a GPT-2 `Conv1D` that this layer took the place of, for `restore_linears`; else None.
     """
 
     bias: nn.Parameter | None
+    conv1d: type[nn.Module] | None = None
 
     def __init__(
         self,
@@ -131,7 +133,9 @@ class LiteralSparseGradLinear(HoldsBasis):
         """
         weight, bias = weight_and_bias(linear)
         k = resolve_k(weight.numel(), k, density)
-        return cls(weight, bias, basis.to(weight.device), k, products, select).train(linear.training)
+        layer = cls(weight, bias, basis.to(weight.device), k, products, select)
+        layer.conv1d = type(linear) if is_conv1d(linear) else None
+        return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

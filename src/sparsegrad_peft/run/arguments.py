@@ -16,11 +16,11 @@ from ..tasks.arguments import DataArguments, task_problems
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
 )  # fmt: skip
-METHODS = ("sparsegrad", "lora", "meprop", "full", "galore")
-WHOLE = ("full", "galore")
+METHODS = ("sparsegrad", "lora", "meprop", "full", "galore", "literal")
+WHOLE = ("full", "galore", "literal")
 "Those that train the weights themselves: a run leaves a model, and no adapter."
 
-LEARNING_RATES = {"sparsegrad": 3e-3, "lora": 2e-3, "meprop": 1e-3, "full": 1e-4, "galore": 1e-3}
+LEARNING_RATES = {"sparsegrad": 3e-3, "lora": 2e-3, "meprop": 1e-3, "full": 1e-4, "galore": 1e-3, "literal": 1e-3}
 """Where none is given: the best of a few on SST-2 with a 6-layer BERT. Masked and low-rank updates want about ten times
 the rate of full fine-tuning."""
 
@@ -42,9 +42,12 @@ class AdapterArguments:
     prefer: Literal["memory", "speed"] = "memory"
     'sparsegrad: "memory" saves the projected input for backward, "speed" what costs the fewest multiply-adds'
     density: float | None = None
-    "sparsegrad, meprop: share of a core's entries that a step selects; default: all of them, and 0.01 for meprop"
+    """sparsegrad, meprop, literal: share of a core's entries that a step selects; default: all of them, and 0.01 for
+    meprop and literal"""
     k: int | None = None
-    "sparsegrad, meprop: the same as a number of entries a layer"
+    "sparsegrad, meprop, literal: the same as a number of entries a layer"
+    products: Literal["regular", "sparse"] = "regular"
+    "literal: dense products, or the paper's sparse-by-dense ones"
     rank: int | None = None
     """lora: rank; default: the one with as many trained entries as sparsegrad with the sizes above. galore: of the
     projected gradients; default: a quarter of the smaller side"""
@@ -80,7 +83,7 @@ class TrainingArguments:
     "micro-batches of a step"
     learning_rate: float | None = None
     """of the adapter, or of everything where there is none; default: 3e-3 (sparsegrad), 2e-3 (lora), 1e-3 (meprop),
-    1e-4 (full), 1e-3 (galore)"""
+    1e-4 (full), 1e-3 (galore, literal)"""
     rest_learning_rate: float | None = None
     "of what trains beside the adapter; default: the same"
     schedule: str = "linear"
@@ -115,7 +118,8 @@ class RunArguments:
     OpenAssistant's conversations, and "text": your own texts, or prompts and answers, see data; for models
     of images "digits": scikit-learn's, no download, and "images": folders of your own, see data"""
     method: str = "sparsegrad"
-    "sparsegrad, lora, meprop, full, galore, or the path of any PEFT adapter_config.json"
+    """sparsegrad, lora, meprop, full, galore, literal (the published layer with complete bases, in the place of the
+    model's own while it trains), or the path of any PEFT adapter_config.json"""
     rest: Literal["train", "freeze"] = "freeze"
     """the model besides the MLP layers: train all of it (paper, GLUE), or the head (and pooler) only, which a language
     model has none of (paper, LLaMA)"""
@@ -138,7 +142,7 @@ class RunArguments:
     def density(self) -> float | None:
         """That of the optimizer's selection, with the method's default."""
         given = self.adapter.density
-        return 0.01 if given is None and self.adapter.k is None and self.method == "meprop" else given
+        return 0.01 if given is None and self.adapter.k is None and self.method in ("meprop", "literal") else given
 
     def as_dict(self) -> dict[str, Any]:
         """For YAML and JSON."""
@@ -188,7 +192,7 @@ class RunArguments:
         if adapter.density is not None and adapter.k is not None:
             problems.append(f"adapter.density ({adapter.density}) and adapter.k ({adapter.k}) say the same; give one")
         selects = adapter.density is not None or adapter.k is not None
-        if selects and self.method not in ("sparsegrad", "meprop"):
+        if selects and self.method not in ("sparsegrad", "meprop", "literal"):
             problems.append(f"adapter.density and adapter.k are not for method {self.method!r}")
         sizes = Sizes(adapter.narrow, adapter.wide, adapter.c, adapter.r)
         if self.calibration.refresh is not None and not (self.method == "sparsegrad" and sizes.complete):
@@ -196,9 +200,19 @@ class RunArguments:
                 "calibration.refresh is for method sparsegrad with complete bases (adapter.c and adapter.r: full), "
                 f"found {self.method} with {sizes}"
             )
-        if training.rest_learning_rate is not None and self.method in WHOLE:
+        if training.rest_learning_rate is not None and self.method in ("full", "galore"):
             problems.append(
                 f"training.rest_learning_rate is for what trains beside an adapter, found method {self.method!r}"
+            )
+        if self.method == "literal" and not {adapter.c, adapter.r} <= {None, "full"}:
+            problems.append(
+                f"method literal has complete bases; adapter.c and adapter.r: leave them out, found {adapter.c} and "
+                f"{adapter.r}"
+            )
+        if self.method == "literal" and training.gradient_accumulation != 1:
+            problems.append(
+                "method literal selects in each backward pass, and micro-batches would add up to more entries than "
+                f"asked for; training.gradient_accumulation must be 1, found {training.gradient_accumulation}"
             )
         if self.method == "galore" and find_spec("galore_torch") is None:
             problems.append("method galore needs its package: pip install galore-torch")

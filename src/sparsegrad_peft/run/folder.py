@@ -100,7 +100,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"{self}: expected a folder to write, found a file; choose another output folder")
         if (self.path / "config.yaml").is_file():
-            there, here = self.read_arguments(), arguments.as_dict()
+            there, here = _with_defaults(self.read_arguments()), arguments.as_dict()
             there["output"] = here["output"]  # another name for the same folder
             found = {name: pair for name, pair in _differences(there, here).items() if pair[0] != pair[1]}
             if found:
@@ -194,6 +194,13 @@ def _without_nan(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_without_nan(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that an earlier version began, with those that it did not know."""
+    known = RunArguments().as_dict()
+    groups = {name: {**group, **settings.get(name, {})} for name, group in known.items() if isinstance(group, dict)}
+    return {**known, **settings, **groups}
 
 
 def _differences(there: Any, here: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig, get_peft_model
@@ -10,14 +13,15 @@ from torch import nn
 
 from ..method.calibrate import CalibrationConfig
 from ..method.gradients import Trajectory, sign_step
-from ..method.groups import linear_shape
+from ..method.groups import group_linears, linear_shape
 from ..method.sizes import Sizes
 from ..tasks.arguments import kind_of
 from ..tuner.config import SparseGradConfig
 from ..tuner.targets import mlp_linears
-from ..tuner.trainer import adapter_parameters
 from .arguments import METHODS, WHOLE, CalibrationArguments, RunArguments
 from .kinds import KINDS
+from .literal import LiteralLayers, LiteralTrainer
+from .trainer import RunTrainer
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Adapted:
     k: int | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
     "for `TrainingArguments`, where the Trainer makes the optimizer itself"
+    trainer: Callable[..., RunTrainer] = RunTrainer
 
 
 def adapt(model: nn.Module, arguments: RunArguments) -> Adapted:
@@ -43,10 +48,15 @@ def adapt(model: nn.Module, arguments: RunArguments) -> Adapted:
         return _from_file(model, arguments)
     adapter, kind = arguments.adapter, KINDS[kind_of(arguments.task)]
     targets, heads = check_layers(model, arguments), _heads(model, kind.heads)
+    if arguments.method == "literal":
+        _release(model, None if arguments.rest == "train" else heads, but=targets)
+        groups = group_linears(model, "|".join(map(re.escape, targets)), shared=adapter.shared)
+        literal = LiteralLayers(groups, adapter.products, adapter.k, arguments.density)
+        return Adapted(
+            model, calibration_config(arguments.calibration), trainer=partial(LiteralTrainer, literal=literal)
+        )
     if arguments.method in WHOLE:
-        names = set(targets) | set(heads)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(arguments.rest == "train" or any(f"{name}.".startswith(f"{n}.") for n in names))
+        _release(model, None if arguments.rest == "train" else [*targets, *heads])
         return Adapted(model, optimizer=_galore(model, targets, arguments) if arguments.method == "galore" else {})
     rest = _rest(model, targets, heads) if arguments.rest == "train" else heads
     config: PeftConfig
@@ -64,6 +74,16 @@ def adapt(model: nn.Module, arguments: RunArguments) -> Adapted:
     adapted = get_peft_model(model, config)
     calibration = calibration_config(arguments.calibration) if arguments.method == "sparsegrad" else None
     return Adapted(adapted, calibration, arguments.density, adapter.k)
+
+
+def _release(model: nn.Module, names: list[str] | None, but: Sequence[str] = ()) -> None:
+    """Train the modules with these names, None: all of them, and freeze the others, as well as those in `but`."""
+
+    def within(parameter: str, modules: Sequence[str]) -> bool:
+        return any(parameter.startswith(f"{module}.") for module in modules)
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_((names is None or within(name, names)) and not within(name, but))
 
 
 def _galore(model: nn.Module, targets: list[str], arguments: RunArguments) -> dict[str, Any]:
@@ -129,7 +149,7 @@ def check_layers(model: nn.Module, arguments: RunArguments) -> list[str]:
     if arguments.method not in METHODS:
         return []
     targets = in_layers(mlp_linears(model, arguments.adapter.target_modules), arguments.adapter.layers)
-    if arguments.method in ("sparsegrad", "meprop"):
+    if arguments.method in ("sparsegrad", "meprop", "literal"):
         check_sizes(model, targets, arguments)
     return targets
 
@@ -229,21 +249,3 @@ def _rest(model: nn.Module, targets: list[str], heads: list[str]) -> list[str]:
                 raise ValueError(f"rest: train cannot save {other} and {name}, which share a weight; use rest: freeze")
         found.append(name)
     return found
-
-
-def trained_entries(model: nn.Module) -> dict[str, Any]:
-    """How many numbers are trained: by the adapter (or in the layers that would have one), in all; and how many of the
-    adapter's are not zero by now.
-
-    The cores of SparseGrad start at zero, so that this is what selection has ever touched.
-    """
-    own, _ = adapter_parameters(model)
-    if not hasattr(model, "peft_config"):  # the layers' own weights
-        own = {id(p) for name in mlp_linears(model) for p in model.get_submodule(name).parameters()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return {
-        "adapter": sum(p.numel() for p in trainable if id(p) in own),
-        "touched": sum(int(p.count_nonzero()) for p in trainable if id(p) in own),
-        "all": sum(p.numel() for p in trainable),
-        "model": sum(p.numel() for p in model.parameters()),
-    }

@@ -18,12 +18,12 @@ from .card import card
 from .environment import environment
 from .folder import RunFolder, save_whole, write_whole
 from .kinds import KINDS
-from .methods import adapt, trained_entries
+from .methods import adapt
 from .picture import write_curves
 from .pretrained import model_path
 from .progress import Progress
 from .quiet import quiet
-from .trainer import MeasureTraining, RunTrainer, scorer, stopping, trainer_arguments
+from .trainer import MeasureTraining, scorer, stopping, trainer_arguments
 
 
 def train(
@@ -94,7 +94,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
 
     training = MeasureTraining()
     reporter.metric = task.main_metric
-    trainer = RunTrainer(
+    trainer = adapted.trainer(
         model=adapted.model,
         args=trainer_arguments(arguments, folder, task, len(features["train"]), adapted.optimizer),
         train_dataset=features["train"],
@@ -121,6 +121,8 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         finally:
             reporter.stop()
             training.stop()
+        entries = trainer.trained_entries()
+        trainer.make_plain()
         scores = {
             split: trainer.evaluate(features[split], metric_key_prefix=split) for split in task.evaluation_splits
         }  # of the best evaluation's weights, which the trainer has loaded
@@ -138,7 +140,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         "metric": task.main_metric,
         "score": scores[main_split][f"{main_split}_{task.main_metric}"],
         "scores": {split: _named(found, split) for split, found in scores.items()},
-        "trained_entries": trained_entries(trainer.model),
+        "trained_entries": entries,
         "steps": trainer.state.global_step,
         "evaluations": [
             {"step": entry["step"], **_named(entry, "eval")} for entry in log if f"eval_{task.main_metric}" in entry

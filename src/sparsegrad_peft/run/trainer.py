@@ -16,6 +16,7 @@ from ..tasks.task import Task
 from ..tuner.trainer import SparseGradTrainer
 from .arguments import RunArguments
 from .checkpoints import writing
+from .entries import trained_entries
 from .folder import RunFolder
 from .kinds import KINDS
 from .meter import Phase, measured
@@ -57,6 +58,13 @@ class RunTrainer(SparseGradTrainer):
         with measured() as phase:
             super()._calibrate(adapter_name)
         self.calibrated(phase)
+
+    def trained_entries(self) -> dict[str, Any]:
+        """How many numbers the run trains; before `make_plain`."""
+        return trained_entries(self.model)
+
+    def make_plain(self) -> None:
+        """Give the model the form that is saved: for an adapter, or weights of its own, the one that it has."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length" or self.args.world_size > 1:
