@@ -3,7 +3,7 @@
     python benchmarks/tables.py           # write them
     python benchmarks/tables.py --check   # only say whether they are what the files give; exit 1 if not
 
-A table stands between `<!-- table: PATH -->` and `<!-- end of table -->`.
+A table stands between `<!-- table: PATH -->` and `<!-- end of table -->`; `PATH calibration` is another one of a study.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from sparsegrad_peft.report.results import read_sections
@@ -27,8 +28,10 @@ from sparsegrad_peft.run.folder import write_whole
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/method.md", "docs/performance.md")
 STUDY = "benchmarks/results/study"
+GLUE_ROWS = {"sst2": 67349, "cola": 8551, "stsb": 5749, "mrpc": 3668, "rte": 2490}
+"Of the whole train sets."
 RESULTS_TITLE = "SparseGrad and its peers"
-MARK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- table: (\S+)( calibration)? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -174,6 +177,21 @@ def study(path: Path) -> str:
     return "\n\n".join(part.rstrip("\n") for part in parts)
 
 
+def calibration_share(path: Path, epochs: int = 3) -> str:
+    """What calibration takes next to training on a whole task, from the runs on samples of it."""
+    header = ["task", "calibration, in training steps", f"steps of {epochs} epochs", "share of them"]
+    rows = []
+    for task, count in GLUE_ROWS.items():
+        runs = [json.loads(file.read_text(encoding="utf-8")) for file in path.glob(f"*/{task}/sparsegrad-[0-9]*.json")]
+        batch = runs[0]["config"]["training"]["batch_size"]
+        taken = median(run["calibration"]["seconds"] / run["training"]["seconds"] * run["steps"] for run in runs)
+        steps = epochs * -(-count // batch)
+        rows.append([task, f"{taken:.0f}", f"{steps:,}", f"{100 * taken / steps:.1f} %"])
+    n_steps = runs[0]["config"]["calibration"]["n_steps"]
+    words = f"{n_steps} backward passes along a trajectory and the bases of each layer, MiniLM, batches of {batch}"
+    return f"{markdown(header, rows)}\n\n{words}; a training step with its part of the evaluations. Median over seeds."
+
+
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "speed": speed,
     "decode": decode,
@@ -189,11 +207,11 @@ def filled(text: str) -> str:
     def table(match: re.Match[str]) -> str:
         path = ROOT / match[2]
         if path.is_dir():  # one file a run
-            made = study(path)
+            made = calibration_share(path) if match[3] else study(path)
         else:
             result = json.loads(path.read_text(encoding="utf-8"))
             made = RENDER[result["benchmark"]](result)
-        return f"{match[1]}\n{made}\n\n{match[3]}"
+        return f"{match[1]}\n{made}\n\n{match[4]}"
 
     return MARK.sub(table, text)
 

@@ -40,7 +40,9 @@ def counted() -> FlopCounterMode:
 
 
 @pytest.mark.parametrize("tokens", [4, 96, 400, 1500])
-@pytest.mark.parametrize("method", ["floor", "sparsegrad", "sparsegrad-speed", "literal", "full"])
+@pytest.mark.parametrize(
+    "method", ["floor", "sparsegrad", "sparsegrad-speed", "sparsegrad-complete", "literal", "full"]
+)
 def test_counted_is_computed(method: str, tokens: int) -> None:
     """Few tokens, where the update goes through its factors, and many, where it is formed."""
     found = running(method, tokens=tokens)

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 DEFAULT_METHODS = (
-    "floor", "sparsegrad", "sparsegrad-speed", "sparsegrad-paper", "literal", "literal-sparse", "lora", "lora-rank-7",
-    "lora-fa", "full", "galore",
+    "floor", "sparsegrad", "sparsegrad-speed", "sparsegrad-paper", "sparsegrad-complete", "literal", "literal-sparse",
+    "lora", "lora-rank-7", "lora-fa", "full", "galore",
 )  # fmt: skip
 
 

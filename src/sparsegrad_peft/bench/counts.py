@@ -19,7 +19,7 @@ def multiply_adds(method: str, shapes: list[tuple[int, int]], tokens: int, live:
     """
     counter = {
         "floor": _floor, "full": _full, "literal": _literal, "sparsegrad-paper": _paper, "sparsegrad": _memory,
-        "sparsegrad-speed": _speed,
+        "sparsegrad-speed": _speed, "sparsegrad-complete": _complete,
     }.get(method)  # fmt: skip
     if counter is None:
         return None
@@ -48,6 +48,10 @@ def _memory(out: int, in_: int, tokens: int, live: int, sizes: Sizes) -> int:
 
 def _speed(out: int, in_: int, tokens: int, live: int, sizes: Sizes) -> int:
     return _core(out, in_, tokens, live, sizes, "speed")
+
+
+def _complete(out: int, in_: int, tokens: int, live: int, sizes: Sizes) -> int:
+    return _core(out, in_, tokens, live, Sizes("full", "full"), "speed")
 
 
 def _core(out: int, in_: int, tokens: int, live: int, sizes: Sizes, prefer: str) -> int:

@@ -113,11 +113,11 @@ def _floor(setting: Setting) -> Prepared:
     return Prepared(setting.model, _adamw(rest))
 
 
-def _adapter(setting: Setting, density: float | None = None, **options: Any) -> Prepared:
+def _adapter(setting: Setting, density: float | None = None, complete: bool = False, **options: Any) -> Prepared:
     from peft import get_peft_model
 
     rest = setting.freeze()
-    sizes = setting.sizes
+    sizes = Sizes("full", "full") if complete else setting.sizes
     config = SparseGradConfig(
         target_modules=setting.targets, narrow=sizes.narrow, wide=sizes.wide, c=sizes.c, r=sizes.r, **options
     )
@@ -203,6 +203,11 @@ METHODS: dict[str, Method] = {
     "sparsegrad-speed": Method('... with prefer="speed"', lambda s: _adapter(s, prefer="speed")),
     "sparsegrad-topk": Method("... the largest 10 % of S in each step", lambda s: _adapter(s, density=0.1)),
     "sparsegrad-paper": Method("complete bases, the largest 1 % in each step, on plain weights", _paper, True),
+    "sparsegrad-complete": Method(
+        "... as an adapter, as the paper's presets have it",
+        lambda s: _adapter(s, density=DENSITY, complete=True, shared=True, prefer="speed"),
+        True,
+    ),
     "literal": Method("as published, regular products", lambda s: _literal(s, "regular"), True),
     "literal-sparse": Method("as published, sparse-by-dense products", lambda s: _literal(s, "sparse"), True),
     "lora": Method("PEFT's LoRA at as many trained entries", _lora),
