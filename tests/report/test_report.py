@@ -70,6 +70,19 @@ def test_cells_and_means(runs: list[Run], section: Section) -> None:
     assert math.isnan(mean_of_tasks(section, "full"))  # has not run on MRPC
 
 
+def test_a_mean_is_over_the_seeds_that_all_have(section: Section) -> None:
+    """A seed in which everything is ten points better, run by one method alone, does not put it ahead."""
+    mine = next(run for run in section.runs if run.method == "sparsegrad")
+    more = [
+        replace(run, result={**run.result, "seed": 7, "score": run.result["score"] + 0.1})
+        for run in section.runs if run.method == "sparsegrad" and run.result["seed"] == mine.result["seed"]
+    ]  # fmt: skip
+    assert {run.task for run in more} == {"rte", "mrpc"}
+    wider = replace(section, runs=(*section.runs, *more))
+    assert mean_of_tasks(wider, "sparsegrad") == mean_of_tasks(section, "sparsegrad") == pytest.approx(72)
+    assert mean_of_tasks(wider, "lora") == pytest.approx(70)
+
+
 def test_comparison_by_hand(runs: list[Run]) -> None:
     """Differences 2, 4, 1, 1: mean 2, standard error 0.7071, t(3) = 2.828."""
     found = compare(runs, "sparsegrad", "lora")
@@ -77,12 +90,31 @@ def test_comparison_by_hand(runs: list[Run]) -> None:
     assert found.difference == pytest.approx(2)
     assert (found.low, found.high) == (pytest.approx(2 - 3.1824 * 0.70711, abs=1e-3), pytest.approx(4.2503, abs=1e-3))
     assert found.p == pytest.approx(0.0663, abs=1e-4)
-    assert "not told apart from chance" in found.words
+    assert "p = 0.066; too few pairs to tell)" in found.words
     one = compare(runs, "full", "lora")
     assert (one.pairs, one.difference) == (1, pytest.approx(8))
     assert math.isnan(one.p)
     assert "too few for a test" in one.words
     assert compare(runs, "full", "none").pairs == 0
+
+
+@pytest.mark.parametrize(
+    ("differences", "said"),
+    [
+        ([2, 4, 1, 1, 2], "too few pairs to tell"),  # p = 0.022
+        ([2, 4, 1, 1, 2, 2], "beyond chance"),
+        ([2, 4, -1, -1, 2, 2], "not told apart from chance"),
+    ],
+)
+def test_what_is_said_of_a_difference(differences: list[int], said: str, runs: list[Run]) -> None:
+    pairs = [
+        replace(runs[0], result={**runs[0].result, "variant": method, "seed": seed, "score": (50 + more) / 100})
+        for seed, difference in enumerate(differences)
+        for method, more in (("a", difference), ("b", 0))
+    ]
+    found = compare(pairs, "a", "b")
+    assert (found.pairs, found.difference) == (len(differences), pytest.approx(sum(differences) / len(differences)))
+    assert said in found.words
 
 
 def test_tables(runs: list[Run], section: Section) -> None:
@@ -342,3 +374,16 @@ def test_no_runs(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["report", str(folder), "--output", str(tmp_path / "out")]) == 1
     assert words[kind] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_papers_costs_stand_below_ours() -> None:
+    study = Path(__file__).parents[2] / "benchmarks" / "results" / "study" / "speed"
+    [section] = read_sections([study])
+    table = costs_by_task(section)
+    last = dict(zip(table.header, table.rows[-1], strict=True))
+    assert last.pop("task") == "in the paper (RoBERTa-base)"
+    assert {method: cost for method, cost in last.items() if cost} == {
+        "full": "4.11 / 1,345", "lora": "4.7 / 944", "literal": "0.9 / 1,210", "literal-sparse": "4.3 / 1,016",
+    }  # fmt: skip
+    assert [row[0] for row in table.rows[:-1]] == ["sst2", "mrpc", "rte"]
+    assert "The paper's: EMNLP 2024" in table.note

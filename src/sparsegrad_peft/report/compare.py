@@ -10,6 +10,10 @@ from dataclasses import dataclass, replace
 from ..tasks.metrics import spread
 from .results import Run, Section
 
+FEWEST = 6
+"""Pairs from which on a difference may be called beyond chance: five on one side are what coins do once in sixteen, and
+whether so few differences are normally distributed, as the t-test supposes, nobody can see."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -59,7 +63,10 @@ class Comparison:
         least = f"{self.difference:+.{digits}f} {unit} over {self.pairs} pair{'s' if self.pairs > 1 else ''} of runs"
         if math.isnan(self.p):
             return f"{self.method} against {self.other}: {least}; too few for a test."
-        sure = "not told apart from chance" if self.low <= 0 <= self.high else "beyond chance"
+        if self.pairs < FEWEST:
+            sure = "too few pairs to tell"
+        else:
+            sure = "not told apart from chance" if self.low <= 0 <= self.high else "beyond chance"
         return (
             f"{self.method} against {self.other}: {least} (95 % interval {self.low:+.{digits}f} to "
             f"{self.high:+.{digits}f}, paired t-test p = {self.p:.2g}; {sure}), ahead in {self.ahead}."
@@ -92,9 +99,26 @@ def by_unit(section: Section) -> dict[str, Section]:
     return {unit: replace(section, runs=tuple(some), tasks=tasks(unit, some)) for unit, some in found.items() if some}
 
 
-def mean_of_tasks(section: Section, method: str) -> float:
-    """Mean over tasks of the means over seeds, of runs of one unit; nan unless the method has run on all of them."""
+def common_seeds(section: Section) -> set[int]:
+    """Seeds that every method which has run on all tasks has run on each of them."""
     table = cells(section.runs)
+    seeds = [
+        {run.result["seed"] for run in table[task][method].runs}
+        for method in section.methods
+        if all(method in table.get(task, {}) for task in section.tasks)
+        for task in section.tasks
+    ]
+    return set.intersection(*seeds) if seeds else set()
+
+
+def mean_of_tasks(section: Section, method: str) -> float:
+    """Mean over tasks of the means over seeds, of runs of one unit; nan unless the method has run on all of them.
+
+    The seeds are those that all such methods have run on all tasks, where there are any: a seed that is good for all
+    would otherwise count for those alone that have run it.
+    """
+    same = common_seeds(section)
+    table = cells(run for run in section.runs if not same or run.result["seed"] in same)
     found = [table[task][method].mean if method in table.get(task, {}) else math.nan for task in section.tasks]
     return sum(found) / len(found) if found else math.nan
 

@@ -75,7 +75,7 @@ def scores(section: Section) -> Table:
         rows.append([f"mean of tasks, {unit}" if len(units) > 1 else "mean of tasks", *words])
     note = (
         "100 x score of the best evaluation of a run on the task's dev set: mean ± standard deviation over seeds "
-        "(number of seeds)."
+        "(number of seeds). The mean of tasks is over the seeds that all methods of the row have run."
     )
     losses = [unit for unit in units if unit != "points"]
     if losses:
@@ -140,6 +140,11 @@ def costs_by_task(section: Section) -> Table:
         "Steps per second / most memory of the process in MB. A step is a batch; how long its sequences are is the "
         "task's doing."
     )
+    paper = section.paper or {}
+    if published := paper.get("costs"):
+        found = ["{:g} / {:,}".format(*published[method]) if method in published else "" for method in methods]
+        rows.append([f"in the paper ({paper['columns'][0]})", *found])
+        note += f" The paper's: {paper['source']}."
     return Table("Speed and memory by task", note, ["task", *methods], rows, behind)
 
 
@@ -148,7 +153,7 @@ def comparisons(section: Section) -> Table:
     baseline, units = section.baseline, by_unit(section)
     rows = []
     paper = section.paper or {"scores": {}, "columns": [], "source": ""}
-    published = paper["scores"] if baseline in paper["scores"] else {}
+    published = paper["scores"] if baseline in paper.get("scores", {}) else {}
     for unit, part in units.items():
         shown = partial(part.runs[0].shown, digits=2, sign="+")
         for method in section.methods:

@@ -28,7 +28,11 @@ from .claims import Claims
 from .experiment import Cell, Experiment
 
 _POLL = 3.0  # seconds between two looks at what others are doing
-_OF_SPARSEGRAD = ("calibration.", "adapter.shared")
+_READ_BY = {
+    "calibration.": ("sparsegrad", "literal"), "adapter.shared": ("sparsegrad", "literal"),
+    "adapter.products": ("literal",),
+}  # fmt: skip
+"Settings, by the beginnings of their names -> the methods that read them, where not all do."
 _ATTEMPTS = 2  # a run whose process was killed so often is given up
 
 
@@ -282,8 +286,9 @@ def _same(arguments: RunArguments, results: Path) -> dict[str, Any] | None:
 def _given(config: dict[str, Any]) -> dict[str, Any]:
     """What decides on a run; a setting that is not given may be one that an earlier version did not have."""
     found = {name: value for name, value in flat(config).items() if value is not None and name != "output"}
-    if found["method"] in METHODS and found["method"] != "sparsegrad":  # what those do not read
-        found = {name: value for name, value in found.items() if not name.startswith(_OF_SPARSEGRAD)}
+    if found["method"] in METHODS:  # a config of PEFT may be one of SparseGrad
+        unread = tuple(names for names, methods in _READ_BY.items() if found["method"] not in methods)
+        found = {name: value for name, value in found.items() if not name.startswith(unread)}
     if str(found["method"]).endswith(".json"):  # a PEFT config, wherever the experiments are installed
         found["method"] = Path(found["method"]).name
     return found
