@@ -46,7 +46,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_counts() -> None:
     assert len(PYTHON) == 5
     assert len(RESULTS) == 4
-    assert len(SPEED) == 7
+    assert len(SPEED) == 8
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -247,7 +247,7 @@ def test_method_page_names_functions_that_exist() -> None:
 def test_what_the_config_says_of_its_defaults_is_what_the_results_say() -> None:
     """Its docstring's numbers, from the committed results."""
     from sparsegrad_peft import SparseGradConfig
-    from sparsegrad_peft.report.compare import compare, mean_of_tasks
+    from sparsegrad_peft.report.compare import common_seeds, compare, mean_of_tasks
     from sparsegrad_peft.report.results import read_sections
 
     said = " ".join((SparseGradConfig.__doc__ or "").split())
@@ -267,5 +267,12 @@ def test_what_the_config_says_of_its_defaults_is_what_the_results_say() -> None:
     assert f"({digits:.1f} against {shared:.1f}, " in said
     loss, shared, other = (mean("conversations", method) for method in ("sparsegrad", "sparsegrad-shared", "lora"))
     assert f"loss {loss:.3f} against {other:.3f}" in said
-    assert f"{loss:.3f} against {shared:.3f}, GLUE in one seed" in said
-    assert f"({mean('selection', 'block'):.1f} and {mean('selection', 'select-in-all'):.1f}, one seed)" in said
+    calibrated = {method: f"{mean('calibration', method):.1f}" for method in ("trajectory", "start", "shared")}
+    assert f"{loss:.3f} against {shared:.3f}, and {calibrated['trajectory']} against {calibrated['shared']}" in said
+    assert f"along a trajectory gave {calibrated['trajectory']}, at the start {calibrated['start']};" in said
+    behind = sorted(
+        mean("sizes", "narrow-128") - mean("sizes", method) for method in of["sizes"].methods if method != "narrow-128"
+    )
+    assert f"best, by {behind[0]:.1f} to {behind[-1]:.1f};" in said
+    assert f"({mean('selection', 'block'):.1f} and {mean('selection', 'select-in-all'):.1f})." in said
+    assert all(common_seeds(of[name]) == {0} for name in ("calibration", "sizes", "selection"))
