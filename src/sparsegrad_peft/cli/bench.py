@@ -35,8 +35,11 @@ def main(argv: list[str]) -> None:
         raise FileNotFoundError(f"--json: there is no folder {path.parent}")
     from ..bench.speed import measure
     from ..run.folder import write_whole
+    from ..run.precision import slow_precision
 
     console = Console(stderr=True, highlight=False)
+    if slow := slow_precision(arguments.precision):
+        console.print(slow, soft_wrap=True)
     with console.status("starting") as status:
         result = measure(arguments, say=status.update)
     screen = Console(highlight=False)

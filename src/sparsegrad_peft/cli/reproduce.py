@@ -57,10 +57,15 @@ def main(argv: list[str]) -> None:
         console.print(table)
         console.print(f"\nnext:   sparsegrad reproduce {names[0]} --scale {found.scale}")
         return
+    from ..run.precision import slow_precision
     from ..study.progress import GridProgress
     from ..study.reproduce import Places, reproduce
 
     keep = _filter(found, experiments)
+    cells = [cell for experiment in experiments for cell in experiment.cells() if keep(cell)]
+    for precision in {cell.settings(cell.trial).get("training", {}).get("precision", "fp32") for cell in cells}:
+        if slow := slow_precision(precision):
+            console.print(f"{slow}. It is a setting of the experiments; --folder takes some of your own")
     places = Places(Path(found.results), Path(found.runs), found.storage)
     with GridProgress(console) as reporter:
         results = reproduce(experiments, places, keep=keep, threads=found.threads, retry=found.retry, reporter=reporter)

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from ..run.arguments import RunArguments, flat
+from ..run.arguments import WHOLE, RunArguments, flat
 from ..run.presets import preset
 from .parsing import VerbParser, make_parser
 
@@ -90,7 +90,8 @@ def report(results: list[dict[str, Any]], output: str) -> None:
             f"(step {result['best_step']} of {result['steps']})"
         )
         console.print(
-            f"  trained entries: {result['trained_entries']['adapter']:,} in the adapter, "
+            f"  trained entries: {result['trained_entries']['adapter']:,} in the "
+            f"{'MLP layers' if result['method'] in WHOLE else 'adapter'}, "
             f"{result['trained_entries']['all']:,} in all; saved: {result['weights_bytes'] / 1e6:.1f} MB"
         )
         if calibration is not None:

@@ -45,7 +45,9 @@ def checkout() -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """All of it, JSON-able."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    # A virtual machine's processor often has a family's name alone; the instructions tell which of them it is.
+    instructions = torch.backends.cpu.get_cpu_capability()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()}, {instructions}"
     return {
         **checkout(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

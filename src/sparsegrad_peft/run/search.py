@@ -51,8 +51,11 @@ def search(
     arguments.check()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     from ..tasks.metrics import fitting, higher_is_better
+    from .precision import slow_precision
     from .train import output_folder
 
+    if slow := slow_precision(arguments.training.precision):
+        say(slow)
     # All metrics for a kind of task have one direction.
     higher = higher_is_better(fitting((), kind_of(arguments.task))[0])
     folder = output_folder(arguments)

@@ -20,6 +20,7 @@ from .folder import RunFolder, save_whole, write_whole
 from .kinds import KINDS
 from .methods import adapt
 from .picture import write_curves
+from .precision import slow_precision
 from .pretrained import model_path
 from .progress import Progress
 from .quiet import quiet
@@ -87,6 +88,8 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
     main_split = task.evaluation_splits[0]
     sizes = ", ".join(f"{len(data):,} {split}" for split, data in features.items())
     reporter.say(f"{task.name} ({sizes} rows), {arguments.method} on {arguments.model}, seed {seed}: {folder}")
+    if slow := slow_precision(arguments.training.precision):
+        reporter.say(slow)
     if broken:
         reporter.say(f"passed over, since it was cut off or damaged, or the best one before it: {', '.join(broken)}")
     if checkpoint is not None:
