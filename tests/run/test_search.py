@@ -14,6 +14,7 @@ import optuna
 import pytest
 
 from sparsegrad_peft.cli.main import main
+from sparsegrad_peft.run.alive import mark
 from sparsegrad_peft.run.arguments import RunArguments, SearchArguments
 from sparsegrad_peft.run.search import search
 
@@ -74,8 +75,9 @@ def test_what_diverges_is_a_trial_too(arguments: Arguments, tmp_path: Path) -> N
 
 def test_an_interrupted_trial_is_run_again(arguments: Arguments, tmp_path: Path) -> None:
     """A process that is gone has left a trial under way; it is put in line again, and does not count twice."""
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+    gone = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    left = mark(gone.pid)
+    gone.communicate()
     search(arguments(tmp_path / "s"), what(trials=1), lambda words: None)
     journal = str(tmp_path / "s" / "trials.journal")
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(journal))
@@ -86,7 +88,7 @@ def test_an_interrupted_trial_is_run_again(arguments: Arguments, tmp_path: Path)
         trial.suggest_float("learning_rate", 1e-3, 1e-1, log=True),
         trial.suggest_categorical("batch_size", [8, 16]),
     )
-    trial.set_user_attr("process", f"{os.uname().nodename}:{gone.pid}")
+    trial.set_user_attr("process", left)
 
     result = search(arguments(tmp_path / "s"), what(trials=2), lambda words: None)
     states = [(trial["number"], trial["state"]) for trial in result["trials"]]

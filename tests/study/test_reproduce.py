@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 import yaml
+from optuna.study import StudyDirection
 
 from sparsegrad_peft.cli.main import main
-from sparsegrad_peft.run.search import is_alive
+from sparsegrad_peft.cli.train import as_arguments
+from sparsegrad_peft.run.alive import is_alive, mark
 from sparsegrad_peft.study.claims import Claims
 from sparsegrad_peft.study.experiment import Experiment, experiment_names, load_experiment, merged
-from sparsegrad_peft.study.reproduce import Places, Reporter, best_rate, outdated, reproduce, trials_of
+from sparsegrad_peft.study.reproduce import Places, Reporter, best_rate, outdated, reproduce
 
 # Optuna's own: a class that is marked as new, and one that it will rename.
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -251,6 +253,34 @@ def test_claims(storages: tuple[Any, Any]) -> None:
     assert first.take("a") == 3
 
 
+def test_claims_that_nobody_will_finish(storages: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process that is gone, of a machine that is silent, and of one that was killed before it gave its name."""
+    from sparsegrad_peft.study import claims as module
+
+    first, second = map(Claims, storages)
+    assert first.take("a") == 1
+    first._study("a", 1).set_user_attr("processes", [f"{os.uname().nodename}:{os.getpid()}:1.0"])
+    assert second.take("a") == 2  # another process had this one's number
+
+    assert first.take("b") == 1
+    first._study("b", 1).set_user_attr("processes", [f"elsewhere:{os.getpid()}:1.0"])
+    assert second.take("b") == 0
+    now = time.time()
+    monkeypatch.setattr(module.time, "time", lambda: now + 599)
+    assert second.take("b") == 0
+    first.beat("b", 1)
+    monkeypatch.setattr(module.time, "time", lambda: now + 1198)
+    assert second.take("b") == 0
+    monkeypatch.setattr(module.time, "time", lambda: now + 1300)
+    assert second.take("b") == 2
+
+    first.storage.create_new_study([StudyDirection.MINIMIZE], "c (1)")
+    begun = time.monotonic()
+    assert second.take("c") == 0
+    monkeypatch.setattr(module.time, "monotonic", lambda: begun + 31)
+    assert second.take("c") == 2
+
+
 def test_many_open_an_empty_database_at_once(empty_database: str) -> None:
     """Optuna makes its tables without asking whether another is about to."""
     script = f"from sparsegrad_peft.study.claims import Claims; print(len(list(Claims({empty_database!r}).results())))"
@@ -295,16 +325,20 @@ def test_two_machines_share_a_study(folder: Path, tmp_path: Path, empty_database
 def test_a_process_that_has_ended_is_not_alive() -> None:
     """Also while nobody has collected it: in a container, that may be for ever."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert is_alive(process.pid)
+    marked = mark(process.pid)
+    assert is_alive(marked)
+    host, number, start = marked.split(":")
+    assert not is_alive(f"{host}:{number}:{float(start) - 60:.2f}")  # another one had its number before
     process.kill()
     deadline = time.monotonic() + 30
-    while is_alive(process.pid) and time.monotonic() < deadline:
+    while is_alive(marked) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not is_alive(process.pid)
+    assert not is_alive(marked)
     assert process.returncode is None  # a zombie until then
     process.communicate()
-    assert not is_alive(process.pid)
-    assert not is_alive(os.getpid())
+    assert not is_alive(marked)
+    assert not is_alive(mark(process.pid))
+    assert is_alive(mark())
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
@@ -320,7 +354,7 @@ def test_no_rate_before_the_search_is_over(metric: str, load: Any, places: Place
         places.result(trial.name).write_text(json.dumps(result), encoding="utf-8")
 
     write(trials[0], finished)
-    assert best_rate(run, trials_of(cells), places.results) is None
+    assert best_rate(run, places.results) is None
     for second, best in (
         ({**finished, "score": better}, 1e-3),
         ({**finished, "score": worse}, 1e-2),
@@ -328,7 +362,76 @@ def test_no_rate_before_the_search_is_over(metric: str, load: Any, places: Place
         ({"status": "diverged"}, 1e-2),
     ):
         write(trials[1], second)
-        assert best_rate(run, trials_of(cells), places.results) == best
+        assert best_rate(run, places.results) == best
+
+
+def test_settings_that_become_null_or_were_null_are_others(load: Any, places: Places) -> None:
+    """And a PEFT config is what its file says, wherever that lies."""
+    [cell] = [cell for cell in load("second").cells() if cell.method.name == "broken"]
+    config = as_arguments(cell.settings(None)).as_dict()
+    file = places.result(cell.name)
+    file.parent.mkdir(parents=True)
+
+    def differs(**changes: Any) -> list[str]:
+        there = {"status": "finished", "config": merged(config, changes.pop("config", {})), **changes}
+        file.write_text(json.dumps(there), encoding="utf-8")
+        return [words for _, words in outdated([cell], places)]
+
+    assert differs() == []
+    assert "calibration.walk None, now 0.0001" in differs(config={"calibration": {"walk": None}})[0]
+    assert "data.train_rows 3, now None" in differs(config={"data": {"train_rows": 3}})[0]
+
+
+def test_a_peft_config_is_what_its_file_says(load: Any, folder: Path, places: Places) -> None:
+    words = {"peft_type": "LORA", "r": 1, "target_modules": "mlp"}
+    (folder / "second" / "lora.json").write_text(json.dumps(words), encoding="utf-8")
+    (folder / "second" / "experiment.yaml").write_text(
+        yaml.safe_dump({
+            "title": "S", "question": "?", "seeds": [0], "baseline": "file",
+            "methods": {"file": {"settings": {"method": "lora.json"}}},
+        }), encoding="utf-8",
+    )  # fmt: skip
+    begun = Lines()
+    [result] = reproduce([load("second")], places, threads=1, reporter=begun).values()
+    assert (result["status"], result["adapter_config"]) == ("finished", words)
+    reproduce([load("second")], places, threads=1, reporter=begun)
+    assert len(begun.begun) == 1
+    (folder / "second" / "lora.json").write_text(json.dumps({**words, "r": 2}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"'r': 1.*now \{.*'r': 2"):
+        reproduce([load("second")], places, threads=1, reporter=begun)
+    [result] = reproduce([load("second")], places, threads=1, retry=True, reporter=begun).values()
+    assert result["adapter_config"]["r"] == 2
+    assert len(begun.begun) == 2
+
+
+def test_a_search_that_is_half_done_gives_no_rate(load: Any, places: Places) -> None:
+    trials = [cell for cell in load("first").cells() if cell.trial is not None and cell.method.name == "sparsegrad"]
+    file = places.result(trials[0].name)
+    file.parent.mkdir(parents=True)
+    finished = {"status": "finished", "metric": "accuracy", "score": 0.5, "training_loss_last_sixth": 0.6}
+    file.write_text(json.dumps(finished), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no result for .*sparsegrad-lr0\.001 in .*run it first: .* reproduce first"):
+        reproduce([load("second")], places, threads=1)
+
+
+def test_results_that_nobody_was_told_of_are_told(load: Any, places: Places, tmp_path: Path) -> None:
+    """A process is killed between its file and the database; another machine has to get the result all the same."""
+    cells = list(load("first").cells())
+    for cell in cells:
+        rate = cell.trial or 1e-2
+        file = places.result(cell.name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found = {
+            "status": "finished", "metric": "accuracy", "score": 1 / rate, "training_loss_last_sixth": 0.6,
+            "config": as_arguments(cell.settings(1e-3 if cell.trial is None else rate)).as_dict(), "name": cell.name,
+        }  # fmt: skip
+        file.write_text(json.dumps(found), encoding="utf-8")
+    begun = Lines()
+    reproduce([load("first")], places, reporter=begun)
+    other = Places(tmp_path / "elsewhere", places.runs)
+    there = reproduce([load("first")], other, reporter=begun)
+    assert [result["name"] for result in there.values()] == [cell.name for cell in cells]
+    assert begun.begun == []
 
 
 def test_the_committed_results_are_of_the_shipped_experiments(places: Places) -> None:
@@ -340,11 +443,10 @@ def test_the_committed_results_are_of_the_shipped_experiments(places: Places) ->
     files = {path.relative_to(study).with_suffix("").as_posix() for path in study.rglob("*.json")}
     assert len(files) > 100
     assert files <= {cell.name for cell in cells}
-    trials = trials_of(cells)
-    assert not outdated(cells, trials, there)
+    assert not outdated(cells, there)
     for cell in cells:  # and its search is whole
-        if cell.name in files and cell.searched_as is not None and cell.trial is None:
-            assert best_rate(cell, trials, study) is not None, cell.name
+        if cell.name in files and cell.search:
+            assert best_rate(cell, study) is not None, cell.name
 
 
 @pytest.mark.parametrize(
@@ -355,7 +457,7 @@ def test_the_committed_results_are_of_the_shipped_experiments(places: Places) ->
         (("first", "methods", {"lora": {"rates": []}}), "found rates"),
         (("first", "methods", {"lora": {"settings": {"method": "lore"}}}), "found 'lore'"),
         (("first", "methods", {"lora": {"settings": {"adaptor": {"c": 8}}}}), "adaptor"),
-        (("first", "methods", {"lora": {"rates_of": "second/lora"}}), "sparsegrad reproduce second"),
+        (("first", "methods", {"lora": {"rates_of": "second/lora"}}), "learning_rates at scale cpu; found second/lora"),
         (("first", "scales", {"cpu": {"models": ["./no"]}}), "no folder ./no; before experiment first: make it"),
     ],
 )  # fmt: skip

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 
@@ -18,9 +19,9 @@ from .checkpoints import best_step, is_whole, writing
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place, then put it there: readers see the old one or the new one."""
+    """Write a file beside its place, then put it there: readers see an old one or a new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
+    draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}.draft")
     try:
         with writing(path), draft.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

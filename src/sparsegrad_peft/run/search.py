@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import socket
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from ..tasks.arguments import kind_of
+from .alive import is_alive, is_here, mark
 from .arguments import RunArguments, SearchArguments, flat
 from .folder import write_whole
 from .picture import search_picture
@@ -101,21 +99,13 @@ def _take_up_interrupted(study: Any) -> None:
     from optuna.trial import TrialState
 
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        host, _, process = trial.user_attrs.get("process", "").rpartition(":")
-        if host == socket.gethostname() and not is_alive(int(process)):
+        process = trial.user_attrs.get("process")
+        if process is not None and is_here(process) and (process == mark() or not is_alive(process)):
             if trial.params:
                 folder = trial.user_attrs.get("folder")
                 study.enqueue_trial(trial.params, user_attrs={"folder": folder} if folder else None)
             study._storage.set_trial_user_attr(trial._trial_id, "error", "interrupted")
             study.tell(trial.number, state=TrialState.FAIL)
-
-
-def is_alive(process: int) -> bool:
-    """Whether there is such a process here, this one aside; one that has ended and waits to be collected is none."""
-    try:
-        return process != os.getpid() and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _counted(study: Any) -> list[Any]:
@@ -139,7 +129,7 @@ def _one(
     from ..tuner.trainer import TrainingDivergedError
     from .train import train
 
-    trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
+    trial.set_user_attr("process", mark())
     # A sampler for each trial: processes that share a search would otherwise draw the same.
     study.sampler = TPESampler(seed=what.sampler_seed + trial.number)
     drawn = trial.suggest_float("learning_rate", what.lowest, what.highest, log=True)
@@ -186,7 +176,7 @@ def _reporter(trial: Any) -> Any:
             if score is None or self.pruned or state.global_step in self._reported:
                 return
             self._reported.add(state.global_step)
-            trial.report(score, state.global_step)
+            trial.report(score, len(self._reported))  # not the step: with a small batch, there are more in an epoch
             if state.global_step < state.max_steps and trial.should_prune():
                 self.pruned = control.should_training_stop = True
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from ..run.search import is_alive
+from ..run.alive import is_alive, is_here, mark
+
+BEAT = 60.0
+"""Seconds between two signs of life of a claim."""
+
+_SILENT = 10 * BEAT  # a machine that has not been heard of for so long has given up; clocks may differ by minutes
+_BEGINNING = 30.0  # between the making of a claim and its maker's name lies a moment
 
 
 class Claims:
     """A claim is an Optuna study of its own: making one that is there already fails, at once and for all but one.
 
-    A run that was cut off (its processes are gone) can be claimed again, as the next attempt; one of another machine
-    cannot be looked into, and counts as under way.
+    A run that was cut off can be claimed again, as the next attempt: on the same machine as soon as its processes are
+    gone, from another one when its claim has shown no sign of life for ten minutes.
 
     Args:
         storage: Optuna's, a URL such as postgresql://..., or a storage object.
@@ -27,6 +31,7 @@ class Claims:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.storage = _opened(storage)
+        self._unnamed: dict[str, float] = {}
 
     def take(self, name: str) -> int:
         """Claim a run; returns which attempt this is, from 1 on, or 0 if it is another's."""
@@ -40,14 +45,18 @@ class Claims:
                 if self._held(study_name):
                     return 0
                 continue
-            study.set_user_attr("host", socket.gethostname())
-            study.set_user_attr("processes", [os.getpid()])
+            study.set_user_attr("seen", time.time())
+            study.set_user_attr("processes", [mark()])
             return attempt
         raise AssertionError("unreachable")
 
     def add_process(self, name: str, attempt: int, process: int) -> None:
         """A process that does the claimed run: it may outlive this one."""
-        self._study(name, attempt).set_user_attr("processes", [os.getpid(), process])
+        self._study(name, attempt).set_user_attr("processes", [mark(), mark(process)])
+
+    def beat(self, name: str, attempt: int) -> None:
+        """A sign of life, for other machines."""
+        self._study(name, attempt).set_user_attr("seen", time.time())
 
     def finish(self, name: str, attempt: int, result: dict[str, Any]) -> None:
         """Leave the result for those who do not share a disk."""
@@ -79,10 +88,17 @@ class Claims:
     def _held(self, study_name: str) -> bool:
         """Whether it is finished or under way."""
         attributes = self.storage.get_study_user_attrs(self.storage.get_study_id_from_name(study_name))
-        if attributes.get("result") or "processes" not in attributes:  # without: it is being claimed this very moment
+        if attributes.get("result"):
             return True
-        here = attributes["host"] == socket.gethostname()
-        return not here or any(process == os.getpid() or is_alive(process) for process in attributes["processes"])
+        processes = attributes.get("processes")
+        if processes is None:  # it is being claimed this very moment, or its maker was killed in that moment
+            first = self._unnamed.setdefault(study_name, time.monotonic())
+            return time.monotonic() - first < _BEGINNING
+        if not processes:
+            return False
+        if is_here(processes[0]):
+            return any(process == mark() or is_alive(process) for process in processes)
+        return time.time() - float(attributes["seen"]) < _SILENT
 
 
 def _opened(storage: Any, tries: int = 5) -> Any:

@@ -34,6 +34,8 @@ class Method:
     "one trial each on every task; the runs that count take the best"
     rates_of: str | None
     "experiment/method whose search gives the learning rates, in place of an own one"
+    searched_rates: tuple[float, ...]
+    "the learning rates of that search, or of its own"
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,12 @@ class Cell:
         return f"{self.experiment.name}/{self._place}/{self.method.name}-{self.seed}"
 
     @property
-    def searched_as(self) -> str | None:
-        """Path of the search's results that give its learning rate, up to the rate; None where there is no search."""
-        if not self.method.learning_rates and self.method.rates_of is None:
-            return None
-        return self._searched(self.method.rates_of or f"{self.experiment.name}/{self.method.name}")
+    def search(self) -> tuple[str, ...]:
+        """Names of the runs that give its learning rate; none for such a run itself, and where there is no search."""
+        if self.trial is not None:
+            return ()
+        whose = self._searched(self.method.rates_of or f"{self.experiment.name}/{self.method.name}")
+        return tuple(f"{whose}{rate:g}" for rate in self.method.searched_rates)
 
     @property
     def _place(self) -> str:
@@ -166,7 +169,7 @@ def load_experiment(name: str, scale: str = "cpu", folder: Path = SHIPPED) -> Ex
         said = merged(said, part)
     where = f"experiment {name}"
     _check_words(said, _SAID, where)
-    methods = tuple(_method(key, value or {}, where, folder / name) for key, value in said["methods"].items())
+    methods = tuple(_method(key, value or {}, where, folder / name, scale) for key, value in said["methods"].items())
     trials = {method.name: len(method.learning_rates) for method in methods if method.rates_of is None}
     if len(set(trials.values())) > 1:
         raise ValueError(f"{where}: expected the same number of learning rates to try for each method, found {trials}")
@@ -195,7 +198,7 @@ def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _method(name: str, said: dict[str, Any], where: str, folder: Path) -> Method:
+def _method(name: str, said: dict[str, Any], where: str, folder: Path, scale: str) -> Method:
     said = {"words": name, "settings": {}, "learning_rates": [], "rates_of": None, **said}
     _check_words(said, _SAID_OF_METHOD, f"{where}, method {name}")
     settings = dict(said["settings"])
@@ -203,7 +206,28 @@ def _method(name: str, said: dict[str, Any], where: str, folder: Path) -> Method
     if beside.suffix == ".json":  # a config of PEFT, in the experiment's folder
         settings["method"] = str(beside)
     rates = tuple(float(rate) for rate in said["learning_rates"])  # YAML takes 1e-3 for a word
-    return Method(name, said["words"], settings, rates, said["rates_of"])
+    searched = rates if said["rates_of"] is None else _rates(said["rates_of"], scale, folder.parent, where)
+    return Method(name, said["words"], settings, rates, said["rates_of"], searched)
+
+
+def _rates(whose: str, scale: str, folder: Path, where: str) -> tuple[float, ...]:
+    """Learning rates that another experiment's method tries.
+
+    Raises:
+        ValueError: there is no such experiment or method, or it has no search of its own.
+    """
+    experiment, _, name = whose.partition("/")
+    rates = None
+    if experiment in experiment_names(folder, scale):
+        own = _read(folder / experiment / "experiment.yaml")
+        methods = merged(own, own.get("scales", {}).get(scale, {})).get("methods", {})
+        rates = (methods.get(name) or {}).get("learning_rates")
+    if not rates:
+        raise ValueError(
+            f"{where}: rates_of: expected EXPERIMENT/METHOD, a method that has learning_rates at scale {scale}; "
+            f"found {whose}"
+        )
+    return tuple(float(rate) for rate in rates)
 
 
 def _check_words(said: dict[str, Any], expected: set[str], where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -48,6 +49,14 @@ class GridProgress(Reporter):
             words = f"{result['metric'].replace('_', ' ')} {result['score']:.4f}, {took:.0f} s"
         self.bar.console.print(f"{cell.name}: {words}", markup=False)
         self.bar.update(self.task, description="waiting")
+
+    def waits(self, cells: Sequence[Cell]) -> None:
+        """Once, for what may take long."""
+        first = f"{cells[0].name}{f' and {len(cells) - 1} more' if len(cells) > 1 else ''}"
+        self.bar.console.print(
+            f"waiting for others to finish {first}; one that has been silent for ten minutes is taken over",
+            markup=False,
+        )
 
     def counts(self, finished: int, total: int) -> None:
         """Move the bar."""

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..run.folder import RunFolder, write_whole
 from ..run.pretrained import load_config, model_path
 from ..run.search import journal
 from ..tasks.metrics import higher_is_better
-from .claims import Claims
+from .claims import BEAT, Claims
 from .experiment import Cell, Experiment
 
 _POLL = 3.0  # seconds between two looks at what others are doing
@@ -64,6 +64,9 @@ class Reporter:
     def counts(self, finished: int, total: int) -> None:
         """So many of all runs have a result."""
 
+    def waits(self, cells: Sequence[Cell]) -> None:
+        """These runs are left, and others are at them."""
+
 
 def reproduce(
     experiments: Sequence[Experiment],
@@ -96,13 +99,14 @@ def reproduce(
     """
     reporter = reporter or Reporter()
     cells = [cell for experiment in experiments for cell in experiment.cells() if keep(cell)]
-    trials = trials_of(cells)
-    _check(cells, trials, places)
+    _check(cells, places)
     claims = Claims(places.storage or _journal_in(places.runs))
     for cell in cells if retry else ():
         if places.result(cell.name).is_file() and _read(places.result(cell.name))["status"] != "finished":
             _forget(cell, places, claims)
-    _renewed(cells, trials, places, claims, retry)
+    _renewed(cells, places, claims, retry)
+    _publish(cells, places, claims)
+    idle = False
     while True:
         for name, result in claims.results():
             if not places.result(name).is_file():
@@ -110,20 +114,35 @@ def reproduce(
         left = [cell for cell in cells if not places.result(cell.name).is_file()]
         reporter.counts(len(cells) - len(left), len(cells))
         if not left:
-            if _renewed(cells, trials, places, claims, retry):
+            if _renewed(cells, places, claims, retry):
                 continue
             return {cell.name: _read(places.result(cell.name)) for cell in cells}
-        if not any(_take(cell, trials, places, claims, threads, reporter) for cell in left):
-            time.sleep(_POLL)
+        if any(_take(cell, places, claims, threads, reporter) for cell in left):
+            idle = False
+            continue
+        if not idle:
+            reporter.waits(left)
+        idle = True
+        time.sleep(_POLL)
 
 
-def _renewed(cells: list[Cell], trials: Mapping[str, list[str]], places: Places, claims: Claims, retry: bool) -> bool:
+def _publish(cells: list[Cell], places: Places, claims: Claims) -> None:
+    """Tell those who do not share a disk of results that lie here: of before, or of a process that was killed between
+    its two records of a run.
+    """
+    there = {name for name, _ in claims.results()}
+    for cell in cells:
+        if cell.name not in there and places.result(cell.name).is_file() and (attempt := claims.take(cell.name)):
+            claims.finish(cell.name, attempt, _read(places.result(cell.name)))
+
+
+def _renewed(cells: list[Cell], places: Places, claims: Claims, retry: bool) -> bool:
     """Whether results were made with other settings than their runs have now; with `retry` they are removed.
 
     Raises:
         ValueError: there are some, and they are not to be removed: tables would mix two experiments.
     """
-    found = outdated(cells, trials, places)
+    found = outdated(cells, places)
     if found and not retry:
         raise ValueError(
             f"{len(found)} results were made with other settings than their experiments have now: "
@@ -136,16 +155,17 @@ def _renewed(cells: list[Cell], trials: Mapping[str, list[str]], places: Places,
     return bool(found)
 
 
-def outdated(cells: Iterable[Cell], trials: Mapping[str, list[str]], places: Places) -> list[tuple[Cell, str]]:
+def outdated(cells: Iterable[Cell], places: Places) -> list[tuple[Cell, str]]:
     """Results that were made with other settings than their runs have now, or with another learning rate than the
-    search gives: the run, and what differs.
+    search gives: the run, and what differs. A setting that an earlier version did not have counts as the same.
     """
     found = []
     for cell in cells:
-        rate = cell.trial if cell.trial is not None else best_rate(cell, trials, places.results)
-        if places.result(cell.name).is_file() and (rate is not None or cell.searched_as is None):
-            was = _given(_read(places.result(cell.name))["config"])
-            now = _given(as_arguments(cell.settings(rate)).as_dict())
+        rate = cell.trial if cell.trial is not None else best_rate(cell, places.results)
+        if places.result(cell.name).is_file() and (rate is not None or not cell.search):
+            there, arguments = _read(places.result(cell.name)), as_arguments(cell.settings(rate))
+            was = _settings(there["config"], there.get("adapter_config"))
+            now = _settings(arguments.as_dict(), _adapter_config(arguments.method))
             differ = [f"{key} {was[key]}, now {now[key]}" for key in was.keys() & now.keys() if was[key] != now[key]]
             if differ:
                 found.append((cell, f"{places.result(cell.name)} ({'; '.join(sorted(differ))})"))
@@ -157,12 +177,10 @@ def _forget(cell: Cell, places: Places, claims: Claims) -> None:
     places.result(cell.name).unlink(missing_ok=True)  # another process may have done it
 
 
-def _take(
-    cell: Cell, trials: Mapping[str, list[str]], places: Places, claims: Claims, threads: int | None, reporter: Reporter
-) -> bool:
+def _take(cell: Cell, places: Places, claims: Claims, threads: int | None, reporter: Reporter) -> bool:
     """Run a cell, if it is nobody's and its learning rate is known; whether it was run."""
-    rate = cell.trial if cell.trial is not None else best_rate(cell, trials, places.results)
-    if rate is None and cell.searched_as is not None:
+    rate = cell.trial if cell.trial is not None else best_rate(cell, places.results)
+    if rate is None and cell.search:
         return False
     attempt = claims.take(cell.name)
     if not attempt or places.result(cell.name).is_file():
@@ -173,7 +191,10 @@ def _take(
     try:
         if result is None:
             arguments.output = str(places.runs / cell.name)
-            result = _run(arguments, threads, partial(claims.add_process, cell.name, attempt))
+            result = _run(
+                arguments, threads, partial(claims.add_process, cell.name, attempt),
+                partial(claims.beat, cell.name, attempt),
+            )  # fmt: skip
             if result["status"] == "killed" and attempt < _ATTEMPTS:
                 claims.release(cell.name, attempt)
                 return True
@@ -188,13 +209,17 @@ def _take(
         "trial": cell.trial is not None,
         "attempts": attempt,
     }
+    if (adapter_config := _adapter_config(arguments.method)) is not None:
+        result["adapter_config"] = adapter_config
     _write(places.result(cell.name), result)
     claims.finish(cell.name, attempt, result)
     reporter.end(cell, result)
     return True
 
 
-def _run(arguments: RunArguments, threads: int | None, started: Callable[[int], None]) -> dict[str, Any]:
+def _run(
+    arguments: RunArguments, threads: int | None, started: Callable[[int], None], beat: Callable[[], None]
+) -> dict[str, Any]:
     """In a process of its own: its memory is its own, and what kills it does not kill the study."""
     output = Path(arguments.output)
     config, log = output.with_name(f"{output.name}.yaml"), output.with_name(f"{output.name}.log")
@@ -207,7 +232,12 @@ def _run(arguments: RunArguments, threads: int | None, started: Callable[[int], 
         )
         try:
             started(child.pid)
-            status = child.wait()
+            while True:
+                try:
+                    status = child.wait(timeout=BEAT)
+                    break
+                except subprocess.TimeoutExpired:
+                    beat()
         except BaseException:  # it is interrupted as well, and its folder has its checkpoints
             child.terminate()
             child.wait()
@@ -236,26 +266,13 @@ def _status(status: int, error: str) -> str:
     return "diverged" if "the loss of step" in error else "failed"
 
 
-def trials_of(cells: Iterable[Cell]) -> dict[str, list[str]]:
-    """The searches among some runs: path of the results up to the rate -> names of the trials."""
-    found: dict[str, list[str]] = {}
-    for cell in cells:
-        if cell.trial is not None:
-            found.setdefault(cell.name[: cell.name.rindex("-lr") + 3], []).append(cell.name)
-    return found
-
-
-def best_rate(cell: Cell, trials: Mapping[str, list[str]], results: Path) -> float | None:
-    """The learning rate with the best score in the search; None while a trial is missing.
+def best_rate(cell: Cell, results: Path) -> float | None:
+    """The learning rate with the best score in the search; None while a trial is missing, or where there is no search.
 
     Of several with the same score, as where none has learnt to tell the classes yet, it is the one with the lowest
     training loss; where all trials failed, the lowest that was tried.
     """
-    prefix = cell.searched_as
-    if prefix is None:
-        return None
-    files = {results / f"{name}.json" for name in trials.get(prefix, ())}
-    files.update((results / prefix).parent.glob(f"{Path(prefix).name}*.json"))
+    files = [results / f"{name}.json" for name in cell.search]
     if not files or not all(path.is_file() for path in files):
         return None
     found = {}
@@ -275,40 +292,54 @@ def _rate(path: Path) -> float:
 
 def _same(arguments: RunArguments, results: Path) -> dict[str, Any] | None:
     """A finished run with the very same settings, such as another experiment's: it is not run again."""
-    wanted = _given(arguments.as_dict())
+    wanted = _given(_settings(arguments.as_dict(), _adapter_config(arguments.method)))
     for path in sorted(results.rglob("*.json")):
         there = _read(path)
-        if there.get("status") == "finished" and _given(there["config"]) == wanted:
+        if there.get("status") == "finished" and wanted == _given(
+            _settings(there["config"], there.get("adapter_config"))
+        ):
             return {**there, "same_as": path.relative_to(results).as_posix()}
     return None
 
 
-def _given(config: dict[str, Any]) -> dict[str, Any]:
-    """What decides on a run; a setting that is not given may be one that an earlier version did not have."""
-    found = {name: value for name, value in flat(config).items() if value is not None and name != "output"}
-    if found["method"] in METHODS:  # a config of PEFT may be one of SparseGrad
+def _settings(config: dict[str, Any], adapter_config: dict[str, Any] | None) -> dict[str, Any]:
+    """What decides on a run: without its folder and what its method does not read, a PEFT config by its content."""
+    found = {name: value for name, value in flat(config).items() if name != "output"}
+    if adapter_config is not None:
+        return {**found, "method": adapter_config}
+    if found["method"] in METHODS:
         unread = tuple(names for names, methods in _READ_BY.items() if found["method"] not in methods)
         found = {name: value for name, value in found.items() if not name.startswith(unread)}
-    if str(found["method"]).endswith(".json"):  # a PEFT config, wherever the experiments are installed
-        found["method"] = Path(found["method"]).name
     return found
 
 
-def _check(cells: list[Cell], trials: Mapping[str, list[str]], places: Places) -> None:
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those that are given; one that is not may be one that an earlier version did not have."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _adapter_config(method: str) -> dict[str, Any] | None:
+    """Content of a PEFT config; None for the methods that have a name."""
+    if not method.endswith(".json"):
+        return None
+    found: dict[str, Any] = json.loads(Path(method).read_text(encoding="utf-8"))
+    return found
+
+
+def _check(cells: list[Cell], places: Places) -> None:
     """Whether all of it can be run, before any of it is."""
     for experiment in {cell.experiment.name: cell.experiment for cell in cells}.values():
         for model in experiment.models:
             _check_model(experiment, model)
+    names = {cell.name for cell in cells}
     seen: set[str] = set()
     for cell in cells:
-        if cell.trial is None and cell.searched_as is not None:
-            prefix = cell.searched_as
-            if prefix not in trials and not list((places.results / prefix).parent.glob(f"{Path(prefix).name}*.json")):
-                whose = prefix.split("/")[0]
-                raise ValueError(
-                    f"{cell.name} takes its learning rate from the search {prefix}..., which has no results in "
-                    f"{places.results}; run it first: sparsegrad reproduce {whose}"
-                )
+        missing = [name for name in cell.search if name not in names and not places.result(name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{cell.name} takes its learning rate from a search that has no result for {', '.join(missing)} in "
+                f"{places.results}; run it first: sparsegrad reproduce {missing[0].split('/')[0]}"
+            )
         settings = cell.settings(cell.trial or 1e-3)
         key = json.dumps({**settings, "seeds": None, "training": None}, sort_keys=True)
         if key not in seen:
