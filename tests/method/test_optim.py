@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -373,3 +374,48 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
     with pytest.raises(ValueError, match="parameter group 1"):
         optimizer.add_param_group(sparse(parameter(2, 2), k=5))
     assert len(optimizer.param_groups) == 1
+
+
+def test_copies_and_pickles_are_whole() -> None:
+    """Also those of the parameters that have a basis: they are looked up by the parameter, which is copied along."""
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 6)
+    basis = Basis(torch.linalg.qr(torch.randn(8, 8)).Q, torch.linalg.qr(torch.randn(6, 6)).Q)
+    optimizer = SparseGradAdamW(
+        [{"params": [linear.weight], "sparse": True, "k": 5}, {"params": [linear.bias]}], bases={linear.weight: basis}
+    )
+
+    def step(layer: nn.Linear, own: SparseGradAdamW) -> None:
+        own.zero_grad()
+        layer(torch.ones(2, 8)).square().sum().backward()
+        own.step()
+
+    step(linear, optimizer)
+    pair = (linear, optimizer)
+    for other, own in (copy.deepcopy(pair), pickle.loads(pickle.dumps(pair))):
+        twin = copy.deepcopy(linear)
+        twin_optimizer = SparseGradAdamW(
+            [{"params": [twin.weight], "sparse": True, "k": 5}, {"params": [twin.bias]}],
+            bases={twin.weight: basis},
+        )
+        twin_optimizer.load_state_dict(optimizer.state_dict())
+        step(other, own)
+        step(twin, twin_optimizer)
+        torch.testing.assert_close(other.weight, twin.weight, rtol=0, atol=0)
+
+
+def test_state_of_another_optimizer() -> None:
+    linear = nn.Linear(4, 4)
+    former = torch.optim.AdamW(linear.parameters())
+    linear(torch.ones(2, 4)).sum().backward()
+    former.step()
+    optimizer = SparseGradAdamW(linear.parameters())
+    optimizer.load_state_dict(former.state_dict())
+    optimizer.step()
+
+
+def test_half_precision_weights_with_a_basis_are_refused() -> None:
+    weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
+    basis = Basis(torch.eye(4), torch.eye(4))
+    with pytest.raises(ValueError, match=r"group 0: a weight in torch.bfloat16 would round its changes away"):
+        SparseGradAdamW([sparse(weight, k=1)], bases={weight: basis})

@@ -530,7 +530,7 @@ def test_refresh_of_plain_weights(new: tuple[int | None, int | None]) -> None:
     refresh_folded(optimizer, {linear.weight: basis})
     refresh([layer], basis, layer_optimizer)
     assert torch.equal(linear.weight, weight)
-    assert optimizer.bases[id(linear.weight)] is basis
+    assert optimizer.bases[linear.weight] is basis
     state, layer_state = optimizer.state[linear.weight], layer_optimizer.state[layer.S]
     torch.testing.assert_close(tensors(state), tensors(layer_state), rtol=1e-10, atol=1e-12)
     assert state["positions"].numel() > 7
@@ -560,7 +560,7 @@ def test_plain_weights_without_a_basis_are_refused() -> None:
         refresh_folded(optimizer, {linear.weight: a_basis(), linear.bias: a_basis()})
     with pytest.raises(ValueError, match=r"the basis is for layers with \(out, in\) = \(12, 9\)"):
         refresh_folded(optimizer, {linear.weight: Basis(orthogonal(OUT), orthogonal(IN))})
-    assert optimizer.bases[id(linear.weight)] is old
+    assert optimizer.bases[linear.weight] is old
     torch.testing.assert_close(tensors(optimizer.state[linear.weight]), before, rtol=0, atol=0)
 
 
@@ -727,3 +727,28 @@ def test_refresh_refuses_a_core_smaller_than_what_the_optimizer_selects() -> Non
     with pytest.raises(ValueError, match="k must be between 1 and the 4 entries there are, found 20"):
         refresh([layer], Basis(torch.eye(6)[:2], torch.eye(6)[:2]), optimizer)
     assert layer.core_shape == (6, 6)
+
+
+def test_the_new_basis_of_a_part_of_a_group_is_saved() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(IN, OUT, dtype=F64) for _ in range(3)))
+    shared = a_basis()
+    replace_linears(model, {"all": ["0", "1", "2"]}, {"all": shared})
+    refresh([model[1], model[2]], a_basis())
+    saved = set(model.state_dict())
+    assert {name for name in saved if name.endswith(".U")} == {"0.basis.U", "1.basis.U"}
+    assert model[2].basis is model[1].basis
+
+
+def test_a_weight_in_half_precision_is_rounded_once() -> None:
+    """The sum is made in float32: rounding what is added by itself would lose more."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False)).to(torch.bfloat16)
+    old, new = (Basis(orthogonal(64, 16, torch.float32), orthogonal(64, 16, torch.float32)) for _ in range(2))
+    replace_linears(model, {"all": ["0"]}, {"all": old})
+    layer = model[0]
+    nn.init.normal_(layer.S, std=1e-2)
+    update = layer.delta_weight()
+    expected = (layer.weight + update - new.from_basis(new.to_basis(update))).to(torch.bfloat16)
+    refresh([layer], new)
+    assert (layer.weight == expected).float().mean() > 0.999  # but for what lies half way between two numbers

@@ -37,7 +37,8 @@ def group_linears(
     Args:
         model: where to look.
         target_modules: which linear layers, in PEFT's manner: a list of name endings (`["fc1", "mlp.fc2"]`), a regular
-            expression for the whole name, or None for every linear layer.
+            expression for the whole name, or None for every linear layer. `nn.MultiheadAttention`'s `out_proj` is
+            none of them.
         shared: True gives the layers of a group one basis (the paper); False makes each layer its own group.
 
     Returns:
@@ -46,10 +47,12 @@ def group_linears(
     Raises:
         ValueError: nothing matches; the message lists linear layers that there are.
     """
+    attention = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    unused = {f"{name}.out_proj".lstrip(".") for name in attention}  # its weight is read, and it is never called
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | SparseGradLinear) or is_conv1d(module)
+        if (isinstance(module, nn.Linear | SparseGradLinear) or is_conv1d(module)) and name not in unused
     }
     chosen = [name for name in linears if _matches(name, target_modules)]
     if not chosen:

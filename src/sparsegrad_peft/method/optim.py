@@ -72,8 +72,8 @@ class SparseGradAdamW(Optimizer):
         bases: for parameters in the original space, their basis.
 
     Raises:
-        ValueError, TypeError: a group that is neither one nor the other; numbers out of range. The message names the
-            group.
+        ValueError, TypeError: a group that is neither one nor the other; numbers out of range; a weight with a basis
+            in half precision. The message names the group.
     """
 
     def __init__(
@@ -86,12 +86,23 @@ class SparseGradAdamW(Optimizer):
         *,
         bases: Mapping[nn.Parameter, Basis] | None = None,
     ) -> None:
-        self.bases = {id(parameter): basis for parameter, basis in (bases or {}).items()}
+        self.bases = dict(bases or {})
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "sparse": False, "k": None, "density": None,
         }  # fmt: skip
         super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the bases; for copies and pickles."""
+        return {**super().__getstate__(), "bases": self.bases}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As PyTorch's optimizers do: groups of another one, such as AdamW, get what they have not."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name in ("sparse", "k", "density"):
+                group.setdefault(name, self.defaults[name])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; checked here, before any training."""
@@ -118,9 +129,14 @@ class SparseGradAdamW(Optimizer):
                 f'{where}: k and density need "sparse": True, found k={group["k"]}, density={group["density"]}'
             )
         for parameter in group["params"]:
-            basis = self.bases.get(id(parameter))
+            basis = self.bases.get(parameter)
             if basis is not None and not group["sparse"]:
                 raise ValueError(f'{where}: a parameter with a basis needs "sparse": True')
+            if basis is not None and parameter.dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(
+                    f"{where}: a weight in {parameter.dtype} would round its changes away; keep it in float32, and use "
+                    "autocast for products in half precision"
+                )
             if selects:
                 shape = _selection_shape(parameter, basis)
                 try:
@@ -150,7 +166,7 @@ class SparseGradAdamW(Optimizer):
 
     def _sparse_step(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
-        basis = self.bases.get(id(parameter))
+        basis = self.bases.get(parameter)
         shape = _selection_shape(parameter, basis)
         wide = torch.promote_types(parameter.dtype, torch.float32)
         if parameter.grad.is_sparse:

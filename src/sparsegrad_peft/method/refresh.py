@@ -30,14 +30,15 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
     """Give layers that share a basis a new one; outputs, and all that was learnt, stay.
 
     Args:
-        layers: SparseGrad layers of one group, not packed.
+        layers: SparseGrad layers of one group, not packed; all of it, or a part without its first layer, which saves
+            the basis for the others.
         basis: the new basis, for layers of the same shape; its size may differ from the old one's.
         optimizer: whose moments for these layers are carried over. If the core changes its shape, so does the
             parameter, and the moments follow it.
 
     Returns:
         For each layer, the share of its update (in Frobenius norm) that was outside the new directions and is now part
-        of its frozen weight; 0 for a complete basis.
+        of its frozen weight, rounded to the weight's type; 0 for a complete basis.
 
     Raises:
         ValueError: a layer is packed, the basis does not fit, or the optimizer selects more entries than the new core
@@ -52,6 +53,8 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
         shape = basis.core_shape(layer.out_features, layer.in_features)
         if optimizer is not None:
             _check_k(optimizer, layer.S, shape)
+    if not any(layer.registers_basis for layer in layers):
+        layers[0].hold_basis(layers[0].basis, register=True)  # a part of a group: its new basis is saved here
     outside = []
     for layer in layers:
         assert layer.S is not None
@@ -62,7 +65,7 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
         if not basis.is_complete and update.any():
             remainder = update - basis.from_basis(S_new)
             share = float(remainder.norm() / update.norm())
-            weight = layer.weight + remainder.to(layer.weight.dtype)
+            weight = (layer.weight + remainder).to(layer.weight.dtype)
             layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         outside.append(share)
         if optimizer is not None:
@@ -81,12 +84,12 @@ def refresh_folded(optimizer: SparseGradAdamW, bases: Mapping[nn.Parameter, Basi
         ValueError: a parameter had no basis in this optimizer, or the new one does not fit.
     """
     for parameter, basis in bases.items():
-        if id(parameter) not in optimizer.bases:
+        if parameter not in optimizer.bases:
             raise ValueError(f"the optimizer has no basis for a parameter of shape {tuple(parameter.shape)}")
         basis.core_shape(parameter.shape[0], parameter.shape[1])
     for parameter, basis in bases.items():
-        rotate_moments(optimizer, parameter, optimizer.bases[id(parameter)], basis, parameter.shape)
-        optimizer.bases[id(parameter)] = basis
+        rotate_moments(optimizer, parameter, optimizer.bases[parameter], basis, parameter.shape)
+        optimizer.bases[parameter] = basis
 
 
 @torch.no_grad()
@@ -180,8 +183,8 @@ def renew_positions(
     if fold and layer.values[~stays].any():
         leaving = layer.values.new_zeros(r * c).index_copy_(0, old[~stays], layer.values[~stays].detach()).view(r, c)
         leaving = leaving.to(torch.promote_types(leaving.dtype, torch.float32))
-        added = layer.basis.from_basis(leaving).to(layer.weight.dtype)
-        layer.weight = nn.Parameter(layer.weight + added, requires_grad=layer.weight.requires_grad)
+        weight = (layer.weight + layer.basis.from_basis(leaving)).to(layer.weight.dtype)
+        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
 
     def moved(per_entry: Tensor) -> Tensor:
         dense = per_entry.new_zeros(r * c).index_copy_(0, old[stays], per_entry[stays])

@@ -127,9 +127,21 @@ def _check_not_root(model: nn.Module, layers: Sequence[nn.Module]) -> None:
         raise ValueError("the model is itself the layer, nothing holds it; use the layer's from_linear or to_linear")
 
 
+def leave_fast_path(model: nn.Module, parent: nn.Module) -> None:
+    """Make PyTorch's encoder layers call the layers in them. In eval mode they read the weights of `linear1` and
+    `linear2` instead, and what was learnt beside the weight would not count.
+    """
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0  # an activation that the fast path does not know
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+
+
 def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put modules in the place of others, under every name: a layer may be used in several places."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, new[module])
+            leave_fast_path(model, model.get_submodule(parent))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
+from copy import copy, deepcopy
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -47,7 +47,10 @@ def set_bases(model: nn.Module, adapter_name: str, groups: Mapping[str, list[str
     The cores are new parameters: an optimizer that was made before holds the old ones. Where the layers of a group are
     on several devices (`device_map`), each device gets one copy of the basis.
     """
-    config: SparseGradConfig = model.peft_config[adapter_name]  # type: ignore[index, assignment]
+    # A copy: PEFT keeps the object that the user made, and may make another adapter with.
+    config: SparseGradConfig = copy(model.peft_config[adapter_name])  # type: ignore[index, assignment]
+    config.core_shapes = {}
+    model.peft_config[adapter_name] = config  # type: ignore[index, operator]
     layers = layers_of(model, adapter_name)
     for group, names in groups.items():
         copies: dict[torch.device, Basis] = {}

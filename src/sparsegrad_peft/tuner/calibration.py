@@ -60,6 +60,7 @@ def calibrate_adapter(
             something, the statistics are of other layers, and whatever `calibrate` refuses.
         TypeError: the layers are quantized, and no ready statistics were given.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, whose names of layers are its own
     layers = layers_of(model, adapter_name)
     if not layers:
         raise ValueError(f"the model has no SparseGrad adapter named {adapter_name!r}; make one with get_peft_model")

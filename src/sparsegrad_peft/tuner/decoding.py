@@ -36,7 +36,9 @@ def few_tokens(x: Tensor, training: bool) -> bool:
 
 
 def folded(former: Folded | None, S: Tensor, basis: Basis, dtype: torch.dtype) -> Folded | None:
-    """The two matrices, made anew where `S`, its place, or its basis is another than before.
+    """The two matrices, made anew where `S` or its basis is another than before, or was written to.
+
+    A write through `.data` is none that PyTorch counts: after one, `model.eval()` drops what is kept.
 
     Args:
         former: those of the call before.
@@ -53,7 +55,7 @@ def folded(former: Folded | None, S: Tensor, basis: Basis, dtype: torch.dtype) -
     (r, c), in_, out = S.shape, U.shape[1], V.shape[1]
     if min(r, c) * (in_ + out) >= c * in_ + r * c + r * out:
         return None
-    source = (S._version, S.data_ptr(), U.data_ptr(), V.data_ptr(), dtype)
+    source = (*((part._version, part.data_ptr()) for part in (S, U, V)), dtype)
     if former is not None and former.source == source:
         return former
     down, up = (S @ U.to(S.dtype), V.T) if r <= c else (U, V.T.to(S.dtype) @ S)
@@ -65,4 +67,4 @@ def apply_folded(x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Folde
     flat = x.reshape(-1, x.shape[-1])
     y = torch.nn.functional.linear(flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     y.addmm_(flat @ matrices.down.T, matrices.up.T)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], len(weight))

@@ -24,6 +24,7 @@ _PLAIN = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # Identities that a warning was given for: all layers of an uncalibrated adapter share one, so each adapter warns once.
 _WARNED: WeakSet[Basis] = WeakSet()
+_FILLED: WeakSet[Basis] = WeakSet()  # bases that were seen to hold numbers
 
 
 class Cores(nn.ParameterDict):
@@ -198,6 +199,14 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
                 "optimizer, or say original_space=True in SparseGradConfig if this is what you want",
                 stacklevel=2,
             )
+        if basis.U is not None and not basis.U.is_meta and basis not in _FILLED:
+            if not basis.U.any():
+                raise RuntimeError(
+                    f"adapter {adapter!r} has room for bases, and none were loaded: its config is that of an adapter "
+                    "that was calibrated. Load that adapter (PeftModel.from_pretrained), or set core_shapes={} in the "
+                    "config for a new one"
+                )
+            _FILLED.add(basis)
 
     def _check_gradient(self, x: Tensor, result: Tensor) -> None:
         """Kernels made for inference have no backward: whatever is before the layer would silently learn nothing."""

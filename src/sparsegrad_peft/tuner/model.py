@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..method.basis import Basis
 from ..method.linear import is_conv1d
+from ..method.surgery import leave_fast_path
 from .bases import BASIS, ROOT, make_room
 from .combine import add_weighted_sum
 from .config import SparseGradConfig
@@ -79,6 +80,10 @@ class SparseGradModel(BaseTuner):
         self, config: SparseGradConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
         current_key: str, **optional_kwargs: Any,
     ) -> None:  # fmt: skip
+        if isinstance(parent, nn.MultiheadAttention):
+            raise TypeError(
+                f"{current_key} cannot be adapted: torch.nn.MultiheadAttention reads its weight and never calls it"
+            )
         basis = self._basis_for(config, current_key, target)
         if isinstance(target, SparseGradLayer):
             target.update_layer(adapter_name, config, basis)
@@ -94,6 +99,7 @@ class SparseGradModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # another adapter is the one that trains
         self._replace_module(parent, target_name, new_module, target)
+        leave_fast_path(self.model, parent)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Nothing more than that.
@@ -152,6 +158,7 @@ class SparseGradModel(BaseTuner):
     ) -> dict[str, Tensor]:
         assert isinstance(config, SparseGradConfig)
         make_room(model, config, adapter_name, state_dict)
+        config = model.peft_config[adapter_name]  # type: ignore[index, assignment]  # with the shapes, if it made some
         bases = {}
         for key, value in state_dict.items():
             if BASIS in key:

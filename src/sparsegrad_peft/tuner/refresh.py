@@ -59,6 +59,7 @@ def refresh_adapter(
         ValueError: there is no such adapter, it has no bases yet or truncated ones, it is merged, or the optimizer is
             not of Adam's kind; and whatever `calibrate` refuses. Nothing has been changed then.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, whose names of layers are its own
     layers = layers_of(model, adapter_name)
     if not layers:
         raise ValueError(f"the model has no SparseGrad adapter named {adapter_name!r}; make one with get_peft_model")

@@ -81,6 +81,8 @@ def mlp_linears(model: nn.Module, wanted: str | Iterable[str] | None = None) -> 
 def find_mlp_linears(model: nn.Module) -> list[str]:
     """Names of the layers that look like an MLP's: in a repeated block, one that widens and one that narrows again.
 
+    The names are those in the model without adapters.
+
     Within a block (an entry of a `ModuleList` or `Sequential`), linear layers (m, d) and (d, m) with m different from d
     belong together, as do (2m, d) and (d, m), where gate and up are one matrix. Attention mostly has square layers, or
     narrow ones without a counterpart; where its heads are wider than the model, its name has to tell.
@@ -94,7 +96,7 @@ def find_mlp_linears(model: nn.Module) -> list[str]:
     found = []
     for layers in blocks.values():
         shapes = {shape for _, shape in layers}
-        found += [name for name, shape in layers if _has_counterpart(shape, shapes)]
+        found += [name.removesuffix(".base_layer") for name, shape in layers if _has_counterpart(shape, shapes)]
     return found
 
 

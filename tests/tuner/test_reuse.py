@@ -1,0 +1,136 @@
+"""Configs and models that are used in ways PEFT allows: a config twice, a compiled model, a second adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import tuner_layers
+from models import batch, make
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from sparsegrad_peft import SparseGradConfig, calibrate_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+
+def calibrated(config: SparseGradConfig) -> PeftModel:
+    model = get_peft_model(make("bert"), config)
+    calibrate_adapter(model, [batch("bert")], n_steps=2, progress=False)
+    return model
+
+
+def bases_of(model: nn.Module) -> list[Tensor]:
+    return [side for layer in tuner_layers(model) for side in layer.core_and_basis("default")[1].buffers()]
+
+
+def test_a_config_makes_several_adapters() -> None:
+    """As in a loop over seeds; calibration must not leave its mark on the user's object."""
+    config = SparseGradConfig()
+    first = calibrated(config)
+    assert not config.calibrated
+    assert first.peft_config["default"].calibrated
+    second = get_peft_model(make("bert"), config)
+    assert not second.peft_config["default"].calibrated
+    calibrate_adapter(second, [batch("bert")], n_steps=2, progress=False)
+    assert bases_of(second)
+    assert all(bool(basis.any()) for basis in bases_of(second))
+
+
+def test_room_without_bases_does_not_train(tmp_path: Path) -> None:
+    """The config of a saved adapter, taken for a new one."""
+    calibrated(SparseGradConfig()).save_pretrained(tmp_path)
+    config = SparseGradConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    model = get_peft_model(make("bert"), config).train()
+    with pytest.raises(RuntimeError, match=r"has room for bases, and none were loaded.*core_shapes=\{\}"):
+        model(**batch("bert"))
+    config.core_shapes = {}
+    calibrate_adapter(get_peft_model(make("bert"), config), [batch("bert")], n_steps=2, progress=False)
+    again = PeftModel.from_pretrained(make("bert"), tmp_path, is_trainable=True).train()
+    again(**batch("bert")).loss.backward()
+
+
+def test_a_compiled_model_is_calibrated(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.compile(get_peft_model(make("bert"), SparseGradConfig()), backend="eager")
+    calibrate_adapter(model, [batch("bert")], n_steps=2, progress=False)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make("bert"), tmp_path)
+    assert [name for name in again.peft_config["default"].core_shapes if "_orig_mod" in name] == []
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_second_adapter_on_layers_found_by_structure() -> None:
+    model = get_peft_model(Blocks(), SparseGradConfig())
+    model.add_adapter("two", SparseGradConfig())
+    assert model.peft_config["two"].target_modules == model.peft_config["default"].target_modules
+    assert set(model.peft_config["two"].target_modules) == {
+        f"blocks.{n}.{name}" for n in (0, 1) for name in ("up", "down")
+    }
+
+
+def test_an_expert_without_tokens() -> None:
+    model = calibrated(SparseGradConfig()).eval()
+    layer = model.base_model.model.bert.encoder.layer[0].intermediate.dense
+    with torch.no_grad():
+        for shape in ((0, layer.in_features), (2, 0, layer.in_features)):
+            assert layer(torch.zeros(shape)).shape == (*shape[:-1], layer.out_features)
+
+
+def test_decoding_sees_a_basis_that_was_written_to() -> None:
+    model = calibrated(SparseGradConfig()).eval()
+    layer = model.base_model.model.bert.encoder.layer[0].intermediate.dense
+    S, basis = layer.core_and_basis("default")
+    nn.init.normal_(S)
+    x = torch.randn(2, layer.in_features)
+    with torch.no_grad():
+        layer(x)
+        basis.U.neg_()
+        kept = layer(x)
+        layer.eval()  # drops what is kept
+        torch.testing.assert_close(kept, layer(x))
+
+
+@pytest.mark.parametrize("config", [SparseGradConfig(target_modules=["linear1", "linear2"]), SparseGradConfig()])
+def test_encoder_layers_of_pytorch(config: SparseGradConfig) -> None:
+    """In eval mode they read the weights of their layers, unless they are told not to."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), nn.Linear(16, 1))
+    model = get_peft_model(base, config)
+    x = torch.randn(3, 5, 16)
+    calibrate_adapter(model, [x], n_steps=2, loss_fn=lambda m, x: m(x).square().mean(), progress=False)
+    for name, parameter in model.named_parameters():
+        if "sparsegrad_S" in name:
+            nn.init.normal_(parameter)
+    expected = model.train()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), expected)
+
+
+def test_a_layer_that_is_never_called_is_refused() -> None:
+    base = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+    with pytest.raises(TypeError, match="MultiheadAttention reads its weight and never calls it"):
+        get_peft_model(base, SparseGradConfig(target_modules=["out_proj"]))
+    get_peft_model(base, LoraConfig(target_modules=["linear1"]))  # nothing of ours is in the model
