@@ -22,7 +22,7 @@ from sparsegrad_peft.report.figures import pareto
 from sparsegrad_peft.report.overview import overview
 from sparsegrad_peft.report.page import page
 from sparsegrad_peft.report.parameters import parameters
-from sparsegrad_peft.report.results import Run, Section, read_runs, read_sections
+from sparsegrad_peft.report.results import Run, Section, read_sections
 from sparsegrad_peft.report.tables import comparisons, costs, costs_by_task, every_run, scores, searches, tables_of
 from sparsegrad_peft.report.verdict import verdict
 from sparsegrad_peft.report.write import markdown
@@ -51,7 +51,8 @@ def folder(tmp_path: Path, finished_run: Path) -> Path:
 
 @pytest.fixture
 def runs(folder: Path) -> list[Run]:
-    return read_runs([folder])
+    [found] = read_sections([folder])
+    return list(found.runs)
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_comparison_by_hand(runs: list[Run]) -> None:
     assert found.difference == pytest.approx(2)
     assert (found.low, found.high) == (pytest.approx(2 - 3.1824 * 0.70711, abs=1e-3), pytest.approx(4.2503, abs=1e-3))
     assert found.p == pytest.approx(0.0663, abs=1e-4)
-    assert "p = 0.066; too few pairs to tell)" in found.words
+    assert "p = 0.066, over the means of 2 tasks p = 0.3; too few pairs to tell)" in found.words
     one = compare(runs, "full", "lora")
     assert (one.pairs, one.difference) == (1, pytest.approx(8))
     assert math.isnan(one.p)
@@ -211,21 +212,24 @@ def test_a_study_names_what_was_not_run_and_what_failed(study: Section) -> None:
     assert against["sparsegrad"][2] == "+10.00"
     assert against["full"][-1] == "+0.9, +1.1, +1.9"
     assert against["sparsegrad"][-1] == ""
-    assert searches(study).rows == [["rte", "sparsegrad", "0.001: 45.0, 0.01: 55.0", "0.01"]]
-    assert verdict(study)[-1] == (
-        "Not run: full, sparsegrad-paper, meprop; sparsegrad on sst2, mrpc, stsb, cola; 2 of the "
-        "other 3 runs of sparsegrad; lora on sst2, mrpc, stsb, cola; 2 of the other 3 runs of lora."
-    )
+    assert searches(study).rows == [["rte", "sparsegrad", "0.001: 45.0, 0.01: 55.0", "0.01 (edge)"]]
+    assert verdict(study)[-2:] == [
+        "Not run: sparsegrad-paper, meprop; sparsegrad on sst2, mrpc, stsb, cola; 2 of the other 3 runs of sparsegrad; "
+        "lora on sst2, mrpc, stsb, cola; 2 of the other 3 runs of lora; full on sst2, mrpc, stsb, cola; 2 of the other "
+        "3 runs of full.",
+        "Failed: full out of memory on rte.",
+    ]
     # Of a study of time and memory there is no score to look at.
     short = replace(study, scored=False)
     assert list(tables_of(short)) == ["search", "costs", "speed"]
     assert " ".join(verdict(short)).startswith(
-        "2 runs of a few steps, for time and memory alone. Not run: full, sparsegrad-paper"
+        "2 runs of a few steps, for time and memory alone. Not run: sparsegrad-paper"
     )
     speed = dict(zip(costs_by_task(study).header, costs_by_task(study).rows[4], strict=True))
     one = next(run for run in study.runs if run.method == "lora")
     assert speed["lora"] == f"{one.result['steps'] / one.seconds:.2f} / {one.megabytes:,.0f}"
-    assert [row[1:] for row in costs_by_task(study).rows[:4]] == [["not run", "not run"]] * 4
+    assert [row[1:] for row in costs_by_task(study).rows[:4]] == [["not run"] * 3] * 4
+    assert speed["full"] == "out of memory"
     text = page([study], "t")
     assert "full, seed 1: out of memory (too &lt;large&gt;)" in text
     assert "id='of-comparison'" in text
@@ -236,13 +240,15 @@ def test_all_experiments_are_in_the_overview(study: Section, section: Section) -
     """Also those that were not run; where there is no study, there is none."""
     assert overview([section]) is None
     assert overview([study]) is None  # a section alone says all of it itself
-    digits = replace(study, name="digits", tasks=("rte",), seeds=(0,))
+    digits = replace(study, name="digits", experiment="digits", tasks=("rte",), seeds=(0,))
     table = overview([study, digits])
     assert table is not None
     assert len(table.rows) == len(experiment_names())
     by = {row[0]: row[2:] for row in table.rows}
-    assert by["The paper's comparison"] == ["No method has run on all of sst2, mrpc, stsb, cola, rte yet.", "2 of 75"]
-    assert by["A vision transformer"] == ["rte: sparsegrad 60.0, lora 50.0.", "2 of 18"]
+    said = "sparsegrad against lora: +10.00 points over 1 pair of runs; too few for a test."
+    none = "No method has run on all of sst2, mrpc, stsb, cola, rte yet."
+    assert by["The paper's comparison"] == [f"{none} {said}", "2 of 75"]
+    assert by["A vision transformer"] == [f"rte, one seed: sparsegrad 60.0, lora 50.0. {said}", "2 of 18"]
     assert by["Attention layers"] == ["not run", "0 of 12"]
     assert by["An encoder-decoder"] == ["not run: its sizes are those of scale paper", ""]
     assert "id='overview'" in page([study, digits], "t")
@@ -253,6 +259,89 @@ def test_all_experiments_are_in_the_overview(study: Section, section: Section) -
         ["No run has a score yet.", "0 of 18"]
     ]
     assert "## Questions and answers" in markdown([study, digits], "t")
+
+
+@pytest.fixture
+def real(runs: list[Run]) -> dict[str, Any]:
+    return runs[0].result
+
+
+def written(folder: Path, name: str, found: dict[str, Any]) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(found), encoding="utf-8")
+
+
+def test_models_are_apart(real: dict[str, Any], tmp_path: Path) -> None:
+    """Ten points behind on one model, and the other has not run LoRA: no mean over the two."""
+    common = {**real, "experiment": "comparison", "scale": "paper", "trial": False, "status": "finished"}
+    for model, scores_of in {
+        "bert-base-uncased": {"sparsegrad": 0.6, "lora": 0.7}, "roberta-large": {"sparsegrad": 0.85},
+    }.items():  # fmt: skip
+        for variant, score in scores_of.items():
+            what = {"task": "glue/rte", "model": model, "variant": variant, "score": score}
+            written(tmp_path / "s", f"{model}-{variant}.json", {**common, **what})
+    sections = read_sections([tmp_path / "s"])
+    assert [section.name for section in sections] == [
+        "comparison-bert-base-uncased", "comparison-roberta-base", "comparison-roberta-large",
+    ]  # fmt: skip
+    assert "sparsegrad against lora: -10.00 points over 1 pair" in verdict(sections[0])[1]
+    assert verdict(sections[1])[0] == "No run has a score yet."
+    assert cells(sections[2].runs)["rte"]["sparsegrad"].mean == pytest.approx(85)
+    text = page(sections, "t")
+    assert all(f"id='of-{section.name}'" in text for section in sections)
+    assert "roberta-large</h2>" in text
+
+
+def test_trials_and_runs_of_a_study_are_no_seeds(folder: Path, real: dict[str, Any], capsys: Any) -> None:
+    """What `sparsegrad search` and `reproduce` leave below `runs` has its own summary and result files."""
+    before = verdict(read_sections([folder])[0])
+    for inner, mark in (("search-rte", "search.json"), ("study", "claims.journal")):
+        found = {**real, "task": "glue/rte", "method": "sparsegrad", "seed": 7, "score": 0.1}
+        written(folder / inner / "trial-000", "result.json", found)
+        (folder / inner / mark).write_text("{}", encoding="utf-8")
+    assert verdict(read_sections([folder])[0]) == before
+    [asked_for] = read_sections([folder / "search-rte"])
+    assert len(asked_for.runs) == 1
+
+
+def test_runs_of_one_seed_are_told_apart(folder: Path, real: dict[str, Any]) -> None:
+    """By the settings in which they differ; a copy counts once."""
+    for name, rate in (("slow", 1e-4), ("fast", 1e-2)):
+        config = {**real["config"], "training": {**real["config"]["training"], "learning_rate": rate}}
+        what = {"task": "glue/rte", "method": "full", "seed": 0, "config": config}
+        written(folder / name, "result.json", {**real, **what, "score": 10 * rate})
+        written(folder / f"{name}-copy", "result.json", {**real, **what, "score": 10 * rate})
+    (folder / "glue" / "rte" / "full-0.json").unlink()
+    [section] = read_sections([folder])
+    names = {"full (learning_rate 0.0001)": 0.1, "full (learning_rate 0.01)": 10.0}
+    assert {run.method: run.score for run in section.runs if "full" in run.method} == pytest.approx(names)
+
+
+def test_a_difference_on_one_task_is_none_over_tasks(runs: list[Run]) -> None:
+    """Two tasks with +8 and +1 in each of four seeds: sure of these runs, not of tasks."""
+    pairs = [
+        replace(runs[0], result={**runs[0].result, "variant": method, "seed": seed, "task": task, "score": 0.5 + more})
+        for task, difference in (("x", 0.08), ("y", 0.01))
+        for seed in range(4)
+        for method, more in (("a", difference + seed / 1000), ("b", 0.0))
+    ]
+    found = compare(pairs, "a", "b")
+    assert found.low > 0
+    assert (found.tasks, found.p_tasks > 0.05) == (2, True)
+    assert "but not beyond chance over tasks" in found.words
+    same = [replace(run, result={**run.result, "score": 0.5}) for run in pairs]
+    assert compare(same, "a", "b").p == 1
+    assert "not told apart from chance" in compare(same, "a", "b").words
+
+
+def test_runs_of_another_experiment_are_named(study: Section, tmp_path: Path) -> None:
+    [run] = [run for run in study.runs if run.method == "sparsegrad"]
+    written(tmp_path / "study", "d.json", {**run.result, "experiment": "calibration", "variant": "trajectory"})
+    sections = {section.name: section for section in read_sections([tmp_path / "study"])}
+    assert sections["comparison"].borrowed == ()
+    assert sections["calibration"].borrowed == (
+        'In seed 0, trajectory has the runs of sparsegrad in "The paper\'s comparison".',
+    )
 
 
 def test_a_resumed_run_has_no_time(section: Section) -> None:

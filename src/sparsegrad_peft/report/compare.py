@@ -52,6 +52,9 @@ class Comparison:
     "of the paired t-test; nan with fewer than two pairs"
     ahead: int
     "pairs in which the method has the better score"
+    tasks: int
+    p_tasks: float
+    "of the same test over the means of the tasks, whose runs share rows and a learning rate; nan with fewer than two"
     unit: str = "points"
 
     @property
@@ -65,11 +68,14 @@ class Comparison:
             return f"{self.method} against {self.other}: {least}; too few for a test."
         if self.pairs < FEWEST:
             sure = "too few pairs to tell"
+        elif self.low <= 0 <= self.high:
+            sure = "not told apart from chance"
         else:
-            sure = "not told apart from chance" if self.low <= 0 <= self.high else "beyond chance"
+            sure = "beyond chance" if self.tasks < 2 or self.p_tasks < 0.05 else "but not beyond chance over tasks"
+        over = "" if self.tasks < 2 else f", over the means of {self.tasks} tasks p = {self.p_tasks:.2g}"
         return (
             f"{self.method} against {self.other}: {least} (95 % interval {self.low:+.{digits}f} to "
-            f"{self.high:+.{digits}f}, paired t-test p = {self.p:.2g}; {sure}), ahead in {self.ahead}."
+            f"{self.high:+.{digits}f}, paired t-test p = {self.p:.2g}{over}; {sure}), ahead in {self.ahead}."
         )
 
 
@@ -123,23 +129,44 @@ def mean_of_tasks(section: Section, method: str) -> float:
     return sum(found) / len(found) if found else math.nan
 
 
+def at_the_end(section: Section) -> Section:
+    """The same runs with the score of their last evaluation in place of the best one's."""
+
+    def last(run: Run) -> Run:
+        evaluations = run.result.get("evaluations") or [{}]
+        return replace(run, result={**run.result, "score": evaluations[-1].get(run.metric, run.result["score"])})
+
+    return replace(section, runs=tuple(map(last, section.runs)))
+
+
 def compare(runs: Sequence[Run], method: str, other: str) -> Comparison:
     """Paired by task and seed; all runs of one unit."""
-    from scipy import stats
-
     scores: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)
     for run in runs:
         scores[run.method][run.task, run.result["seed"]] = run.score
     both = sorted(scores[method].keys() & scores[other].keys())
-    differences = [scores[method][key] - scores[other][key] for key in both]
+    differences = {key: scores[method][key] - scores[other][key] for key in both}
+    mean, low, high, p = _t_test(list(differences.values()))
+    of_task: dict[str, list[float]] = defaultdict(list)
+    for (task, _), difference in differences.items():
+        of_task[task].append(difference)
+    p_tasks = _t_test([sum(some) / len(some) for some in of_task.values()])[3]
+    better = 1 if not runs or runs[0].higher_is_better else -1
+    ahead = sum(better * difference > 0 for difference in differences.values())
+    unit = runs[0].unit if runs else "points"
+    return Comparison(method, other, len(both), mean, low, high, p, ahead, len(of_task), p_tasks, unit)
+
+
+def _t_test(differences: Sequence[float]) -> tuple[float, float, float, float]:
+    """Mean, 95 % interval of it, and p of Student's t that it is 0; nan where there are too few."""
+    from scipy import stats
+
     n = len(differences)
     mean = sum(differences) / n if n else math.nan
-    low = high = p = math.nan
-    if n > 1:
-        error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
-        if error > 0:
-            margin = float(stats.t.ppf(0.975, n - 1)) * error
-            low, high, p = mean - margin, mean + margin, float(2 * stats.t.sf(abs(mean) / error, n - 1))
-    better = 1 if not runs or runs[0].higher_is_better else -1
-    ahead = sum(better * d > 0 for d in differences)
-    return Comparison(method, other, n, mean, low, high, p, ahead, runs[0].unit if runs else "points")
+    if n < 2:
+        return mean, math.nan, math.nan, math.nan
+    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+    if error == 0:
+        return mean, mean, mean, float(mean == 0)
+    margin = float(stats.t.ppf(0.975, n - 1)) * error
+    return mean, mean - margin, mean + margin, float(2 * stats.t.sf(abs(mean) / error, n - 1))

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 from .results import Run, Section
 
+_FORMS = "os^Dv<>Pp*X"  # eleven, and ten colours: a hundred and ten methods, also for those who do not see colours
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -46,11 +48,12 @@ def _scatter(section: Section, runs: tuple[Run, ...], title: str, label: str, of
         panel.set_visible(False)
     for panel, task in zip(figure.axes, tasks, strict=False):
         panel.set_visible(True)
-        for colour, method in enumerate(methods):
+        for number, method in enumerate(methods):
             points = [(of(run), run.score) for run in runs if (run.task, run.method) == (task, method)]
             if points:
                 x, y = zip(*points, strict=True)
-                panel.scatter(x, y, s=22, color=f"C{colour}", label=method, alpha=0.8)
+                colour, form = f"C{number % 10}", _FORMS[number % len(_FORMS)]
+                panel.scatter(x, y, s=22, color=colour, marker=form, label=method, alpha=0.8)
         unit = next(run.unit for run in runs if run.task == task)
         panel.set(title=task, xlabel=label, ylabel="100 x score" if unit == "points" else unit)
         panel.grid(alpha=0.3)

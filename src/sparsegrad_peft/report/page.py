@@ -64,6 +64,7 @@ def _section(section: Section, number: dict[int, int], alone: bool) -> list[str]
         ]
     said = [f"<dt>{escape(method)}</dt><dd>{escape(words)}</dd>" for method, words in section.methods.items() if words]
     parts += [f"<dl>{''.join(said)}</dl>"] if said else []
+    parts += [f"<p>{escape(section.setting)}</p>"] if section.setting else []
     parts += [_table(table, f"{prefix}{name}", number) for name, table in tables_of(section).items()]
     if section.failures:
         lines = "".join(f"<li>{escape(failure.words)}</li>" for failure in section.failures)

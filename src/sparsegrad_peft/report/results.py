@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..run.arguments import flat
 from ..study.experiment import experiment_names, load_experiment
 from ..tasks.metrics import higher_is_better
 
+_INNER = ("search.json", "trials.journal", "claims.journal")
+"Files that lie in the folder of a search, or of a study's runs."
 _NEEDED = ("task", "method", "seed", "metric", "score", "config", "environment")
 
 
@@ -21,6 +24,8 @@ class Run:
     path: Path
     "of its result file"
     result: dict[str, Any]
+    label: str | None = None
+    "what tells it from runs of the same method on the same task and seed"
 
     @property
     def task(self) -> str:
@@ -30,7 +35,13 @@ class Run:
     @property
     def method(self) -> str:
         """The method, or what the experiment calls it."""
-        return str(self.result.get("variant") or self.result["method"])
+        return self.label or str(self.result.get("variant") or self.result["method"])
+
+    @property
+    def made(self) -> tuple[Any, ...]:
+        """What two records of one run have in common, such as those of two experiments that share it."""
+        of = self.result
+        return of["environment"]["time"], of["task"], of["seed"], of["score"], of["training"]["seconds"]
 
     @property
     def metric(self) -> str:
@@ -91,11 +102,15 @@ class Failure:
     result: dict[str, Any]
 
     @property
+    def task(self) -> str:
+        """Such as "rte"."""
+        return str(self.result["task"]).removeprefix("glue/")
+
+    @property
     def words(self) -> str:
         """What was to be run, and what became of it."""
-        task = str(self.result["task"]).removeprefix("glue/")
         found = self.result
-        return f"{task}, {found['variant']}, seed {found['seed']}: {found['status']} ({found['error']})"
+        return f"{self.task}, {found['variant']}, seed {found['seed']}: {found['status']} ({found['error']})"
 
 
 @dataclass(frozen=True)
@@ -119,17 +134,50 @@ class Section:
     "the published figures: source, columns, scores of each method"
     scored: bool = True
     "whether the scores mean something; else times and memory alone do"
+    experiment: str = ""
+    "the experiment's name, which that of a section is as well, unless there is a section for each of several models"
+    borrowed: tuple[str, ...] = ()
+    "what of it is another experiment's, in words"
+
+    @property
+    def tried(self) -> set[str]:
+        """Methods of which a run has a score or has failed."""
+        failed = {str(one.result["variant"]) for one in self.failures if not one.result.get("trial")}
+        return {run.method for run in self.runs} | failed
+
+    @property
+    def setting(self) -> str:
+        """Model, rows and steps of its runs, in a sentence; empty where there are none."""
+        if not self.runs:
+            return ""
+        models = ", ".join(sorted({str(run.result["model"]) for run in self.runs}))
+        rows = [
+            f"{task} {', '.join(found)}"
+            for task in self.tasks
+            if (found := sorted({
+                f"{run.result['rows']['train']:,} ({sum(run.result['rows'].values()) - run.result['rows']['train']:,})"
+                for run in self.runs if run.task == task
+            }))
+        ]  # fmt: skip
+        steps = sorted({run.result["steps"] for run in self.runs})
+        count = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
+        return f"Model {models}. Rows to train on (and to score on): {'; '.join(rows)}. {count} steps a run."
 
 
 def read_sections(paths: Iterable[str | Path], baseline: str | None = None) -> list[Section]:
-    """All runs below some folders, by experiment; those of no experiment first.
+    """All runs below some folders, by experiment, and by model where an experiment has several; those of no experiment
+    first.
+
+    The trials of a `sparsegrad search` and the run folders of a study are left out, but for those of a folder that is
+    itself among the paths: the one has its own summary, the other its result files.
 
     Args:
         paths: folders and files.
         baseline: what the others are compared with; None: the experiment's own, or "lora".
 
     Raises:
-        FileNotFoundError, ValueError: see `read_runs`.
+        FileNotFoundError: a path is not there, or there is no result below them.
+        ValueError: a result.json is broken.
     """
     found, failures = _read(paths)
     by: dict[str, tuple[list[Run], list[Failure]]] = {}
@@ -138,12 +186,43 @@ def read_sections(paths: Iterable[str | Path], baseline: str | None = None) -> l
     for failure in failures:
         by.setdefault(failure.result.get("experiment", ""), ([], []))[1].append(failure)
     order = {name: position for position, name in enumerate(experiment_names())}
-    return [_section(name, *by[name], baseline) for name in sorted(by, key=lambda name: (order.get(name, -1), name))]
+    sections: list[Section] = []
+    for name in sorted(by, key=lambda name: (order.get(name, -1), name)):
+        sections += _sections(name, *by[name], baseline)
+    return _with_borrowed(sections)
 
 
-def _section(name: str, found: list[Run], failures: list[Failure], baseline: str | None) -> Section:
+def _sections(name: str, found: list[Run], failures: list[Failure], baseline: str | None) -> list[Section]:
+    """One, or one for each model."""
+    shipped = name in experiment_names()
+    if shipped:
+        models = list(load_experiment(name, _scale(found, failures)).models)
+    else:
+        results = [one.result for some in (found, failures) for one in some]
+        models = list(dict.fromkeys(str(result["model"]) for result in results))
+    if len(models) == 1:
+        return [_section(name, found, failures, baseline)]
+    sections = []
+    for model in models:
+        own = [run for run in found if run.result["model"] == model]
+        failed = [failure for failure in failures if failure.result["model"] == model]
+        section = _section(name, own, failed, baseline, _scale(found, failures) if shipped else None)
+        short = model.rstrip("/").rpartition("/")[2]
+        sections.append(replace(section, name=f"{name}{'-' if name else ''}{short}", title=f"{section.title}, {short}"))
+    return sections
+
+
+def _scale(found: list[Run], failures: list[Failure]) -> str:
+    return str((found or failures)[0].result["scale"])
+
+
+def _section(
+    name: str, found: list[Run], failures: list[Failure], baseline: str | None, scale: str | None = None
+) -> Section:
     runs = tuple(run for run in found if not run.result.get("trial"))
     trials = tuple(run for run in found if run.result.get("trial"))
+    if not name:
+        runs = _told_apart(runs)
     met = sorted(
         {run.method for run in runs}, key=lambda m: (not m.startswith("sparsegrad"), not m.startswith("lora"), m)
     )
@@ -152,26 +231,59 @@ def _section(name: str, found: list[Run], failures: list[Failure], baseline: str
         seeds = tuple(sorted({run.result["seed"] for run in runs}))
         return Section(
             name, name or "All runs", "", dict.fromkeys(met, ""), tasks, seeds, baseline or "lora", runs, trials,
-            tuple(failures),
+            tuple(failures), experiment=name,
         )  # fmt: skip
-    scale = found[0].result["scale"] if found else failures[0].result["scale"]
-    experiment = load_experiment(name, scale)
+    experiment = load_experiment(name, scale or _scale(found, failures))
     words = {method.name: method.words for method in experiment.methods}
     return Section(
         name, experiment.title, experiment.question, {**words, **{m: words.get(m, "") for m in met}},
         tuple(task.removeprefix("glue/") for task in experiment.tasks), experiment.seeds,
-        baseline or experiment.baseline, runs, trials, tuple(failures), experiment.paper, experiment.scored,
+        baseline or experiment.baseline, runs, trials, tuple(failures), experiment.paper, experiment.scored, name,
     )  # fmt: skip
 
 
-def read_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """All runs below some folders: `result.json` of run folders, and result files of a study, trials aside.
+def _told_apart(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    """Run folders with one method, task and seed are named by the settings in which they differ, or else by folder."""
+    alike: dict[tuple[str, str, int], list[Run]] = {}
+    for run in runs:
+        if all(run.made != other.made for other in alike.get((run.method, run.task, run.result["seed"]), ())):
+            alike.setdefault((run.method, run.task, run.result["seed"]), []).append(run)  # copies of one count once
+    differ: dict[str, set[str]] = {}
+    for (method, _, _), some in alike.items():
+        settings = [flat(run.result["config"]) for run in some]
+        if len(some) > 1:
+            names = {
+                name for one in settings for name in one if any(one[name] != other.get(name) for other in settings)
+            }
+            differ.setdefault(method, set()).update(names - {"output", "seeds"})
+    told = []
+    for (method, _, _), some in alike.items():
+        for run in some:
+            config = flat(run.result["config"])
+            words = [f"{name.rpartition('.')[2]} {config.get(name)}" for name in sorted(differ.get(method, ()))]
+            if method in differ and not words:
+                words = [run.path.parent.name]
+            told.append(replace(run, label=f"{method} ({', '.join(words)})") if words else run)
+    return tuple(told)
 
-    Raises:
-        FileNotFoundError: a path is not there, or there is no result below them.
-        ValueError: a result.json is broken.
-    """
-    return [run for run in _read(paths)[0] if not run.result.get("trial")]
+
+def _with_borrowed(sections: list[Section]) -> list[Section]:
+    """Runs that are another experiment's as well are named as such, in the section that comes later."""
+    first: dict[tuple[Any, ...], tuple[str, str]] = {}
+    found = []
+    for section in sections:
+        taken: dict[tuple[str, str, str], set[int]] = {}
+        for run in section.runs:
+            title, method = first.setdefault(run.made, (section.title, run.method))
+            if title != section.title:
+                taken.setdefault((run.method, title, method), set()).add(run.result["seed"])
+        words = tuple(
+            f"In seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(seeds)))}, {method} has the runs of "
+            f"{other} in {title!r}."
+            for (method, title, other), seeds in taken.items()
+        )
+        found.append(replace(section, borrowed=words))
+    return found
 
 
 def _read(paths: Iterable[str | Path]) -> tuple[list[Run], list[Failure]]:
@@ -179,7 +291,11 @@ def _read(paths: Iterable[str | Path]) -> tuple[list[Run], list[Failure]]:
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"there is no {path}")
-        files += [path] if path.is_file() else sorted(path.rglob("*.json"))
+        inner = {mark.parent for name in _INNER for mark in path.rglob(name)} - {path}
+        files += (
+            [path] if path.is_file() else
+            [file for file in sorted(path.rglob("*.json")) if inner.isdisjoint(file.parents)]
+        )  # fmt: skip
     runs: list[Run] = []
     failures: list[Failure] = []
     for file in files:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from .compare import by_unit, cells, compare, mean_of_tasks
+from .compare import at_the_end, by_unit, cells, compare, mean_of_tasks
 from .results import Failure, Run, Section
 
 
@@ -73,6 +73,10 @@ def scores(section: Section) -> Table:
         means = [mean_of_tasks(part, method) for method in section.methods]
         words = [part.runs[0].shown(mean) if math.isfinite(mean) else "not all run" for mean in means]
         rows.append([f"mean of tasks, {unit}" if len(units) > 1 else "mean of tasks", *words])
+        last = [mean_of_tasks(at_the_end(part), method) for method in section.methods]
+        at_last = [part.runs[0].shown(mean) if math.isfinite(mean) else "not all run" for mean in last]
+        if at_last != words:
+            rows.append([f"... at the last evaluation{f', {unit}' if len(units) > 1 else ''}", *at_last])
     note = (
         "100 x score of the best evaluation of a run on the task's dev set: mean ± standard deviation over seeds "
         "(number of seeds). The mean of tasks is over the seeds that all methods of the row have run."
@@ -85,7 +89,7 @@ def scores(section: Section) -> Table:
 
 def _is(failure: Failure, task: str, method: str, trial: bool = False) -> bool:
     found = failure.result
-    where = (str(found["task"]).removeprefix("glue/"), found["variant"], bool(found.get("trial")))
+    where = (failure.task, found["variant"], bool(found.get("trial")))
     return where == (task, method, trial)
 
 
@@ -93,52 +97,63 @@ def costs(section: Section) -> Table:
     """What a method takes: methods down."""
     rows: list[list[str]] = []
     behind: dict[tuple[int, int], tuple[Run, ...]] = {}
+    common = set.intersection(*(
+        {run.task for run in section.runs if run.timed and run.method == method}
+        for method in {run.method for run in section.runs}
+    ))  # fmt: skip
     for method in section.methods:
         own = [run for run in section.runs if run.method == method]
         if not own:
             continue
         behind[len(rows), 0] = tuple(own)
         timed = [run for run in own if run.timed]
-        speeds = [run.result["steps"] / run.seconds for run in timed]
         calibrations = [run.calibration_seconds / run.seconds for run in timed if run.calibration_seconds is not None]
         touched = sorted({run.result["trained_entries"].get("touched", run.entries) for run in own})
         rows.append([
             method,
             ", ".join(f"{n:,}" for n in sorted({run.entries for run in own})),
             f"{touched[0]:,}" if len(touched) == 1 else f"{touched[0]:,} to {touched[-1]:,}",
-            f"{sum(speeds) / len(speeds):.2f}" if speeds else "",
+            _speed([run for run in timed if run.task in common]),
             f"{100 * sum(calibrations) / len(calibrations):.0f} %" if calibrations else "none",
             f"{max(run.megabytes for run in own):,.0f}",
             f"{max(run.result['weights_bytes'] for run in own) / 1e6:.1f}",
         ])  # fmt: skip
     header = ["method", "trained entries", "touched", "steps/s", "calibration, to training", "peak, MB", "saved, MB"]
     note = (
-        "Trained entries: of the MLP layers; touched: those that are not zero in the end, which is what selection has "
-        "ever changed. Steps per second and memory are of runs that may have shared the machine with others: see the "
-        "performance page for measurements. Peak: of the whole process. Saved: with the head."
+        "Trained entries: of the MLP layers; touched: those that are not zero in the end, for methods that select all "
+        "that a step has ever moved (new bases in mid-training spread them over all). Steps per second, of the "
+        "tasks that all methods have run, with evaluations and checkpoints; they and memory are of runs that may have "
+        "shared the machine with others: see the performance page for measurements. Peak: of the whole process. Saved: "
+        "with the head."
     )
     return Table("Costs", note, header, rows, behind)
 
 
+def _speed(runs: Sequence[Run]) -> str:
+    """Steps per second; empty where no run has a time."""
+    return f"{sum(run.result['steps'] for run in runs) / sum(run.seconds for run in runs):.2f}" if runs else ""
+
+
 def costs_by_task(section: Section) -> Table:
     """Steps per second and peak memory: tasks down, methods across (the paper's tables 3, 7 and 8)."""
-    methods = [method for method in section.methods if any(run.method == method for run in section.runs)]
+    methods = [method for method in section.methods if method in section.tried]
     rows: list[list[str]] = []
     behind: dict[tuple[int, int], tuple[Run, ...]] = {}
     for task in section.tasks:
         row = [task]
         for column, method in enumerate(methods, 1):
-            own = tuple(run for run in section.runs if (run.task, run.method) == (task, method) and run.timed)
+            own = tuple(run for run in section.runs if (run.task, run.method) == (task, method))
+            timed = tuple(run for run in own if run.timed)
+            failed = {failure.result["status"] for failure in section.failures if _is(failure, task, method)}
             if own:
                 behind[len(rows), column] = own
-                speed = sum(run.result["steps"] for run in own) / sum(run.seconds for run in own)
-                row.append(f"{speed:.2f} / {max(run.megabytes for run in own):,.0f}")
+                row.append(f"{_speed(timed) or 'resumed'} / {max(run.megabytes for run in own):,.0f}")
             else:
-                row.append("not run")
+                row.append(", ".join(sorted(failed)) or "not run")
         rows.append(row)
     note = (
-        "Steps per second / most memory of the process in MB. A step is a batch; how long its sequences are is the "
-        "task's doing."
+        "Steps per second, with evaluations and checkpoints (a run that was resumed has no time) / most memory of "
+        "the process in MB. A step is a batch; how long its sequences are is the task's doing."
     )
     paper = section.paper or {}
     if published := paper.get("costs"):
@@ -166,11 +181,20 @@ def comparisons(section: Section) -> Table:
                 f"{method}, {unit}" if unit != "points" else method, str(found.pairs),
                 shown(found.difference) if found.pairs else "",
                 f"{shown(found.low)} to {shown(found.high)}" if known else "", f"{found.p:.2g}" if known else "",
+                *([f"{found.p_tasks:.2g}" if found.tasks > 1 else ""] if len(section.tasks) > 1 else []),
                 f"{found.ahead} of {found.pairs}",
                 *([", ".join(map(partial(shown, digits=1 if unit == "points" else 2), theirs))] if published else []),
             ])  # fmt: skip
-    header = ["method", "pairs", f"difference from {baseline}", "95 % interval", "p (paired t-test)", "ahead"]
+    over = ["p over tasks"] if len(section.tasks) > 1 else []
+    header = ["method", "pairs", f"difference from {baseline}", "95 % interval", "p (paired t-test)", *over, "ahead"]
     note = "Pairs of runs with the same task and seed; points are hundredths of a score."
+    if over:
+        note += (
+            " The runs of a task share its rows and a learning rate; p over tasks is that of the same test over the "
+            "means of the tasks."
+        )
+    if len(section.methods) > 2:
+        note += " Each row is a test of its own, and of many some are below 0.05 by chance."
     if set(units) - {"points"}:
         note = f"{note} A difference in loss is below 0 where the method is ahead."
     if published:
@@ -186,11 +210,13 @@ def searches(section: Section) -> Table:
     behind: dict[tuple[int, int], tuple[Run, ...]] = {}
     for task in section.tasks:
         for method in section.methods:
-            if method not in by.get(task, {}):
-                continue
-            trials = sorted(by[task][method].runs, key=lambda run: float(run.result["learning_rate"]))
-            behind[len(rows), 2] = tuple(trials)
             failed = [f for f in section.failures if _is(f, task, method, trial=True)]
+            if method not in by.get(task, {}) and not failed:
+                continue
+            found = by[task][method].runs if method in by.get(task, {}) else ()
+            trials = sorted(found, key=lambda run: float(run.result["learning_rate"]))
+            behind[len(rows), 2] = tuple(trials)
+            tried = [float(one.result["learning_rate"]) for some in (trials, failed) for one in some]
             taken = sorted({run.result["learning_rate"] for run in section.runs
                             if (run.task, run.method) == (task, method)})  # fmt: skip
             rows.append([
@@ -199,11 +225,12 @@ def searches(section: Section) -> Table:
                     [f"{run.result['learning_rate']:g}: {run.shown(run.score)}" for run in trials]
                     + [f"{f.result['learning_rate']:g}: {f.result['status']}" for f in failed]
                 ),
-                ", ".join(f"{rate:g}" for rate in taken),
+                ", ".join(f"{rate:g}{' (edge)' if rate in (min(tried), max(tried)) else ''}" for rate in taken),
             ])  # fmt: skip
     note = (
         "Each method gets the same number of trials on a task, at a seed that does not count. The runs take the rate "
-        "with the best score, of equal ones that with the lowest training loss."
+        "with the best score on the dev set, on which they are scored as well; of equal ones that with the lowest "
+        "training loss. At an edge of the rates that were tried there may be a better one beyond it."
     )
     return Table("Search", note, ["task", "method", "learning rate: score", "taken"], rows, behind)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .compare import by_unit, compare, mean_of_tasks
+from .compare import by_unit, common_seeds, compare, mean_of_tasks
 from .results import Section
 
 
@@ -25,6 +25,7 @@ def verdict(section: Section) -> list[str]:
         *(_ranking(part, methods) for part in parts),
         *(compare(part.runs, method, baseline).words for part in parts for method in others),
         *_left(section),
+        *section.borrowed,
     ]
 
 
@@ -38,21 +39,34 @@ def _ranking(section: Section, methods: list[str]) -> str:
     if not found:
         return f"No method has run on all of {', '.join(section.tasks)} yet."
     what = f"Mean of {len(section.tasks)} tasks" if len(section.tasks) > 1 else section.tasks[0]
+    seeds = common_seeds(section)
+    if len(seeds) == 1:
+        what += ", one seed"
     lower = "" if first.higher_is_better else " (lower is better)"
     return f"{what}{lower}: {', '.join(f'{method} {first.shown(mean)}' for mean, method in found)}."
 
 
 def _left(section: Section) -> list[str]:
-    """What the experiment has and the runs have not, in a sentence: methods, and tasks of those that were run."""
-    missing = [method for method in section.methods if all(run.method != method for run in section.runs)]
+    """What the experiment has and the runs have not, in a sentence: methods, and tasks of those that were run; and in
+    another what has failed.
+    """
+    missing = [method for method in section.methods if method not in section.tried]
     words = [", ".join(missing)] if missing else []
+    failed: dict[str, list[str]] = {}
     for method in section.methods:
         own = [run for run in section.runs if run.method == method]
-        done = len(own) + sum(f.result["variant"] == method and not f.result.get("trial") for f in section.failures)
-        tasks = [task for task in section.tasks if all(run.task != task for run in own)]
-        wanted = (len(section.tasks) - len(tasks)) * len(section.seeds)
-        if own and tasks:
+        failures = [f for f in section.failures if f.result["variant"] == method and not f.result.get("trial")]
+        met = {run.task for run in own} | {failure.task for failure in failures}
+        tasks = [task for task in section.tasks if task not in met]
+        wanted = len(met) * len(section.seeds)
+        if met and tasks:
             words.append(f"{method} on {', '.join(tasks)}")
-        if own and done < wanted:
-            words.append(f"{wanted - done} of the other {wanted} runs of {method}")
-    return [f"Not run: {'; '.join(words)}."] if words else []
+        if met and len(own) + len(failures) < wanted:
+            words.append(f"{wanted - len(own) - len(failures)} of the other {wanted} runs of {method}")
+        for failure in failures:
+            failed.setdefault(f"{method} {failure.result['status']}", []).append(failure.task)
+    said = [f"Not run: {'; '.join(words)}."] if words else []
+    if failed:
+        all_of_them = [f"{what} on {', '.join(dict.fromkeys(tasks))}" for what, tasks in failed.items()]
+        said.append(f"Failed: {'; '.join(all_of_them)}.")
+    return said

@@ -20,7 +20,7 @@ def markdown(sections: Sequence[Section], title: str) -> str:
     if (summary := overview(sections)) is not None:
         parts.append(f"## {summary.title}\n\n{summary.markdown()}")
     for section in sections:
-        parts += [f"## {section.title}", section.question, bullets(verdict(section))]
+        parts += [f"## {section.title}", section.question, bullets(verdict(section)), section.setting]
         words = [f"- `{method}`: {said}" for method, said in section.methods.items() if said]
         parts.append("\n".join(words))
         parts += [f"### {table.title}\n\n{table.markdown()}" for table in tables_of(section).values()]
