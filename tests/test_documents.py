@@ -267,12 +267,25 @@ def test_what_the_config_says_of_its_defaults_is_what_the_results_say() -> None:
     assert f"({digits:.1f} against {shared:.1f}, " in said
     loss, shared, other = (mean("conversations", method) for method in ("sparsegrad", "sparsegrad-shared", "lora"))
     assert f"loss {loss:.3f} against {other:.3f}" in said
-    calibrated = {method: f"{mean('calibration', method):.1f}" for method in ("trajectory", "start", "shared")}
+    calibrated = {
+        method: f"{mean('calibration', method):.1f}" for method in ("trajectory", "long-trajectory", "start", "shared")
+    }
     assert f"{loss:.3f} against {shared:.3f}, and {calibrated['trajectory']} against {calibrated['shared']}" in said
-    assert f"along a trajectory gave {calibrated['trajectory']}, at the start {calibrated['start']};" in said
+    assert f"along a trajectory gave {calibrated['trajectory']}, along one of four times the length" in said
+    assert f"length {calibrated['long-trajectory']}, at the start {calibrated['start']};" in said
     behind = sorted(
         mean("sizes", "narrow-128") - mean("sizes", method) for method in of["sizes"].methods if method != "narrow-128"
     )
     assert f"best, by {behind[0]:.1f} to {behind[-1]:.1f};" in said
     assert f"({mean('selection', 'block'):.1f} and {mean('selection', 'select-in-all'):.1f})." in said
     assert all(common_seeds(of[name]) == {0} for name in ("calibration", "sizes", "selection"))
+    three = ("sst2", "mrpc", "stsb")
+    seeds = [
+        sum(
+            run.score
+            for run in glue.runs
+            if run.method == "sparsegrad" and run.task in three and run.result["seed"] == seed
+        )
+        for seed in range(3)
+    ]
+    assert "({:.1f}, {:.1f} and {:.1f})".format(*(total / 3 for total in seeds)) in said
