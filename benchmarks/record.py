@@ -16,14 +16,7 @@ from typing import Any
 
 import torch
 
-
-def processor() -> str:
-    """Name of the CPU; the kernel's, which `platform` does not give on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+from sparsegrad_peft.run.environment import processor
 
 
 def environment(seed: int) -> dict[str, Any]:
@@ -43,11 +36,6 @@ def environment(seed: int) -> dict[str, Any]:
         "sparsegrad_peft": version("sparsegrad-peft"),
         "machine": f"{processor()}, {torch.get_num_threads()} threads",
     }
-
-
-def percentiles(milliseconds: list[float]) -> dict[str, float]:
-    ordered = sorted(milliseconds)
-    return {f"p{q}": round(ordered[min(len(ordered) - 1, len(ordered) * q // 100)], 3) for q in (20, 50, 80)}
 
 
 def time_in_turn(steps: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
