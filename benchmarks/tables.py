@@ -83,8 +83,10 @@ def speed(result: dict[str, Any]) -> str:
         f"transformers {e['packages']['transformers']}, peft {e['packages']['peft']}, seed "
         f"{result['arguments']['seed']}, commit {e['commit'][:10]}: `{result['command']}`"
     )
+    depth = re.search(r"(\d+) of (\d+) blocks", result["workload"])
+    part = f" with {depth[0]}" if depth is not None and depth[1] != depth[2] else ""
     reached = "\n".join(
-        f"- {'reached' if found <= most else '**missed**'}: {what} (found {found:.3g})"
+        f"- {'reached' if found <= most else '**missed**'}{part}: {what} (found {found:.3g})"
         for what, found, most in speed_targets(result["methods"])
     )
     return f"{markdown(header, rows)}\n\n{where}\n\n{reached}"
