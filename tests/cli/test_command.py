@@ -341,6 +341,9 @@ FILES = {
         ("method", "@kind.json", r"expected a peft_type such as LORA, found 'NONE_SUCH'"),
         ("method", "@list.json", r"expected a peft_type such as LORA, found 'list'"),
         ("method", "@text.json", r"text.json: expected an adapter_config.json of PEFT \(Expecting value: line 1"),
+        ("adapter.rank", "8", r"adapter.rank is for lora and galore, found method 'sparsegrad'"),
+        ("adapter.products", "sparse", r"adapter.products is for method literal, found 'sparsegrad'"),
+        ("data.max_length", "33", r"data.max_length: expected at most 32 tokens, for which .* has positions; found 33"),
         ("calibration.refresh", "5", r"calibration.refresh is for .* complete bases .*, found sparsegrad with c = "),
         ("output", "@one.csv", r"one.csv: expected a folder to write, found a file; choose another output folder"),
         ("output", "@one.csv/run", r"one.csv/run: .*one.csv is a file, not a folder; choose another output folder"),
@@ -452,3 +455,67 @@ def test_a_model_that_is_not_whole(words: Words, weightless: Path, run: Run, tmp
 def test_traceback_on_demand(words_of: Words, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"batch_size"):
         main([*words_of(tmp_path / "run", "--training.batch_size", "0"), "--traceback"])
+
+
+def test_settings_for_another_task_are_refused(words_of: Words, run: Run, tmp_path: Path) -> None:
+    text = ["train", "--task", "glue/rte", "--output", str(tmp_path / "run"), "--data.text", "a", "--data.label", "b"]
+    status, _, err = run(*text)
+    assert status == 1
+    assert "data.text is for tasks files and text, found task 'glue/rte'" in err
+    assert "data.label, data.labels and data.regression are for task files, found task 'glue/rte'" in err
+
+
+def test_a_model_that_sees_the_words_it_predicts(tiny_bert: Path, run: Run, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text\na film\na warm film\n", encoding="utf-8")
+    files = ["--data.train_file", str(rows), "--data.validation_file", str(rows), "--data.text", "text"]
+    status, _, err = run(
+        "train", "--task", "text", "--model", str(tiny_bert), *files, "--data.max_length", "24",
+        "--output", str(tmp_path / "run"),
+    )  # fmt: skip
+    assert status == 1
+    assert "is a bert, which reads the words that it would have to predict; expected a language model" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_edited_config_is_another_run(words: Words, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "lora.json"
+    file.write_text(json.dumps({"peft_type": "LORA", "r": 1, "target_modules": "mlp"}), encoding="utf-8")
+    assert run(*words(tmp_path / "run", "--method", str(file)))[0] == 0
+    assert run(*words(tmp_path / "run", "--method", str(file)))[0] == 0
+    file.write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": "mlp"}), encoding="utf-8")
+    status, _, err = run(*words(tmp_path / "run", "--method", str(file)))
+    assert status == 1
+    assert "holds another run, which differs in method.r (1 there, 2 here)" in err
+
+
+def test_several_seeds_beside_one(finished_run: Path, words: Words, run: Run) -> None:
+    status, _, err = run(*words(finished_run, "--seeds", "0,1"))
+    assert status == 1
+    assert "holds the run of one seed; choose another output folder for several" in err
+    assert not (finished_run / "seed-0").exists()
+
+
+def test_a_search_wants_a_folder_of_its_own(finished_run: Path, words: Words, run: Run) -> None:
+    before = sorted(path.name for path in finished_run.iterdir())
+    status, _, err = run("search", *words(finished_run)[1:], "--search.trials", "1")
+    assert status == 1
+    assert "is not empty and holds no search; choose another output folder" in err
+    assert sorted(path.name for path in finished_run.iterdir()) == before
+
+
+def test_files_that_cannot_be_written(finished_run: Path, run: Run, tmp_path: Path) -> None:
+    for words in (
+        ("predict", str(finished_run), "--text", "a film", "--output", str(tmp_path)),
+        ("bench", "--workload", "mlp", "--json", str(tmp_path)),
+        ("report", str(finished_run), "--markdown", str(tmp_path)),
+    ):
+        status, _, err = run(*words)
+        assert status == 1
+        assert f"{tmp_path}: expected a file to write, found a folder" in plain(err)
+    file = tmp_path / "file"
+    file.touch()
+    for words in (("report", str(finished_run)), ("export", str(finished_run))):
+        status, _, err = run(*words, "--output", str(file / "x"))
+        assert status == 1
+        assert "is a file, not a folder; choose another output folder" in plain(err)

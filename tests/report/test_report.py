@@ -292,29 +292,49 @@ def test_models_are_apart(real: dict[str, Any], tmp_path: Path) -> None:
     assert "roberta-large</h2>" in text
 
 
-def test_trials_and_runs_of_a_study_are_no_seeds(folder: Path, real: dict[str, Any], capsys: Any) -> None:
+def test_trials_and_runs_of_a_study_are_no_seeds(folder: Path, real: dict[str, Any]) -> None:
     """What `sparsegrad search` and `reproduce` leave below `runs` has its own summary and result files."""
-    before = verdict(read_sections([folder])[0])
-    for inner, mark in (("search-rte", "search.json"), ("study", "claims.journal")):
-        found = {**real, "task": "glue/rte", "method": "sparsegrad", "seed": 7, "score": 0.1}
-        written(folder / inner / "trial-000", "result.json", found)
+    before = len(read_sections([folder])[0].runs)
+    found = {**real, "task": "glue/rte", "method": "sparsegrad", "seed": 7, "score": 0.1}
+    for inner, mark in (("search-rte/trial-000", "../search.json"), ("study/deep/run", "../../claims.journal")):
+        written(folder / inner, "result.json", found)
         (folder / inner / mark).write_text("{}", encoding="utf-8")
-    assert verdict(read_sections([folder])[0]) == before
+    assert len(read_sections([folder])[0].runs) == before
     [asked_for] = read_sections([folder / "search-rte"])
     assert len(asked_for.runs) == 1
+    written(folder / "search-rte" / "by-itself", "result.json", found)  # not one of the trials
+    assert len(read_sections([folder])[0].runs) == before + 1
 
 
 def test_runs_of_one_seed_are_told_apart(folder: Path, real: dict[str, Any]) -> None:
-    """By the settings in which they differ; a copy counts once."""
+    """By the settings in which they differ; of two with the same settings the later one counts."""
     for name, rate in (("slow", 1e-4), ("fast", 1e-2)):
-        config = {**real["config"], "training": {**real["config"]["training"], "learning_rate": rate}}
-        what = {"task": "glue/rte", "method": "full", "seed": 0, "config": config}
-        written(folder / name, "result.json", {**real, **what, "score": 10 * rate})
-        written(folder / f"{name}-copy", "result.json", {**real, **what, "score": 10 * rate})
+        for more, time in (("", "2026-01-02"), ("-before", "2026-01-01")):
+            what = {
+                "task": "glue/rte", "method": "full", "seed": 0, "score": 10 * rate + (more != "") / 2,
+                "learning_rate": rate, "environment": {**real["environment"], "time": time},
+            }  # fmt: skip
+            written(folder / f"{name}{more}", "result.json", {**real, **what})
     (folder / "glue" / "rte" / "full-0.json").unlink()
     [section] = read_sections([folder])
     names = {"full (learning_rate 0.0001)": 0.1, "full (learning_rate 0.01)": 10.0}
     assert {run.method: run.score for run in section.runs if "full" in run.method} == pytest.approx(names)
+
+
+def test_rows_of_ones_own_are_told_apart(real: dict[str, Any], tmp_path: Path) -> None:
+    """A task is named by its file, and everybody's is "train"."""
+    for name, method, rows in (("a", "lora", "d"), ("b", "full", "d"), ("c", "full", "d2")):
+        data = {**real["config"]["data"], "train_file": f"{rows}/train.csv"}
+        config = {**real["config"], "task": "files", "data": data}
+        written(tmp_path / "own" / name, "result.json", {**real, "task": "train", "method": method, "config": config})
+    [section] = read_sections([tmp_path / "own"])
+    assert section.tasks == ("train (train_file d/train.csv)", "train (train_file d2/train.csv)")
+    assert compare(section.runs, "full", "lora").pairs == 1
+
+
+def test_a_baseline_that_has_no_runs(folder: Path) -> None:
+    with pytest.raises(ValueError, match="one of full, lora, sparsegrad; found 'lore'"):
+        read_sections([folder], "lore")
 
 
 def test_a_difference_on_one_task_is_none_over_tasks(runs: list[Run]) -> None:

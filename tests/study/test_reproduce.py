@@ -19,6 +19,7 @@ from optuna.study import StudyDirection
 
 from sparsegrad_peft.cli.main import main
 from sparsegrad_peft.cli.train import as_arguments
+from sparsegrad_peft.report.results import read_sections
 from sparsegrad_peft.run.alive import is_alive, mark
 from sparsegrad_peft.study.claims import Claims
 from sparsegrad_peft.study.experiment import Experiment, experiment_names, load_experiment, merged
@@ -402,6 +403,35 @@ def test_a_peft_config_is_what_its_file_says(load: Any, folder: Path, places: Pl
     [result] = reproduce([load("second")], places, threads=1, retry=True, reporter=begun).values()
     assert result["adapter_config"]["r"] == 2
     assert len(begun.begun) == 2
+
+
+def test_an_experiment_needs_no_more_than_its_own_lines(folder: Path, places: Places, capsys: Any) -> None:
+    """No default.yaml; what a report says of it comes with the results."""
+    settings = yaml.safe_load((folder / "default.yaml").read_text(encoding="utf-8"))
+    own = {
+        "title": "Mine", "question": "Which?", "seeds": [0], "tasks": ["files"], "baseline": "one",
+        "models": settings["scales"]["cpu"]["models"], "settings": settings["settings"],
+        "methods": {"one": {"words": "the first", "settings": {"method": "lora", "adapter": {"rnk": 1}}}},
+    }  # fmt: skip
+    where = folder.parent / "own"
+    (where / "mine").mkdir(parents=True)
+    file = where / "mine" / "experiment.yaml"
+    file.write_text(yaml.safe_dump(own), encoding="utf-8")
+    words = ["reproduce", "mine", "--folder", str(where), "--results", str(places.results), "--runs", str(places.runs)]
+    assert main(words) == 1
+    assert "experiment mine, method one: " in capsys.readouterr().err
+    own["methods"]["one"]["settings"]["adapter"] = {"rank": 1}
+    (where / "other").mkdir()
+    file = where / "other" / "experiment.yaml"
+    file.write_text(yaml.safe_dump(own), encoding="utf-8")
+    words[1] = "other"
+    assert main(words) == 0
+    [section] = read_sections([places.results])
+    assert (section.title, section.question, section.baseline) == ("Mine", "Which?", "one")
+    assert section.methods == {"one": "the first"}
+    capsys.readouterr()
+    assert main(["reproduce", "--folder", str(where)]) == 0
+    assert f"sparsegrad reproduce mine --scale cpu --folder {where}" in capsys.readouterr().out
 
 
 def test_a_search_that_is_half_done_gives_no_rate(load: Any, places: Places) -> None:

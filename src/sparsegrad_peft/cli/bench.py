@@ -31,12 +31,12 @@ def main(argv: list[str]) -> None:
     found = parser.instantiate(parser.parse_args(argv))
     path = found.pop("json")
     arguments = BenchArguments(**vars(found))
-    if path is not None and not path.parent.is_dir():
-        raise FileNotFoundError(f"--json: there is no folder {path.parent}")
     from ..bench.speed import measure
-    from ..run.folder import write_whole
+    from ..run.folder import check_file, write_whole
     from ..run.precision import slow_precision
 
+    if path is not None:
+        check_file(path)
     console = Console(stderr=True, highlight=False)
     if slow := slow_precision(arguments.precision):
         console.print(slow, soft_wrap=True)

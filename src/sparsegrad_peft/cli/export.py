@@ -29,8 +29,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rank", type=int | Literal["full"], default="full", help="of each layer; full: no error")
     parser.add_argument("--output", type=str, required=True, help="folder to write")
     found = parser.parse_args(argv)
+    from ..run.folder import RunFolder
     from ..tuner.export import export_lora
 
+    RunFolder(found.output).check_writable()
     adapter = Path(found.adapter)
     if (adapter / "adapter").is_dir():
         adapter /= "adapter"

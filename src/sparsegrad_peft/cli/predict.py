@@ -23,8 +23,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=128, help="of a language model's answer, at most")
     parser.add_argument("--output", type=str | None, default=None, help="CSV file to write; default: print JSON lines")
     found = parser.parse_args(argv)
+    from ..run.folder import check_file
     from ..run.use import predict, write_csv
 
+    if found.output is not None:
+        check_file(Path(found.output))
     rows = predict(found.run, found.file, found.text, max_new_tokens=found.max_new_tokens)
     if found.output is not None:
         write_csv(Path(found.output), rows)

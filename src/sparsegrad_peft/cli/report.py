@@ -31,8 +31,12 @@ def main(argv: list[str]) -> None:
     from ..report.results import read_sections
     from ..report.verdict import verdict
     from ..report.write import markdown, write_report
-    from ..run.folder import write_whole
+    from ..run.folder import RunFolder, check_file, write_whole
 
+    if found.markdown is not None:
+        check_file(Path(found.markdown))
+    else:
+        RunFolder(found.output).check_writable()
     sections = read_sections(found.runs, found.baseline)
     for section in sections:
         start = f"{section.title}, " if section.name else ""

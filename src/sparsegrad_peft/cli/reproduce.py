@@ -55,7 +55,8 @@ def main(argv: list[str]) -> None:
             experiment = load_experiment(name, found.scale, folder)
             table.add_row(name, str(len(list(experiment.cells()))), experiment.question)
         console.print(table)
-        console.print(f"\nnext:   sparsegrad reproduce {names[0]} --scale {found.scale}")
+        own = "" if found.folder is None else f" --folder {found.folder}"
+        console.print(f"\nnext:   sparsegrad reproduce {names[0]} --scale {found.scale}{own}")
         return
     from ..run.precision import slow_precision
     from ..study.progress import GridProgress

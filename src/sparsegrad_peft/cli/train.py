@@ -91,7 +91,7 @@ def report(results: list[dict[str, Any]], output: str) -> None:
         )
         console.print(
             f"  trained entries: {result['trained_entries']['adapter']:,} in the "
-            f"{'MLP layers' if result['method'] in WHOLE else 'adapter'}, "
+            f"{'adapted layers' if result['method'] in WHOLE else 'adapter'}, "
             f"{result['trained_entries']['all']:,} in all; saved: {result['weights_bytes'] / 1e6:.1f} MB"
         )
         if calibration is not None:

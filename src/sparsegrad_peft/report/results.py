@@ -12,8 +12,6 @@ from ..run.arguments import flat
 from ..study.experiment import experiment_names, load_experiment
 from ..tasks.metrics import higher_is_better
 
-_INNER = ("search.json", "trials.journal", "claims.journal")
-"Files that lie in the folder of a search, or of a study's runs."
 _NEEDED = ("task", "method", "seed", "metric", "score", "config", "environment")
 
 
@@ -26,11 +24,13 @@ class Run:
     result: dict[str, Any]
     label: str | None = None
     "what tells it from runs of the same method on the same task and seed"
+    rows: str = ""
+    "what tells its rows from those of another task of the same name"
 
     @property
     def task(self) -> str:
         """Such as "rte"."""
-        return str(self.result["task"]).removeprefix("glue/")
+        return str(self.result["task"]).removeprefix("glue/") + self.rows
 
     @property
     def method(self) -> str:
@@ -177,9 +177,12 @@ def read_sections(paths: Iterable[str | Path], baseline: str | None = None) -> l
 
     Raises:
         FileNotFoundError: a path is not there, or there is no result below them.
-        ValueError: a result.json is broken.
+        ValueError: a result.json is broken, or no run is of the baseline.
     """
     found, failures = _read(paths)
+    if baseline is not None and all(run.method != baseline for run in found):
+        methods = ", ".join(sorted({run.method for run in found}))
+        raise ValueError(f"baseline: expected a method that has runs, one of {methods}; found {baseline!r}")
     by: dict[str, tuple[list[Run], list[Failure]]] = {}
     for run in found:
         by.setdefault(run.result.get("experiment", ""), ([], []))[0].append(run)
@@ -207,7 +210,9 @@ def _sections(name: str, found: list[Run], failures: list[Failure], baseline: st
         own = [run for run in found if run.result["model"] == model]
         failed = [failure for failure in failures if failure.result["model"] == model]
         section = _section(name, own, failed, baseline, _scale(found, failures) if shipped else None)
-        short = model.rstrip("/").rpartition("/")[2]
+        ends = [model.rstrip("/").rpartition("/")[2] for model in models]
+        short = ends[models.index(model)]
+        short = model.strip("/").replace("/", "-") if ends.count(short) > 1 else short
         sections.append(replace(section, name=f"{name}{'-' if name else ''}{short}", title=f"{section.title}, {short}"))
     return sections
 
@@ -222,16 +227,19 @@ def _section(
     runs = tuple(run for run in found if not run.result.get("trial"))
     trials = tuple(run for run in found if run.result.get("trial"))
     if not name:
-        runs = _told_apart(runs)
+        runs = _told_apart(_with_rows(runs))
     met = sorted(
         {run.method for run in runs}, key=lambda m: (not m.startswith("sparsegrad"), not m.startswith("lora"), m)
     )
     if name not in experiment_names():  # run folders, or experiments of one's own
         tasks = tuple(dict.fromkeys(run.task for run in runs))
         seeds = tuple(sorted({run.result["seed"] for run in runs}))
+        about: dict[str, dict[str, str]] = {run.method: run.result.get("about", {}) for run in runs}
+        first: dict[str, str] = next(iter(about.values()), {})
         return Section(
-            name, name or "All runs", "", dict.fromkeys(met, ""), tasks, seeds, baseline or "lora", runs, trials,
-            tuple(failures), experiment=name,
+            name, first.get("title") or name or "All runs", first.get("question", ""),
+            {method: about[method].get("words", "") for method in met}, tasks, seeds,
+            baseline or first.get("baseline", "lora"), runs, trials, tuple(failures), experiment=name,
         )  # fmt: skip
     experiment = load_experiment(name, scale or _scale(found, failures))
     words = {method.name: method.words for method in experiment.methods}
@@ -242,29 +250,47 @@ def _section(
     )  # fmt: skip
 
 
-def _told_apart(runs: tuple[Run, ...]) -> tuple[Run, ...]:
-    """Run folders with one method, task and seed are named by the settings in which they differ, or else by folder."""
-    alike: dict[tuple[str, str, int], list[Run]] = {}
+_DATA = ("train_file", "validation_file", "folder", "text", "label", "labels", "regression")
+"Settings that say what the rows of a task of one's own are."
+
+
+def _with_rows(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    """Tasks are named by their files: those with one name and different rows get the settings that tell them apart."""
+    given = {run.path: {name: run.result["config"]["data"].get(name) for name in _DATA} for run in runs}
+    found = []
     for run in runs:
-        if all(run.made != other.made for other in alike.get((run.method, run.task, run.result["seed"]), ())):
-            alike.setdefault((run.method, run.task, run.result["seed"]), []).append(run)  # copies of one count once
+        own = run.result["config"].get("task") in ("files", "text", "images")
+        others = [given[other.path] for other in runs if own and other.task == run.task]
+        differ = [name for name in _DATA if any(other[name] != given[run.path][name] for other in others)]
+        words = ", ".join(f"{name} {given[run.path][name]}" for name in differ)
+        found.append(replace(run, rows=f" ({words})") if words else run)
+    return tuple(found)
+
+
+def _told_apart(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    """Run folders with one method, task and seed are named by the settings in which they differ; of several with the
+    very same settings the last one counts.
+    """
+    alike: dict[tuple[str, str, int], dict[str, Run]] = {}
+    for run in sorted(runs, key=lambda run: str(run.result["environment"].get("time"))):
+        alike.setdefault((run.method, run.task, run.result["seed"]), {})[str(sorted(_set(run).items()))] = run
     differ: dict[str, set[str]] = {}
     for (method, _, _), some in alike.items():
-        settings = [flat(run.result["config"]) for run in some]
-        if len(some) > 1:
-            names = {
-                name for one in settings for name in one if any(one[name] != other.get(name) for other in settings)
-            }
-            differ.setdefault(method, set()).update(names - {"output", "seeds"})
-    told = []
+        settings = [_set(run) for run in some.values()]
+        names = {name for one in settings for name in one if any(one[name] != other.get(name) for other in settings)}
+        differ.setdefault(method, set()).update(names)
+    told = {}
     for (method, _, _), some in alike.items():
-        for run in some:
-            config = flat(run.result["config"])
-            words = [f"{name.rpartition('.')[2]} {config.get(name)}" for name in sorted(differ.get(method, ()))]
-            if method in differ and not words:
-                words = [run.path.parent.name]
-            told.append(replace(run, label=f"{method} ({', '.join(words)})") if words else run)
-    return tuple(told)
+        for run in some.values():
+            words = [f"{name.rpartition('.')[2]} {_set(run).get(name)}" for name in sorted(differ[method])]
+            told[run.path] = replace(run, label=f"{method} ({', '.join(words)})") if words else run
+    return tuple(told[run.path] for run in runs if run.path in told)
+
+
+def _set(run: Run) -> dict[str, Any]:
+    """What a run was told, but for seed and folder, by dotted names; the learning rate that it had."""
+    found = {name: value for name, value in flat(run.result["config"]).items() if name not in ("output", "seeds")}
+    return {**found, "training.learning_rate": run.result.get("learning_rate")}
 
 
 def _with_borrowed(sections: list[Section]) -> list[Section]:
@@ -291,7 +317,9 @@ def _read(paths: Iterable[str | Path]) -> tuple[list[Run], list[Failure]]:
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"there is no {path}")
-        inner = {mark.parent for name in _INNER for mark in path.rglob(name)} - {path}
+        inner = {mark.parent for mark in path.rglob("claims.journal")} - {path}
+        searches = {mark.parent for name in ("search.json", "trials.journal") for mark in path.rglob(name)} - {path}
+        inner |= {trial for folder in searches for trial in folder.glob("trial-*")}
         files += (
             [path] if path.is_file() else
             [file for file in sorted(path.rglob("*.json")) if inner.isdisjoint(file.parents)]

@@ -23,7 +23,12 @@ def verdict(section: Section) -> list[str]:
     parts = by_unit(section).values()
     return [
         *(_ranking(part, methods) for part in parts),
-        *(compare(part.runs, method, baseline).words for part in parts for method in others),
+        *(
+            compare(part.runs, method, baseline).words
+            for part in parts
+            for method in others
+            if {method, baseline} <= {run.method for run in part.runs}
+        ),
         *_left(section),
         *section.borrowed,
     ]
@@ -50,6 +55,8 @@ def _left(section: Section) -> list[str]:
     """What the experiment has and the runs have not, in a sentence: methods, and tasks of those that were run; and in
     another what has failed.
     """
+    if not section.experiment:
+        return []  # nobody has planned more
     missing = [method for method in section.methods if method not in section.tried]
     words = [", ".join(missing)] if missing else []
     failed: dict[str, list[str]] = {}

@@ -194,6 +194,12 @@ class RunArguments:
         selects = adapter.density is not None or adapter.k is not None
         if selects and self.method not in ("sparsegrad", "meprop", "literal"):
             problems.append(f"adapter.density and adapter.k are not for method {self.method!r}")
+        if adapter.rank is not None and self.method not in ("lora", "galore"):
+            problems.append(f"adapter.rank is for lora and galore, found method {self.method!r}")
+        if adapter.products != "regular" and self.method != "literal":
+            problems.append(f"adapter.products is for method literal, found {self.method!r}")
+        if adapter.target_modules is not None and self.method not in METHODS:
+            problems.append("adapter.target_modules is for the methods by name; a PEFT config has its own")
         sizes = Sizes(adapter.narrow, adapter.wide, adapter.c, adapter.r)
         if self.calibration.refresh is not None and not (self.method == "sparsegrad" and sizes.complete):
             problems.append(
@@ -261,7 +267,7 @@ class SearchArguments:
     batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32])
     "one of these"
     prune: bool = True
-    "stop a trial whose best score so far is below the median of the others' at the same step, after five whole ones"
+    "after five whole trials, stop one whose best score is below the median of the others' after as many evaluations"
     sampler_seed: int = 0
     "of what is drawn"
     storage: str | None = None

@@ -9,14 +9,24 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from ..tasks.load import load_task
-from ..tasks.task import TEXT, Task
+from ..tasks.task import LANGUAGE, TEXT, Task
 from .arguments import RunArguments
 from .kinds import KINDS
 from .methods import check_layers
 from .pretrained import first_line, load_config, model_path
 from .quiet import quiet
+
+_LEARNT_POSITIONS = {
+    "albert": 0, "bart": 0, "bert": 0, "distilbert": 0, "electra": 0, "gpt2": 0, "mbart": 0, "opt": 0,
+    "camembert": 2, "mpnet": 2, "roberta": 2, "xlm-roberta": 2,
+}  # fmt: skip
+"Models with a vector for each position -> how many of these are for no position, by `model_type`."
 
 
 def load_model(model: str, task: Task, tokenizer: Any, folder: str | Path | None = None) -> nn.Module:
@@ -73,7 +83,34 @@ def load_run_task(arguments: RunArguments) -> tuple[Task, nn.Module | None]:
     task = load_task(arguments.task, arguments.data)
     if "train" not in task.splits:
         raise ValueError(f"{task.name} has no training rows in {task.source}")
-    shapes = without_weights(load_config(model_path(arguments.model)), task.kind)
+    config = load_config(model_path(arguments.model))
+    shapes = without_weights(config, task.kind)
+    _check_reads_ahead(arguments.model, config if shapes is None else shapes.config, task.kind)
+    _check_positions(arguments, config)
     if shapes is not None:
         check_layers(shapes, arguments)
     return task, shapes
+
+
+def _check_reads_ahead(model: str, config: Any, kind: str) -> None:
+    """Raise ValueError where a model for masked words is to go on with texts: it reads the words it would predict."""
+    name = config.model_type
+    both = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if kind == LANGUAGE and both and not getattr(config, "is_decoder", False):
+        raise ValueError(
+            f"{model} is a {name}, which reads the words that it would have to predict; expected a language model, "
+            "such as gpt2 or a LLaMA"
+        )
+
+
+def _check_positions(arguments: RunArguments, config: Any) -> None:
+    """Raise ValueError where a row may be longer than the model has learnt positions for."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if config.model_type not in _LEARNT_POSITIONS or limit is None:
+        return
+    limit -= _LEARNT_POSITIONS[config.model_type]
+    if arguments.data.max_length > limit:
+        raise ValueError(
+            f"data.max_length: expected at most {limit} tokens, for which {arguments.model} has positions; found "
+            f"{arguments.data.max_length}"
+        )

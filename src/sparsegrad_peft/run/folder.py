@@ -32,6 +32,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
         draft.unlink(missing_ok=True)
 
 
+def check_file(path: Path) -> None:
+    """Raise before any work where a file cannot be written.
+
+    Raises:
+        IsADirectoryError, NotADirectoryError, PermissionError: see the message.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a file to write, found a folder")
+    RunFolder(path.parent).check_writable()
+
+
 def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
     """Let `save` fill a folder beside its place, then put it there; a former one is whole until then, or comes back."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +69,7 @@ class RunFolder:
     """Where a run is kept.
 
     config.yaml       what was asked for, as run
+    method.json       the PEFT config that was named as the method, where one was
     environment.json  commit, versions, device, seed
     calibration.json  its time and memory, where there was one; a run that was interrupted does not calibrate again
     metrics.json      the trainer's log: loss, learning rate, scores
@@ -104,6 +116,9 @@ class RunFolder:
             there, here = _with_defaults(self.read_arguments()), arguments.as_dict()
             there["output"] = here["output"]  # another name for the same folder
             found = {name: pair for name, pair in _differences(there, here).items() if pair[0] != pair[1]}
+            if "method" not in found and (former := self.read_json("method.json")) is not None:
+                now = json.loads(Path(arguments.method).read_text(encoding="utf-8"))
+                found |= {n: pair for n, pair in _differences(former, now, "method").items() if pair[0] != pair[1]}
             if found:
                 words = ", ".join(f"{name} ({found[name][0]} there, {found[name][1]} here)" for name in sorted(found))
                 raise FileExistsError(
@@ -132,6 +147,8 @@ class RunFolder:
     def start(self, arguments: RunArguments) -> None:
         """Write down what was asked for, so that the folder is this run's."""
         if not (self.path / "config.yaml").is_file():
+            if arguments.method.endswith(".json"):  # a PEFT config, which may be edited meanwhile
+                self.write_json("method.json", json.loads(Path(arguments.method).read_text(encoding="utf-8")))
             self.write_yaml("config.yaml", arguments.as_dict())
 
     def read_arguments(self) -> dict[str, Any]:

@@ -96,12 +96,12 @@ class LiteralTrainer(RunTrainer):
             value.mul_(scale.to(value.device))
         return norm
 
-    def trained_entries(self) -> dict[str, Any]:
+    def trained_entries(self, targets: Sequence[str]) -> dict[str, Any]:
         """As of any run; touched are the entries that selection has ever chosen."""
         assert self.optimizer is not None
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
         touched = sum(optimizer.touched(layer.W_tilde) for layer in self._layers)
-        return {**super().trained_entries(), "touched": touched}
+        return {**super().trained_entries(targets), "touched": touched}
 
     def make_plain(self) -> None:
         """Weights in the original space again."""

@@ -35,6 +35,8 @@ class Adapted:
     optimizer: dict[str, Any] = field(default_factory=dict)
     "for `TrainingArguments`, where the Trainer makes the optimizer itself"
     trainer: Callable[..., RunTrainer] = RunTrainer
+    targets: Sequence[str] = ()
+    "names of the layers whose own weights are trained, where there is no adapter"
 
 
 def adapt(model: nn.Module, arguments: RunArguments) -> Adapted:
@@ -53,11 +55,13 @@ def adapt(model: nn.Module, arguments: RunArguments) -> Adapted:
         groups = group_linears(model, "|".join(map(re.escape, targets)), shared=adapter.shared)
         literal = LiteralLayers(groups, adapter.products, adapter.k, arguments.density)
         return Adapted(
-            model, calibration_config(arguments.calibration), trainer=partial(LiteralTrainer, literal=literal)
-        )
+            model, calibration_config(arguments.calibration), trainer=partial(LiteralTrainer, literal=literal),
+            targets=targets,
+        )  # fmt: skip
     if arguments.method in WHOLE:
         _release(model, None if arguments.rest == "train" else [*targets, *heads])
-        return Adapted(model, optimizer=_galore(model, targets, arguments) if arguments.method == "galore" else {})
+        optimizer = _galore(model, targets, arguments) if arguments.method == "galore" else {}
+        return Adapted(model, optimizer=optimizer, targets=targets)
     rest = _rest(model, targets, heads) if arguments.rest == "train" else heads
     config: PeftConfig
     if arguments.method in ("sparsegrad", "meprop"):

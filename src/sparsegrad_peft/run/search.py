@@ -15,11 +15,14 @@ import yaml
 from ..tasks.arguments import kind_of
 from .alive import is_alive, is_here, mark
 from .arguments import RunArguments, SearchArguments, flat
-from .folder import write_whole
+from .folder import RunFolder, write_whole
 from .picture import search_picture
 
 # What a search tries; the rest of the settings is the same in all of its trials.
 _SEARCHED = ("output", "training.learning_rate", "training.batch_size")
+
+_OWN = ("trials.journal", "search.json", "trial-000")
+"What the folder of a search holds, one of these at least."
 
 
 def search(
@@ -57,6 +60,9 @@ def search(
     # All metrics for a kind of task have one direction.
     higher = higher_is_better(fitting((), kind_of(arguments.task))[0])
     folder = output_folder(arguments)
+    RunFolder(folder).check_writable()
+    if folder.is_dir() and not any((folder / name).exists() for name in _OWN) and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty and holds no search; choose another output folder")
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         study_name=f"{arguments.task}, {arguments.method}, {arguments.model}",

@@ -50,6 +50,8 @@ def train(
     arguments.check()
     several = len(arguments.seeds) > 1
     output = output_folder(arguments)
+    if several and (output / "config.yaml").is_file():
+        raise FileExistsError(f"{output} holds the run of one seed; choose another output folder for several")
     results = []
     for seed in arguments.seeds:
         single = copy.deepcopy(arguments)
@@ -124,7 +126,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         finally:
             reporter.stop()
             training.stop()
-        entries = trainer.trained_entries()
+        entries = trainer.trained_entries(adapted.targets)
         trainer.make_plain()
         scores = {
             split: trainer.evaluate(features[split], metric_key_prefix=split) for split in task.evaluation_splits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,9 @@ class RunTrainer(SparseGradTrainer):
             super()._calibrate(adapter_name)
         self.calibrated(phase)
 
-    def trained_entries(self) -> dict[str, Any]:
-        """How many numbers the run trains; before `make_plain`."""
-        return trained_entries(self.model)
+    def trained_entries(self, targets: Sequence[str]) -> dict[str, Any]:
+        """How many numbers the run trains, in the layers `targets` above all; before `make_plain`."""
+        return trained_entries(self.model, targets)
 
     def make_plain(self) -> None:
         """Give the model the form that is saved: for an adapter, or weights of its own, the one that it has."""

@@ -15,6 +15,12 @@ import yaml
 SHIPPED = Path(str(files(__package__))) / "experiments"
 SEARCH = "search"
 "Folder of the search's results within an experiment's."
+_NEUTRAL: dict[str, Any] = {
+    "order": [], "seeds": [0, 1, 2], "baseline": "lora", "scored": True, "methods": {}, "needs": None, "only_at": None,
+    "paper": None, "models": ["minilm"], "tasks": [], "task_settings": {}, "settings": {},
+    "search": {"seed": 100, "settings": {}, "task_settings": {}}, "scales": {"cpu": {}, "paper": {}},
+}  # fmt: skip
+"What an experiment has where neither it nor the `default.yaml` beside it says otherwise."
 _SAID = {
     "title", "question", "needs", "only_at", "models", "tasks", "task_settings", "methods", "seeds", "search",
     "settings", "baseline", "scored", "paper",
@@ -139,7 +145,7 @@ def experiment_names(folder: Path = SHIPPED, scale: str | None = None) -> list[s
         for path in folder.glob("*/experiment.yaml")
         if scale is None or _read(path).get("only_at") in (None, scale)
     }
-    order = [name for name in _read(folder / "default.yaml")["order"] if name in found]
+    order = [name for name in _default(folder)["order"] if name in found]
     return [*order, *sorted(found - {*order})]
 
 
@@ -157,7 +163,7 @@ def load_experiment(name: str, scale: str = "cpu", folder: Path = SHIPPED) -> Ex
     """
     if name not in experiment_names(folder):
         raise ValueError(f"no experiment {name!r}; there are {', '.join(experiment_names(folder))}")
-    said, own = _read(folder / "default.yaml"), _read(folder / name / "experiment.yaml")
+    said, own = _default(folder), _read(folder / name / "experiment.yaml")
     del said["order"]
     scales = said.pop("scales")
     if scale not in scales:
@@ -174,6 +180,9 @@ def load_experiment(name: str, scale: str = "cpu", folder: Path = SHIPPED) -> Ex
     if len(set(trials.values())) > 1:
         raise ValueError(f"{where}: expected the same number of learning rates to try for each method, found {trials}")
     names = [method.name for method in methods]
+    if not said["tasks"] or not names:
+        raise ValueError(f"{where}: expected tasks and methods, found {', '.join(said['tasks']) or 'no tasks'} and "
+                         f"{', '.join(names) or 'no methods'}")  # fmt: skip
     if said["baseline"] not in names:
         raise ValueError(f"{where}: expected a baseline among {', '.join(names)}; found {said['baseline']!r}")
     return Experiment(
@@ -235,6 +244,12 @@ def _check_words(said: dict[str, Any], expected: set[str], where: str) -> None:
         raise ValueError(f"{where}: expected {', '.join(sorted(expected))}; found {', '.join(sorted(unknown))}")
     if missing := expected - said.keys():
         raise ValueError(f"{where}: {', '.join(sorted(missing))} is missing")
+
+
+def _default(folder: Path) -> dict[str, Any]:
+    """What the experiments of a folder have in common."""
+    file = folder / "default.yaml"
+    return merged(_NEUTRAL, _read(file) if file.is_file() else {})
 
 
 @cache

@@ -208,6 +208,12 @@ def _take(cell: Cell, places: Places, claims: Claims, threads: int | None, repor
         "variant": cell.method.name,
         "trial": cell.trial is not None,
         "attempts": attempt,
+        "about": {  # for a report where the experiment's file is not at hand
+            "title": cell.experiment.title,
+            "question": cell.experiment.question,
+            "baseline": cell.experiment.baseline,
+            "words": cell.method.words,
+        },
     }
     if (adapter_config := _adapter_config(arguments.method)) is not None:
         result["adapter_config"] = adapter_config
@@ -344,7 +350,10 @@ def _check(cells: list[Cell], places: Places) -> None:
         key = json.dumps({**settings, "seeds": None, "training": None}, sort_keys=True)
         if key not in seen:
             seen.add(key)
-            as_arguments(settings).check()
+            try:
+                as_arguments(settings).check()
+            except ValueError as error:
+                raise ValueError(f"experiment {cell.experiment.name}, method {cell.method.name}: {error}") from error
 
 
 def _check_model(experiment: Experiment, model: str) -> None:

@@ -87,6 +87,10 @@ def task_problems(name: str, data: DataArguments) -> list[str]:
         problems.append(f"data.train_file and data.validation_file are for task files or text, found task {name!r}")
     if name == "images" and data.folder is None:
         problems.append("task images: expected data.folder, with train/CLASS/* and validation/CLASS/*; found None")
+    if name not in _WITH_FILES and data.text:
+        problems.append(f"data.text is for tasks files and text, found task {name!r}")
+    if name != "files" and (data.label != "label" or data.labels is not None or data.regression):
+        problems.append(f"data.label, data.labels and data.regression are for task files, found task {name!r}")
     if data.language is not None and name != "oasst1":
         problems.append(f"data.language is for task oasst1, found task {name!r}")
     if data.template is not None and kind_of(name) != LANGUAGE:

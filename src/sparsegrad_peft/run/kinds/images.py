@@ -90,7 +90,14 @@ class ImagesKind(Kind):
         return class_options(task)
 
     def features(self, task: Task, split: str, processor: Any, arguments: RunArguments) -> Dataset:
-        """The images as they are, under the name of what is made of them batch by batch."""
+        """The images as they are, under the name of what is made of them batch by batch.
+
+        Raises:
+            ValueError: a file is no image; looked at before any training.
+        """
+        for image in task.splits[split][task.text[0]]:
+            if isinstance(image, str):
+                _check_image(image)
         return task.splits[split].rename_columns({task.text[0]: "pixel_values", "label": "labels"})
 
     def collator(self, processor: Any, arguments: RunArguments) -> Callable[[Rows], dict[str, Tensor]]:
@@ -124,6 +131,14 @@ def _pixels(processor: Any, images: Sequence[Any]) -> Tensor:
     return found
 
 
+def _check_image(path: str) -> None:
+    """Raise ValueError for a file that does not begin like an image."""
+    try:
+        Image.open(path).close()
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: expected an image, found something else; remove or convert it") from None
+
+
 def _opened(image: Any) -> Image.Image:
     """Of rows of grey values, or of a file.
 
@@ -132,9 +147,7 @@ def _opened(image: Any) -> Image.Image:
     """
     if not isinstance(image, str):
         return Image.fromarray(np.asarray(image, np.uint8))
-    try:
-        with Image.open(image) as file:
-            file.load()
-            return file.copy()
-    except UnidentifiedImageError:
-        raise ValueError(f"{image}: expected an image, found something else; remove or convert it") from None
+    _check_image(image)
+    with Image.open(image) as file:
+        file.load()
+        return file.copy()
