@@ -11,6 +11,8 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:  # side by side: what a test starts takes one thread as well
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+torch.set_num_threads(1)  # also for fixtures of a module or of all tests, which come before those of a test
+
 pytest_plugins = ["tiny_runs", "real_models"]  # tiny models, a finished run, small real models
 
 
