@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,17 @@ def test_a_layer_that_is_never_called_is_refused() -> None:
     with pytest.raises(TypeError, match="MultiheadAttention reads its weight and never calls it"):
         get_peft_model(base, SparseGradConfig(target_modules=["out_proj"]))
     get_peft_model(base, LoraConfig(target_modules=["linear1"]))  # nothing of ours is in the model
+
+
+def test_a_deleted_adapter_leaves_nothing(tmp_path: Path) -> None:
+    calibrated(SparseGradConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(make("bert"), tmp_path)
+    layer = tuner_layers(model)[0]
+    with torch.no_grad():
+        model.eval()(**{name: value[:1] for name, value in batch("bert").items()})
+    assert list(layer._folded) == ["default"]
+    basis = weakref.ref(layer.core_and_basis("default")[1])
+    model.delete_adapter("default")
+    gc.collect()
+    assert basis() is None
+    assert not layer._folded

@@ -47,7 +47,7 @@ class SparseGradLayer(BaseTunerLayer):
 
     adapter_layer_names = ("sparsegrad_S",)  # trained
     # Frozen; deleted with the adapter.
-    other_param_names = ("sparsegrad_basis", "sparsegrad_prefer", "sparsegrad_original_space")
+    other_param_names: tuple[str, ...] = ("sparsegrad_basis", "sparsegrad_prefer", "sparsegrad_original_space")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -134,6 +134,8 @@ class SparseGradLayer(BaseTunerLayer):
 
 class SparseGradTunerLinear(nn.Module, SparseGradLayer):
     """An adapted `nn.Linear`, `Conv1D`, or quantized linear layer."""
+
+    other_param_names = (*SparseGradLayer.other_param_names, "_folded")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SparseGradConfig, basis: Basis, **kwargs: Any):
         super().__init__()

@@ -76,6 +76,10 @@ class SparseGradModel(BaseTuner):
         # Group and device -> basis, while one adapter is injected.
         self._bases: dict[tuple[str, torch.device | None], Basis] = {}
 
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        super()._post_injection_hook(model, config, adapter_name)
+        self._bases = {}  # the layers hold them, until the adapter is deleted
+
     def _create_and_replace(  # type: ignore[override]
         self, config: SparseGradConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
         current_key: str, **optional_kwargs: Any,
