@@ -109,6 +109,7 @@ def cut_down_experiments(folder: Path, rows: Path) -> None:
         for name in ("default.yaml", "comparison/experiment.yaml")
     )
     default["seeds"] = [0]
+    default["scales"]["cpu"]["settings"]["training"]["precision"] = "fp32"  # bf16 takes minutes on some processors
     default["scales"]["cpu"]["task_settings"] = {"glue/rte": {"data": {"folder": str(rows)}, "training": {"epochs": 1}}}
     for method in comparison["methods"].values():
         del method["learning_rates"]

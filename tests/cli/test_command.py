@@ -341,7 +341,6 @@ FILES = {
         ("method", "@kind.json", r"expected a peft_type such as LORA, found 'NONE_SUCH'"),
         ("method", "@list.json", r"expected a peft_type such as LORA, found 'list'"),
         ("method", "@text.json", r"text.json: expected an adapter_config.json of PEFT \(Expecting value: line 1"),
-        ("adapter.rank", "8", r"adapter.rank is for lora and galore, found method 'sparsegrad'"),
         ("adapter.products", "sparse", r"adapter.products is for method literal, found 'sparsegrad'"),
         ("data.max_length", "33", r"data.max_length: expected at most 32 tokens, for which .* has positions; found 33"),
         ("calibration.refresh", "5", r"calibration.refresh is for .* complete bases .*, found sparsegrad with c = "),

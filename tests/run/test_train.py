@@ -74,6 +74,7 @@ def test_each_method(
     saved = "model" if method in WHOLE else "adapter"
     files = {"config.yaml", "environment.json", "metrics.json", "result.json", "curves.png", "tokenizer", saved}
     files |= {"calibration.json"} if method in ("sparsegrad", "literal") else set()
+    files |= {"method.json"} if method == "ia3" else set()
     assert {file.name for file in folder.iterdir()} == files  # and no checkpoints
 
     # What was trained besides the adapter, and what was not.
@@ -255,7 +256,7 @@ def test_a_refused_run_leaves_no_folder(arguments: Arguments, tmp_path: Path) ->
     """So that the command, once put right, is not told that the folder holds another run."""
     with pytest.raises(ValueError, match=r"adapter.k: expected at most 128 entries"):
         train(arguments(tmp_path / "run", "--adapter.k", "129"), progress=False)
-    with pytest.raises(ValueError, match=r"max_length: expected at most 32 tokens \(the model's own limit\), found 64"):
+    with pytest.raises(ValueError, match=r"data.max_length: expected at most 32 tokens, for which .*; found 64"):
         train(arguments(tmp_path / "run", "--data.max_length", "64"), progress=False)
     assert not (tmp_path / "run").exists()
 

@@ -35,6 +35,8 @@ def main(argv: list[str]) -> None:
     from ..run.folder import check_file, write_whole
     from ..run.precision import slow_precision
 
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"--json: there is no folder {path.parent}")
     if path is not None:
         check_file(path)
     console = Console(stderr=True, highlight=False)

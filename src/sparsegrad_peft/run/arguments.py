@@ -194,8 +194,8 @@ class RunArguments:
         selects = adapter.density is not None or adapter.k is not None
         if selects and self.method not in ("sparsegrad", "meprop", "literal"):
             problems.append(f"adapter.density and adapter.k are not for method {self.method!r}")
-        if adapter.rank is not None and self.method not in ("lora", "galore"):
-            problems.append(f"adapter.rank is for lora and galore, found method {self.method!r}")
+        if adapter.rank is not None and self.method not in METHODS:
+            problems.append("adapter.rank is for lora and galore; a PEFT config has its own")
         if adapter.products != "regular" and self.method != "literal":
             problems.append(f"adapter.products is for method literal, found {self.method!r}")
         if adapter.target_modules is not None and self.method not in METHODS:
