@@ -118,6 +118,7 @@ def cut_down_experiments(folder: Path, rows: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # twelve commands: four minutes on two old cores with nothing beside them
 def test_readme_sparsegrad_commands_run_one_after_the_other(tmp_path: Path) -> None:
     """As a reader types them, with a few rows in the layout of RTE's own files."""
     (tmp_path / "rows").mkdir()
