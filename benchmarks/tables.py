@@ -3,7 +3,8 @@
     python benchmarks/tables.py           # write them
     python benchmarks/tables.py --check   # only say whether they are what the files give; exit 1 if not
 
-A table stands between `<!-- table: PATH -->` and `<!-- end of table -->`; `PATH calibration` is another one of a study.
+A table stands between `<!-- table: PATH -->` and `<!-- end of table -->`; `PATH calibration` is another one of a study,
+and a folder of speed results gives one line a workload.
 """
 
 from __future__ import annotations
@@ -90,6 +91,31 @@ def speed(result: dict[str, Any]) -> str:
         for what, found, most in speed_targets(result["methods"])
     )
     return f"{markdown(header, rows)}\n\n{where}\n\n{reached}"
+
+
+def speed_overview(path: Path) -> str:
+    """The default next to the floor and to LoRA, one line a workload; whole models first."""
+
+    def ratio(rows: dict[str, Any], of: str, to: str) -> str:
+        return f"{rows[of]['ratio_to'][to]:.2f}" if of in rows else ""
+
+    lines: list[tuple[bool, list[str]]] = []
+    for file in sorted(path.glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows = {name: row for name, row in result["methods"].items() if "step_ms" in row}
+        default, lora = rows["sparsegrad"], rows["lora"]
+        depth = re.search(r"(\d+) of (\d+) blocks", result["workload"])
+        whole = depth is not None and depth[1] == depth[2]
+        lines.append((
+            not whole,
+            [result["workload"].removesuffix(", random weights"), ratio(rows, "sparsegrad", "floor"),
+             ratio(rows, "sparsegrad", "lora"), ratio(rows, "sparsegrad-speed", "lora"), ratio(rows, "full", "lora"),
+             f"{default['peak_bytes'] / lora['peak_bytes']:.2f}",
+             f"{default['bytes']['kept_for_backward'] / lora['bytes']['kept_for_backward']:.2f}"],
+        ))  # fmt: skip
+    header = ["workload", "step to the floor's", "step to LoRA's", "with prefer=\"speed\"", "full fine-tuning's",
+              "peak memory to LoRA's", "kept for backward to LoRA's"]  # fmt: skip
+    return markdown(header, [line for _, line in sorted(lines, key=lambda line: line[0])])
 
 
 def speed_targets(rows: dict[str, Any]) -> list[tuple[str, float, float]]:
@@ -209,7 +235,8 @@ def filled(text: str) -> str:
     def table(match: re.Match[str]) -> str:
         path = ROOT / match[2]
         if path.is_dir():  # one file a run
-            made = calibration_share(path) if match[3] else study(path)
+            folder = speed_overview if path.name == "speed" else calibration_share if match[3] else study
+            made = folder(path)
         else:
             result = json.loads(path.read_text(encoding="utf-8"))
             made = RENDER[result["benchmark"]](result)

@@ -46,7 +46,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_counts() -> None:
     assert len(PYTHON) == 5
     assert len(RESULTS) == 4
-    assert len(SPEED) == 8
+    assert len(SPEED) == 9
 
 
 @pytest.mark.parametrize("number", range(5))
