@@ -1,9 +1,10 @@
-"""Two real pretrained models of a few hundred kilobytes, as `transformers` folders: what the study's LLaMA and ViT are.
+"""Real pretrained models of a few hundred kilobytes, as `transformers` folders: what the study's LLaMA and ViT are.
 
     python benchmarks/small_models.py --output models    # from the weights in $SPARSEGRAD_DATA/weights
 
-stories260k  a LLaMA of 260,032 parameters that tells children's stories (llama2.c)
-mnist-vit    a ViT of 28 by 28 that was trained on MNIST, for a new head
+stories260k       a LLaMA of 260,032 parameters that tells children's stories (llama2.c), trained on 512 tokens
+stories260k-1024  the same weights with YaRN's rotary embedding, for 1,024 tokens
+mnist-vit         a ViT of 28 by 28 that was trained on MNIST, for a new head
 """
 
 from __future__ import annotations
@@ -18,10 +19,17 @@ import numpy as np
 import torch
 
 
-def write_llama(source: Path, folder: Path) -> None:
-    """Model and tokenizer, from llama2.c's files."""
-    llama_of(source / "stories260K.bin").save_pretrained(folder)
-    tokenizer_of(source / "tok512.bin").save_pretrained(folder)
+def write_llama(source: Path, folder: Path, length: int | None = None) -> None:
+    """Model and tokenizer, from llama2.c's files; `length`: of more tokens than the model was trained on."""
+    model, tokenizer = llama_of(source / "stories260K.bin"), tokenizer_of(source / "tok512.bin")
+    if length is not None:
+        trained_on = model.config.max_position_embeddings
+        model.config.rope_parameters |= {
+            "rope_type": "yarn", "factor": length / trained_on, "original_max_position_embeddings": trained_on,
+        }  # fmt: skip
+        model.config.max_position_embeddings = tokenizer.model_max_length = length
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def write_vit(source: Path, folder: Path) -> None:
@@ -163,9 +171,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.data is None:
         parser.error("expected the data folder in --data or SPARSEGRAD_DATA, found neither")
-    write_llama(options.data / "weights" / "stories260K", options.output / "stories260k")
+    stories = options.data / "weights" / "stories260K"
+    write_llama(stories, options.output / "stories260k")
+    write_llama(stories, options.output / "stories260k-1024", length=1024)
     write_vit(options.data / "weights" / "vit_mnist_gaurav", options.output / "mnist-vit")
-    print(f"written: {options.output}/stories260k, {options.output}/mnist-vit")
+    print(f"written: stories260k, stories260k-1024 and mnist-vit in {options.output}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ RUN = [
 def test_all_are_found() -> None:
     """A folder that is not listed, or a config that no experiment uses, would never be run."""
     assert len(EXPERIMENTS) == 13
-    assert len(METHODS) == 76
+    assert len(METHODS) == 77
     folders = {path.name for path in SHIPPED.iterdir() if path.is_dir()}
     assert folders == set(EXPERIMENTS)
     used = {Path(method.settings.get("method", "")).resolve() for _, method in METHODS}

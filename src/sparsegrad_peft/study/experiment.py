@@ -253,10 +253,10 @@ def _default(folder: Path) -> dict[str, Any]:
 
 
 @cache
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+def _parsed(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(_text(path))
+    found: dict[str, Any] = copy.deepcopy(_parsed(path))
     return found
