@@ -364,9 +364,26 @@ def test_bad_parameters() -> None:
     folded = SparseGradAdamW([sparse(p, k=3)], bases={p: basis})
     with pytest.raises(ValueError, match="selected from its dense gradient, found a COO gradient"):
         folded.step()
-    p.grad = torch.full_like(p, math.nan)
-    with pytest.raises(ValueError, match="25 of the 25 gradient entries are NaN"):
-        folded.step()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_refused_moves_nothing(bad: float) -> None:
+    """Not even the parameters before the one whose gradient is not finite."""
+    basis = Basis(orthogonal(5), orthogonal(5))
+    first, plain, last = parameter(4, 5), parameter(3, 3), parameter(5, 5)
+    groups = [sparse(first, k=3), {"params": [plain]}, sparse(last, k=3)]
+    optimizer = SparseGradAdamW(groups, bases={last: basis})
+    before = [p.detach().clone() for p in (first, plain, last)]
+    for p in (first, plain, last):
+        p.grad = torch.randn_like(p)
+    last.grad[2, 3] = bad
+    with pytest.raises(ValueError, match="1 of 2 gradients hold entries that are NaN or infinite"):
+        optimizer.step()
+    assert all(torch.equal(p, was) for p, was in zip((first, plain, last), before, strict=True))
+    assert not optimizer.state
+    last.grad[2, 3] = 0.0
+    optimizer.step()
+    assert not any(torch.equal(p, was) for p, was in zip((first, plain, last), before, strict=True))
 
 
 def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:

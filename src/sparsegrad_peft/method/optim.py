@@ -150,11 +150,17 @@ class SparseGradAdamW(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; `closure`, if given, evaluates the model anew and returns the loss."""
+        """One step; `closure`, if given, evaluates the model anew and returns the loss.
+
+        Raises:
+            ValueError: a gradient that its group cannot take, or, in a `sparse` group, one that is not finite. Nothing
+                has moved then.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_gradients()
         for group in self.param_groups:
             if group["sparse"]:
                 for parameter in group["params"]:
@@ -164,21 +170,45 @@ class SparseGradAdamW(Optimizer):
                 self._dense_step(group)
         return loss
 
+    def _check_gradients(self) -> None:
+        """Before anything moves: a step that stops half-way would leave a model that no step count tells of."""
+        finite: list[Tensor] = []  # one flag a gradient, read together: on a GPU, reading waits for all work before
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                grad, shape = parameter.grad, tuple(parameter.shape)
+                if grad is None:
+                    continue
+                if not group["sparse"]:
+                    if grad.is_sparse:
+                        raise ValueError(
+                            f'a COO gradient needs a group with "sparse": True, found one of shape {shape}'
+                        )
+                    continue
+                if grad.is_sparse and parameter in self.bases:
+                    raise ValueError(
+                        "a parameter with a basis is selected from its dense gradient, found a COO gradient"
+                    )
+                if not grad.is_sparse and group["k"] is None and group["density"] is None:
+                    raise ValueError(
+                        f'a "sparse" group needs k or density for a dense gradient, found neither (shape {shape})'
+                    )
+                finite.append((grad._values() if grad.is_sparse else grad).isfinite().all())
+        if finite and not bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
+            raise ValueError(
+                f"{sum(not bool(flag) for flag in finite)} of {len(finite)} gradients hold entries that are NaN or "
+                "infinite, so the largest are not defined; look for a loss that is not finite, and check the gradients "
+                "before the step"
+            )
+
     def _sparse_step(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
         basis = self.bases.get(parameter)
         shape = _selection_shape(parameter, basis)
         wide = torch.promote_types(parameter.dtype, torch.float32)
         if parameter.grad.is_sparse:
-            if basis is not None:
-                raise ValueError("a parameter with a basis is selected from its dense gradient, found a COO gradient")
             positions, values = flat_from_coo(parameter.grad)
             values = values.to(wide)
         else:
-            if group["k"] is None and group["density"] is None:
-                raise ValueError(
-                    f'a "sparse" group needs k or density for a dense gradient, found neither (shape {tuple(shape)})'
-                )
             grad = parameter.grad.to(wide)
             G_tilde = (basis.to_basis(grad) if basis is not None else grad).reshape(-1)
             positions = topk_positions(G_tilde.abs(), resolve_k(G_tilde.numel(), group["k"], group["density"]))
@@ -208,11 +238,6 @@ class SparseGradAdamW(Optimizer):
     def _dense_step(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
         for parameter in params:
-            assert parameter.grad is not None
-            if parameter.grad.is_sparse:
-                raise ValueError(
-                    f'a COO gradient needs a group with "sparse": True, found one of shape {tuple(parameter.shape)}'
-                )
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.tensor(0.0)
