@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from .compare import by_unit, common_seeds, compare, mean_of_tasks
+from .compare import by_unit, cells, common_seeds, compare, mean_of_tasks
 from .results import Section
 
 
@@ -35,14 +36,19 @@ def verdict(section: Section) -> list[str]:
 
 
 def _ranking(section: Section, methods: list[str]) -> str:
-    """The methods that have run on all tasks, the best first; runs of one unit."""
+    """The methods that have run on all tasks, the best first; runs of one unit. Where there are none, on the tasks that
+    all methods have run on that have run at all.
+    """
     first = section.runs[0]
     means = {method: mean_of_tasks(section, method) for method in methods}
     found = sorted(
         ((mean, method) for method, mean in means.items() if not math.isnan(mean)), reverse=first.higher_is_better
     )
     if not found:
-        return f"No method has run on all of {', '.join(section.tasks)} yet."
+        table = cells(section.runs)
+        shared = tuple(task for task in section.tasks if table.get(task, {}).keys() >= set(methods))
+        words = f"No method has run on all of {', '.join(section.tasks)} yet"
+        return f"{words}; {_ranking(replace(section, tasks=shared), methods)}" if shared else f"{words}."
     what = f"Mean of {len(section.tasks)} tasks" if len(section.tasks) > 1 else section.tasks[0]
     seeds = common_seeds(section)
     if len(seeds) == 1:
