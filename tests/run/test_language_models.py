@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from real_models import STORY
+from real_models import STORY, data_folder
+from small_models import write_llama
 from sparsegrad_peft.cli.main import main
 from sparsegrad_peft.cli.train import parse
 from sparsegrad_peft.run.arguments import RunArguments, SearchArguments
@@ -180,6 +181,21 @@ def test_a_real_llama(stories: Path) -> None:
     assert untrained(**batch, labels=batch["input_ids"]).loss > 5.0
     made = model.generate(tokenizer("Once upon", return_tensors="pt").input_ids, max_new_tokens=8, do_sample=False)
     assert tokenizer.decode(made[0], skip_special_tokens=True).startswith("Once upon a time, there was a")
+
+
+def test_a_real_llama_reads_more_than_it_was_trained_on(stories: Path, tmp_path: Path) -> None:
+    """With YaRN's rotary embedding: what `long-sequences` trains at the size of two cores."""
+    write_llama(data_folder("weights/stories260K"), tmp_path, length=1024)
+    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert tokenizer.model_max_length == model.config.max_position_embeddings == 1024
+    weights = AutoModelForCausalLM.from_pretrained(stories).state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    ids = tokenizer(" ".join([STORY] * 16), return_tensors="pt").input_ids[:, :1024]
+    assert ids.shape[1] == 1024
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+    assert losses[:511].mean() < 2  # of ln 512 = 6.2
+    assert losses[511:].mean() < 2
 
 
 @pytest.mark.slow
