@@ -84,13 +84,19 @@ def speed(result: dict[str, Any]) -> str:
         f"transformers {e['packages']['transformers']}, peft {e['packages']['peft']}, seed "
         f"{result['arguments']['seed']}, commit {e['commit'][:10]}: `{result['command']}`"
     )
-    depth = re.search(r"(\d+) of (\d+) blocks", result["workload"])
-    part = f" with {depth[0]}" if depth is not None and depth[1] != depth[2] else ""
+    blocks = part_of_model(result)
+    part = f" with {blocks}" if blocks else ""
     reached = "\n".join(
         f"- {'reached' if found <= most else '**missed**'}{part}: {what} (found {found:.3g})"
         for what, found, most in speed_targets(result["methods"])
     )
     return f"{markdown(header, rows)}\n\n{where}\n\n{reached}"
+
+
+def part_of_model(result: dict[str, Any]) -> str:
+    """ "4 of 12 blocks"; empty for all of them."""
+    depth = re.search(r"(\d+) of (\d+) blocks", result["workload"])
+    return depth[0] if depth is not None and depth[1] != depth[2] else ""
 
 
 def speed_overview(path: Path) -> str:
@@ -104,10 +110,8 @@ def speed_overview(path: Path) -> str:
         result = json.loads(file.read_text(encoding="utf-8"))
         rows = {name: row for name, row in result["methods"].items() if "step_ms" in row}
         default, lora = rows["sparsegrad"], rows["lora"]
-        depth = re.search(r"(\d+) of (\d+) blocks", result["workload"])
-        whole = depth is not None and depth[1] == depth[2]
         lines.append((
-            not whole,
+            bool(part_of_model(result)),
             [result["workload"].removesuffix(", random weights"), ratio(rows, "sparsegrad", "floor"),
              ratio(rows, "sparsegrad", "lora"), ratio(rows, "sparsegrad-speed", "lora"), ratio(rows, "full", "lora"),
              f"{default['peak_bytes'] / lora['peak_bytes']:.2f}",
