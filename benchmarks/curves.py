@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from record import environment, parser, write
-from sparsegrad_peft.bench.arguments import BenchArguments
-from sparsegrad_peft.bench.speed import measure
+from sparsegrad_lab.bench.arguments import BenchArguments
+from sparsegrad_lab.bench.speed import measure
 
 METHODS = ("floor", "sparsegrad", "sparsegrad-speed", "lora", "full")
 WIDTHS = ((256, 1024), (512, 2048), (768, 3072), (1024, 4096), (1536, 6144))

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from record import environment, parser, time_in_turn, write
+from sparsegrad_lab.bench.speed import percentiles
 from sparsegrad_peft import SparseGradAdamW, SparseGradConfig, calibrate_adapter, param_groups
-from sparsegrad_peft.bench.speed import percentiles
 from sparsegrad_peft.method.groups import linear_shape
 from sparsegrad_peft.tuner.targets import TARGETS
 

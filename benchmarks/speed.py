@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from sparsegrad_peft.cli.bench import main
+from sparsegrad_lab.cli.bench import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -18,13 +18,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sparsegrad_peft.report.results import read_sections
-from sparsegrad_peft.report.tables import comparisons, scores
-from sparsegrad_peft.report.verdict import verdict
-from sparsegrad_peft.report.write import bullets
-from sparsegrad_peft.report.write import markdown as results_document
-from sparsegrad_peft.report.write import origin as origin_of_runs
-from sparsegrad_peft.run.folder import write_whole
+from sparsegrad_lab.run.folder import write_whole
+from sparsegrad_lab.study.report import bullets
+from sparsegrad_lab.study.report import markdown as results_document
+from sparsegrad_lab.study.report import origin as origin_of_runs
+from sparsegrad_lab.study.results import read_sections
+from sparsegrad_lab.study.tables import comparisons, scores
+from sparsegrad_lab.study.verdict import verdict
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/method.md", "docs/performance.md")

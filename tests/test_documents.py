@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 import tables
-from sparsegrad_peft.report.results import read_sections
-from sparsegrad_peft.study.experiment import SHIPPED
+from sparsegrad_lab.study.experiment import SHIPPED
+from sparsegrad_lab.study.results import read_sections
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = [
@@ -96,7 +96,7 @@ def test_every_readme_command_is_known() -> None:
 
 def sparsegrad(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "sparsegrad_peft.cli.main", *words], cwd=folder, capture_output=True, text=True,
+        [sys.executable, "-m", "sparsegrad_lab.cli.main", *words], cwd=folder, capture_output=True, text=True,
         check=False, env={**os.environ, "HF_HUB_OFFLINE": "1", "SPARSEGRAD_DATA": ""},
     )  # fmt: skip
 
@@ -260,9 +260,9 @@ def test_method_page_names_functions_that_exist() -> None:
 
 def test_what_the_config_says_of_its_defaults_is_what_the_results_say() -> None:
     """Its docstring's numbers, from the committed results."""
+    from sparsegrad_lab.study.results import read_sections
+    from sparsegrad_lab.study.statistics import common_seeds, compare, mean_of_tasks
     from sparsegrad_peft import SparseGradConfig
-    from sparsegrad_peft.report.compare import common_seeds, compare, mean_of_tasks
-    from sparsegrad_peft.report.results import read_sections
 
     said = " ".join((SparseGradConfig.__doc__ or "").split())
     of = {section.name: section for section in read_sections([ROOT / "benchmarks" / "results" / "study"])}

@@ -111,7 +111,7 @@ def language_words(words: Callable[..., list[str]], tiny_llama: Path) -> Callabl
 @pytest.fixture(scope="session")
 def language_arguments(language_words: Callable[..., list[str]]) -> Callable[..., Any]:
     """The same as `RunArguments`."""
-    from sparsegrad_peft.cli.train import parse
+    from sparsegrad_lab.cli.train import parse
 
     return lambda output, *more: parse(language_words(output, *more)[1:])
 
@@ -119,7 +119,7 @@ def language_arguments(language_words: Callable[..., list[str]]) -> Callable[...
 @pytest.fixture(scope="session")
 def arguments(words: Callable[..., list[str]]) -> Callable[..., Any]:
     """The same as `RunArguments`."""
-    from sparsegrad_peft.cli.train import parse
+    from sparsegrad_lab.cli.train import parse
 
     return lambda output, *more: parse(words(output, *more)[1:])
 
@@ -127,7 +127,7 @@ def arguments(words: Callable[..., list[str]]) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def finished_run(arguments: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With SparseGrad, rest: freeze, one seed. Not to be changed; merging it adds a folder."""
-    from sparsegrad_peft.run.train import train
+    from sparsegrad_lab.run.train import train
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     train(arguments(folder), progress=False)

@@ -59,7 +59,7 @@ def sparsegrad(*words: str, cache: Path, address: str, offline: bool = False) ->
     variables = {name: value for name, value in os.environ.items() if name not in left_out}
     variables |= {"HF_HOME": str(cache), "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "1" if offline else "0"}
     return subprocess.run(
-        [sys.executable, "-m", "sparsegrad_peft.cli.main", *words],
+        [sys.executable, "-m", "sparsegrad_lab.cli.main", *words],
         capture_output=True, text=True, check=False, env=variables,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .groups import linear_shape
 from .linear import is_conv1d
 from .processes import shown
-from .untouched import untouched
+from .restored_state import untouched
 
 Step = Callable[[], Tensor]
 

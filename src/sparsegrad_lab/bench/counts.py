@@ -1,0 +1,77 @@
+"""Multiply-adds of the MLP's linear layers in one step, counted from shapes; what a measured time stands beside."""
+
+from __future__ import annotations
+
+from sparsegrad_peft.method.function import backward_through_factors
+from sparsegrad_peft.method.products import chain_cost
+from sparsegrad_peft.method.sizes import Sizes
+
+
+def multiply_adds(method: str, shapes: list[tuple[int, int]], tokens: int, live: int, sizes: Sizes) -> int | None:
+    """Of all layers together, forward, backward and the change of basis; None where they are not counted.
+
+    Args:
+        method: name in `METHODS`.
+        shapes: (out, in) of each layer.
+        tokens: in the batch, padding included.
+        live: of these, how many have a gradient; the methods that leave the others out of backward are ours.
+        sizes: of the bases.
+    """
+    counter = {
+        "floor": _floor, "full": _full, "literal": _literal, "sparsegrad-paper": _paper, "sparsegrad": _memory,
+        "sparsegrad-speed": _speed, "sparsegrad-complete": _complete,
+    }.get(method)  # fmt: skip
+    if counter is None:
+        return None
+    return sum(counter(out, in_, tokens, live, sizes) for out, in_ in shapes)
+
+
+def _floor(out: int, in_: int, tokens: int, live: int, sizes: Sizes) -> int:
+    return 2 * tokens * out * in_
+
+
+def _full(out: int, in_: int, tokens: int, live: int, sizes: Sizes) -> int:
+    return 3 * tokens * out * in_
+
+
+def _literal(out: int, in_: int, tokens: int, live: int, sizes: Sizes) -> int:
+    return tokens * (2 * (in_**2 + out**2 + in_ * out) + in_ * out)
+
+
+def _paper(out: int, in_: int, tokens: int, live: int, sizes: Sizes) -> int:
+    return 3 * tokens * out * in_ + chain_cost(out, out, in_, in_) + out * in_ * min(out, in_)
+
+
+def _memory(out: int, in_: int, tokens: int, live: int, sizes: Sizes) -> int:
+    return _core(out, in_, tokens, live, sizes, "memory")
+
+
+def _speed(out: int, in_: int, tokens: int, live: int, sizes: Sizes) -> int:
+    return _core(out, in_, tokens, live, sizes, "speed")
+
+
+def _complete(out: int, in_: int, tokens: int, live: int, sizes: Sizes) -> int:
+    return _core(out, in_, tokens, live, Sizes("full", "full"), "speed")
+
+
+def _core(out: int, in_: int, tokens: int, live: int, sizes: Sizes, prefer: str) -> int:
+    """The choices of `method/function.py`: form the update or not, save the input or its projection."""
+    r, c = sizes.counts(out, in_)
+    assert r is not None
+    assert c is not None
+    plain = (tokens + live) * out * in_
+    forming = chain_cost(out, r, c, in_) * (1 if prefer == "speed" else 2)
+    project = tokens * in_ * c
+    core = chain_cost(r, out, live, c)
+    whole = chain_cost(r, out, live, in_, c)  # from the input itself
+    saves_input = c == in_ or (prefer == "speed" and chain_cost(r, out, tokens, in_, c) < project + core)
+    factors = chain_cost(tokens, c, r, out) + backward_through_factors(tokens, (r, c), (out, in_))[0]
+    if forming + chain_cost(r, out, tokens, c) < factors:
+        return plain + forming + (whole if saves_input else project + core)
+    both, together = backward_through_factors(live, (r, c), (out, in_))
+    forward = project + chain_cost(tokens, c, r, out)
+    if not saves_input:
+        return plain + forward + both
+    if together:
+        return plain + forward + live * out * r + chain_cost(live, r, c, in_) + chain_cost(r, live, in_, c)
+    return plain + forward + chain_cost(live, out, r, c, in_) + whole

@@ -1,1 +1,0 @@
-"""Finished runs -> tables, comparisons, and one page to look at: what `sparsegrad report` writes."""

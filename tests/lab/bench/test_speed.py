@@ -1,0 +1,152 @@
+"""The benchmark measures what it says: every method steps, and what is counted is what is computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+
+from sparsegrad_lab.bench.arguments import DEFAULT_METHODS, BenchArguments
+from sparsegrad_lab.bench.counts import multiply_adds
+from sparsegrad_lab.bench.methods import METHODS
+from sparsegrad_lab.bench.speed import check, measure, percentiles
+from sparsegrad_lab.bench.worker import Job, Running
+from sparsegrad_lab.bench.workloads import WORKLOADS, find_workload
+from sparsegrad_lab.cli.main import main
+from sparsegrad_peft.method.sizes import Sizes
+
+# The Trainer's side of transformers 5 asks PEFT models for a property that transformers itself has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+SIZES = Sizes(narrow=8, wide=4)
+
+
+def running(method: str, workload: str = "mlp-32x64", tokens: int = 96, **options: Any) -> Running:
+    settings = {"layers": 1, "train_rest": False, "sizes": SIZES, "bf16": False, **options}
+    return Running(Job(workload, method, tokens, seed=0, threads=torch.get_num_threads(), **settings))
+
+
+def counted() -> FlopCounterMode:
+    """PyTorch's counter, which does not know the product that is added in place."""
+
+    def in_place(self: Any, a: tuple[int, int], b: tuple[int, int], **options: Any) -> int:
+        return addmm_flop(self, a, b)
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
+
+
+@pytest.mark.parametrize("tokens", [4, 96, 400, 1500])
+@pytest.mark.parametrize(
+    "method", ["floor", "sparsegrad", "sparsegrad-speed", "sparsegrad-complete", "literal", "full"]
+)
+def test_counted_is_computed(method: str, tokens: int) -> None:
+    """Few tokens, where the update goes through its factors, and many, where it is formed."""
+    found = running(method, tokens=tokens)
+    with counted() as counter:
+        found.step()
+    shapes = [(64, 32), (32, 64)]
+    assert counter.get_total_flops() == 2 * multiply_adds(method, shapes, tokens, tokens, SIZES)
+
+
+def test_counted_is_computed_with_selection_in_the_basis() -> None:
+    """The published method on plain weights; neither side counts the products with a sparse matrix."""
+    found = running("sparsegrad-paper")
+    with counted() as counter:
+        found.step()
+    assert counter.get_total_flops() == 2 * multiply_adds("sparsegrad-paper", [(64, 32), (32, 64)], 96, 96, SIZES)
+
+
+@pytest.mark.parametrize("train_rest", [False, True])
+@pytest.mark.parametrize(
+    ("method", "workload"),
+    [(method, "minilm") for method in sorted(set(METHODS) - {"galore"})]
+    + [(method, "llama-long") for method in ("floor", "sparsegrad", "lora", "full")],
+)
+def test_every_method_learns_what_it_says(method: str, workload: str, train_rest: bool) -> None:
+    """One small block of each architecture: what trains moves, what does not stays; the floor's MLP stands still."""
+    found = running(method, workload, tokens=16, train_rest=train_rest)
+    parameters = dict(found.prepared.model.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    found.step()
+    found.step()
+    moved = {name for name, parameter in parameters.items() if not torch.equal(parameter, before[name])}
+    assert moved <= {name for name, parameter in parameters.items() if parameter.requires_grad}
+    in_mlp = {name for name in moved if ("layer" in name and "att" not in name and "orm" not in name)}
+    assert bool(in_mlp) == (method != "floor")
+    assert any("embed" in name for name in moved) == train_rest
+    size = found.bytes()
+    assert size["trainable_entries"] == sum(p.numel() for p in parameters.values() if p.requires_grad)
+    assert size["peak"] > size["weights"]
+    assert (size["optimizer"] > 0) == (train_rest or method != "floor")
+
+
+def test_floor_is_as_cheap_as_it_can_be() -> None:
+    """It keeps no input of the MLP, and LoRA does; SparseGrad's is projected."""
+    kept = {m: running(m, "minilm", tokens=256).bytes()["kept_for_backward"] for m in ("floor", "sparsegrad", "lora")}
+    assert kept["floor"] < kept["sparsegrad"] < kept["lora"]
+
+
+def test_padding_is_padding() -> None:
+    batch = find_workload("bert-base-padded").batch(1024, 0, torch.device("cpu"))
+    lengths = batch["attention_mask"].sum(1)
+    assert batch["input_ids"].shape == (8, 128)
+    assert (int(lengths.min()), int(lengths.max())) == (16, 128)
+
+
+def test_a_run_gives_a_result_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "speed.json"
+    words = ["--workload", "mlp-16x32", "--tokens", "24", "--repeats", "3", "--warmup", "0", "--threads", "1",
+             "--methods", "floor,sparsegrad,lora,literal", "--json", str(path)]  # fmt: skip
+    assert main(["bench", *words]) == 0
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert list(result["methods"]) == ["floor", "sparsegrad", "lora", "literal"]
+    for row in result["methods"].values():
+        assert row["step_ms"].keys() == {"p20", "p50", "p80"}
+        assert 0 < row["step_ms"]["p20"] <= row["step_ms"]["p50"] <= row["step_ms"]["p80"]
+        assert row["peak_bytes"] > 1e6
+        assert row["ratio_to"].keys() == {"floor", "lora", "literal"}
+    assert result["methods"]["floor"]["ratio_to"]["floor"] == 1.0
+    assert result["arguments"]["tokens"] == 24
+    shown = capsys.readouterr().out
+    assert "sparsegrad" in shown
+    assert f"written: {path}" in shown
+
+
+def test_a_method_that_fails_stays_in_the_table() -> None:
+    """A process that dies is a row that says so; the others are measured."""
+    arguments = BenchArguments(workload="mlp-16x32", tokens=8, methods="floor,galore", repeats=1, warmup=0, threads=1)
+    result = measure(arguments)
+    assert "step_ms" in result["methods"]["floor"]
+    galore = result["methods"]["galore"]
+    assert "step_ms" in galore or "pip install galore-torch" in galore["skipped"]
+
+
+def test_defaults_are_methods_that_exist() -> None:
+    assert set(DEFAULT_METHODS) <= set(METHODS)
+    assert percentiles([3.0, 1.0, 2.0, 5.0, 4.0]) == {"p20": 2.0, "p50": 3.0, "p80": 5.0}
+    for name in WORKLOADS:
+        check(BenchArguments(workload=name))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"workload": "bert"}, r"workload: expected one of bert-base, .*; found 'bert'"),
+        ({"methods": "lora,lorra"}, r"methods: expected some of floor, .*; found 'lorra'"),
+        ({"methods": "lora,lora"}, r"each one once"),
+        ({"tokens": 0}, r"tokens must be at least 1, found 0"),
+        ({"narrow": 4000}, r"narrow, bert-base: expected .* from 1 to 768"),
+    ],
+)
+def test_refused_before_any_work(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        measure(BenchArguments(**options))
+
+
+def test_no_folder_for_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--workload", "mlp-16x32", "--json", str(tmp_path / "none" / "x.json")]) == 1
+    assert "there is no folder" in capsys.readouterr().err

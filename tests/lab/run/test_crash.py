@@ -1,0 +1,265 @@
+"""Kills, full disks and damaged checkpoints: the same command again ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from sparsegrad_lab.cli.main import main
+from sparsegrad_lab.cli.train import parse
+from sparsegrad_lab.run.checkpoints import is_whole
+from sparsegrad_lab.run.finished_run import open_run
+from sparsegrad_lab.run.folder import RunFolder
+from sparsegrad_lab.run.settings import RunArguments
+
+Words = Callable[..., list[str]]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in the tests: equal to the bit
+
+
+def check_same(found: Path, expected: Path) -> None:
+    """Both runs came to the same end: files, weights, scores, and all that was logged on the way."""
+    assert {file.name for file in found.iterdir()} == {file.name for file in expected.iterdir()}
+    weights, expected_weights = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (found, expected))
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
+    results = [RunFolder(run).read_result() for run in (found, expected)]
+    for name in ("score", "scores", "steps", "best_step", "trained_entries", "training_loss_last_sixth"):
+        assert results[0][name] == results[1][name], name
+    timed = ("runtime", "per_second", "flos", "train_loss")  # `train_loss` is that of the steps since resuming
+    logs = [
+        [{k: v for k, v in entry.items() if not any(part in k for part in timed)} for entry in log]
+        for log in (json.loads((run / "metrics.json").read_text(encoding="utf-8")) for run in (found, expected))
+    ]
+    assert logs[0] == logs[1]
+
+
+# By length: an order of the library's own, which a resumed run has to find again.
+LONG = ("--training.epochs", "30", "--training.learning_rate", "0.003", "--training.batches", "by_length")
+
+
+@pytest.fixture(scope="module")
+def long_run(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Never interrupted."""
+    folder = tmp_path_factory.mktemp("long") / "run"
+    assert main(words(folder, *LONG)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_run_goes_on(
+    number: signal.Signals, long_run: Path, words: Words, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    # Behind the one that watches it, or it may be over before it is seen where the machine is busy.
+    command = ["nice", "-n", "10", sys.executable, "-m", "sparsegrad_lab.cli.main", *words(run, *LONG)]
+    # As in a terminal, also where the tests themselves were started in the background, with Ctrl-C ignored.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
+    until = time.monotonic() + 120
+    while not any(map(is_whole, (run / "checkpoints").glob("checkpoint-*"))) and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    if number is signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 130
+        assert err.endswith("sparsegrad train: interrupted; the same command goes on from the last checkpoint\n")
+        assert "Traceback" not in err
+    assert not RunFolder(run).finished
+    assert not (run / "adapter").exists()
+    with pytest.raises(FileNotFoundError, match=r"a run that is not finished; go on with it by sparsegrad train"):
+        open_run(run)
+    capsys.readouterr()
+
+    assert main(words(run, *LONG)) == 0
+    step = re.search(r"going on from step (\d+)", capsys.readouterr().err)
+    assert step is not None
+    assert 6 <= int(step[1]) < 180
+    assert RunFolder(run).read_result()["resumed"] is True
+    assert RunFolder(run).read_result()["calibration"]["seconds"] > 0  # of the process that is gone
+    check_same(run, long_run)
+
+
+FULL = """
+import resource, sys
+import sparsegrad_lab.run.train  # imports, which look for a folder to write to
+from sparsegrad_lab.cli.main import main
+from sparsegrad_lab.cli.train import parse
+words = sys.argv[2:]
+for limit in sys.argv[1].split(","):  # SIGXFSZ is ignored by Python: writes fail
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+    status = main([*words[:-1], words[-1] + limit])
+    print(f"status {status} at {limit}", file=sys.stderr)
+"""
+LIMITS = {
+    0: "config.yaml",
+    1000: "metrics.json|config.yaml",  # paths are part of the config
+    1300: "checkpoints|metrics.json",  # adapter_config.json, by Python
+    9000: "checkpoints",  # the weights, by safetensors
+    12000: "checkpoints",  # the optimizer's state, by PyTorch
+    16000: "curves.png",
+}
+"""Bytes that a file may have -> which one meets the limit, by its name."""
+
+
+@pytest.fixture(scope="module")
+def full_disks(words: Words, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run for each limit in one process: most of the time goes into its imports."""
+    folder = tmp_path_factory.mktemp("full")
+    limits = ",".join(map(str, LIMITS))
+    command = [sys.executable, "-c", FULL, limits, *words(folder / "run-")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=True)
+    return folder, done.stderr
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_full_disk(
+    limit: int, full_disks: tuple[Path, str], words: Words, finished_run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, err = full_disks
+    run = folder / f"run-{limit}"
+    assert f"status 1 at {limit}\n" in err
+    line = next(line for line in err.splitlines() if line.startswith(f"sparsegrad train: {run}/"))
+    assert re.match(rf"sparsegrad train: {run}/({LIMITS[limit]}): no room on the disk \(", line)
+    assert line.endswith("what was saved before is whole. Make room, then the same command goes on from there")
+    assert "Traceback" not in err
+
+    # Nothing is left that looks whole and is not.
+    assert not list(run.rglob(".*"))
+    for file in run.glob("*.json"):
+        json.loads(file.read_text(encoding="utf-8"))
+    for file in run.glob("*.yaml"):
+        yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert not RunFolder(run).finished
+    assert all(map(is_whole, (run / "checkpoints").glob("*")))
+    assert not (run / "curves.png").exists()
+
+    capsys.readouterr()
+    assert main(words(run)) == 0
+    assert ("going on from step 12" in capsys.readouterr().err) == (limit == 16000)
+    check_same(run, finished_run)
+
+
+@pytest.fixture
+def stopped_run(arguments: Callable[..., RunArguments], words: Words, tmp_path: Path) -> Path:
+    """Ended by an error after the last step, whose cause is gone: with checkpoints of steps 6 (the best) and 12."""
+    folder = tmp_path / "run"
+    RunFolder(folder).start(arguments(folder))
+    (folder / "curves.png").mkdir()  # where a file is to be written
+    assert main(words(folder)) == 1
+    (folder / "curves.png").rmdir()
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"checkpoint-6", "checkpoint-12"}
+    return folder
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def garbled(content: bytes) -> bytes:
+    """As long as before; zeros in its middle, as after a power cut."""
+    third = len(content) // 3
+    return content[:third] + bytes(third) + content[2 * third :]
+
+
+def blank(content: bytes) -> bytes:
+    return bytes(len(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("adapter_model.safetensors", truncated),
+        ("adapter_model.safetensors", blank),
+        ("adapter_config.json", truncated),
+        ("optimizer.pt", truncated),
+        ("optimizer.pt", garbled),
+        ("rng_state.pth", garbled),
+        ("trainer_state.json", truncated),
+        ("scheduler.pt", None),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    name: str,
+    damage: Callable[[bytes], bytes] | None,
+    stopped_run: Path,
+    words: Words,
+    finished_run: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    file = stopped_run / "checkpoints" / "checkpoint-12" / name
+    file.unlink() if damage is None else file.write_bytes(damage(file.read_bytes()))
+    capsys.readouterr()
+    assert main(words(stopped_run)) == 0
+    err = capsys.readouterr().err
+    assert "passed over, since it was cut off or damaged, or the best one before it: checkpoint-12\n" in err
+    assert "going on from step 6\n" in err
+    check_same(stopped_run, finished_run)
+
+
+def test_without_its_best_checkpoint_a_run_starts_anew(
+    stopped_run: Path, words: Words, finished_run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Its last step's weights are there, but not those that it is to end with."""
+    (stopped_run / "checkpoints" / "checkpoint-6" / "adapter_model.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    assert main(words(stopped_run)) == 0
+    err = capsys.readouterr().err
+    assert "the best one before it: checkpoint-6, checkpoint-12\n" in err
+    assert "going on" not in err
+    assert RunFolder(stopped_run).read_result()["resumed"] is False
+    check_same(stopped_run, finished_run)
+
+
+def test_a_copy_goes_on_by_itself(stopped_run: Path, words: Words, finished_run: Path, tmp_path: Path) -> None:
+    """Nothing is taken from the folder that it was copied from, such as the best checkpoint's weights."""
+    copy = tmp_path / "copy"
+    shutil.copytree(stopped_run, copy)
+    for file in stopped_run.rglob("adapter_model.safetensors"):
+        file.write_bytes(b"")
+    assert main(words(copy)) == 0
+    check_same(copy, finished_run)
+
+
+def test_the_config_of_a_run_goes_on_with_it(
+    stopped_run: Path, finished_run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Which is what evaluate advises of a run that is not finished."""
+    assert main(["evaluate", str(stopped_run)]) == 1
+    err: str = capsys.readouterr().err
+    command: list[Any] = err.rpartition("by sparsegrad ")[2].split()
+    assert main(command) == 0
+    assert "going on from step 12\n" in capsys.readouterr().err
+    check_same(stopped_run, finished_run)
+
+
+def test_a_language_model_goes_on_as_well(language_words: Words, tmp_path: Path) -> None:
+    """From a step in the middle; the best evaluation is the one with the lowest loss, before and after."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert main(language_words(whole)) == 0
+    RunFolder(run).start(parse(language_words(run)[1:]))
+    (run / "curves.png").mkdir()
+    assert main(language_words(run)) == 1
+    (run / "curves.png").rmdir()
+    shutil.rmtree(run / "checkpoints" / "checkpoint-12")
+    assert main(language_words(run)) == 0
+    assert RunFolder(run).read_result()["resumed"] is True
+    check_same(run, whole)

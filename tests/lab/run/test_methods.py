@@ -1,0 +1,161 @@
+"""What trains and what does not, by name; sizes that a layer does not have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+
+from sparsegrad_lab.methods.by_name import Adapted, adapt, matching_rank
+from sparsegrad_lab.run.settings import RunArguments
+from sparsegrad_lab.tasks.suppress_library_logs import quiet
+
+HEAD = {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+MLPS = [f"bert.encoder.layer.{i}.{side}.dense" for i in range(2) for side in ("intermediate", "output")]
+
+
+def bert() -> PreTrainedModel:
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    )
+
+
+def adapted(method: str, rest: str, **adapter: Any) -> Adapted:
+    arguments = RunArguments(method=method, rest=rest)
+    for name, value in adapter.items():
+        setattr(arguments.adapter, name, value)
+    with quiet():
+        return adapt(bert(), arguments)
+
+
+def trained(model: Any) -> tuple[set[str], set[str]]:
+    """Names of what trains as in the plain model: the adapter's, and the rest's."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    plain = [name.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for name in names]
+    marks = ("sparsegrad_S", "lora_", "ia3_")
+    return {n for n in plain if any(m in n for m in marks)}, {n for n in plain if not any(m in n for m in marks)}
+
+
+@pytest.fixture
+def ia3(tmp_path: Path) -> str:
+    peft.IA3Config(
+        target_modules=[name.removeprefix("bert.encoder.") for name in MLPS],
+        feedforward_modules=[name.removeprefix("bert.encoder.") for name in MLPS if "output" in name],
+        inference_mode=True,  # as every adapter that was saved has it
+    ).save_pretrained(tmp_path)
+    return str(tmp_path / "adapter_config.json")
+
+
+@pytest.mark.parametrize("rest", ["freeze", "train"])
+@pytest.mark.parametrize("method", ["sparsegrad", "meprop", "lora", "ia3"])
+def test_what_an_adapter_trains(method: str, rest: str, ia3: str) -> None:
+    found = adapted(ia3 if method == "ia3" else method, rest)
+    own, others = trained(found.model)
+    mlp = {f"{name}.{kind}" for name in MLPS for kind in ("weight", "bias")}
+    everything = {name for name, _ in bert().named_parameters()}
+    assert others == (HEAD if rest == "freeze" else everything - mlp)
+    parts = {
+        "sparsegrad": [".sparsegrad_S.default"],
+        "meprop": [".sparsegrad_S.default"],
+        "lora": [".lora_A.default.weight", ".lora_B.default.weight"],
+        "ia3": [".ia3_l.default"],
+    }[method]
+    assert own == {f"{name}{part}" for name in MLPS for part in parts}
+    assert (found.calibration is not None) == (method == "sparsegrad")
+    assert found.density == (0.01 if method == "meprop" else None)
+
+
+@pytest.mark.parametrize("rest", ["freeze", "train"])
+def test_what_full_trains(rest: str) -> None:
+    model = adapted("full", rest).model
+    mlp = {f"{name}.{kind}" for name in MLPS for kind in ("weight", "bias")}
+    everything = {name for name, _ in model.named_parameters()}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == (
+        everything if rest == "train" else mlp | HEAD
+    )
+
+
+def test_matching_rank() -> None:
+    """Cores of 16 by 8 and 8 by 16 in layers of 32 + 16: 128 entries, 48 a rank."""
+    arguments = RunArguments()
+    arguments.adapter.c = arguments.adapter.r = 0.5
+    assert matching_rank(bert(), MLPS, arguments) == round(128 / 48)
+    arguments.adapter.c = arguments.adapter.r = "full"
+    assert matching_rank(bert(), MLPS, arguments) == round(512 / 48)
+    arguments.adapter.c = 1
+    assert matching_rank(bert(), MLPS, arguments) == 1  # 0.5 to 1
+    arguments.adapter.c = "energy:0.9"
+    with pytest.raises(ValueError, match=r"adapter.rank: expected a rank"):
+        matching_rank(bert(), MLPS, arguments)
+    assert adapted("lora", "freeze", rank=5).model.peft_config["default"].r == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("sparsegrad", {"k": 129, "c": 8, "r": 16}, r"at most 128 entries, .*layer.0.intermediate.dense .*16 by 8"),
+        ("sparsegrad", {"k": 513, "c": "energy:0.9", "r": "full"}, r"adapter.k: expected at most 512"),
+        ("meprop", {"k": 513}, r"adapter.k: expected at most 512 entries, .* trains \(32 by 16\); found 513"),
+        ("sparsegrad", {"c": 17}, r"c, bert.encoder.layer.0.intermediate.dense: .* a count from 1 to 16"),
+        ("sparsegrad", {"r": 17}, r"r, bert.encoder.layer.0.output.dense: .* a count from 1 to 16"),
+        ("sparsegrad", {"target_modules": ["nothing"]}, r"no MLP layers found .*'nothing'.*name them"),
+        ("lora", {"target_modules": "nothing"}, r"no MLP layers found .*'nothing'.*name them"),
+    ],
+)  # fmt: skip
+def test_refused_before_any_work(method: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        adapted(method, "freeze", **options)
+
+
+def test_k_of_a_whole_core_is_allowed() -> None:
+    assert adapted("sparsegrad", "freeze", k=128, c=8, r=16).k == 128
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "no JSON", '{"peft_type": "NONE_SUCH"}', '{"peft_type": "IA3", "r":'])
+def test_a_method_file_that_is_none(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "adapter_config.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"adapter_config.json: expected an adapter_config.json of PEFT"):
+        adapted(str(path), "freeze")
+
+
+def test_a_sparsegrad_config_of_a_saved_adapter_is_calibrated_anew(finished_run: Path, tiny_bert: Path) -> None:
+    found = adapted(str(finished_run / "adapter" / "adapter_config.json"), "freeze")
+    assert found.calibration is not None
+    assert not found.model.peft_config["default"].calibrated
+    assert trained(found.model)[1] == HEAD
+
+
+def test_shared_weights_are_refused_where_the_rest_trains() -> None:
+    model = bert()
+    model.bert.embeddings.token_type_embeddings.weight = model.bert.embeddings.position_embeddings.weight
+    with pytest.raises(ValueError, match=r"rest: train cannot save .*which share a weight; use rest: freeze"):
+        adapt(model, RunArguments(rest="train"))
+
+
+def test_head_that_comes_with_the_model(tiny_bert: Path, tmp_path: Path) -> None:
+    """Kept where its size is right, made anew elsewhere."""
+    import torch
+
+    from sparsegrad_lab.run.base import load_model
+    from sparsegrad_lab.tasks.pretrained import load_tokenizer
+    from sparsegrad_lab.tasks.task import Task
+
+    tokenizer = load_tokenizer(str(tiny_bert))
+    three = load_model(str(tiny_bert), Task("x", ("text",), ("a", "b", "c"), ("accuracy",), {}), tokenizer)
+    three.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = load_model(str(tmp_path), Task("x", ("text",), ("d", "e", "f"), ("accuracy",), {}), tokenizer)
+    assert torch.equal(again.classifier.weight, three.classifier.weight)  # type: ignore[union-attr, arg-type]
+    two = load_model(str(tmp_path), Task("x", ("text",), ("a", "b"), ("accuracy",), {}), tokenizer)
+    assert two.classifier.weight.shape == (2, 16)  # type: ignore[union-attr]
+    assert two.config.id2label == {0: "a", 1: "b"}  # type: ignore[union-attr]
+
+
+def test_galore_without_its_package(arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before any work, with what to install."""
+    monkeypatch.setattr("sparsegrad_lab.run.settings.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="method galore needs its package: pip install galore-torch"):
+        arguments(tmp_path / "run", "--method", "galore").check()

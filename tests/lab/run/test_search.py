@@ -1,0 +1,137 @@
+"""A search tries what it was asked to, counts every trial, goes on where it was, and its best is what train takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from sparsegrad_lab.cli.main import main
+from sparsegrad_lab.run.process_identity import mark
+from sparsegrad_lab.run.search import search
+from sparsegrad_lab.run.settings import RunArguments, SearchArguments
+
+# Optuna's own: two of its classes that are marked as new, one that it will rename.
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+Arguments = Callable[..., RunArguments]
+
+
+def what(**options: Any) -> SearchArguments:
+    return SearchArguments(**{"trials": 3, "lowest": 1e-3, "highest": 1e-1, "batch_sizes": [8, 16], **options})
+
+
+def lines() -> tuple[list[str], Callable[[str], None]]:
+    said: list[str] = []
+    return said, said.append
+
+
+def test_trials_best_and_again(arguments: Arguments, tmp_path: Path) -> None:
+    said, say = lines()
+    result = search(arguments(tmp_path / "s"), what(), say)
+    assert [trial["number"] for trial in result["trials"]] == [0, 1, 2]
+    assert all(1e-3 <= trial["learning_rate"] <= 1e-1 for trial in result["trials"])
+    assert {trial["batch_size"] for trial in result["trials"]} <= {8, 16}
+    scores = [trial["score"] for trial in result["trials"] if trial["state"] == "complete"]
+    assert result["best"]["score"] == max(scores)
+    assert len(said) == 3
+    assert json.loads((tmp_path / "s" / "search.json").read_text(encoding="utf-8"))["best"] == result["best"]
+    assert (tmp_path / "s" / "search.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "s").rglob("*.safetensors"))  # the numbers are kept, the weights are not
+
+    again = search(arguments(tmp_path / "s"), what(), say)
+    assert again == result
+    assert len(said) == 3  # nothing was run
+    more = search(arguments(tmp_path / "s"), what(trials=4), say)
+    assert more["trials"][:3] == result["trials"]
+    assert len(more["trials"]) == len(said) == 4
+
+
+def test_best_is_what_train_takes(arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = search(arguments(tmp_path / "s"), what(trials=2), lambda words: None)
+    best = tmp_path / "s" / "best.yaml"
+    assert main(["train", "--config", str(best), "--output", str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert found["learning_rate"] == result["best"]["learning_rate"]
+    assert found["config"]["training"]["batch_size"] == result["best"]["batch_size"]
+    assert found["score"] == result["best"]["score"]  # the same seed, settings and rows
+
+
+def test_what_diverges_is_a_trial_too(arguments: Arguments, tmp_path: Path) -> None:
+    said, say = lines()
+    settings = arguments(tmp_path / "s", "--method", "full")
+    with pytest.raises(ValueError, match=r"none of the 2 trials came to its end; lower search.highest"):
+        search(settings, what(trials=2, lowest=1e30, highest=1e35), say)
+    assert all(line.endswith("diverged") for line in said)
+    assert len(said) == 2
+
+
+def test_an_interrupted_trial_is_run_again(arguments: Arguments, tmp_path: Path) -> None:
+    """A process that is gone has left a trial under way; it is put in line again, and does not count twice."""
+    gone = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    left = mark(gone.pid)
+    gone.communicate()
+    search(arguments(tmp_path / "s"), what(trials=1), lambda words: None)
+    journal = str(tmp_path / "s" / "trials.journal")
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(journal))
+    [name] = optuna.study.get_all_study_names(storage)
+    study = optuna.load_study(study_name=name, storage=storage)
+    trial = study.ask()
+    drawn = (
+        trial.suggest_float("learning_rate", 1e-3, 1e-1, log=True),
+        trial.suggest_categorical("batch_size", [8, 16]),
+    )
+    trial.set_user_attr("process", left)
+
+    result = search(arguments(tmp_path / "s"), what(trials=2), lambda words: None)
+    states = [(trial["number"], trial["state"]) for trial in result["trials"]]
+    assert states == [(0, "complete"), (1, "interrupted"), (2, "complete")]
+    assert result["trials"][2]["learning_rate"] == float(f"{drawn[0]:.3g}")
+    assert result["trials"][2]["batch_size"] == drawn[1]
+
+
+def test_two_processes_share_the_trials(words: Callable[..., list[str]], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sparsegrad_lab.cli.main", "search", *words(tmp_path / "s")[1:]]
+    command += ["--search.trials", "5", "--search.lowest", "1e-3", "--search.batch_sizes", "[8,16]"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    shown = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], shown
+    trials = [line.split(":")[0] for out, _ in shown for line in out.splitlines() if line.startswith("trial ")]
+    assert len(set(trials)) == len(trials)  # none was run twice
+    assert 5 <= len(trials) <= 6  # both may have begun the last one
+    assert "next:   sparsegrad train --config" in shown[0][0]
+
+
+def test_another_search_in_the_folder(arguments: Arguments, tmp_path: Path) -> None:
+    search(arguments(tmp_path / "s"), what(trials=1), lambda words: None)
+    with pytest.raises(FileExistsError, match=r"another search, which differs in search.highest \(0.1 there, 1.0 here"):
+        search(arguments(tmp_path / "s"), what(trials=1, highest=1.0), lambda words: None)
+    with pytest.raises(FileExistsError, match=r"differs in training.epochs \(2.0 there, 3.0 here\)"):
+        search(arguments(tmp_path / "s", "--training.epochs", "3"), what(trials=1), lambda words: None)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"trials": 0}, r"search.trials must be at least 1, found 0"),
+        ({"lowest": 0.0}, r"search.lowest must be above 0 and below search.highest, found 0.0 and 0.1"),
+        ({"lowest": 0.1}, r"found 0.1 and 0.1"),
+        ({"batch_sizes": []}, r"search.batch_sizes: expected different sizes"),
+        ({"batch_sizes": [8, 8]}, r"search.batch_sizes: expected different sizes"),
+    ],
+)
+def test_refused_before_any_work(options: dict[str, Any], problem: str, arguments: Arguments, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=problem):
+        search(arguments(tmp_path / "s"), what(**options), lambda words: None)
+    assert not (tmp_path / "s").exists()

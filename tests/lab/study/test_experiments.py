@@ -1,0 +1,150 @@
+"""Every shipped experiment is loaded, checked, and each of its methods run at a cut-down size."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsegrad_lab.cli.train import as_arguments
+from sparsegrad_lab.run.train import train
+from sparsegrad_lab.study.experiment import SHIPPED, Method, experiment_names, load_experiment, merged
+from sparsegrad_lab.tasks.arguments import kind_of
+from sparsegrad_lab.tasks.task import IMAGES, LANGUAGE, TEXT
+from tiny_runs import save_tokenizer
+
+AT_PAPER = ["comparison", "rest-trained", "speed", "kept-entries", "conversations", "long-sequences", "t5"]
+EXPERIMENTS = {
+    name: load_experiment(name, "cpu" if name in experiment_names(scale="cpu") else "paper")
+    for name in experiment_names()
+}
+METHODS = [(name, method) for name, experiment in EXPERIMENTS.items() for method in experiment.methods]
+ALIKE = ("kept-entries", "calibration", "sizes")
+"Experiments whose methods differ in a number: the first and the last of them are run."
+RUN = [
+    (name, method)
+    for name, method in METHODS
+    if name not in ALIKE or method in (EXPERIMENTS[name].methods[0], EXPERIMENTS[name].methods[-1])
+]
+
+
+def test_all_are_found() -> None:
+    """A folder that is not listed, or a config that no experiment uses, would never be run."""
+    assert len(EXPERIMENTS) == 13
+    assert len(METHODS) == 77
+    folders = {path.name for path in SHIPPED.iterdir() if path.is_dir()}
+    assert folders == set(EXPERIMENTS)
+    used = {Path(method.settings.get("method", "")).resolve() for _, method in METHODS}
+    assert {path.resolve() for path in SHIPPED.glob("*/*.json")} <= used
+
+
+@pytest.mark.parametrize(("scale", "name"), [("cpu", name) for name in experiment_names(scale="cpu")] + [
+    ("paper", name) for name in AT_PAPER
+])  # fmt: skip
+def test_settings_are_valid(name: str, scale: str) -> None:
+    experiment = load_experiment(name, scale)
+    cells = list(experiment.cells())
+    assert len({cell.name for cell in cells}) == len(cells)
+    others = [load_experiment(other, scale) for other in experiment_names(scale=scale)]
+    trials = {cell.name for other in others for cell in other.cells() if cell.trial is not None}
+    checked = set()
+    for cell in cells:
+        if not {cell.method.name, cell.task, cell.model} <= checked:  # what settings depend on, each by itself
+            checked |= {cell.method.name, cell.task, cell.model}
+            if cell.method.name == "galore" and find_spec("galore_torch") is None:
+                continue  # refused by name, see tests/run/test_methods.py
+            as_arguments(cell.settings(cell.trial or 1e-3)).check()
+        assert trials.issuperset(cell.search)
+    for of in ("scores", "costs"):
+        for method in (experiment.paper or {}).get(of, {}):
+            assert method in {m.name for m in experiment.methods}
+
+
+def test_scales() -> None:
+    assert experiment_names(scale="paper") == AT_PAPER
+    assert len(experiment_names(scale="cpu")) == 12
+    with pytest.raises(ValueError, match="experiment sizes is for scale cpu"):
+        load_experiment("sizes", "paper")
+    lora = next(method for method in load_experiment("comparison", "paper").methods if method.name == "lora")
+    assert lora.settings == {"method": "lora", "adapter": {"rank": None}}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_it_takes_its_rates_where_its_tasks_are_searched(name: str) -> None:
+    """Otherwise it would wait for results that nobody makes."""
+    experiment = EXPERIMENTS[name]
+    for method in experiment.methods:
+        if method.rates_of is not None:
+            other, _, searched = method.rates_of.partition("/")
+            assert searched in {m.name for m in EXPERIMENTS[other].methods if m.learning_rates}
+            assert set(experiment.tasks) <= set(EXPERIMENTS[other].tasks)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """As wide as the models of the study, a block or two deep: by kind of task."""
+    from transformers import (
+        BertConfig,
+        BertModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        T5Config,
+        T5Model,
+        ViTConfig,
+        ViTForImageClassification,
+    )  # fmt: skip
+
+    root = tmp_path_factory.mktemp("models")
+    words = save_tokenizer(root / "bert")
+    save_tokenizer(root / "llama")
+    save_tokenizer(root / "t5")
+    torch.manual_seed(0)
+    BertModel(BertConfig(
+        vocab_size=words, hidden_size=384, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=12,
+        max_position_embeddings=48,
+    )).save_pretrained(root / "bert")  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=words, hidden_size=64, intermediate_size=172, num_hidden_layers=31, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=48,
+    )).save_pretrained(root / "llama")  # fmt: skip
+    T5Model(T5Config(
+        vocab_size=words, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=1, decoder_start_token_id=0,
+        eos_token_id=3,
+    )).save_pretrained(root / "t5")  # fmt: skip
+    ViTForImageClassification(ViTConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=8, image_size=28, patch_size=7,
+        num_channels=1,
+    )).save_pretrained(root / "vit")  # fmt: skip
+    return {TEXT: root / "bert", LANGUAGE: root / "llama", "t5": root / "t5", IMAGES: root / "vit"}
+
+
+# SHiRA makes sparse tensors without saying whether they are to be checked; GaLore's AdamW is that of old transformers.
+@pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+@pytest.mark.parametrize(("name", "method"), RUN, ids=[f"{name}-{method.name}" for name, method in RUN])
+def test_each_method_trains(name: str, method: Method, models: dict[str, Path], rows: Path, tmp_path: Path) -> None:
+    if method.name == "galore":
+        pytest.importorskip("galore_torch", reason="galore-torch is not installed")
+    experiment = EXPERIMENTS[name]
+    kind = kind_of(next(iter(experiment.tasks)))
+    own = {"train_file": str(rows / "train.csv"), "validation_file": str(rows / "dev.csv"), "text": ["text"]}
+    task, data = {
+        TEXT: ("files", own), LANGUAGE: ("text", own), IMAGES: ("digits", {}),
+    }[kind]  # fmt: skip
+    small: dict[str, Any] = {
+        "model": str(models["t5" if name == "t5" else kind]), "task": task, "seeds": [0],
+        "output": str(tmp_path / "run"),
+        "data": {**data, "max_length": 16, "train_rows": 16, "validation_rows": 8}, "calibration": {"n_steps": 2},
+        "training": {"epochs": 1, "batch_size": 8, "gradient_accumulation": 1, "learning_rate": 1e-3},
+    }  # fmt: skip
+    settings = merged(merged(experiment.settings, method.settings), small)
+    if "refresh" in settings["calibration"]:
+        settings["calibration"]["refresh"] = 1
+    [result] = train(as_arguments(settings), progress=False)
+    assert result["steps"] == 2
+    assert result["trained_entries"]["adapter"] > 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8")) == result

