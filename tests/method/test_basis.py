@@ -9,16 +9,11 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from helpers import F64, orthogonal
 from sparsegrad_peft import Basis, GramStatistics, SparseGradLinear
 from sparsegrad_peft.method.basis import ORTHOGONALITY_TOLERANCE, check_orthonormal
-
-F64 = torch.float64
-
-
-def orthogonal(n: int, rows: int | None = None, dtype: torch.dtype = F64) -> Tensor:
-    return torch.linalg.qr(torch.randn(n, n, dtype=F64)).Q[: rows or n].to(dtype)
 
 
 def statistics(out: int = 6, in_: int = 9, dtype: torch.dtype = torch.float32, layers: int = 2) -> GramStatistics:

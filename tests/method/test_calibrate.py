@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from calibration import peak_bytes
+from helpers import F64
 from sparsegrad_peft import CalibrationConfig, GramStatistics, SparseGradLinear, Trajectory, calibrate, group_linears
 from sparsegrad_peft.method import reference
 from sparsegrad_peft.method.calibrate import Calibration
 from sparsegrad_peft.method.gradients import stream_gradients
-
-F64 = torch.float64
 
 
 class Blocks(nn.Module):

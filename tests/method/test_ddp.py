@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from helpers import orthogonal
 from sparsegrad_peft import Basis, SparseGradAdamW, SparseGradLinear, param_groups
 
 STEPS, K = 5, 7
@@ -15,7 +16,7 @@ STEPS, K = 5, 7
 
 def build() -> tuple[nn.Module, SparseGradAdamW]:
     torch.manual_seed(0)
-    Q = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64)).Q
+    Q = orthogonal(12)
     basis = Basis(Q[:8], Q[:6])
     linears = [nn.Linear(12, 12, dtype=torch.float64) for _ in range(2)]
     layers = [SparseGradLinear.from_linear(linear, basis) for linear in linears]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers import F64
 from sparsegrad_peft import GramStatistics, calibrate, group_linears
 from sparsegrad_peft.method.calibrate import Calibration
 
-F64 = torch.float64
 SIZES: list[dict[str, Any]] = [
     {},
     {"c": "energy:0.9", "r": "energy:0.9"},

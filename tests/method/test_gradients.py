@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from calibration import LiveBytes
+from helpers import F64, orthogonal
 from sparsegrad_peft import Basis, SparseGradLinear, Trajectory
 from sparsegrad_peft.method.gradients import default_loss, normalized_step, sign_step, stream_gradients
 
-F64 = torch.float64
 TARGETS = ["up", "down"]
 
 
@@ -130,7 +130,7 @@ def test_gradients_of_plain_layers(batch_shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("tokens", [2, 200])
 def test_gradient_of_a_sparsegrad_layer(complete: bool, packed: bool, prefer: str, tokens: int) -> None:
     """With respect to the weight it acts with, `W + Vᵀ S U`; for a refresh of bases in mid-training."""
-    U, V = torch.linalg.qr(torch.randn(7, 7, dtype=F64)).Q, torch.linalg.qr(torch.randn(11, 11, dtype=F64)).Q
+    U, V = orthogonal(7), orthogonal(11)
     layer = SparseGradLinear.from_linear(
         nn.Linear(7, 11, dtype=F64), Basis(U, V) if complete else Basis(U[:3], V[:5]), prefer=prefer
     )

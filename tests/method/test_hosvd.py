@@ -14,13 +14,13 @@ from tensorly.decomposition import tucker
 from tensorly.tenalg import svd_interface
 from torch import Tensor
 
+from helpers import F64, orthogonal
 from sparsegrad_peft import GramStatistics
 from sparsegrad_peft.method import reference
 from sparsegrad_peft.method.basis import Basis
 from sparsegrad_peft.method.hosvd import eigenbasis
 from sparsegrad_peft.method.sizes import Rows, check_rows, row_count
 
-F64 = torch.float64
 SHAPES = [(4, 5, 7), (3, 9, 2), (2, 12, 30), (5, 8, 8), (6, 1, 6), (6, 6, 1), (1, 3, 4)]  # (n, out, in)
 
 
@@ -46,7 +46,7 @@ def largest_angle(A: Tensor, B: Tensor) -> float:
 def with_spectrum(spectrum: Tensor) -> Tensor:
     """A Gram matrix of that spectrum, in random directions."""
     n = len(spectrum)
-    Q = torch.linalg.qr(torch.randn(n, n, dtype=F64)).Q
+    Q = orthogonal(n)
     gram = (Q * spectrum.to(F64)) @ Q.T
     return (gram + gram.T) / 2
 

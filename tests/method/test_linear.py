@@ -11,13 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from helpers import F64, orthogonal
 from sparsegrad_peft import Basis, SparseGradAdamW, SparseGradLinear, refresh, replace_linears
-
-F64 = torch.float64
-
-
-def orthogonal(n: int, rows: int | None = None, dtype: torch.dtype = F64) -> Tensor:
-    return torch.linalg.qr(torch.randn(n, n, dtype=F64)).Q[: rows or n].to(dtype)
 
 
 def a_layer(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from helpers import F64, orthogonal
 from sparsegrad_peft import Basis, LiteralSparseGradLinear, SparseGradAdamW
 from sparsegrad_peft.method import reference
 from sparsegrad_peft.method.literal import Products
@@ -18,12 +19,7 @@ from sparsegrad_peft.method.selection import (
     topk_signed_threshold_as_published,
 )
 
-F64 = torch.float64
 BOTH = pytest.mark.parametrize("products", ["regular", "sparse"])
-
-
-def orthogonal(n: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(n, n, dtype=F64)).Q
 
 
 def complete_basis(out: int, in_: int, dtype: torch.dtype = F64) -> Basis:

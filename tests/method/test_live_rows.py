@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers import F64, orthogonal
 from sparsegrad_peft import Basis, SparseGradLinear
 from sparsegrad_peft.method import function
 from sparsegrad_peft.method.live_rows import live_rows
-
-F64 = torch.float64
 
 
 def rows(n: int = 40, dead: tuple[int, ...] = (), width: int = 11) -> Tensor:
@@ -58,7 +57,7 @@ def test_gradients_are_those_of_the_plain_products(
     prefer: str, train_weight: bool, packed: bool, n_dead: int, tokens: int
 ) -> None:
     torch.manual_seed(0)
-    U, V = (torch.linalg.qr(torch.randn(n, n, dtype=F64)).Q[:kept] for n, kept in ((7, 3), (11, 5)))
+    U, V = orthogonal(7, 3), orthogonal(11, 5)
     basis = Basis(U, V)
     layer = SparseGradLinear.from_linear(nn.Linear(7, 11, dtype=F64), basis, prefer=prefer)
     with torch.no_grad():

@@ -13,13 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers import F64, orthogonal
 from sparsegrad_peft import Basis, LiteralSparseGradLinear, SparseGradAdamW, SparseGradLinear, topk_magnitude
-
-F64 = torch.float64
-
-
-def orthogonal(n: int, rows: int | None = None) -> Tensor:
-    return torch.linalg.qr(torch.randn(n, n, dtype=F64)).Q[: rows or n]
 
 
 def parameter(*shape: int, dtype: torch.dtype = F64) -> nn.Parameter:

@@ -6,15 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers import orthogonal
 from sparsegrad_peft import Basis, SparseGradAdamW, SparseGradLinear
 from sparsegrad_peft.method import reference
 
 STEPS = 20
 SHAPES = [(1, 1), (5, 123), (123, 5), (8, 8), (40, 12), (12, 40)]  # (out, in)
-
-
-def orthogonal(n: int, rows: int | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q[: rows or n].to(dtype)
 
 
 def a_linear(out: int, in_: int, bias: bool, dtype: torch.dtype = torch.float64) -> nn.Linear:

@@ -6,17 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from helpers import F64, orthogonal
 from sparsegrad_peft import Basis, SparseGradAdamW, SparseGradLinear, refresh, replace_linears
 from sparsegrad_peft.method import reference
 from sparsegrad_peft.method.refresh import refresh_folded, renew_positions
 
-F64 = torch.float64
 OUT, IN = 9, 12
 HOW = pytest.mark.parametrize("how", [{}, {"sparse": True, "k": 7}], ids=["dense", "sparse"])
-
-
-def orthogonal(n: int, rows: int | None = None, dtype: torch.dtype = F64) -> Tensor:
-    return torch.linalg.qr(torch.randn(n, n, dtype=F64)).Q[:rows].to(dtype)
 
 
 def a_basis(c: int | None = None, r: int | None = None, dtype: torch.dtype = F64) -> Basis:

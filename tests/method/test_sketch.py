@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers import F64
 from sparsegrad_peft import GramStatistics, calibrate, group_linears
 from sparsegrad_peft.method.calibrate import Calibration
 from sparsegrad_peft.method.hosvd import eigenbasis
 from sparsegrad_peft.method.sizes import Rows, Sizes
 from sparsegrad_peft.method.sketch import eigenbasis_of_sketch, random_vectors, sketch_width
-
-F64 = torch.float64
 
 
 def gradients(n: int, out: int, in_: int, rank: int, dtype: torch.dtype = F64) -> Tensor:

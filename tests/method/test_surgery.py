@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from helpers import orthogonal
 from sparsegrad_peft import (
     Basis,
     LiteralSparseGradLinear,
@@ -22,6 +23,7 @@ from sparsegrad_peft.method.groups import linear_shape
 
 MLP = r".*layer\.\d+\.(intermediate|output)\.dense"
 HIDDEN, INNER, LAYERS = 16, 24, 3
+F32 = torch.float32
 KINDS = pytest.mark.parametrize("kind", ["complete", "truncated", "packed", "literal"])
 
 
@@ -35,15 +37,11 @@ def bert() -> BertForSequenceClassification:
     return BertForSequenceClassification(config)
 
 
-def orthogonal(n: int, rows: int | None = None) -> Tensor:
-    return torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q[:rows].float()
-
-
 def bases_for(model: nn.Module, groups: dict[str, list[str]], rows: int | None = None) -> dict[str, Basis]:
     bases = {}
     for group, names in groups.items():
         out, in_ = linear_shape(model.get_submodule(names[0]), names[0])
-        bases[group] = Basis(orthogonal(in_, rows), orthogonal(out, rows))
+        bases[group] = Basis(orthogonal(in_, rows, F32), orthogonal(out, rows, F32))
     return bases
 
 
@@ -314,7 +312,7 @@ def test_a_layer_under_two_names_stays_one_layer() -> None:
     linear = model.first
     x = torch.randn(3, 4)
     output = model(x)
-    replace_linears(model, group_linears(model), {"first": Basis(orthogonal(4), orthogonal(4))})
+    replace_linears(model, group_linears(model), {"first": Basis(orthogonal(4, dtype=F32), orthogonal(4, dtype=F32))})
     assert model.first is model.second
     assert torch.equal(model(x), output)
     with torch.no_grad():
@@ -379,7 +377,7 @@ def test_two_groups(
 
 def test_all_kinds_in_one_model() -> None:
     model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))
-    basis = Basis(orthogonal(6), orthogonal(6))
+    basis = Basis(orthogonal(6, dtype=F32), orthogonal(6, dtype=F32))
     replace_linears(model, {"b": ["0"]}, {"b": basis})
     replace_linears(model, {"p": ["1"]}, {"p": basis}, positions=torch.tensor([0, 7]))
     replace_linears(model, {"l": ["2"]}, {"l": basis}, LiteralSparseGradLinear.from_linear, k=4)
