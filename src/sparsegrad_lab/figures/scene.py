@@ -17,7 +17,7 @@ from ..methods.by_name import adapt, check_layers
 from ..run.base import load_model, load_run_task
 from ..run.settings import RunArguments
 from ..tasks.kinds import KINDS
-from ..tasks.suppress_library_logs import quiet
+from ..tasks.library_logs import suppress_library_logs
 
 MOST_BLOCKS = 6
 """Of how many blocks gradients are measured, evenly spaced: bases of its own for each layer take memory."""
@@ -114,7 +114,7 @@ def prepare(arguments: RunArguments, block: int | None) -> Scene:
         choose_block(group_linears(shapes, check_layers(shapes, arguments)), block)
     set_seed(arguments.seeds[0])
     processor = kind.processor(arguments.model)
-    with quiet():
+    with suppress_library_logs():
         model = load_model(arguments.model, task, processor)
         # What is looked at are the plain layers' own gradients; the adapter's sizes count for the spectra alone.
         adapt(model, replace(arguments, method="full"))

@@ -20,8 +20,8 @@ from sparsegrad_peft.tuner.targets import mlp_linears
 
 from ..run.settings import METHODS, WHOLE, CalibrationArguments, RunArguments
 from ..run.trainer import RunTrainer
-from ..tasks.arguments import kind_of
 from ..tasks.kinds import KINDS
+from ..tasks.settings import kind_of
 from .literal import LiteralLayers, LiteralTrainer
 
 

@@ -16,9 +16,9 @@ from transformers.models.auto.modeling_auto import (
 
 from ..methods.by_name import check_layers
 from ..tasks.kinds import KINDS
+from ..tasks.library_logs import suppress_library_logs
 from ..tasks.load import load_task
 from ..tasks.pretrained import first_line, load_config, model_path
-from ..tasks.suppress_library_logs import quiet
 from ..tasks.task import LANGUAGE, TEXT, Task
 from .settings import RunArguments
 
@@ -39,7 +39,7 @@ def load_model(model: str, task: Task, tokenizer: Any, folder: str | Path | None
     """
     kind, place = KINDS[task.kind], folder or model_path(model)
     try:
-        with quiet():  # it announces the new head, which is meant
+        with suppress_library_logs():  # it announces the new head, which is meant
             found: Any = kind.auto.from_pretrained(
                 place, dtype=torch.float32, ignore_mismatched_sizes=folder is None, **kind.options(task)
             )
@@ -63,7 +63,7 @@ def without_weights(config: PretrainedConfig, kind: str = TEXT) -> nn.Module | N
         ValueError: `transformers` has no such model with a head.
     """
     try:
-        with quiet(), torch.device("meta"):
+        with suppress_library_logs(), torch.device("meta"):
             found: nn.Module = KINDS[kind].auto.from_config(config)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):

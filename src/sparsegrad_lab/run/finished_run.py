@@ -17,12 +17,12 @@ from torch import nn
 
 import sparsegrad_peft.tuner  # noqa: F401  # registers the method, so that PEFT can load its adapters
 
-from ..tasks.arguments import kind_of
 from ..tasks.kinds import KINDS
+from ..tasks.library_logs import suppress_library_logs
 from ..tasks.load import load_task
 from ..tasks.pretrained import load_config, model_path
 from ..tasks.read import Row, read_rows
-from ..tasks.suppress_library_logs import quiet
+from ..tasks.settings import kind_of
 from ..tasks.task import Task, check_columns
 from .base import load_model
 from .folder import RunFolder, save_whole, write_whole
@@ -85,7 +85,7 @@ def open_run(path: str | Path) -> Finished:
         load_config(model_path(config["model"]))  # whether there still is such a model, in plain words
         # The head's numbers are the adapter's; those of the new head that is made here are written over.
         base = load_model(config["model"], task, tokenizer)
-        with quiet():
+        with suppress_library_logs():
             model: nn.Module = PeftModel.from_pretrained(base, str(adapter))
     else:
         model = load_model(config["model"], task, tokenizer, folder.path / "model")
@@ -130,7 +130,7 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
         raise ValueError(f"{task.name} has splits {', '.join(task.splits)}; found {split!r}")
     run, kind, scores = open_run(path), KINDS[task.kind], {}
     for name in [split] if split else task.evaluation_splits:
-        with quiet():
+        with suppress_library_logs():
             features = kind.features(task, name, run.tokenizer, arguments)
             scores[name] = kind.score(task, run.outputs(features, arguments), features["labels"][:])
     return scores

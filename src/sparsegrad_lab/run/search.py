@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..tasks.arguments import kind_of
+from ..tasks.settings import kind_of
 from .folder import RunFolder, write_whole
 from .picture import search_picture
 from .process_identity import is_alive, is_here, mark

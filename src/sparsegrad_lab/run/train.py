@@ -14,8 +14,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..methods.by_name import adapt
 from ..tasks.kinds import KINDS
+from ..tasks.library_logs import suppress_library_logs
 from ..tasks.pretrained import model_path
-from ..tasks.suppress_library_logs import quiet
 from .base import load_model, load_run_task
 from .card import card
 from .console import Progress
@@ -79,7 +79,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
     kind = KINDS[task.kind]
     set_seed(seed)
     processor = kind.processor(arguments.model)
-    with quiet():
+    with suppress_library_logs():
         adapted = adapt(load_model(arguments.model, task, processor), arguments)
         features = {split: kind.features(task, split, processor, arguments) for split in task.splits}
     # Nothing is refused any more by what was asked for: from here on the folder is this run's.
@@ -117,7 +117,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         calibrated=lambda phase: folder.write_json("calibration.json", phase.as_dict()),
     )
     trainer.remove_callback(PrinterCallback)  # the reporter says it
-    with quiet():
+    with suppress_library_logs():
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except OSError:
@@ -169,7 +169,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Adapter or model, in safetensors."""
-    with quiet():
+    with suppress_library_logs():
         model.save_pretrained(path)  # type: ignore[operator]
 
 

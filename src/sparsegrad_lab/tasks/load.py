@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from datasets import Dataset
-
-from .arguments import DataArguments, check_task
+from .acceptability import load_acceptability
 from .files import load_files, load_texts
 from .glue import load_glue
 from .images import load_digits, load_images
 from .metrics import check_fit, check_metrics
 from .oasst1 import load_oasst1
+from .settings import DataArguments, check_task
 from .task import Task
 
 
@@ -49,12 +48,3 @@ def load_task(name: str, data: DataArguments | None = None) -> Task:
         task = replace(task, metrics=tuple(data.metrics))
     check_fit(task.metrics, task.labels, task.kind)
     return task.limited(data.train_rows, data.validation_rows)
-
-
-def load_acceptability(n_train: int = 4000, n_dev: int = 800, seed: int = 0) -> Task:
-    """Sentences of the package's own grammar, acceptable or not, in the manner of BLiMP."""
-    from .acceptability import generate
-
-    splits = {name: Dataset.from_list(rows) for name, rows in generate(n_train, n_dev, seed).items()}
-    labels = ("unacceptable", "acceptable")
-    return Task("acceptability", ("sentence",), labels, ("matthews_correlation", "accuracy"), splits, f"seed {seed}")

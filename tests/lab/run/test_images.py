@@ -21,9 +21,9 @@ from sparsegrad_lab.cli.train import parse
 from sparsegrad_lab.run.finished_run import evaluate, merge, open_run, predict
 from sparsegrad_lab.run.settings import RunArguments
 from sparsegrad_lab.run.train import train
-from sparsegrad_lab.tasks.arguments import DataArguments
 from sparsegrad_lab.tasks.kinds.images import Pixels
 from sparsegrad_lab.tasks.load import load_task
+from sparsegrad_lab.tasks.settings import DataArguments
 
 Arguments = Callable[..., RunArguments]
 

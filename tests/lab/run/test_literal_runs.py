@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from sparsegrad_lab.run.finished_run import evaluate, merge, open_run
 from sparsegrad_lab.run.settings import RunArguments
 from sparsegrad_lab.run.train import train
-from sparsegrad_lab.tasks.suppress_library_logs import quiet
+from sparsegrad_lab.tasks.library_logs import suppress_library_logs
 from tiny_runs import save_tokenizer
 
 Arguments = Callable[..., RunArguments]
@@ -121,6 +121,6 @@ def test_clipping(most: float, arguments: Arguments, tmp_path: Path) -> None:
     ],
 )
 def test_refused(more: tuple[str, ...], problem: str, arguments: Arguments, tmp_path: Path) -> None:
-    with quiet(), pytest.raises(ValueError, match=problem):
+    with suppress_library_logs(), pytest.raises(ValueError, match=problem):
         train(arguments(tmp_path / "run", *LITERAL, *more), progress=False)
     assert not (tmp_path / "run").exists()

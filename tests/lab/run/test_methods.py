@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 from sparsegrad_lab.methods.by_name import Adapted, adapt, matching_rank
 from sparsegrad_lab.run.settings import RunArguments
-from sparsegrad_lab.tasks.suppress_library_logs import quiet
+from sparsegrad_lab.tasks.library_logs import suppress_library_logs
 
 HEAD = {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
 MLPS = [f"bert.encoder.layer.{i}.{side}.dense" for i in range(2) for side in ("intermediate", "output")]
@@ -27,7 +27,7 @@ def adapted(method: str, rest: str, **adapter: Any) -> Adapted:
     arguments = RunArguments(method=method, rest=rest)
     for name, value in adapter.items():
         setattr(arguments.adapter, name, value)
-    with quiet():
+    with suppress_library_logs():
         return adapt(bert(), arguments)
 
 

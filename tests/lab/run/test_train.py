@@ -22,9 +22,9 @@ from sparsegrad_lab.run.finished_run import evaluate, open_run, predict
 from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.run.settings import WHOLE, RunArguments
 from sparsegrad_lab.run.train import last_sixth, output_folder, train
+from sparsegrad_lab.tasks.library_logs import suppress_library_logs
 from sparsegrad_lab.tasks.load import load_task
 from sparsegrad_lab.tasks.pretrained import load_tokenizer
-from sparsegrad_lab.tasks.suppress_library_logs import quiet
 from tiny_runs import N_DEV, N_TRAIN, save_tokenizer
 
 Arguments = Callable[..., RunArguments]
@@ -99,7 +99,7 @@ def test_each_method(
         again: Any = AutoModelForSequenceClassification.from_pretrained(folder / "model")
     else:
         base = load_model(str(tiny_bert), load_task("files", asked.data), load_tokenizer(str(tiny_bert)))
-        with quiet():
+        with suppress_library_logs():
             again = peft.PeftModel.from_pretrained(base, str(folder / "adapter"))  # type: ignore[arg-type]
         keys = load_file(folder / "adapter" / "adapter_model.safetensors").keys()
         assert any("word_embeddings" in key for key in keys) == (rest == "train")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from sparsegrad_lab.tasks.arguments import DataArguments
 from sparsegrad_lab.tasks.files import load_files
 from sparsegrad_lab.tasks.load import load_task
 from sparsegrad_lab.tasks.read import read_rows
+from sparsegrad_lab.tasks.settings import DataArguments
 
 ROWS = [
     {"a": 'first, with "marks"', "b": "one\nline break", "label": "10"},

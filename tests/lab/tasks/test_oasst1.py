@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from real_models import data_folder
-from sparsegrad_lab.tasks.arguments import DataArguments
 from sparsegrad_lab.tasks.load import load_task
 from sparsegrad_lab.tasks.oasst1 import best_path, from_messages, load_oasst1
+from sparsegrad_lab.tasks.settings import DataArguments
 
 
 def message(name: str, parent: str | None, role: str, **more: Any) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from torch.nn.functional import interpolate
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ...run.settings import RunArguments
+from ..library_logs import suppress_library_logs
 from ..metrics import predictions_of, score
 from ..pretrained import load_config, model_path
-from ..suppress_library_logs import quiet
 from ..task import Task
 from .kind import Kind, Rows
 from .text import class_options, with_probabilities
@@ -72,7 +72,7 @@ class ImagesKind(Kind):
         if (Path(place) / _FILE).is_file():
             return Pixels(**json.loads((Path(place) / _FILE).read_text(encoding="utf-8")))
         try:
-            with quiet():  # it says that there is a faster one, with torchvision
+            with suppress_library_logs():  # it says that there is a faster one, with torchvision
                 return AutoImageProcessor.from_pretrained(place)
         except (OSError, ValueError):  # it has none
             config: Any = load_config(place)

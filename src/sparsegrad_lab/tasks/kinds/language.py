@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from ...run.settings import RunArguments
 from ..language import IGNORED, Writer, language_features
+from ..library_logs import suppress_library_logs
 from ..metrics import check_finite, score
 from ..pretrained import load_tokenizer
-from ..suppress_library_logs import quiet
 from ..task import Task
 from .kind import Kind, Rows
 
@@ -108,7 +108,7 @@ def _generate(run: Finished, prompts: list[list[int]], max_new_tokens: int) -> l
     device = next(model.parameters()).device
     ids = torch.tensor([[*[pad] * (length - len(prompt)), *prompt] for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    with quiet():
+    with suppress_library_logs():
         made = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
             pad_token_id=pad, eos_token_id=run.tokenizer.eos_token_id,

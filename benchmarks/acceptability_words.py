@@ -1,7 +1,6 @@
-"""The open-class words of the acceptability corpus, their regular inflection, and their split.
+"""Nouns, verbs, adjectives and names of the acceptability corpus, with their inflection.
 
-Train and validation share no noun, verb, adjective or name: of each list every third word belongs to validation, so
-what is learnt on one split carries over to the other as structure only. No word stands in two lists.
+Every third word of each list belongs to the validation split, the others to train. No word is in two lists.
 """
 
 from __future__ import annotations
@@ -15,23 +14,23 @@ _SIBILANTS = ("s", "x", "z", "ch", "sh")
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Lemmas by the place they can take in a sentence; every noun and verb is regular.
+    """Lemmas by their role in a sentence; all nouns and verbs are regular.
 
     Attributes:
-        people: nouns that either gender fits.
-        males: nouns for men and boys; used in the singular only, as are the next five lists.
+        people: nouns for people of any gender.
+        males: nouns for men and boys; singular only, like the next five lists.
         females: nouns for women and girls.
         male_names: names of men.
         female_names: names of women.
-        male_kin: what a man is to somebody, for possessives.
-        female_kin: what a woman is to somebody.
+        male_kin: male relations, for possessives.
+        female_kin: female relations, for possessives.
         things: countable objects that can be handled.
-        adjectives: passing or lasting states of people, for predicates.
+        adjectives: predicates of people.
         actions: intransitive verbs of people.
         encounters: transitive verbs between people.
-        attitudes: transitive verbs for what people do to others and as well to themselves.
-        handlings: transitive verbs for what people do with things.
-        reports: verbs that take a that-clause and an indirect question.
+        attitudes: transitive verbs that may be reflexive.
+        handlings: transitive verbs with a thing as object.
+        reports: verbs that take a that-clause or an indirect question.
     """
 
     people: tuple[str, ...]
@@ -51,14 +50,14 @@ class Lexicon:
 
 
 def with_s(word: str) -> str:
-    """The plural of a noun, or the third person singular of a verb: vase -> vases, cry -> cries, watch -> watches."""
+    """Return the plural of a noun or the third person singular of a verb: vase -> vases, cry -> cries."""
     if word.endswith(_SIBILANTS):
         return word + "es"
     return word[:-1] + "ies" if _ends_in_consonant_y(word) else word + "s"
 
 
 def with_ed(verb: str) -> str:
-    """The past tense and past participle of a verb: greet -> greeted, cry -> cried, praise -> praised."""
+    """Return the past tense and past participle of a verb: greet -> greeted, cry -> cried."""
     if verb.endswith("e"):
         return verb + "d"
     return verb[:-1] + "ied" if _ends_in_consonant_y(verb) else verb + "ed"
@@ -69,7 +68,7 @@ def _ends_in_consonant_y(word: str) -> bool:
 
 
 def words(split: Literal["train", "validation"]) -> Lexicon:
-    """The share of `WORDS` that belongs to a split."""
+    """Return the words of a split."""
     first = _VALIDATION_EVERY - 1
     parts = {}
     for field in fields(WORDS):
@@ -83,8 +82,8 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# Left out on purpose: nouns of people that are verbs as well and would lead a reader astray (cook, judge), verbs that
-# double a consonant (admit), nouns of which only a stereotype says the gender (nurse).
+# Left out on purpose: nouns that are also verbs (cook, judge), verbs that double a consonant (admit), and nouns whose
+# gender is only a stereotype (nurse).
 WORDS = Lexicon(
     people=_listed("""
         author senator teacher lawyer doctor farmer banker baker painter dancer driver editor engineer gardener

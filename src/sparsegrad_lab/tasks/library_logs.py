@@ -1,4 +1,4 @@
-"""The libraries' remarks, which are for other purposes, kept back for a while."""
+"""Hide the progress bars and info logs of transformers and datasets."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import transformers
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without the loaders' progress bars and remarks; warnings and errors of other libraries are let through."""
+def suppress_library_logs() -> Iterator[None]:
+    """Hide progress bars and everything below errors that transformers logs; other libraries' warnings still show."""
     verbosity = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    transformers_bars = transformers.logging.is_progress_bar_enabled()
+    datasets_bars = not datasets.are_progress_bars_disabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
-            # PEFT reads a property of the model that transformers is about to rename.
+            # PEFT reads a model property that transformers has deprecated.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-        if bars[0]:
+        if transformers_bars:
             transformers.logging.enable_progress_bar()
-        if bars[1]:
+        if datasets_bars:
             datasets.enable_progress_bars()
