@@ -36,8 +36,8 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
 
     from ..inspection.inspect import inspect
+    from ..inspection.shipped_models import shipped_model
     from ..inspection.tables import render
-    from ..study.models import shipped_model
     from ..tasks.pretrained import model_path
 
     place = shipped_model(model)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-
-from ..study.figures import svg_text
 
 COLOURS = {"up": "#1f77b4", "down": "#d95f02", "all": "#555555"}
 """Of the roles of layers, the same in all figures."""
@@ -35,6 +36,15 @@ class Drawing:
         words = f"<title>{escape(self.title)}</title>\n <desc>{escape(self.alt)}</desc>"
         head, end, rest = text.partition(">")
         return f'{head} role="img"{end}\n {words}{rest}'
+
+
+def svg_text(figure: Figure) -> str:
+    """The figure as an `<svg>` element with its text as text; equal figures give equal bytes."""
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": "sparsegrad", "svg.fonttype": "none"}):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
 
 
 def percent(share: float) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from ..figures.drawing import svg_text
 from .results import Run, Section
 
 _FORMS = "os^Dv<>Pp*X"  # eleven, and ten colours: a hundred and ten methods, also for those who do not see colours
@@ -65,12 +63,3 @@ def _scatter(section: Section, runs: tuple[Run, ...], title: str, label: str, of
         word, top = ("highest", own[-1]) if own[0].higher_is_better else ("lowest", own[0])
         best.append(f"{task}: {word} {top.shown(top.score)} by {top.method} at {of(top):,.0f} ({label})")
     return Picture(title, svg_text(figure), f"{title}, one point a run. {'; '.join(best)}.")
-
-
-def svg_text(figure: Figure) -> str:
-    """The figure as an `<svg>` element; equal figures give equal bytes, and words stay words."""
-    buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": "sparsegrad", "svg.fonttype": "none"}):  # the same runs give the same bytes
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .models import FOLDER, PUBLISHED, model_names
+from ..inspection.shipped_models import FOLDER, PUBLISHED, model_names
 from .tables import Table
 
 _PARTS = ("embeddings", "attention", "mlp", "norms", "head")

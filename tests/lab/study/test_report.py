@@ -17,9 +17,9 @@ import pytest
 
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.inspection.inspect import inspect
+from sparsegrad_lab.inspection.shipped_models import FOLDER, PUBLISHED
 from sparsegrad_lab.study.experiment import experiment_names
 from sparsegrad_lab.study.figures import pareto
-from sparsegrad_lab.study.models import FOLDER, PUBLISHED
 from sparsegrad_lab.study.overview import overview
 from sparsegrad_lab.study.page import page
 from sparsegrad_lab.study.parameters import parameters
