@@ -14,6 +14,8 @@ from importlib import import_module
 from rich.console import Console
 from rich.table import Table
 
+from ..run.exit_codes import ExitCode, exit_code_of
+
 VERBS = {
     "demo": "SparseGrad next to LoRA with a real model, in minutes and without a download",
     "train": "fine-tune a model on a task; the adapter, the scores and a picture go into a folder",
@@ -36,7 +38,7 @@ RESUMED = ("train", "search", "reproduce", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit status: 0, 1 for an error in the work, 2 for one in what was typed."""
+    """Run a verb. Returns an `ExitCode`, which says how it ended."""
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words
     if traceback:
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         print(f"sparsegrad: no verb {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
-        return 2
+        return ExitCode.REFUSED
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; its kernels are of no use here
     try:
         with _ended_as_by_ctrl_c():
@@ -62,17 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         advice = "" if "pip install" in str(error) else "; the command needs: pip install 'sparsegrad-peft[lab]'"
         print(f"sparsegrad {verb}: {error}{advice}", file=sys.stderr)
-        return 1
+        return ExitCode.FAILED
     except Exception as error:  # a traceback helps nobody who typed a wrong word
         if traceback:
             raise
         print(f"sparsegrad {verb}: {_words(error)}", file=sys.stderr)
-        return 1
+        return exit_code_of(error)
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from the last checkpoint" if verb in RESUMED else ""
         print(f"sparsegrad {verb}: interrupted{goes_on}", file=sys.stderr)
-        return 130
-    return 0
+        return ExitCode.INTERRUPTED
+    return ExitCode.FINISHED
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..tasks.settings import DataArguments, task_problems
+from .exit_codes import RefusedError
 
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -252,7 +253,7 @@ class RunArguments:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             problems.append(f"seeds: expected different numbers, at least one, found {self.seeds}")
         if problems:
-            raise ValueError("\n".join(["this run cannot be started:", *(f"  - {problem}" for problem in problems)]))
+            raise RefusedError("\n".join(["this run cannot be started:", *(f"  - {problem}" for problem in problems)]))
 
 
 @dataclass
@@ -287,7 +288,7 @@ class SearchArguments:
         if not self.batch_sizes or min(self.batch_sizes) < 1 or len(set(self.batch_sizes)) < len(self.batch_sizes):
             problems.append(f"search.batch_sizes: expected different sizes, at least one, found {self.batch_sizes}")
         if problems:
-            raise ValueError("\n".join(["this search cannot be started:", *(f"  - {words}" for words in problems)]))
+            raise RefusedError("\n".join(["this search cannot be started:", *(f"  - {words}" for words in problems)]))
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,6 +19,7 @@ import yaml
 
 from ..cli.train import as_arguments
 from ..run.environment import environment
+from ..run.exit_codes import status_of
 from ..run.folder import RunFolder, write_whole
 from ..run.search import journal
 from ..run.settings import METHODS, RunArguments, flat
@@ -257,19 +258,11 @@ def _run(
     words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     error = words[-1] if words else f"exit status {status}"
     return {
-        "status": _status(status, error), "error": error, "task": arguments.task, "method": arguments.method,
+        "status": status_of(status), "error": error, "task": arguments.task, "method": arguments.method,
         "model": arguments.model, "seed": arguments.seeds[0], "learning_rate": arguments.learning_rate,
         "config": arguments.as_dict(), "environment": {**environment(), "seed": arguments.seeds[0]},
         "command": " ".join(command),
     }  # fmt: skip
-
-
-def _status(status: int, error: str) -> str:
-    if status < 0 or status == 130:  # by a signal: on Linux, that is what a machine without memory left does
-        return "killed"
-    if "out of memory" in error.lower() or "MemoryError" in error:
-        return "out of memory"
-    return "diverged" if "the loss of step" in error else "failed"
 
 
 def best_rate(cell: Cell, results: Path) -> float | None:
