@@ -459,7 +459,7 @@ def test_traceback_on_demand(words_of: Words, tmp_path: Path) -> None:
 def test_settings_for_another_task_are_refused(words_of: Words, run: Run, tmp_path: Path) -> None:
     text = ["train", "--task", "glue/rte", "--output", str(tmp_path / "run"), "--data.text", "a", "--data.label", "b"]
     status, _, err = run(*text)
-    assert status == 1
+    assert status == 2
     assert "data.text is for tasks files and text, found task 'glue/rte'" in err
     assert "data.label, data.labels and data.regression are for task files, found task 'glue/rte'" in err
 
