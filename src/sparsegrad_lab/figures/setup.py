@@ -1,8 +1,10 @@
-"""What is looked at: a model with what trains in it, its MLP layers by block, and endless batches of a task."""
+"""The model, its MLP layers by block, and random batches of a task: what the measurements start from."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,29 +12,37 @@ import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
+from sparsegrad_peft.method.basis import Basis
 from sparsegrad_peft.method.gradients import Step, default_loss
 from sparsegrad_peft.method.groups import group_linears, linear_shape
 
 from ..methods.by_name import adapt, check_layers
 from ..run.base import load_model, load_run_task
+from ..run.exit_codes import RefusedError
 from ..run.settings import RunArguments
 from ..tasks.kinds import KINDS
 from ..tasks.library_logs import suppress_library_logs
 
-MOST_BLOCKS = 6
-"""Of how many blocks gradients are measured, evenly spaced: bases of its own for each layer take memory."""
+DENSITY = 0.01
+"""Share of the entries that counts as "the largest", and that SparseGrad selects: the paper's 1 %."""
+
+MAX_BLOCKS = 6
+"""Number of blocks whose gradients are measured. Each layer may have bases of its own, which take memory."""
+
+CALIBRATION_BATCHES, TRAINING_BATCHES, SHOWN_BATCHES, AGEING_BATCHES, ZERO_ROW_BATCHES = 1, 2, 3, 4, 100
+"""Added to the seed: each purpose has batches of its own. Zero rows use `ZERO_ROW_BATCHES + step`."""
 
 
 @dataclass
-class Scene:
+class Setup:
     """Model, layers and batches."""
 
     model: nn.Module
-    "pretrained, with a new head; MLP layers and head train, or all of it, as the run's `rest` says"
+    "pretrained, with a new head; the run's `rest` decides what trains besides the MLP layers"
     groups: dict[str, list[str]]
     "group -> its MLP layers, in the order of the blocks"
     block: int
-    "the one that is shown entry by entry"
+    "the block that is shown entry by entry"
     rows: Any
     "tokenized training rows"
     collate: Callable[[list[Any]], Any]
@@ -45,51 +55,50 @@ class Scene:
         return [name for names in self.groups.values() for name in names]
 
     @property
-    def measured(self) -> list[str]:
-        """Those of at most `MOST_BLOCKS` blocks."""
-        return [name for names in self.groups.values() for name in evenly(names, MOST_BLOCKS)]
+    def measured_layers(self) -> list[str]:
+        """The MLP layers of at most `MAX_BLOCKS` blocks."""
+        return [name for names in self.groups.values() for name in evenly_spaced(names, MAX_BLOCKS)]
 
     @property
-    def pair(self) -> dict[str, str]:
-        """The block's first layer of each role, by role; one of them only, where the targets have no other."""
-        found: dict[str, str] = {}
-        for name in self.of_block(self.block):
-            found.setdefault(self.role(name), name)
-        return dict(sorted(found.items(), reverse=True))  # up before down
+    def shown_layers(self) -> dict[str, str]:
+        """Role -> the first layer of that role in the shown block; "up" comes first. A role may be missing."""
+        layers: dict[str, str] = {}
+        for name in self.layers_of(self.block):
+            layers.setdefault(self.role(name), name)
+        return dict(sorted(layers.items(), reverse=True))
 
     @property
-    def last(self) -> str:
-        """The first layer of the last block."""
+    def last_layer(self) -> str:
+        """The first MLP layer of the last block."""
         return next(iter(self.groups.values()))[-1]
 
-    def of_block(self, block: int) -> list[str]:
-        """A block's layers; a group with fewer gives its last."""
+    def layers_of(self, block: int) -> list[str]:
+        """Return a block's layers. A group with fewer blocks gives its last layer."""
         return [names[min(block, len(names) - 1)] for names in self.groups.values()]
 
     def role(self, name: str) -> str:
-        """What a layer is: "up", or "down" where it narrows."""
+        """Return "down" for a layer with fewer outputs than inputs, else "up"."""
         out_features, in_features = linear_shape(self.model.get_submodule(name), name)
         return "down" if out_features < in_features else "up"
 
     def weight(self, name: str) -> nn.Parameter:
-        """Of a layer."""
-        found: nn.Parameter = self.model.get_parameter(f"{name}.weight")
-        return found
+        """Return a layer's weight."""
+        return self.model.get_parameter(f"{name}.weight")
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """What a run may change."""
+        """The parameters that a run may change."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def batches(self, offset: int) -> Iterator[Any]:
-        """Endless random batches; the same ones for the same offset."""
+        """Yield random batches without end. The same offset gives the same batches."""
         generator = torch.Generator().manual_seed(self.seed + offset)
         while True:
             chosen = torch.randint(len(self.rows), (self.batch_size,), generator=generator).tolist()
             yield self.collate([self.rows[number] for number in chosen])
 
-    def steps(self, offset: int, after: Callable[[Any], None]) -> Step:
-        """A function that returns the loss of the next of these batches, and hands the batch to `after`."""
+    def loss_step(self, offset: int, after: Callable[[Any], None]) -> Step:
+        """Return a function that computes the loss of the next of these batches and passes the batch to `after`."""
         stream = self.batches(offset)
 
         def step() -> Tensor:
@@ -101,12 +110,12 @@ class Scene:
         return step
 
 
-def prepare(arguments: RunArguments, block: int | None) -> Scene:
-    """Task, tokenizer and model of a run.
+def load_setup(arguments: RunArguments, block: int | None) -> Setup:
+    """Load task, tokenizer and model.
 
     Raises:
-        ValueError: no training rows, no MLP layers, sizes or a block that the model does not have; all of it before the
-            weights are loaded, where the model's config alone says it.
+        ValueError: no training rows, no MLP layers, or sizes or a block that the model does not have. Where the config
+            tells, it is raised before the weights are loaded.
     """
     task, shapes = load_run_task(arguments)
     kind = KINDS[task.kind]
@@ -116,34 +125,46 @@ def prepare(arguments: RunArguments, block: int | None) -> Scene:
     processor = kind.processor(arguments.model)
     with suppress_library_logs():
         model = load_model(arguments.model, task, processor)
-        # What is looked at are the plain layers' own gradients; the adapter's sizes count for the spectra alone.
+        # The gradients of the plain layers are measured, so there is no adapter; only what trains is chosen.
         adapt(model, replace(arguments, method="full"))
         rows = kind.features(task, "train", processor, arguments)
     groups = group_linears(model, check_layers(model, arguments))
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    return Scene(
+    return Setup(
         model, groups, choose_block(groups, block), rows, kind.collator(processor, arguments),
         arguments.training.batch_size, arguments.seeds[0],
     )  # fmt: skip
 
 
 def choose_block(groups: dict[str, list[str]], block: int | None) -> int:
-    """The block that was asked for, or the middle one.
+    """Return `block`, or the middle one for None.
 
     Raises:
-        ValueError: the model has fewer.
+        RefusedError: the model has fewer blocks.
     """
     blocks = max(len(names) for names in groups.values())
     if block is not None and block >= blocks:
-        raise ValueError(
-            f"figures.layer: expected a block from 0 to {blocks - 1}, found {block}; the model has {blocks}"
+        raise RefusedError(
+            f"figures.layer must be from 0 to {blocks - 1}, found {block}; the model has {blocks} blocks"
         )
     return (blocks - 1) // 2 if block is None else block
 
 
-def evenly(names: list[str], count: int) -> list[str]:
-    """At most so many of them, the first and the last among them."""
+def evenly_spaced(names: list[str], count: int) -> list[str]:
+    """Return at most `count` of the names, the first and the last among them."""
     if len(names) <= count:
         return names
     return [names[round(number * (len(names) - 1) / (count - 1))] for number in range(count)]
+
+
+@contextmanager
+def without_rank_warnings() -> Iterator[None]:
+    """Silence the warning that a complete basis has rows which no gradient has reached. The spectra show them."""
+    logger = logging.getLogger(Basis.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

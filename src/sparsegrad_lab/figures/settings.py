@@ -1,0 +1,72 @@
+"""Settings of `sparsegrad figures`. Imports no torch, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..run.exit_codes import RefusedError
+from ..run.settings import RunArguments
+
+
+@dataclass
+class FiguresArguments:
+    """Draw figures of SparseGrad on a model and a task: a gradient before and after the change of basis, gradient rows
+    that are zero, spectra, how the bases age, which entries a run changes, and how far the weights move. Runs two short
+    trainings and saves nothing of them but the figures.
+    """
+
+    steps: int = 60
+    "training steps of each of the two runs"
+    points: int = 4
+    "number of measurements during training, evenly spaced from step 0 to the last; one more is made at half time"
+    batches: int = 2
+    "batches for each measurement; training does not use them"
+    layer: int | None = None
+    "block whose layers are shown entry by entry, counted from 0; default: the middle block"
+    redraw: bool = False
+    "draw the figures again from the numbers in the output folder, without training"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings for JSON."""
+        return asdict(self)
+
+    def check(self, run: RunArguments) -> None:
+        """Check these settings, and those of the run that figures restrict.
+
+        Raises:
+            RefusedError: lists every problem.
+        """
+        problems = [
+            f"figures.{name} must be at least {least}, found {value}"
+            for name, least, value in (("steps", 2, self.steps), ("points", 2, self.points),
+                                       ("batches", 1, self.batches), ("layer", 0, self.layer))
+            if value is not None and value < least
+        ]  # fmt: skip
+        if 2 <= self.steps < self.points - 1:
+            problems.append(
+                f"figures.points must be at most {self.steps + 1} with {self.steps} training steps, found "
+                f"{self.points}; lower figures.points or raise figures.steps"
+            )
+        if run.method != "sparsegrad":
+            problems.append(f"method: figures show SparseGrad only, found {run.method!r}; remove the setting")
+        if len(run.seeds) > 1:
+            problems.append(f"seeds: figures show one run, found {run.seeds}; give one seed")
+        if run.training.precision != "fp32":
+            problems.append(
+                f"training.precision: figures measure gradients in fp32, found {run.training.precision!r}; remove the "
+                "setting"
+            )
+        if problems:
+            raise RefusedError("\n".join(["cannot make these figures:", *(f"  - {problem}" for problem in problems)]))
+
+    @property
+    def half_time(self) -> int:
+        """The step at which one pair of bases is calibrated again."""
+        return self.steps // 2
+
+    @property
+    def measured_steps(self) -> list[int]:
+        """The training steps after which gradients are measured, ascending."""
+        even = {round(number * self.steps / (self.points - 1)) for number in range(self.points)}
+        return sorted(even | {self.half_time})
