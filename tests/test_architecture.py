@@ -28,12 +28,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 "From bottom to top. A file imports from its own room and from lower floors; rooms of one floor do not know each other."
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 METHOD_NEEDS = {"torch", "jaxtyping", "rich"}
-TUNER_NEEDS = METHOD_NEEDS | {"peft", "transformers", "accelerate", "safetensors", "huggingface_hub"}
-"PEFT itself depends on the last three."
+TUNER_NEEDS = METHOD_NEEDS | {"peft", "transformers", "accelerate", "safetensors", "huggingface_hub", "packaging"}
+"PEFT itself depends on the last four."
 LONGEST = 60
 
 CYCLES_LEFT = True
-IMPORTS_UP_LEFT = {"sparsegrad_lab.methods", "sparsegrad_lab.study"}
+IMPORTS_UP_LEFT = {"sparsegrad_lab.tasks", "sparsegrad_lab.methods", "sparsegrad_lab.study"}
 LONG_FUNCTIONS_LEFT = {
     "sparsegrad_peft.method", "sparsegrad_peft.tuner", "sparsegrad_lab.run", "sparsegrad_lab.inspection",
     "sparsegrad_lab.bench",

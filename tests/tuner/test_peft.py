@@ -185,7 +185,9 @@ def test_half_precision_base(dtype: torch.dtype, low_cpu_mem_usage: bool, tmp_pa
     model, _ = adapted("llama")
     model.save_pretrained(tmp_path)
     data = batch("llama")
-    loaded = PeftModel.from_pretrained(make("llama").to(dtype), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage)
+    loaded = PeftModel.from_pretrained(
+        make("llama").to(dtype), str(tmp_path), is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
     for mine, theirs in zip(tuner_layers(loaded), tuner_layers(model), strict=True):
         assert torch.equal(mine.sparsegrad_basis["default"].U, theirs.sparsegrad_basis["default"].U)
         assert mine.sparsegrad_S["default"].dtype == torch.float32

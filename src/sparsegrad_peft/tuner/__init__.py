@@ -11,13 +11,18 @@
     trainer      calibration and optimizer inside transformers.Trainer
     combine      a weighted sum of adapters
     export       an adapter as a LoRA adapter
-    register     the one contact with PEFT's registry
+    peft_private everything private of PEFT that the adapter relies on
+    versions     the supported versions of PEFT and transformers
 
 The mathematics is in `sparsegrad_peft.method`.
 """
 
-from .config import SparseGradConfig
-from .model import SparseGradModel
-from .register import register
+from .versions import check_versions
+
+check_versions()  # before an unsupported PEFT is imported
+
+from .config import SparseGradConfig  # noqa: E402
+from .model import SparseGradModel  # noqa: E402
+from .peft_private import register  # noqa: E402
 
 register(SparseGradConfig, SparseGradModel)

@@ -13,7 +13,7 @@ from ..method.basis import Basis
 from ..method.groups import group_linears
 from .config import SparseGradConfig
 from .layer import SparseGradLayer
-from .register import PREFIX
+from .peft_private import PREFIX
 
 ROOT = "base_model.model."
 """What PEFT puts before the names of a model's layers, in a `PeftModel` and in files."""

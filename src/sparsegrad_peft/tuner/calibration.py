@@ -134,20 +134,16 @@ def _warn_of_large_bases(
 
 @contextmanager
 def _left_out(adapter_name: str, layers: Iterable[SparseGradLayer]) -> Iterator[None]:
-    """Take an adapter out of the forward pass: it adds nothing yet, by a product with a core as large as the weight.
-
-    Not by `set_adapter`, which would change what trains. The cores are frozen meanwhile.
-    """
+    """Leave an adapter out of the forward pass and freeze its cores. `set_adapter` would change what trains."""
     layers = list(layers)
-    before = [layer._active_adapter for layer in layers]
     try:
         for layer in layers:
-            layer._active_adapter = [name for name in layer.active_adapters if name != adapter_name]
+            layer.skipped_adapters.add(adapter_name)
         with frozen(layer.sparsegrad_S[adapter_name] for layer in layers):
             yield
     finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer._active_adapter = active
+        for layer in layers:
+            layer.skipped_adapters.discard(adapter_name)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from peft import PeftConfig
 
 from ..method.function import Prefer
 from ..method.sizes import Rows, Sizes, check_rows
-from .register import ensure_peft_type
+from .peft_private import ensure_peft_type
 
 
 def dtype_of_bases(sizes: Sizes) -> torch.dtype:

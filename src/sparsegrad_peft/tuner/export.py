@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..method.products import chain
 from .bases import BASIS, CORE, ROOT
-from .register import NAME, PREFIX
+from .peft_private import NAME, PREFIX
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 from weakref import WeakSet
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ..method.linear import apply_core, autocast_kind, is_conv1d, weight_and_bia
 from .config import SparseGradConfig
 from .decoding import Folded, apply_folded, few_tokens, folded
 from .offload import REMEDY, fetched, is_offloaded
+from .peft_private import in_out_features
 
 _PLAIN = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -58,7 +59,8 @@ class SparseGradLayer(BaseTunerLayer):
         self.quantization_backend = _quantization_backend(self.get_base_layer(), kwargs)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        self.skipped_adapters: set[str] = set()  # active, but left out of the forward pass
+        in_features, out_features = in_out_features(self.get_base_layer())
         if in_features is None or out_features is None:
             raise TypeError(f"the size of a {type(self.get_base_layer()).__name__} is not known")
         self.in_features: int = in_features
@@ -166,7 +168,8 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.sparsegrad_S]
+        wanted = set(self.sparsegrad_S) - self.skipped_adapters
+        active = [name for name in self.active_adapters if name in wanted]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         for name in active:

@@ -15,7 +15,6 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
-    _get_in_out_features,
     check_target_module_exists,
 )
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
@@ -28,7 +27,7 @@ from .bases import BASIS, ROOT, make_room
 from .combine import add_weighted_sum
 from .config import SparseGradConfig
 from .layer import SparseGradLayer, SparseGradTunerLinear
-from .register import PREFIX
+from .peft_private import PREFIX, in_out_features
 from .targets import TARGETS, find_mlp_linears
 
 logger = logging.getLogger(__name__)
@@ -125,7 +124,7 @@ class SparseGradModel(BaseTuner):
             )
         group, r, c, out_features, in_features = config.core_shapes[key]
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        in_here, out_here = _get_in_out_features(base)
+        in_here, out_here = in_out_features(base)
         if (out_here, in_here) != (out_features, in_features):
             raise ValueError(
                 f"the adapter belongs to another model: {key} had (out, in) = ({out_features}, {in_features}) when it "

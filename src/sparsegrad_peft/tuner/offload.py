@@ -1,53 +1,46 @@
-"""Adapters of a model whose weights wait in the CPU's memory or on disk (`device_map="auto"`, accelerate's offloading).
+"""Adapters of a model that accelerate offloads to the CPU or to disk (`device_map="auto"`, `cpu_offload`, ...).
 
-accelerate fetches a module's tensors when the module is called. A core is held by a `ParameterDict`, and a basis by a
-module that is only looked into: nobody calls them, so their hooks are called here.
+accelerate fetches a module's tensors when the module is called. The `ParameterDict` of a layer's cores and its bases
+are never called, so `fetched` fetches them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
-import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
+
+REMEDY = (
+    "Load model and adapter into CPU memory first, then offload both with cpu_offload, disk_offload or dispatch_model "
+    "of accelerate"
+)
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps the module's own tensors elsewhere at the moment."""
-    if not hasattr(module, "_hf_hook"):
+    """True while accelerate keeps the module's own tensors elsewhere."""
+    if not has_offloaded_params(module):
         return False
     return any(tensor.is_meta for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
 
 
-REMEDY = (
-    "Load model and adapter into the CPU's memory first, then offload both: cpu_offload, disk_offload or "
-    "dispatch_model of accelerate"
-)
-
-
 @contextmanager
 def fetched(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """The modules' tensors are on the device that computes; afterwards they are away again.
+    """Within the block, the modules' tensors are on the device that computes; afterwards they are offloaded again.
 
     Raises:
-        RuntimeError: they are nowhere to be found, since the base model was on disk when the adapter was loaded.
+        RuntimeError: a tensor is not among the offloaded ones. PEFT writes an adapter that it loads onto a model on
+            disk under names that are right for LoRA only.
     """
-    away = [module for module in modules if is_offloaded(module)]
-    try:
-        for module in away:
-            _fetch(module)
+    with ExitStack() as stack:
+        for module in modules:
+            if is_offloaded(module):
+                try:
+                    stack.enter_context(align_module_device(module))
+                except KeyError as error:
+                    raise RuntimeError(
+                        f"{error} is not among the tensors on disk: PEFT cannot load this adapter onto an offloaded "
+                        f"model. {REMEDY}"
+                    ) from error
         yield
-    finally:
-        for module in away:
-            module._hf_hook.post_forward(module, torch.empty(0))  # type: ignore[operator, union-attr]
-
-
-def _fetch(module: nn.Module) -> None:
-    try:
-        module._hf_hook.pre_forward(module)  # type: ignore[operator, union-attr]
-    except KeyError as error:  # PEFT writes adapters to the disk under names that are right for LoRA alone
-        raise RuntimeError(
-            f"{error} is not among the tensors on disk: PEFT cannot load this adapter onto a model that is offloaded "
-            f"already. {REMEDY}"
-        ) from error

@@ -155,13 +155,11 @@ class SparseGradTrainerMixin:
 
         # TRL's trainers count in compute_loss what they log.
         counted = {name: copy.deepcopy(vars(self)[name]) for name in _COUNTED if name in vars(self)}
-        loaders = list(self.accelerator._dataloaders)
         try:
             with closing(_Batches(self.get_train_dataloader)) as batches:
                 calibrates(self.model, batches, loss_fn=loss_of, config=self.sparsegrad_calibration, **options)
         finally:
             vars(self).update(counted)
-            self.accelerator._dataloaders[:] = loaders
 
     def _groups(self: Any, model: nn.Module) -> list[dict[str, Any]]:
         """The adapter's parameters first, then the rest, with weight decay where the Trainer would have it."""

@@ -1,6 +1,9 @@
-"""Kinds of task, one file each: text, language, images.
+"""Kinds of task, and all in which a run of one differs from a run of another: a file for each.
 
-A kind knows how its models are loaded, how rows become features and batches, and how outputs are scored and predicted.
+kind      what a kind has to say
+text      sentences with a class or a number
+language  texts to go on with
+images    images with a class
 """
 
 from __future__ import annotations
@@ -12,4 +15,4 @@ from .language import LanguageKind
 from .text import TextKind
 
 KINDS: dict[str, Kind] = {TEXT: TextKind(), LANGUAGE: LanguageKind(), IMAGES: ImagesKind()}
-"""Name of the kind (see `tasks.task`) -> kind."""
+"""By the names in `tasks.task`."""
