@@ -314,11 +314,6 @@ def test_a_decoder_with_transposed_weights(arguments: Callable[..., RunArguments
         (("--seeds", "[1, 2]"), "seeds: figures show one run, found [1, 2]; give one seed"),
         (("--training.precision", "bf16"), "training.precision: figures measure gradients in fp32, found 'bf16'"),
         (("--training.batch_size", "0"), "training.batch_size must be at least 1, found 0"),
-        (("--adapter.c", "99"), "found 99"),
-        (
-            ("--figures.redraw", "true"),
-            "figures.json: no such file, so there is nothing to redraw",
-        ),
     ],
 )
 def test_refused(
