@@ -127,12 +127,12 @@ def load_setup(arguments: RunArguments, block: int | None) -> Setup:
         model = load_model(arguments.model, task, processor)
         # The gradients of the plain layers are measured, so there is no adapter; only what trains is chosen.
         adapt(model, replace(arguments, method="full"))
-        rows = kind.features(task, "train", processor, arguments)
+        rows = kind.features(task, "train", processor, arguments.data)
     groups = group_linears(model, check_layers(model, arguments))
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     return Setup(
-        model, groups, choose_block(groups, block), rows, kind.collator(processor, arguments),
+        model, groups, choose_block(groups, block), rows, kind.collator(processor, arguments.padded_length),
         arguments.training.batch_size, arguments.seeds[0],
     )  # fmt: skip
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
-import torch
 import transformers
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
@@ -15,7 +15,7 @@ from sparsegrad_peft.method.groups import group_linears
 from sparsegrad_peft.tuner.config import SparseGradConfig
 from sparsegrad_peft.tuner.targets import TARGETS, find_mlp_linears
 
-from ..tasks.pretrained import first_line, load_config
+from ..tasks.pretrained import NeedsWeightsError, build_without_weights, load_config
 
 _HEADS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -41,29 +41,18 @@ def built(model: str | nn.Module | PretrainedConfig, task_type: str | None, num_
     if num_labels is not None:
         config.num_labels = num_labels
     try:
-        with torch.device("meta"):
-            return _construct(config, task_type)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        task = f" with a head for task_type={task_type!r}" if task_type else ""
-        raise ValueError(f"transformers has no {config.model_type} model{task}") from None
-    except (RuntimeError, NotImplementedError) as error:  # it looks at numbers while it is made
-        raise ValueError(
-            f"{config.model_type}: the model cannot be made without its weights ({first_line(error)}); load it and "
-            "pass the model itself"
-        ) from error
+        return build_without_weights(config, _auto_class(task_type))
+    except NeedsWeightsError as error:
+        raise ValueError(f"{error}; load it and pass the model itself") from error
 
 
-def _construct(config: PretrainedConfig, task_type: str | None) -> nn.Module:
-    if task_type is not None:
-        auto = _HEADS.get(str(task_type).rpartition(".")[2].upper())
-        if auto is None:
-            raise ValueError(f"task_type must be one of {', '.join(_HEADS)}, found {task_type!r}")
-        return getattr(transformers, auto).from_config(config)
-    architectures = getattr(config, "architectures", None) or [""]
-    named = getattr(transformers, architectures[0], None)
-    return transformers.AutoModel.from_config(config) if named is None else named(config)
+def _auto_class(task_type: str | None) -> Any:
+    if task_type is None:
+        return None
+    auto = _HEADS.get(str(task_type).rpartition(".")[2].upper())
+    if auto is None:
+        raise ValueError(f"task_type must be one of {', '.join(_HEADS)}, found {task_type!r}")
+    return getattr(transformers, auto)
 
 
 def targets(model: nn.Module, target_modules: Iterable[str] | str | None, task_type: str | None) -> list[str] | str:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -16,10 +13,9 @@ from transformers.models.auto.modeling_auto import (
 
 from ..methods.by_name import check_layers
 from ..tasks.kinds import KINDS
-from ..tasks.library_logs import suppress_library_logs
 from ..tasks.load import load_task
-from ..tasks.pretrained import first_line, load_config, model_path
-from ..tasks.task import LANGUAGE, TEXT, Task
+from ..tasks.pretrained import NeedsWeightsError, load_config, model_path
+from ..tasks.task import LANGUAGE, Task
 from .settings import RunArguments
 
 _LEARNT_POSITIONS = {
@@ -30,48 +26,8 @@ _LEARNT_POSITIONS = {
 
 
 def load_model(model: str, task: Task, tokenizer: Any, folder: str | Path | None = None) -> nn.Module:
-    """The pretrained model with a head for the task; or that of `folder`, a finished run's.
-
-    A head that comes with the pretrained model is kept where it has the right size, and is a new one elsewhere.
-
-    Raises:
-        ValueError: the weights are not there, or are damaged.
-    """
-    kind, place = KINDS[task.kind], folder or model_path(model)
-    try:
-        with suppress_library_logs():  # it announces the new head, which is meant
-            found: Any = kind.auto.from_pretrained(
-                place, dtype=torch.float32, ignore_mismatched_sizes=folder is None, **kind.options(task)
-            )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{place}: the model's weights cannot be read ({first_line(error)}); save or download it anew"
-        ) from error
-    if getattr(found.config, "pad_token_id", 0) is None and hasattr(tokenizer, "pad_token_id"):
-        found.config.pad_token_id = tokenizer.pad_token_id
-    model_with_head: nn.Module = found
-    return model_with_head
-
-
-def without_weights(config: PretrainedConfig, kind: str = TEXT) -> nn.Module | None:
-    """A model's modules with the head for a kind of task, to look at before the weights are loaded or downloaded.
-
-    Returns:
-        The model, with parameters that have no storage; None for one that looks at numbers while it is made.
-
-    Raises:
-        ValueError: `transformers` has no such model with a head.
-    """
-    try:
-        with suppress_library_logs(), torch.device("meta"):
-            found: nn.Module = KINDS[kind].auto.from_config(config)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise ValueError(f"transformers has no {config.model_type} model that {KINDS[kind].does}") from None
-    except (RuntimeError, NotImplementedError):
-        return None
-    return found
+    """Load the pretrained model with a head for the task, or the model of `folder`; see `Kind.load_model`."""
+    return KINDS[task.kind].load_model(model, task, tokenizer, folder)
 
 
 def load_run_task(arguments: RunArguments) -> tuple[Task, nn.Module | None]:
@@ -84,7 +40,10 @@ def load_run_task(arguments: RunArguments) -> tuple[Task, nn.Module | None]:
     if "train" not in task.splits:
         raise ValueError(f"{task.name} has no training rows in {task.source}")
     config = load_config(model_path(arguments.model))
-    shapes = without_weights(config, task.kind)
+    try:
+        shapes = KINDS[task.kind].empty_model(config)
+    except NeedsWeightsError:
+        shapes = None
     _check_reads_ahead(arguments.model, config if shapes is None else shapes.config, task.kind)
     _check_positions(arguments, config)
     if shapes is not None:

@@ -18,6 +18,7 @@ from torch import nn
 import sparsegrad_peft.tuner  # noqa: F401  # registers the method, so that PEFT can load its adapters
 
 from ..tasks.kinds import KINDS
+from ..tasks.kinds.text import text_logits
 from ..tasks.library_logs import suppress_library_logs
 from ..tasks.load import load_task
 from ..tasks.pretrained import load_config, model_path
@@ -28,8 +29,6 @@ from .base import load_model
 from .folder import RunFolder, save_whole, write_whole
 from .settings import RunArguments
 from .train import save_weights
-
-_BATCH = 64
 
 
 @dataclass
@@ -42,25 +41,16 @@ class Finished:
     model: nn.Module
     tokenizer: Any
 
-    @torch.inference_mode()
     def logits(self, rows: Iterable[tuple[str, ...]]) -> np.ndarray[Any, Any]:
         """(rows, classes), for rows of one text or two."""
-        texts, found = list(rows), []
-        device = next(self.model.parameters()).device
-        for start in range(0, len(texts), _BATCH):
-            columns = zip(*texts[start : start + _BATCH], strict=True)
-            batch = self.tokenizer(
-                *map(list, columns), padding=True, truncation=True, max_length=self.config["data"]["max_length"],
-                return_tensors="pt",
-            )  # fmt: skip
-            found.append(self.model(**batch.to(device)).logits.float().cpu())
-        return torch.cat(found).numpy()
+        return text_logits(self.model, self.tokenizer, list(rows), self.config["data"]["max_length"])
 
     @torch.inference_mode()
     def outputs(self, features: Dataset, arguments: RunArguments) -> np.ndarray[Any, Any]:
         """(rows, ...), what the kind of task keeps of the model's outputs; features: with "labels"."""
         kind = KINDS[self.task.kind]
-        collate, size = kind.collator(self.tokenizer, arguments), kind.evaluation_batch(arguments)
+        collate = kind.collator(self.tokenizer, arguments.padded_length)
+        size = kind.evaluation_batch_size(arguments.training.batch_size)
         device = next(self.model.parameters()).device
         kept = []
         for start in range(0, len(features), size):
@@ -131,7 +121,7 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
     run, kind, scores = open_run(path), KINDS[task.kind], {}
     for name in [split] if split else task.evaluation_splits:
         with suppress_library_logs():
-            features = kind.features(task, name, run.tokenizer, arguments)
+            features = kind.features(task, name, run.tokenizer, arguments.data)
             scores[name] = kind.score(task, run.outputs(features, arguments), features["labels"][:])
     return scores
 
@@ -165,7 +155,9 @@ def predict(
     else:
         rows = read_rows(Path(file))
         check_columns(rows, columns, str(file))
-    return kind.predict(open_run(path), rows, max_new_tokens)
+    run = open_run(path)
+    data = RunArguments.from_dict(run.config).data
+    return kind.predict(run.model, run.tokenizer, run.task, rows, data, max_new_tokens)
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -145,6 +145,11 @@ class RunArguments:
         given = self.adapter.density
         return 0.01 if given is None and self.adapter.k is None and self.method in ("meprop", "literal") else given
 
+    @property
+    def padded_length(self) -> int | None:
+        """Number of tokens that every row is padded to; None: to the longest row of its batch."""
+        return None if self.training.padding == "dynamic" else self.data.max_length
+
     def as_dict(self) -> dict[str, Any]:
         """For YAML and JSON."""
         return asdict(self)

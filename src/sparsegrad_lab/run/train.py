@@ -81,7 +81,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
     processor = kind.processor(arguments.model)
     with suppress_library_logs():
         adapted = adapt(load_model(arguments.model, task, processor), arguments)
-        features = {split: kind.features(task, split, processor, arguments) for split in task.splits}
+        features = {split: kind.features(task, split, processor, arguments.data) for split in task.splits}
     # Nothing is refused any more by what was asked for: from here on the folder is this run's.
     folder.start(arguments)
     folder.write_json("environment.json", {**environment(), "seed": seed})
@@ -104,7 +104,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         args=trainer_arguments(arguments, folder, task, len(features["train"]), adapted.optimizer),
         train_dataset=features["train"],
         eval_dataset=features[main_split],
-        data_collator=kind.collator(processor, arguments),
+        data_collator=kind.collator(processor, arguments.padded_length),
         compute_metrics=scorer(task),
         preprocess_logits_for_metrics=kind.reduced,
         callbacks=[reporter, training, *stopping(arguments), *callbacks],

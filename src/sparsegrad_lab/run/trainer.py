@@ -98,7 +98,7 @@ def trainer_arguments(
         output_dir=str(folder.checkpoints),
         num_train_epochs=training.epochs,
         per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=KINDS[task.kind].evaluation_batch(arguments),
+        per_device_eval_batch_size=KINDS[task.kind].evaluation_batch_size(training.batch_size),
         gradient_accumulation_steps=training.gradient_accumulation,
         learning_rate=arguments.learning_rate,
         lr_scheduler_type=training.schedule,

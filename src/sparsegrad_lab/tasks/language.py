@@ -19,8 +19,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from .features import check_length
 from .oasst1 import COLUMN
+from .pretrained import check_length
 from .task import Task
 
 logger = logging.getLogger(__name__)

@@ -348,8 +348,8 @@ FILES = {
         ("output", "@one.csv/run", r"one.csv/run: .*one.csv is a file, not a folder; choose another output folder"),
         ("output", "@", r"is not empty and holds no run \(no config.yaml\); choose another output folder"),
         ("model", "@nowhere", r"there is no folder .*nowhere"),
-        ("model", "@one.csv", r"one.csv: expected a model's folder, with its config.json and weights; found a file"),
-        ("model", "@", r"has no config.json; a model's folder has one beside its weights"),
+        ("model", "@one.csv", r"one.csv: expected a model's folder, with config.json and weights; found a file"),
+        ("model", "@", r"has no config.json; expected a model's folder"),
     ],
 )
 def test_refused_before_a_model_is_loaded(
@@ -441,13 +441,11 @@ def test_a_model_that_is_not_whole(words: Words, weightless: Path, run: Run, tmp
         file.unlink()
     status, _, err = run(*asked)
     assert status == 1
-    assert (
-        f"{weightless}: expected the model's tokenizer beside its weights (tokenizer.json, ...), and found none" in err
-    )
+    assert f"{weightless}: expected a tokenizer (tokenizer.json, ...) in the model's folder, found none" in err
     transformers.ViTConfig().save_pretrained(weightless)
     status, _, err = run(*asked)
     assert status == 1
-    assert err == "sparsegrad train: transformers has no vit model that sorts texts into classes\n"
+    assert err == "sparsegrad train: transformers has no AutoModelForSequenceClassification of type 'vit'\n"
     assert not (tmp_path / "run").exists()
 
 

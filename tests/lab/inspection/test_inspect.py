@@ -363,10 +363,10 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         inspect(str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"config\.json describes no model"):
+    with pytest.raises(ValueError, match=r"does not know the model type in config\.json"):
         inspect(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
-    with pytest.raises(ValueError, match=r"config\.json describes no model .* `no-such-type`"):
+    with pytest.raises(ValueError, match=r"does not know the model type in config\.json .* `no-such-type`"):
         inspect(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
@@ -381,7 +381,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ValueError, match="matches no linear layer; the model has: encoder"):
         inspect(config, target_modules=["nothing"])
-    with pytest.raises(ValueError, match="has no llama model with a head for task_type='SEQ_2_SEQ_LM'"):
+    with pytest.raises(ValueError, match="transformers has no AutoModelForSeq2SeqLM of type 'llama'"):
         inspect(LlamaConfig(**TINY), task_type="SEQ_2_SEQ_LM")
     with pytest.raises(ValueError, match=r"task_type must be one of SEQ_CLS, .* found 'poetry'"):
         inspect(config, task_type="poetry")

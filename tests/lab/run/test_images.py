@@ -140,7 +140,7 @@ def test_refused(image_arguments: Arguments, tiny_bert: Path, tmp_path: Path) ->
             train(image_arguments(tmp_path / "run", *more), progress=False)
 
     refused(r"task images: expected data.folder", "--task", "images")
-    refused(r"transformers has no bert model that sorts images into classes", "--model", str(tiny_bert))
+    refused(r"transformers has no AutoModelForImageClassification of type 'bert'", "--model", str(tiny_bert))
     images = ["--task", "images", "--data.folder", str(tmp_path / "images")]
     refused(r"expected images in .*train/CLASS/ .* found none", *images, kind=FileNotFoundError)
     folder = save_images(tmp_path / "images")
@@ -149,7 +149,7 @@ def test_refused(image_arguments: Arguments, tiny_bert: Path, tmp_path: Path) ->
     refused(r"validation: expected the classes of train, bright, dark; found grey", *images)
     (folder / "validation" / "grey" / "0.png").unlink()
     (folder / "train" / "dark" / "0.png").write_bytes(b"no image")
-    refused(r"train/dark/0.png: expected an image, found something else; remove or convert it", *images)
+    refused(r"train/dark/0.png: expected an image, found another kind of file; remove or convert it", *images)
 
 
 def test_a_real_vit() -> None:

@@ -1,9 +1,6 @@
-"""Kinds of task, and all in which a run of one differs from a run of another: a file for each.
+"""Kinds of task, one file each: text, language, images.
 
-kind      what a kind has to say
-text      sentences with a class or a number
-language  texts to go on with
-images    images with a class
+A kind knows how its models are loaded, how rows become features and batches, and how outputs are scored and predicted.
 """
 
 from __future__ import annotations
@@ -15,4 +12,4 @@ from .language import LanguageKind
 from .text import TextKind
 
 KINDS: dict[str, Kind] = {TEXT: TextKind(), LANGUAGE: LanguageKind(), IMAGES: ImagesKind()}
-"""By the names in `tasks.task`."""
+"""Name of the kind (see `tasks.task`) -> kind."""

@@ -1,89 +1,128 @@
-"""What a kind of task has to say to the run."""
+"""The interface of a kind of task: everything that differs between text, language and image models."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from peft import TaskType
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from ...run.settings import RunArguments
+from ..library_logs import suppress_library_logs
+from ..pretrained import build_without_weights, model_path, unreadable_weights
+from ..settings import DataArguments
 from ..task import Task
-
-if TYPE_CHECKING:
-    from ...run.finished_run import Finished
 
 Rows = list[dict[str, Any]]
 
 
 class Kind(ABC):
-    """One kind of task; it holds no state.
+    """One kind of task. Stateless: there is one instance per kind, see `KINDS`.
 
     Attributes:
-        auto: the class of `transformers` that loads a model with the head.
-        task_type: PEFT's name of it; None where it has none.
-        does: what a model with this head does, for messages: "transformers has no ... model that ...".
-        heads: last parts of the names of the modules between the pretrained model and its output, which are trained
-            with `rest: freeze` too.
-        processor_folder: where a run keeps the tokenizer, or what reads images.
+        auto: the Auto class of transformers that loads a model with the head for this kind.
+        task_type: PEFT's task type; None if PEFT has none.
+        heads: last name parts of the modules between the backbone and the output. They train even with `rest: freeze`.
+        processor_folder: the folder in a run that holds the tokenizer or image processor.
     """
 
     auto: Any
     task_type: TaskType | None
-    does: str
     heads: tuple[str, ...] = ()
     processor_folder: str = "tokenizer"
 
     @abstractmethod
     def processor(self, model: str | Path) -> Any:
-        """The model's tokenizer, or what reads images for it.
+        """Load the model's tokenizer or image processor.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the model has none.
         """
 
-    def options(self, task: Task) -> dict[str, Any]:
-        """For `auto.from_pretrained`."""
+    def model_options(self, task: Task) -> dict[str, Any]:
+        """Return the options of `from_pretrained` that the task needs, such as `num_labels`."""
         return {}
 
-    @abstractmethod
-    def features(self, task: Task, split: str, processor: Any, arguments: RunArguments) -> Dataset:
-        """What the model is given for each row of a split, with "labels".
+    def load_model(self, model: str, task: Task, processor: Any, folder: str | Path | None = None) -> nn.Module:
+        """Load a pretrained model with a head for the task, in float32.
+
+        The head of the checkpoint is kept if it has the right size; else it is initialized.
+
+        Args:
+            model: hub name or folder of the pretrained model.
+            task: the task.
+            processor: the tokenizer or image processor; a missing `pad_token_id` is taken from it.
+            folder: load this finished run's model instead of `model`.
 
         Raises:
-            ValueError: the model cannot read rows of that length, or none is left.
+            ValueError: the weights are missing or damaged.
+        """
+        place = folder or model_path(model)
+        with suppress_library_logs(), unreadable_weights(place):  # the new head is logged as a warning
+            found: Any = self.auto.from_pretrained(
+                place, dtype=torch.float32, ignore_mismatched_sizes=folder is None, **self.model_options(task)
+            )
+        if getattr(found.config, "pad_token_id", 0) is None and hasattr(processor, "pad_token_id"):
+            found.config.pad_token_id = processor.pad_token_id
+        model_with_head: nn.Module = found
+        return model_with_head
+
+    def empty_model(self, config: PretrainedConfig) -> nn.Module:
+        """Build the model with its head on the meta device; see `build_without_weights`."""
+        return build_without_weights(config, self.auto)
+
+    @abstractmethod
+    def features(self, task: Task, split: str, processor: Any, data: DataArguments) -> Dataset:
+        """Return the model's inputs for each row of a split, with "labels".
+
+        Raises:
+            ValueError: `data.max_length` exceeds the model's limit, or no row is left.
         """
 
     @abstractmethod
-    def collator(self, processor: Any, arguments: RunArguments) -> Callable[[Rows], dict[str, Tensor]]:
-        """Rows of features -> a batch."""
+    def collator(self, processor: Any, length: int | None) -> Callable[[Rows], dict[str, Tensor]]:
+        """Return a function that makes a batch of rows of features.
 
-    def evaluation_batch(self, arguments: RunArguments) -> int:
-        """Rows of a batch in evaluation."""
+        Args:
+            processor: the tokenizer or image processor.
+            length: pad every row to this number of tokens; None: to the longest row of the batch.
+        """
+
+    def evaluation_batch_size(self, training_batch_size: int) -> int:
+        """Return the number of rows per evaluation batch."""
         return 64
 
     def reduced(self, logits: Any, labels: Tensor) -> Tensor:
-        """What is kept of a batch's output for `score`: (rows, ...)."""
+        """Return what `score` needs of a batch's output: (rows, ...)."""
         found: Tensor = logits[0] if isinstance(logits, tuple) else logits
         return found
 
     @abstractmethod
     def score(self, task: Task, outputs: np.ndarray[Any, Any], labels: Any) -> dict[str, float]:
-        """The task's metrics, of what `reduced` has kept of all rows, and the labels of their features.
+        """Return the task's metrics.
+
+        Args:
+            task: the task.
+            outputs: `reduced` outputs of all rows.
+            labels: "labels" of their features.
 
         Raises:
             ValueError: the outputs are not finite.
         """
 
     @abstractmethod
-    def predict(self, run: Finished, rows: Sequence[dict[str, Any]], max_new_tokens: int) -> Rows:
-        """The rows, with "prediction" and whatever else there is to say."""
+    def predict(
+        self, model: nn.Module, processor: Any, task: Task, rows: Sequence[dict[str, Any]], data: DataArguments,
+        max_new_tokens: int,
+    ) -> Rows:  # fmt: skip
+        """Return the rows with "prediction"; for classes also the probability of each, "p(CLASS)"."""
 
     def prompt_columns(self, task: Task) -> tuple[str, ...]:
-        """The columns that `predict` needs."""
+        """Return the columns that `predict` needs."""
         return task.text

@@ -1,30 +1,95 @@
-"""Sentences with a class or a number."""
+"""Text classification and regression, of one text or a pair."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import TaskType
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
-from ...run.settings import RunArguments
-from ..features import tokenize
 from ..metrics import predictions_of, score
-from ..pretrained import load_tokenizer
+from ..pretrained import check_length, load_tokenizer
+from ..settings import DataArguments
 from ..task import Task
 from .kind import Kind, Rows
 
-if TYPE_CHECKING:
-    from ...run.finished_run import Finished
+_BATCH_SIZE = 64
+
+
+class TextKind(Kind):
+    """Text classification and regression."""
+
+    auto = AutoModelForSequenceClassification
+    task_type = TaskType.SEQ_CLS
+    heads = ("classifier", "score", "pooler", "pre_classifier", "classification_head")
+
+    def processor(self, model: str | Path) -> Any:
+        """Load the tokenizer."""
+        return load_tokenizer(model)
+
+    def model_options(self, task: Task) -> dict[str, Any]:
+        """Return the number of classes and their names."""
+        return class_options(task)
+
+    def features(self, task: Task, split: str, processor: Any, data: DataArguments) -> Dataset:
+        """Tokenize a split. Long rows are truncated, the longer text of a pair first. Nothing is written to disk."""
+        check_length(processor, data.max_length)
+
+        def encode(rows: dict[str, list[Any]]) -> Any:
+            encoded = processor(*(rows[column] for column in task.text), truncation=True, max_length=data.max_length)
+            number = float if task.labels is None else int
+            return {**encoded, "labels": [number(label) for label in rows["label"]]}
+
+        rows = task.splits[split]
+        return rows.map(
+            encode, batched=True, remove_columns=rows.column_names, keep_in_memory=True, load_from_cache_file=False
+        )
+
+    def collator(self, processor: Any, length: int | None) -> Callable[[Rows], dict[str, Tensor]]:
+        """Return transformers' collator."""
+        found: Any = DataCollatorWithPadding(processor, padding="max_length" if length else True, max_length=length)
+        return found
+
+    def score(self, task: Task, outputs: np.ndarray[Any, Any], labels: Any) -> dict[str, float]:
+        """Return the metrics of the classes with the largest logits; outputs: (rows, classes)."""
+        return score(task.metrics, np.asarray(labels), predictions_of(outputs, task.labels is None))
+
+    def predict(
+        self, model: nn.Module, processor: Any, task: Task, rows: Sequence[dict[str, Any]], data: DataArguments,
+        max_new_tokens: int,
+    ) -> Rows:  # fmt: skip
+        """Return the rows with their class and probabilities, or with the predicted number."""
+        texts = [tuple(row[column] for column in task.text) for row in rows]
+        logits = text_logits(model, processor, texts, data.max_length)
+        if task.labels is None:
+            return [{**row, "prediction": float(value)} for row, value in zip(rows, logits[:, 0], strict=True)]
+        return with_probabilities(rows, logits, task.labels)
+
+
+@torch.inference_mode()
+def text_logits(
+    model: nn.Module, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int
+) -> np.ndarray[Any, Any]:
+    """Return the logits (rows, classes) of rows of one text or two."""
+    device = next(model.parameters()).device
+    found = []
+    for start in range(0, len(texts), _BATCH_SIZE):
+        columns = zip(*texts[start : start + _BATCH_SIZE], strict=True)
+        batch = tokenizer(
+            *map(list, columns), padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+        )
+        found.append(model(**batch.to(device)).logits.float().cpu())
+    return torch.cat(found).numpy()
 
 
 def class_options(task: Task) -> dict[str, Any]:
-    """For a model with a head of as many outputs as there are classes, or one for a number."""
+    """Return the options of `from_pretrained` for a head with one output per class, or with one for regression."""
     if task.labels is None:
         return {"num_labels": 1, "problem_type": "regression"}
     return {
@@ -36,48 +101,10 @@ def class_options(task: Task) -> dict[str, Any]:
 
 
 def with_probabilities(rows: Sequence[dict[str, Any]], logits: np.ndarray[Any, Any], labels: Sequence[str]) -> Rows:
-    """The rows, each with its class and the probability of every class; logits: (rows, classes)."""
+    """Return the rows with "prediction" and the probability of each class; logits: (rows, classes)."""
     probabilities = torch.from_numpy(logits).softmax(-1).tolist()
     return [
         {**row, "prediction": labels[max(range(len(labels)), key=found.__getitem__)],
          **{f"p({name})": round(p, 6) for name, p in zip(labels, found, strict=True)}}
         for row, found in zip(rows, probabilities, strict=True)
     ]  # fmt: skip
-
-
-class TextKind(Kind):
-    """Text classification and regression."""
-
-    auto = AutoModelForSequenceClassification
-    task_type = TaskType.SEQ_CLS
-    does = "sorts texts into classes"
-    heads = ("classifier", "score", "pooler", "pre_classifier", "classification_head")
-
-    def processor(self, model: str | Path) -> Any:
-        """The tokenizer."""
-        return load_tokenizer(model)
-
-    def options(self, task: Task) -> dict[str, Any]:
-        """The classes."""
-        return class_options(task)
-
-    def features(self, task: Task, split: str, processor: Any, arguments: RunArguments) -> Dataset:
-        """Token ids."""
-        return tokenize(task, split, processor, arguments.data.max_length)
-
-    def collator(self, processor: Any, arguments: RunArguments) -> DataCollatorWithPadding:
-        """Pads a batch."""
-        if arguments.training.padding == "dynamic":
-            return DataCollatorWithPadding(processor)
-        return DataCollatorWithPadding(processor, padding="max_length", max_length=arguments.data.max_length)
-
-    def score(self, task: Task, outputs: np.ndarray[Any, Any], labels: Any) -> dict[str, float]:
-        """Of the classes with the largest output; outputs: (rows, classes)."""
-        return score(task.metrics, np.asarray(labels), predictions_of(outputs, task.labels is None))
-
-    def predict(self, run: Finished, rows: Sequence[dict[str, Any]], max_new_tokens: int) -> Rows:
-        """Class and probabilities, or the number."""
-        logits = run.logits(tuple(row[column] for column in run.task.text) for row in rows)
-        if run.task.labels is None:
-            return [{**row, "prediction": float(value)} for row, value in zip(rows, logits[:, 0], strict=True)]
-        return with_probabilities(rows, logits, run.task.labels)
