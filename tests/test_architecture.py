@@ -33,7 +33,7 @@ TUNER_NEEDS = METHOD_NEEDS | {"peft", "transformers", "accelerate", "safetensors
 LONGEST = 60
 
 CYCLES_LEFT = True
-IMPORTS_UP_LEFT = {"sparsegrad_lab.tasks", "sparsegrad_lab.methods", "sparsegrad_lab.study"}
+IMPORTS_UP_LEFT = {"sparsegrad_lab.methods", "sparsegrad_lab.study"}
 LONG_FUNCTIONS_LEFT = {
     "sparsegrad_peft.method", "sparsegrad_peft.tuner", "sparsegrad_lab.run", "sparsegrad_lab.inspection",
     "sparsegrad_lab.bench",
