@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForSequenceClassification
 
 from record import environment, parser, write
-from sparsegrad_peft import Basis, CalibrationConfig, GramStatistics, calibrate, group_linears
+from sparsegrad_peft import CalibrationConfig, GramStatistics, calibrate, group_linears
 from sparsegrad_peft.method.gradients import stream_gradients
 from sparsegrad_peft.method.hosvd import eigenbasis
 
@@ -151,7 +151,7 @@ def main() -> None:
         svd_s, _ = timed(lambda: [torch.linalg.svd(unfolded, full_matrices=False) for unfolded in unfoldings])
         gram = GramStatistics("one stack", ("one stack",), torch.zeros(in_, in_), torch.zeros(out, out))
         sums_s, _ = timed(lambda: [gram.add(G) for G in gradients])
-        eigh_s, _ = timed(lambda: Basis.from_gram(gram))
+        eigh_s, _ = timed(lambda: gram.basis())
         ratio = svd_s / (sums_s + eigh_s)
         print(f"one stack of 30 gradients: SVD of both unfoldings {svd_s:.1f} s, Gram matrices {sums_s:.1f} s + bases "
               f"{eigh_s:.1f} s: {ratio:.1f}x; decompositions alone {svd_s / eigh_s:.1f}x")  # fmt: skip

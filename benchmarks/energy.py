@@ -28,7 +28,8 @@ from transformers.utils import logging as transformers_logging
 
 from record import environment, parser, write
 from sparsegrad_peft import Basis, CalibrationConfig, Trajectory, calibrate, group_linears
-from sparsegrad_peft.method.gradients import normalized_step, sign_step, stream_gradients
+from sparsegrad_peft.method.config import normalized_step, sign_step
+from sparsegrad_peft.method.gradients import stream_gradients
 from sparsegrad_peft.method.selection import energy_share
 
 MLP = r".*layer\.\d+\.(intermediate|output)\.dense"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 F64 = torch.float64
 
@@ -34,3 +35,36 @@ def train(
             scheduler.step()
         losses.append(loss.item())
     return losses
+
+
+def all_chain_costs(dims: tuple[int, ...]) -> list[int]:
+    """Multiply-adds of a matrix chain, for every parenthesization."""
+    if len(dims) == 2:
+        return [0]
+    return [
+        left + right + dims[0] * dims[s] * dims[-1]
+        for s in range(1, len(dims) - 1)
+        for left in all_chain_costs(dims[: s + 1])
+        for right in all_chain_costs(dims[s:])
+    ]
+
+
+class _MultiplyAdds(TorchDispatchMode):
+    """Counts the multiply-adds of matrix products as they are dispatched; refuses products that it does not know."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert not {"bmm", "matmul", "einsum", "linear", "mv", "dot"} & {name}, name
+        if name in ("mm", "addmm", "addmm_"):
+            left, right = args[-2:]
+            self.total += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def multiply_adds_done(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Multiply-adds of the matrix products that a call computes."""
+    with _MultiplyAdds() as counter:
+        call(*args, **kwargs)
+    return counter.total

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "Basis": "method.basis",
     "Calibration": "method.calibrate",
-    "CalibrationConfig": "method.calibrate",
-    "GramStatistics": "method.calibrate",
+    "CalibrationConfig": "method.config",
+    "GramStatistics": "method.gram",
     "LiteralSparseGradLinear": "method.literal",
     "Sizes": "method.sizes",
     "SparseGradAdamW": "method.optim",
@@ -22,7 +22,7 @@ _HOME = {
     "SparseGradLinear": "method.linear",
     "SparseGradTrainer": "tuner.trainer",
     "SparseGradTrainerMixin": "tuner.trainer",
-    "Trajectory": "method.gradients",
+    "Trajectory": "method.config",
     "calibrate": "method.calibrate",
     "calibrate_adapter": "tuner.calibration",
     "export_lora": "tuner.export",
@@ -44,10 +44,10 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from .method.basis import Basis as Basis
     from .method.calibrate import Calibration as Calibration
-    from .method.calibrate import CalibrationConfig as CalibrationConfig
-    from .method.calibrate import GramStatistics as GramStatistics
     from .method.calibrate import calibrate as calibrate
-    from .method.gradients import Trajectory as Trajectory
+    from .method.config import CalibrationConfig as CalibrationConfig
+    from .method.config import Trajectory as Trajectory
+    from .method.gram import GramStatistics as GramStatistics
     from .method.groups import group_linears as group_linears
     from .method.linear import SparseGradLinear as SparseGradLinear
     from .method.literal import LiteralSparseGradLinear as LiteralSparseGradLinear

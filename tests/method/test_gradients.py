@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from calibration import LiveBytes
 from helpers import F64, orthogonal
 from sparsegrad_peft import Basis, SparseGradLinear, Trajectory
-from sparsegrad_peft.method.gradients import default_loss, normalized_step, sign_step, stream_gradients
+from sparsegrad_peft.method.config import normalized_step, sign_step
+from sparsegrad_peft.method.gradients import default_loss, stream_gradients
 
 TARGETS = ["up", "down"]
 
@@ -614,7 +615,7 @@ def test_output_without_loss() -> None:
             return self.output
 
     batches = [{"x": torch.ones(1, 2)}]
-    words = r"the model's output \({}\) has no loss; put labels into the batches \(\['x'\] were given\)"
+    words = r"the model's output \({}\) has no loss; put labels into the batches \(found the keys \['x'\]\)"
     with pytest.raises(TypeError, match=words.format("Tensor")):
         run(Outputs(torch.ones(2)), ["layer"], batches)
     with pytest.raises(TypeError, match=words.format("SimpleNamespace")):

@@ -17,7 +17,6 @@ from torch import Tensor
 from helpers import F64, orthogonal
 from sparsegrad_peft import GramStatistics
 from sparsegrad_peft.method import reference
-from sparsegrad_peft.method.basis import Basis
 from sparsegrad_peft.method.hosvd import eigenbasis
 from sparsegrad_peft.method.sizes import Rows, check_rows, row_count
 
@@ -109,7 +108,7 @@ def test_factors_are_tensorlys(shape: tuple[int, int, int]) -> None:
 def test_input_side_is_u_and_output_side_is_v() -> None:
     """Gradients with one input direction and one output direction: the first rows of `U` and `V`."""
     x, y = torch.randn(6, dtype=F64), torch.randn(9, dtype=F64)
-    basis = Basis.from_gram(statistics(torch.stack([torch.outer(y, x), -2 * torch.outer(y, x)])), c=1, r=1, dtype=F64)
+    basis = statistics(torch.stack([torch.outer(y, x), -2 * torch.outer(y, x)])).basis(c=1, r=1, dtype=F64)
     assert basis.U.shape == (1, 6)
     assert basis.V.shape == (1, 9)
     assert abs(float(basis.U[0] @ x)) == pytest.approx(float(x.norm()), rel=1e-12)
@@ -288,10 +287,10 @@ def test_iteration_on_few_gradients() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_completed_orthogonally_with_a_warning(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     gradients = torch.stack([torch.outer(torch.randn(4, dtype=F64), torch.randn(6, dtype=F64)) for _ in range(2)])
-    basis = Basis.from_gram(statistics(gradients, dtype, "encoder.*.fc1"), dtype=dtype)
+    basis = statistics(gradients, dtype, "encoder.*.fc1").basis(dtype=dtype)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "group 'encoder.*.fc1' (layer.0, layer.1), input side" in caplog.messages[0]
-    assert "in 2 of the 6 directions asked for (and so in 1 other side); the other rows" in caplog.messages[0]
+    assert "in 2 of the 6 directions asked for (also in 1 other side). The other rows" in caplog.messages[0]
     for side in (basis.U, basis.V):
         torch.testing.assert_close(side @ side.T, torch.eye(len(side), dtype=dtype), rtol=0, atol=1e-5)
     inside = gradients.to(dtype) @ basis.U[:2].T @ basis.U[:2]
@@ -300,11 +299,11 @@ def test_completed_orthogonally_with_a_warning(dtype: torch.dtype, caplog: pytes
 
 def test_no_warning_where_the_rows_asked_for_are_there(caplog: pytest.LogCaptureFixture) -> None:
     gradients = torch.stack([torch.outer(torch.randn(4, dtype=F64), torch.randn(6, dtype=F64)) for _ in range(2)])
-    Basis.from_gram(statistics(gradients), c=2, r=2)
-    Basis.from_gram(statistics(gradients), c="energy:0.99", r=1)
-    Basis.from_gram(statistics(torch.randn(9, 4, 6, dtype=F64)))
+    statistics(gradients).basis(c=2, r=2)
+    statistics(gradients).basis(c="energy:0.99", r=1)
+    statistics(torch.randn(9, 4, 6, dtype=F64)).basis()
     assert not caplog.records
-    Basis.from_gram(statistics(gradients), c=3, r=2)
+    statistics(gradients).basis(c=3, r=2)
     assert len(caplog.records) == 1
 
 
@@ -317,7 +316,7 @@ def test_rank_by_the_type_of_the_sums() -> None:
 
 def test_zero_gradients_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"group 'fc' \(layer\.0, layer\.1\), input side has energy 0: no gradient"):
-        Basis.from_gram(statistics(torch.zeros(3, 4, 6, dtype=F64), name="fc"))
+        statistics(torch.zeros(3, 4, 6, dtype=F64), name="fc").basis()
 
 
 # What is refused, and in which words
@@ -335,7 +334,7 @@ def test_not_finite(value: float) -> None:
     gram = torch.eye(4)
     gram[1, 2] = gram[2, 1] = value
     with pytest.raises(
-        ValueError, match="side A holds 2 entries that are not finite: a calibration gradient overflowed"
+        ValueError, match="side A holds 2 entries that are not finite: a calibration gradient or its square"
     ):
         eigenbasis(gram, name="side A")
 

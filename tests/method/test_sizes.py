@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsegrad_peft.method.calibrate import Calibration, GramStatistics
+from sparsegrad_peft.method.calibrate import Calibration
+from sparsegrad_peft.method.gram import GramStatistics
 from sparsegrad_peft.method.sizes import Sizes
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from sparsegrad_peft.method.function import backward_through_factors
-from sparsegrad_peft.method.products import chain_cost
+from sparsegrad_peft.method.costs import Prefer, chain_cost, step_cost
 from sparsegrad_peft.method.sizes import Sizes
 
 
@@ -54,24 +53,8 @@ def _complete(out: int, in_: int, tokens: int, live: int, sizes: Sizes) -> int:
     return _core(out, in_, tokens, live, Sizes("full", "full"), "speed")
 
 
-def _core(out: int, in_: int, tokens: int, live: int, sizes: Sizes, prefer: str) -> int:
-    """The choices of `method/function.py`: form the update or not, save the input or its projection."""
+def _core(out: int, in_: int, tokens: int, live: int, sizes: Sizes, prefer: Prefer) -> int:
     r, c = sizes.counts(out, in_)
     assert r is not None
     assert c is not None
-    plain = (tokens + live) * out * in_
-    forming = chain_cost(out, r, c, in_) * (1 if prefer == "speed" else 2)
-    project = tokens * in_ * c
-    core = chain_cost(r, out, live, c)
-    whole = chain_cost(r, out, live, in_, c)  # from the input itself
-    saves_input = c == in_ or (prefer == "speed" and chain_cost(r, out, tokens, in_, c) < project + core)
-    factors = chain_cost(tokens, c, r, out) + backward_through_factors(tokens, (r, c), (out, in_))[0]
-    if forming + chain_cost(r, out, tokens, c) < factors:
-        return plain + forming + (whole if saves_input else project + core)
-    both, together = backward_through_factors(live, (r, c), (out, in_))
-    forward = project + chain_cost(tokens, c, r, out)
-    if not saves_input:
-        return plain + forward + both
-    if together:
-        return plain + forward + live * out * r + chain_cost(live, r, c, in_) + chain_cost(r, live, in_, c)
-    return plain + forward + chain_cost(live, out, r, c, in_) + whole
+    return step_cost(out, in_, r, c, tokens, live, prefer)

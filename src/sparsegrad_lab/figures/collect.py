@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sparsegrad_peft.method.basis import Basis
-from sparsegrad_peft.method.calibrate import Calibration, CalibrationConfig, calibrate
-from sparsegrad_peft.method.gradients import Trajectory, sign_step
+from sparsegrad_peft.method.calibrate import Calibration, calibrate
+from sparsegrad_peft.method.config import CalibrationConfig, Trajectory, sign_step
 from sparsegrad_peft.method.groups import group_linears
 
 from ..methods.by_name import calibration_config, sizes_of

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_peft.method.basis import Basis
-from sparsegrad_peft.method.linear import is_conv1d
 from sparsegrad_peft.method.optim import SparseGradAdamW
-from sparsegrad_peft.method.restored_state import untouched
+from sparsegrad_peft.method.plain import is_conv1d
+from sparsegrad_peft.method.restored_state import restored_state
 from sparsegrad_peft.tuner.trainer import TrainingDivergedError
 
 from ..run.settings import LEARNING_RATES, RunArguments
@@ -26,7 +26,7 @@ FINE_TUNING, SPARSEGRAD = "regular fine-tuning", "SparseGrad"
 def fine_tune(setup: Setup, steps: int, visit: Callable[[int], None], advance: Callable[[], None]) -> dict[str, Any]:
     """Train all weights with AdamW and restore the model. Returns `train`'s result and "learning_rate"."""
     rate = LEARNING_RATES["full"]
-    with untouched(setup.model, keep_values_of=setup.trained):
+    with restored_state(setup.model, keep_values_of=setup.trained):
         optimizer = torch.optim.AdamW(setup.trained, lr=rate, weight_decay=0.0)
         return {"learning_rate": rate, **train(setup, optimizer, steps, visit, advance)}
 
@@ -50,7 +50,7 @@ def train_sparsegrad(
     numel = sum(weight.numel() for weight in weights.values())
     touched: dict[str, list[float]] = {role: [] for role in (*setup.shown_layers, "all")}
 
-    with untouched(setup.model, keep_values_of=setup.trained):
+    with restored_state(setup.model, keep_values_of=setup.trained):
         optimizer = SparseGradAdamW(
             [{"params": list(weights.values()), "sparse": True, **selection},
              {"params": rest, "lr": arguments.training.rest_learning_rate or rate}],

@@ -11,8 +11,7 @@ from typing import Any
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
-from sparsegrad_peft.method.calibrate import CalibrationConfig
-from sparsegrad_peft.method.gradients import Trajectory, sign_step
+from sparsegrad_peft.method.config import CalibrationConfig, Trajectory, sign_step
 from sparsegrad_peft.method.groups import group_linears, linear_shape
 from sparsegrad_peft.method.sizes import Sizes
 from sparsegrad_peft.tuner.config import SparseGradConfig

@@ -1,9 +1,9 @@
 """Step 2: Gram matrices -> orthogonal factors and spectra (paper: preliminary phase). Pure linear algebra.
 
 The mode-n factor of a higher-order SVD holds the left singular vectors of the mode-n unfolding of the stack of
-gradients, that is, the eigenvectors of that unfolding's Gram matrix: `Σ GᵀG` for the input side, `Σ GGᵀ` for the output
-side. So the stack, 276 MB for BERT-base in the paper, is never built, and a symmetric eigendecomposition replaces its
-SVD.
+gradients. These are the eigenvectors of that unfolding's Gram matrix: `Σ GᵀG` for the input side, `Σ GGᵀ` for the
+output side. So the stack (276 MB for BERT-base in the paper) is never built, and a symmetric eigendecomposition
+replaces its SVD.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .precision import without_autocast
 from .sizes import Rows, check_rows, energy_share, row_count
 
-# The leading rows alone are found by subspace iteration where they are few and the matrix is large; below this size the
-# full decomposition takes well under a second.
+# Subspace iteration finds the leading rows if they are few and the matrix is large. Below this size the full
+# decomposition takes well under a second.
 _ITERATE_ABOVE = 1024
 _ITERATE_FRACTION = 0.15
 _ENERGY_TOLERANCE = 1e-4  # relative gain in captured energy under which the iteration stops
@@ -31,13 +32,12 @@ class Eigenbasis:
 
     Attributes:
         vectors: (rows, n), orthonormal rows, strongest direction first.
-        spectrum: the eigenvalues that are known, descending: all n, or as many as there are rows where only the
-            leading ones were computed. An eigenvalue is the gradient energy (sum of squares over all calibration
-            gradients) along its direction.
-        energy: the whole energy, that is the trace of the Gram matrix.
-        rank: number of directions whose energy stands above rounding, that is above √n eps of the strongest one's; rows
-            beyond it complete the basis without meaning anything. An eigenvalue is a square, so float32 sums resolve
-            directions down to about a thousandth of the strongest gradient, float64 sums to a ten-millionth.
+        spectrum: the known eigenvalues, descending: all n, or one per row if only the leading ones were computed. An
+            eigenvalue is the gradient energy (sum of squares over all calibration gradients) along its direction.
+        energy: the total energy, the trace of the Gram matrix.
+        rank: number of directions with an energy above rounding, that is above √n eps times the strongest one's. Rows
+            beyond it only complete the basis. An eigenvalue is a square, so float32 sums resolve directions down to
+            about a thousandth of the strongest gradient, and float64 sums down to a ten-millionth.
     """
 
     vectors: Float[Tensor, "rows n"]
@@ -47,21 +47,20 @@ class Eigenbasis:
 
     @property
     def captured(self) -> float:
-        """Share of the gradient energy that lies in the rows kept, 0 to 1."""
+        """Share of the gradient energy in the rows kept, 0 to 1."""
         return min(1.0, float(self.spectrum[: self.vectors.shape[0]].sum()) / self.energy)
 
 
 def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "the Gram matrix") -> Eigenbasis:
-    """Eigenvectors of a Gram matrix as rows, strongest first, with deterministic signs.
+    """Return the eigenvectors of a Gram matrix as rows, strongest first, with deterministic signs (`fix_signs`).
 
-    The sign of each row is set so that its entry of largest magnitude is positive (the first such entry if several).
-    All of the rows come from one symmetric eigendecomposition; where only a small leading part of a large matrix is
-    asked for, from subspace iteration, stopped once another round gains less than 1e-4 of the captured energy.
+    The rows come from one symmetric eigendecomposition, or from subspace iteration if only a small leading part of a
+    large matrix is asked for. The iteration stops when a round gains less than 1e-4 of the captured energy.
 
     Args:
         gram: (n, n), symmetric positive semi-definite, float32 or float64.
         rows: how many rows to keep, see `Rows`.
-        name: what to call the matrix in messages, such as "group intermediate.dense, input side".
+        name: of the matrix in messages, such as "group intermediate.dense, input side".
 
     Raises:
         ValueError: `gram` is not square, not finite, not symmetric, has a negative trace, or is zero; `rows` is out of
@@ -74,15 +73,12 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
     diagonal = gram.diagonal()
     if not bool(gram.isfinite().all()):
         raise ValueError(
-            f"{name} holds {int((~gram.isfinite()).sum())} entries that are not finite: a calibration gradient "
-            "overflowed; calibrate in float32 or bfloat16, or with gradients scaled to norm 1"
+            f"{name} holds {int((~gram.isfinite()).sum())} entries that are not finite: a calibration gradient or its "
+            "square overflowed; calibrate in float32 or bfloat16, with normalize=True"
         )
     energy = float(diagonal.sum())
     if energy <= 0:
-        raise ValueError(
-            f"{name} has energy {energy:g}: no gradient reached these layers during calibration, so there is no "
-            "direction to choose; check that they take part in the loss and that nothing before it is detached"
-        )
+        raise ValueError(no_energy(name, energy))
     asymmetry = float((gram - gram.T).abs().max())
     if asymmetry > 1e-3 * float(diagonal.max()):
         raise ValueError(
@@ -91,12 +87,12 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
 
     count = row_count(rows, n)
     if count is not None and n >= _ITERATE_ABOVE and count <= _ITERATE_FRACTION * n:
-        with torch.autocast(gram.device.type, enabled=False):
+        with without_autocast(gram.device):
             spectrum, vectors = _leading(gram, count)
     else:
         spectrum, columns = torch.linalg.eigh(gram)  # ascending
         spectrum, vectors = spectrum.flip(0), columns.flip(1).T
-    spectrum = spectrum.clamp_min(0)  # rounding leaves tiny negative ones where the true value is 0
+    spectrum = spectrum.clamp_min(0)  # rounding leaves tiny negative values in place of 0
     # Rounding in the sums and in the eigensolver is of the order of √n eps of the strongest eigenvalue.
     rank = int((spectrum > math.sqrt(n) * torch.finfo(gram.dtype).eps * spectrum[0]).sum())
     if count is None:
@@ -108,16 +104,25 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
 
 
 def fix_signs(vectors: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
-    """The entry of largest magnitude of each row made positive; an eigenvector's sign is otherwise an accident."""
+    """Flip each row so that its entry of largest magnitude (the first, if several) is positive."""
     largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
     return torch.where(largest < 0, -vectors, vectors)
 
 
-def _leading(gram: Float[Tensor, "n n"], count: int) -> tuple[Float[Tensor, " count"], Float[Tensor, "count n"]]:
-    """The `count` strongest eigenpairs by subspace iteration with Rayleigh-Ritz, from a fixed start.
+def no_energy(name: str, energy: float) -> str:
+    """Return the message for a side with no gradient energy."""
+    return (
+        f"{name} has energy {energy:g}: no gradient reached these layers during calibration, or the squares of the "
+        "gradients underflowed; check that the layers take part in the loss and that nothing before it is detached, or "
+        "calibrate with normalize=True"
+    )
 
-    Follows Halko, Martinsson and Tropp (2011), algorithm 4.4, with a stopping rule. The extra directions (a tenth, at
-    least 16) make the wanted ones converge faster.
+
+def _leading(gram: Float[Tensor, "n n"], count: int) -> tuple[Float[Tensor, " count"], Float[Tensor, "count n"]]:
+    """Return the `count` strongest eigenpairs, by subspace iteration with Rayleigh-Ritz from a fixed start.
+
+    Follows Halko, Martinsson and Tropp (2011), algorithm 4.4, with a stopping rule. Extra directions (a tenth, at least
+    16) speed up convergence.
     """
     n = gram.shape[0]
     width = min(n, count + max(16, count // 10))

@@ -2,10 +2,10 @@
 
     y = x (W + Vᵀ S U)ᵀ + b        W (out, in) frozen,  U (c, in) and V (r, out) shared,  S (r, c) trained
 
-At the start `S = 0`, so the layer computes what the original did. With a complete basis (c = in, r = out) training `S`
-is the paper's training of `W_tilde = V W Uᵀ`, written as its difference from the start; with a truncated one it is an
-adapter of `r · c` entries. `W` stays in its own basis: rotating every token is where the time of the published form
-(`literal.py`) goes.
+`S` starts at zero, so the layer computes what the original did. With a complete basis (c = in, r = out), training `S`
+is the paper's training of `W_tilde = V W Uᵀ`, written as the difference from its start. With a truncated basis it is an
+adapter of `r · c` entries. `W` stays in the original space: the published form (`literal.py`) spends most of its time
+on rotating every token.
 """
 
 from __future__ import annotations
@@ -16,20 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .basis import Basis, HoldsBasis
-from .function import Prefer, SparseGradFunction, dense_core, form_weight, output_without_grad
-
-
-def autocast_kind(device: torch.device) -> str:
-    """The device type to ask autocast about: it knows nothing of some, such as "meta", and raises."""
-    return device.type if torch.amp.is_autocast_available(device.type) else "cpu"
-
-
-def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The type a linear layer computes in: autocast's where it is on (float64 is exempt), else the weight's."""
-    kind = autocast_kind(x.device)
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype
+from .costs import Prefer
+from .function import SparseGradFunction, dense_core, form_weight, output_without_grad
+from .plain import is_conv1d, plain_linear, weight_and_bias
+from .precision import at_least_float32, autocast_kind, compute_dtype, without_autocast
 
 
 def apply_core(
@@ -41,7 +31,7 @@ def apply_core(
     basis: Basis,
     prefer: Prefer,
 ) -> Tensor:
-    """`y = x (W + Vᵀ S U)ᵀ + b` for any leading dimensions, under autocast or not.
+    """Compute `y = x (W + Vᵀ S U)ᵀ + b` for any leading dimensions, with or without autocast.
 
     Args:
         x: (..., in).
@@ -49,21 +39,21 @@ def apply_core(
         bias: (out,) or None.
         core: `S` (r, c), or packed values (k).
         positions: (k,) of the packed values, or None.
-        basis: which fits the weight.
-        prefer: see `function.py`.
+        basis: a basis that fits the weight.
+        prefer: what to save for backward, see `costs.Prefer`.
 
     Returns:
         (..., out).
     """
     out_features, in_features = weight.shape
-    dtype, kind = compute_dtype(x, weight), autocast_kind(x.device)
+    dtype = compute_dtype(x, weight)
     flat = x.reshape(-1, in_features)  # (T, in)
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(autocast_kind(x.device)):
         flat = flat.to(dtype)
     U, V = basis.U, basis.V
     core_shape = (out_features if V is None else V.shape[0], in_features if U is None else U.shape[0])
     operands = (flat, weight, None if bias is None else bias.to(dtype), core, positions, U, V, core_shape, prefer)
-    with torch.autocast(kind, enabled=False):
+    with without_autocast(x.device):
         compute = SparseGradFunction.apply if torch.is_grad_enabled() else output_without_grad
         y = compute(*operands)  # (T, out)
     return y.view(*x.shape[:-1], out_features)
@@ -74,18 +64,18 @@ class SparseGradLinear(HoldsBasis):
 
     The trained core is an ordinary dense parameter, in one of two forms:
 
-    - the block `S` (r, c), with the largest entries of its gradient selected in the optimizer's step
-      (`SparseGradAdamW`, group flag `sparse`), or every entry trained by AdamW where the block is small;
-    - packed `values` (k) at the flat row-major `positions` (k, int32) of `S`: a 1 % adapter that is 1 % in memory, in
-      the checkpoint and in any count of trainable parameters. See `pack`.
+    - The block `S` (r, c). `SparseGradAdamW` selects the largest entries of its gradient in each step (group flag
+      `sparse`), or AdamW trains every entry where the block is small.
+    - Packed `values` (k) at the flat row-major `positions` (k, int32) of `S`. A 1 % adapter then takes 1 % in memory,
+      in the checkpoint and in the count of trainable parameters. See `pack`.
 
     Attributes:
         weight: (out, in), frozen, the original's storage.
-        bias: (out,) or None, the original's parameter, trained or not as before.
+        bias: (out,) or None, the original's parameter, trained or frozen as before.
         basis: the shared `Basis`.
-        S: (r, c) or None where packed; float32 for half precision weights.
-        conv1d: the class of a GPT-2 `Conv1D` that this layer took the place of, for `restore_linears`; else None.
-        values, positions: (k) and (k), or None where not packed.
+        S: (r, c), or None if packed; float32 for half-precision weights.
+        conv1d: the class of the GPT-2 `Conv1D` that this layer replaces, for `restore_linears`; else None.
+        values, positions: (k) and (k), or None if not packed.
     """
 
     weight: nn.Parameter
@@ -113,7 +103,7 @@ class SparseGradLinear(HoldsBasis):
         self.register_parameter("bias", bias)
         self.hold_basis(basis, register=True)
         self.prefer = prefer
-        dtype = core_dtype or torch.promote_types(weight.dtype, torch.float32)
+        dtype = core_dtype or at_least_float32(weight.dtype)
         self.S = nn.Parameter(torch.zeros(self.core_shape, dtype=dtype, device=weight.device))
         self.register_parameter("values", None)
         self.register_buffer("positions", None)
@@ -128,17 +118,17 @@ class SparseGradLinear(HoldsBasis):
         core_dtype: torch.dtype | None = None,
         prefer: Prefer = "memory",
     ) -> SparseGradLinear:
-        """Take over an `nn.Linear` or a GPT-2 `Conv1D`; the original's weight storage is shared, not copied.
+        """Make a layer from an `nn.Linear` or a GPT-2 `Conv1D`. It shares the original's weight storage.
 
         Args:
             linear: the layer to replace.
             basis: of the layer's group; complete or truncated, or `Basis.identity()`.
             positions: (k,) flat row-major positions in (r, c): train these entries only, packed.
-            core_dtype: of the trained core; None is float32, or float64 for a float64 layer.
-            prefer: "memory" saves for backward the projected input; "speed" what costs the fewest multiply-adds.
+            core_dtype: type of the trained core; None is float32, or float64 for a float64 layer.
+            prefer: "memory" saves the projected input for backward, "speed" whatever needs the fewest multiply-adds.
 
         Raises:
-            TypeError: `linear` is no linear layer.
+            TypeError: `linear` is not a linear layer that can be replaced (see `weight_and_bias`).
             ValueError: the basis or the positions do not fit the layer.
         """
         weight, bias = weight_and_bias(linear)
@@ -150,7 +140,7 @@ class SparseGradLinear(HoldsBasis):
 
     @property
     def core(self) -> nn.Parameter:
-        """What is trained: `S` or `values`."""
+        """The trained parameter: `S` or `values`."""
         core = self.S if self.S is not None else self.values
         assert core is not None
         return core
@@ -160,34 +150,34 @@ class SparseGradLinear(HoldsBasis):
         return apply_core(x, self.weight, self.bias, self.core, self.positions, self.basis, self.prefer)
 
     def trained_cores(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What this layer trains in the basis, and how: ("block", S) or ("packed", values)."""
+        """Yield the trained parameter and its form: ("block", S) or ("packed", values)."""
         yield ("block" if self.S is not None else "packed"), self.core
 
     @torch.no_grad()
     def dense_core(self) -> Tensor:
-        """The core as a block (r, c), whichever form it is held in; a copy if packed."""
+        """Return the core as a block (r, c), a copy if it is packed."""
         return dense_core(self.core.detach(), self.positions, self.core_shape)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """`Vᵀ S U` (out, in): what training has added to the weight."""
-        return self.basis.from_basis(self.dense_core().to(torch.promote_types(self.core.dtype, torch.float32)))
+        """Return the learnt update `Vᵀ S U` (out, in), in float32 at least."""
+        return self.basis.from_basis(self.dense_core().to(at_least_float32(self.core.dtype)))
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """A plain `nn.Linear` with the trained weight `W + Vᵀ S U`; this layer is left as it is."""
+        """Return a plain `nn.Linear` with the weight `W + Vᵀ S U`; this layer does not change."""
         weight = form_weight(self.weight, self.dense_core(), self.basis.U, self.basis.V)
         return plain_linear(weight, self.bias).train(self.training)
 
     @torch.no_grad()
     def pack(self, positions: Tensor) -> None:
-        """Train only the entries of `S` at `positions`, held as a vector `values`; the parameter `S` is gone.
+        """Train only the entries of `S` at `positions`, held as a vector `values` in place of `S`.
 
         Args:
-            positions: (k,) integers, flat and row-major in (r, c); put in ascending order here.
+            positions: (k,) integers, flat and row-major in (r, c), in any order.
 
         Raises:
-            ValueError: positions out of range or repeated; `S` holds learnt entries elsewhere (`fold` them first).
+            ValueError: positions are out of range or repeated, or `S` has learnt entries elsewhere (`fold` them first).
         """
         r, c = self.core_shape
         positions = check_positions(positions, r * c).to(self.weight.device)
@@ -205,17 +195,17 @@ class SparseGradLinear(HoldsBasis):
 
     @torch.no_grad()
     def unpack(self) -> None:
-        """Hold the core as a block `S` again; the parameter `values` is gone."""
+        """Hold the core as a block `S` again, in place of `values`."""
         if self.values is not None:
             self.S = nn.Parameter(self.dense_core(), requires_grad=self.values.requires_grad)
             self.values = self.positions = None
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Put what was learnt into the weight, `W ← W + Vᵀ S U`, and set the core to zero; the output stays.
+        """Add the learnt update to the weight, `W ← W + Vᵀ S U`, and set the core to zero; the output stays.
 
-        The weight storage is replaced, not written, so a model that shares it is left alone. After this the core alone
-        is no longer the difference from the original layer.
+        The weight gets new storage, so a model that shares the old one does not change. Afterwards the core alone is no
+        longer the difference from the original layer.
         """
         folded = form_weight(self.weight, self.dense_core(), self.basis.U, self.basis.V)
         self.weight = nn.Parameter(folded.clone(), requires_grad=self.weight.requires_grad)
@@ -227,51 +217,12 @@ class SparseGradLinear(HoldsBasis):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {core}"
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """True for GPT-2's `Conv1D`, a linear layer with its weight as (in, out); transformers is not imported for it."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def weight_and_bias(linear: nn.Module) -> tuple[Tensor, nn.Parameter | None]:
-    """Weight as (out, in) and bias of an `nn.Linear` or a GPT-2 `Conv1D`; views, no copies.
-
-    Raises:
-        TypeError: another kind of module, or a weight that is not floating point.
-    """
-    if not (isinstance(linear, nn.Linear) or is_conv1d(linear)):
-        raise TypeError(f"expected a torch.nn.Linear or a Conv1D, found {type(linear).__name__}")
-    weight, bias = linear.weight, linear.bias
-    assert isinstance(weight, Tensor)
-    if not weight.is_floating_point() or weight.dim() != 2:
-        raise TypeError(
-            f"expected a floating point weight (out, in), found {weight.dtype} of shape {tuple(weight.shape)}"
-        )
-    return (weight.T if is_conv1d(linear) else weight), bias  # type: ignore[return-value]
-
-
-def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
-    """An `nn.Linear` that owns copies of a weight (out, in) and a bias."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-    return linear
-
-
-def as_conv1d(linear: nn.Linear, conv1d: type[nn.Module]) -> nn.Module:
-    """The same layer with its weight as (in, out), as GPT-2's classes and their checkpoints have it."""
-    with torch.device("meta"):
-        layer = conv1d(linear.out_features, linear.in_features)
-    layer.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=linear.weight.requires_grad)
-    layer.bias = linear.bias
-    return layer.train(linear.training)
-
-
 def check_positions(positions: Tensor, numel: int) -> Tensor:
-    """Positions ascending as int32, which halves their bytes; a layer has fewer than 2³¹ entries.
+    """Return positions ascending as int32, half the bytes of int64; a layer has fewer than 2³¹ entries.
 
     Raises:
-        TypeError, ValueError: not a vector of integers, empty, out of range, or repeated.
+        TypeError: not a vector of integers.
+        ValueError: empty, out of range, or repeated.
     """
     if positions.dim() != 1 or positions.is_floating_point() or positions.dtype == torch.bool:
         raise TypeError(

@@ -1,12 +1,12 @@
-"""The layer as published (paper: SparseGradLinear), kept for comparison: `W_tilde` in place of `W`, COO gradients.
+"""The layer as published, kept for comparison (paper: SparseGradLinear): `W_tilde` in place of `W`, COO gradients.
 
     forward     y = (x Uᵀ) W_tildeᵀ V + b
     backward    δ_tilde = δ Vᵀ,  G_tilde = δ_tildeᵀ x_tilde,  ∂L/∂x = δ_tilde W_tilde U,  ∂L/∂b = Σ δ
 
-Every token is multiplied by the square `U` and `V` on the way in and on the way back: twice the time of the exact form
-that computes the same (`optim.py`, `bases`). Selection happens in backward, and the gradient of `W_tilde` is a COO
-tensor of `k` entries: gradients of micro-batches or processes add up to the union of their selections, and clipping,
-DDP and FSDP refuse it. Use it on one device, without accumulation.
+Every token is multiplied by the square `U` and `V` in forward and in backward. This takes twice the time of the exact
+form that computes the same (`SparseGradAdamW` with `bases`). Selection happens in backward, and the gradient of
+`W_tilde` is a COO tensor of `k` entries. Gradients of micro-batches or processes would add up to the union of their
+selections, and clipping, DDP and FSDP do not accept COO gradients: use it on one device, without accumulation.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .basis import Basis, HoldsBasis
-from .linear import compute_dtype, is_conv1d, plain_linear, weight_and_bias
+from .function import refuse_double_backward
+from .plain import is_conv1d, plain_linear, weight_and_bias
+from .precision import at_least_float32, compute_dtype, without_autocast
 from .selection import compressed_product, resolve_k, topk_magnitude
 
 Products = Literal["regular", "sparse"]
@@ -48,21 +49,22 @@ class LiteralFunction(torch.autograd.Function):
         return y if bias is None else y + bias
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
         (delta,) = grads  # (T, out), original space
         x_tilde, W_tilde, U, V = ctx.saved_tensors
         U, V, W = (matrix.to(delta.dtype) for matrix in (U, V, W_tilde))
-        if ctx.products == "sparse":
-            # Tokens without gradient are zero rows of δ and of every product that follows: dropped once, here.
-            rows, delta_tilde = compressed_product(delta, V.T)  # (rows, out)
-            G_tilde = delta_tilde.T @ x_tilde[rows]
-            grad_x = delta.new_zeros(delta.shape[0], U.shape[1])
-            grad_x[rows] = delta_tilde @ W @ U
-        else:
-            delta_tilde = delta @ V.T
-            G_tilde = delta_tilde.T @ x_tilde
-            grad_x = delta_tilde @ W @ U
+        with without_autocast(delta.device):  # backward may be called inside an autocast that forward was not in
+            if ctx.products == "sparse":
+                # Tokens without gradient are zero rows of δ and of every product that follows. Drop them once, here.
+                rows, delta_tilde = compressed_product(delta, V.T)  # (rows, out)
+                G_tilde = delta_tilde.T @ x_tilde[rows]
+                grad_x = delta.new_zeros(delta.shape[0], U.shape[1])
+                grad_x[rows] = delta_tilde @ W @ U
+            else:
+                delta_tilde = delta @ V.T
+                G_tilde = delta_tilde.T @ x_tilde
+                grad_x = delta_tilde @ W @ U
         grad_W = ctx.select(G_tilde.to(W_tilde.dtype), ctx.k) if ctx.needs_input_grad[1] else None
         grad_bias = delta.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, grad_W, grad_bias, None, None, None, None, None
@@ -72,11 +74,11 @@ class LiteralSparseGradLinear(HoldsBasis):
     """Linear layer in the published form, trained through `W_tilde` (out, in) with a COO gradient.
 
     Attributes:
-        W_tilde: `V W Uᵀ`, trained; put it in a `sparse` group of `SparseGradAdamW`, or in `torch.optim.SparseAdam`.
+        W_tilde: `V W Uᵀ`, trained by a `sparse` group of `SparseGradAdamW` or by `torch.optim.SparseAdam`.
         bias: (out,) or None, the original's parameter.
         basis: complete on both sides.
         k: entries of the gradient kept in each backward pass.
-        conv1d: the class of a GPT-2 `Conv1D` that this layer took the place of, for `restore_linears`; else None.
+        conv1d: the class of the GPT-2 `Conv1D` that this layer replaces, for `restore_linears`; else None.
     """
 
     bias: nn.Parameter | None
@@ -117,18 +119,18 @@ class LiteralSparseGradLinear(HoldsBasis):
         products: Products = "regular",
         select: Select = topk_magnitude,
     ) -> LiteralSparseGradLinear:
-        """Take over an `nn.Linear` or `Conv1D` as the paper does.
+        """Make a layer from an `nn.Linear` or `Conv1D`, as the paper does.
 
         Args:
             linear: the layer to replace.
             basis: complete on both sides.
-            k: entries kept in a backward pass.
-            density: the same as a share of all (paper: 0.01).
-            products: "regular" dense products, or the paper's "sparse"-by-dense ones, equations (1) and (2).
-            select: the rule; `topk_signed_threshold_as_published` is the one of the authors' code.
+            k: entries kept in each backward pass.
+            density: the same as a share of all entries (paper: 0.01).
+            products: "regular" dense products, or the paper's "sparse"-by-dense products, equations (1) and (2).
+            select: the selection rule; `topk_signed_threshold_as_published` is that of the authors' code.
 
         Raises:
-            TypeError: `linear` is no linear layer.
+            TypeError: `linear` is not a linear layer that can be replaced (see `weight_and_bias`).
             ValueError: the basis is truncated or of another shape; `k` or `density` is out of range.
         """
         weight, bias = weight_and_bias(linear)
@@ -142,21 +144,21 @@ class LiteralSparseGradLinear(HoldsBasis):
         dtype = compute_dtype(x, self.W_tilde)
         bias = None if self.bias is None else self.bias.to(dtype)
         flat = x.reshape(-1, self.in_features).to(dtype)  # (T, in)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             y = LiteralFunction.apply(
                 flat, self.W_tilde, bias, self.basis.U, self.basis.V, self.k, self.products, self.select
             )
         return y.view(*x.shape[:-1], self.out_features)
 
     def trained_cores(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What this layer trains in the basis, and how: ("coo", W_tilde), whose gradient has been selected from."""
+        """Yield the trained parameter and its form: ("coo", W_tilde), whose gradient arrives already selected."""
         yield "coo", self.W_tilde
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """A plain `nn.Linear` with the weight `Vᵀ W_tilde U`."""
-        wide = torch.promote_types(self.W_tilde.dtype, torch.float32)
-        weight = self.basis.from_basis(self.W_tilde.to(wide)).to(self.W_tilde.dtype)
+        """Return a plain `nn.Linear` with the weight `Vᵀ W_tilde U`."""
+        dtype = self.W_tilde.dtype
+        weight = self.basis.from_basis(self.W_tilde.to(at_least_float32(dtype))).to(dtype)
         return plain_linear(weight, self.bias).train(self.training)
 
     def extra_repr(self) -> str:

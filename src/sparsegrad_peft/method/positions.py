@@ -1,18 +1,21 @@
-"""Which entries a packed core trains: those with the most gradient energy over a few batches."""
+"""Choose the entries that a packed core trains: those with the most gradient energy over a few batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .basis import Basis
-from .gradients import Step, Trajectory, default_loss, stream_gradients
-from .groups import linear_shape
+from .config import CalibrationConfig, resolve_config
+from .gradients import Step, default_loss, stream_gradients
+from .groups import check_same_groups, linear_shape
+from .precision import at_least_float32
 from .processes import sum_over_processes
 from .selection import resolve_k, topk_positions
+
+_TEN_STEPS = CalibrationConfig(n_steps=10)
 
 
 def select_positions(
@@ -23,31 +26,29 @@ def select_positions(
     *,
     k: int | None = None,
     density: float | None = None,
-    n_steps: int = 10,
     step: Step | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] = default_loss,
-    training: bool | None = True,
-    trajectory: Trajectory | None = None,
+    config: CalibrationConfig | None = None,
     progress: bool = True,
+    **fields: Any,
 ) -> dict[str, Tensor]:
-    """Positions for `SparseGradLinear.pack` or `renew_positions`: the `k` largest entries of `Σ G_tilde²` in a layer.
+    """Return positions for `SparseGradLinear.pack` or `renew_positions`: the `k` largest entries of `Σ G_tilde²`.
 
-    The layers may be linear ones still to be replaced, or SparseGrad layers in training. One matrix (r, c) is kept
-    for each layer, in float32; the model is left as it was. Under `torch.distributed` the sums are all-reduced.
+    The layers may be plain linear layers or SparseGrad layers in training. One float32 matrix (r, c) is held for each
+    layer. The model does not change. Under `torch.distributed` the sums are all-reduced.
 
     Args:
-        model: see `stream_gradients`, as for `batches`, `step`, `loss_fn`, `n_steps`, `training` and `trajectory`.
+        model: see `stream_gradients`, as for `batches`, `step` and `loss_fn`.
         groups: group name -> layer names.
         bases: group name -> basis in which the entries are chosen.
-        batches: what `loss_fn` takes.
+        batches: inputs of `loss_fn`.
         k: entries for each layer.
         density: the same as a share of `r * c`.
-        n_steps: backward passes.
         step: in place of `batches`.
         loss_fn: (model, batch) -> scalar loss.
-        training: train mode, eval mode, or as the model is.
-        trajectory: None takes every gradient at the present weights.
+        config: `n_steps`, `training` and `trajectory` are used; None takes 10 steps.
         progress: show a progress bar.
+        fields: in place of `config`, single fields of `CalibrationConfig`.
 
     Returns:
         Layer name -> (k,) flat row-major positions in (r, c), int32, ascending.
@@ -55,26 +56,26 @@ def select_positions(
     Raises:
         ValueError: a group has no basis, or one of another shape; whatever `stream_gradients` and `resolve_k` refuse.
     """
-    if set(groups) != set(bases):
-        raise ValueError(f"expected a basis for each group, found groups {sorted(groups)} and bases {sorted(bases)}")
+    config = resolve_config(config, fields, _TEN_STEPS)
+    check_same_groups(groups, bases)
     basis_of = {layer: bases[group] for group, layers in groups.items() for layer in layers}
     modules = dict(model.named_modules())
-    for layer in basis_of.keys() & modules.keys():  # unknown ones are refused by stream_gradients, all at once
+    for layer in basis_of.keys() & modules.keys():  # stream_gradients refuses unknown ones, all at once
         r, c = basis_of[layer].core_shape(*linear_shape(modules[layer], layer))
         resolve_k(r * c, k, density)
     squares: dict[str, Tensor] = {}
 
     def add(layer: str, G: Tensor) -> None:
-        G_tilde = basis_of[layer].to_basis(G.to(torch.promote_types(G.dtype, torch.float32)))
+        G_tilde = basis_of[layer].to_basis(G.to(at_least_float32(G.dtype)))
         squares[layer] = squares[layer].addcmul_(G_tilde, G_tilde) if layer in squares else G_tilde.square()
 
     stream_gradients(
-        model, basis_of, add, batches, step=step, loss_fn=loss_fn, n_steps=n_steps, training=training,
-        trajectory=trajectory, progress="Choosing positions" if progress else None,
+        model, basis_of, add, batches, step=step, loss_fn=loss_fn, config=config,
+        progress="Choosing positions" if progress else None,
     )  # fmt: skip
     positions = {}
     for layer in basis_of:  # the same order on every process, unlike that in which gradients arrive
         sum_over_processes(squares[layer])
         flat = squares[layer].reshape(-1)
-        positions[layer] = topk_positions(flat, resolve_k(flat.numel(), k, density)).to(torch.int32)
+        positions[layer] = topk_positions(flat, resolve_k(flat.numel(), k, density)).int()
     return positions

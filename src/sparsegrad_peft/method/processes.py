@@ -1,4 +1,4 @@
-"""The collective operations that calibration needs, and who shows a bar. Without a process group they do nothing."""
+"""Collective operations of calibration, and the progress bar of rank 0. Without a process group they do nothing."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from torch import distributed as dist
 Item = TypeVar("Item")
 
 
-def together() -> bool:
-    """Whether this process is one of several (or could be: a group of one counts)."""
+def is_distributed() -> bool:
+    """True if there is a process group, also one of a single process."""
     return dist.is_available() and dist.is_initialized()
 
 
-def is_first() -> bool:
-    """Whether this is the process that speaks for all: it shows the progress bar, and its bases are taken."""
-    return not together() or dist.get_rank() == 0
+def is_rank0() -> bool:
+    """True on rank 0 and without a process group. Rank 0 shows the progress bar, and its bases are used everywhere."""
+    return not is_distributed() or dist.get_rank() == 0
 
 
-def shown(items: Sequence[Item], words: str | None) -> Iterator[Item]:
-    """The items, with a progress bar beside these words where this process speaks; None shows no bar."""
-    if words is None or not is_first():
+def progress_bar(items: Sequence[Item], description: str | None) -> Iterator[Item]:
+    """Yield the items, with a progress bar on rank 0 unless `description` is None."""
+    if description is None or not is_rank0():
         yield from items
         return
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(items, description=words, console=Console(stderr=True))
+    yield from track(items, description=description, console=Console(stderr=True))
 
 
 def sum_over_processes(tensor: Tensor) -> None:
-    """Sum in place, with the same bits on every process (a reduction alone need not round alike everywhere)."""
-    if together():
+    """Sum a tensor in place, with the same bits on every process (a reduction alone may round differently)."""
+    if is_distributed():
         shared = _reachable(tensor)
         dist.all_reduce(shared)
         dist.broadcast(shared, src=0)
         tensor.copy_(shared)
 
 
-def taken_from_first(tensor: Tensor) -> Tensor:
-    """The first process's tensor, on every process; its shape may differ from the one given."""
-    if not together():
+def broadcast_from_rank0(tensor: Tensor) -> Tensor:
+    """Return rank 0's tensor on every process; its shape may differ from that of the tensor passed in."""
+    if not is_distributed():
         return tensor
     shape = _reachable(torch.tensor(tensor.shape, device=tensor.device))
     dist.broadcast(shape, src=0)

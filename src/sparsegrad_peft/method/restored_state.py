@@ -1,4 +1,4 @@
-"""A block of work after which a model is, to the bit, what it was before."""
+"""A context after which a model is what it was before, to the bit."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .basis import Basis
 
 
 @contextmanager
-def untouched(model: nn.Module, keep_values_of: list[nn.Parameter]) -> Iterator[None]:
-    """Put the model and the random number generators back to the bit when the block ends, however it ends.
+def restored_state(model: nn.Module, keep_values_of: list[nn.Parameter]) -> Iterator[None]:
+    """Restore the model and the random number generators when the block ends, also after an exception.
 
-    Gradients, `requires_grad`, modes and buffers are put back; of the parameters' values, those in `keep_values_of`, of
-    which a copy is kept on the CPU meanwhile. Generators: PyTorch's on the CPU and on CUDA, Python's, and NumPy's.
+    Restored are gradients, `requires_grad`, train and eval modes, buffers, and the random number generators of PyTorch
+    (CPU and CUDA), Python and NumPy. Parameter values are restored only for `keep_values_of`, from a copy on the CPU.
     """
     parameters = list(model.parameters())
     flags = [(p, p.requires_grad, p.grad) for p in parameters]
     modes = [(m, m.training) for m in model.modules()]
-    # Bases are buffers that no forward changes, and large; other buffers are small (BatchNorm's statistics, say).
+    # Bases are large buffers that no forward changes; other buffers are small (such as BatchNorm's statistics).
     of_bases = {id(b) for m in model.modules() if isinstance(m, Basis) for b in m.buffers()}
     buffers = [(b, b.detach().clone()) for b in model.buffers() if id(b) not in of_bases]
     places = [(m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items()]
@@ -40,7 +40,7 @@ def untouched(model: nn.Module, keep_values_of: list[nn.Parameter]) -> Iterator[
             for tensor, value in values:
                 tensor.copy_(value)
             for buffer, value in buffers:
-                if not torch.equal(buffer, value):  # batch_norm writes without counting up the buffer's version
+                if not torch.equal(buffer, value):  # batch_norm writes without raising the buffer's version
                     buffer.copy_(value)
         for module, name, place in places:
             module._buffers[name] = place  # a forward may have put a new tensor there

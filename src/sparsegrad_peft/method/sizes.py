@@ -1,4 +1,4 @@
-"""How many rows of a basis to keep: what a user may say, and the count that it means for a layer."""
+"""How many rows of a basis to keep: the forms a user may give, and the row count for a layer. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from dataclasses import dataclass
 Rows = int | float | str
 """How many rows of a basis to keep: `"full"`, a count (int), a fraction (float), or a share of energy (`"energy:0.9"`).
 
-A fraction gives the nearest multiple of 8 rows where that is 16 or more: 0.1 of 768 directions is 80, of 3072 it is
-304.
+A fraction gives the nearest multiple of 8 rows, if that is 16 or more: 0.1 of 768 directions is 80, of 3072 it is 304.
 """
 
-# A fraction becomes the nearest multiple of this, a size that the matrix units of CPUs and GPUs are made for.
-_ALIGN = 8
+DEFAULT_NARROW = 0.33
+"""Default rows for a layer's smaller side, the hidden size."""
+DEFAULT_WIDE = 0.03
+"""Default rows for a layer's larger side. Together they train 1 % of a layer's entries."""
+
+_ALIGN = 8  # a size that the matrix units of CPUs and GPUs are made for
 
 
 def check_rows(rows: Rows, n: int | None, what: str) -> None:
-    """Raise unless `rows` is a valid size for a side of `n` directions; `what` names the side in the message.
+    """Raise unless `rows` is a valid size for a side of `n` directions (None if the layers are not known yet).
 
-    `n` is None where the layers are not known yet.
+    `what` names the side in the message.
     """
     count = "a count of at least 1" if n is None else f"a count from 1 to {n}"
     expected = f'expected "full", {count}, a fraction in (0, 1], or "energy:SHARE" with a share in (0, 1]'
@@ -36,7 +39,7 @@ def check_rows(rows: Rows, n: int | None, what: str) -> None:
 
 
 def energy_share(rows: str) -> float | None:
-    """The share in "energy:SHARE", or None if `rows` is nothing of the kind."""
+    """Return the share in "energy:SHARE", or None if `rows` has another form."""
     name, _, share = rows.partition(":")
     try:
         return float(share) if name == "energy" and 0 < float(share) <= 1 else None
@@ -45,7 +48,7 @@ def energy_share(rows: str) -> float | None:
 
 
 def row_count(rows: Rows, n: int) -> int | None:
-    """The count that `rows` means, or None where it depends on the spectrum."""
+    """Return the row count, or None if it depends on the spectrum."""
     if isinstance(rows, int):
         return rows
     if isinstance(rows, float):
@@ -60,35 +63,35 @@ def row_count(rows: Rows, n: int) -> int | None:
 class Sizes:
     """Rows of `U` and `V` for layers of any shape.
 
-    An MLP's layers have the hidden size on one side and a larger one on the other, up- and down-projection the other
-    way round. A direction of the hidden side costs a fraction of one of the wide side, in memory and in multiply-adds,
-    so the two are sized apart.
+    An MLP's layers have the hidden size on one side and a larger size on the other; up- and down-projection swap the
+    two. A direction of the hidden side costs a fraction of one of the wide side, in memory and in multiply-adds, so the
+    two sides have separate sizes.
     """
 
     narrow: Rows = "full"
-    "of a layer's smaller side, the hidden size; the input's, if both are equal"
+    "rows for a layer's smaller side, the hidden size; the input side if both are equal"
     wide: Rows = "full"
-    "of its larger side"
+    "rows for its larger side"
     c: Rows | None = None
-    "of the input side (`U`) of every layer, in place of the two above"
+    "rows for the input side (`U`) of every layer, in place of the two above"
     r: Rows | None = None
-    "of the output side (`V`) of every layer, likewise"
+    "rows for the output side (`V`) of every layer, likewise"
 
     def of(self, out_features: int, in_features: int) -> tuple[Rows, Rows]:
-        """(r, c) of a layer of that shape."""
+        """Return (r, c) for a layer of that shape, as given."""
         r, c = (self.wide, self.narrow) if in_features <= out_features else (self.narrow, self.wide)
         return (r if self.r is None else self.r, c if self.c is None else self.c)
 
     @property
     def complete(self) -> bool:
-        """Whether both sides of every layer are whole."""
+        """True if both sides of every layer are complete."""
         return self.of(1, 2) == self.of(2, 1) == ("full", "full")
 
     def check(self, out_features: int, in_features: int, whose: str) -> tuple[Rows, Rows]:
-        """(r, c) of a layer of that shape.
+        """Return (r, c) for a layer of that shape, checked against it.
 
         Raises:
-            ValueError: one of them is above what the layer has; the message names it, and `whose` layer it is.
+            ValueError: one of them is above the layer's size. The message names the setting and `whose` layer it is.
         """
         r, c = self.of(out_features, in_features)
         small_in = in_features <= out_features
@@ -99,7 +102,7 @@ class Sizes:
         return r, c
 
     def counts(self, out_features: int, in_features: int) -> tuple[int | None, int | None]:
-        """(r, c) as counts; None where it depends on the spectrum."""
+        """Return (r, c) as row counts; None if one depends on the spectrum."""
         r, c = self.of(out_features, in_features)
         return row_count(r, out_features), row_count(c, in_features)
 

@@ -1,13 +1,13 @@
-"""The leading directions of a Gram matrix that is never built: its product with a few random vectors is summed instead.
+"""Find the leading directions of a Gram matrix without building it: sum its product with a few random vectors.
 
     A = Σ G Gᵀ             (n, n)
     Y = A Ω = Σ G (Gᵀ Ω)   (n, width), Ω random and fixed
-    A ≈ Y (Ωᵀ Y)⁺ Yᵀ       Nyström's approximation, exact where A has at most `width` directions
+    A ≈ Y (Ωᵀ Y)⁺ Yᵀ       Nyström's approximation, exact if A has at most `width` directions
 
-One pass over the gradients, as for `A` itself, and `n · width` numbers in place of `n²`: for the 96 leading directions
-of BERT-base's wide side 2.6 MB in place of 38, and an eighth of the multiply-adds. With twice as many random vectors as
-directions wanted, the directions found hold 98 % of the energy that the exact ones hold (MiniLM on SST-2, 45 of 1,536;
-`tests/method/test_minilm.py`). That makes bases of each layer's own affordable. Follows Tropp, Yurtsever, Udell and
+This takes one pass over the gradients, as `A` itself does, and holds `n · width` numbers instead of `n²`. For the 96
+leading directions of BERT-base's wide side that is 2.6 MB instead of 38, and an eighth of the multiply-adds. Separate
+bases for each layer then become affordable. With twice as many random vectors as wanted directions, the directions
+found hold nearly all the energy of the exact ones (`tests/method/test_minilm.py`). Follows Tropp, Yurtsever, Udell and
 Cevher (2017).
 """
 
@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .hosvd import Eigenbasis, fix_signs
+from .hosvd import Eigenbasis, fix_signs, no_energy
+from .precision import without_autocast
 from .sizes import Rows, row_count
 
 _SMALLEST_SIDE = 1024  # below it the Gram matrix itself takes less than 4 MB
@@ -27,10 +28,10 @@ _EXTRA = 16
 
 
 def sketch_width(rows: Rows, n: int) -> int | None:
-    """Random vectors for the leading `rows` of a side of `n` directions; None where the Gram matrix itself is better.
+    """Return the number of random vectors for the leading `rows` of `n` directions, or None to sum the Gram matrix.
 
-    That is where the number of rows depends on the whole spectrum ("energy:0.9"), or the sketch would save less than
-    half.
+    The Gram matrix is needed if the number of rows depends on the whole spectrum ("energy:0.9"), and better if a sketch
+    would save less than half.
     """
     count = row_count(rows, n)
     if count is None or n < _SMALLEST_SIDE:
@@ -40,7 +41,7 @@ def sketch_width(rows: Rows, n: int) -> int | None:
 
 
 def random_vectors(n: int, width: int, like: Tensor) -> Float[Tensor, "n width"]:
-    """Ω: the same numbers on every device and process, since sums of several processes are added up."""
+    """Return Ω, with the same numbers on every device and process, so that their sums can be added up."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     return torch.randn(n, width, generator=generator).to(like)
 
@@ -48,14 +49,14 @@ def random_vectors(n: int, width: int, like: Tensor) -> Float[Tensor, "n width"]
 def eigenbasis_of_sketch(
     product: Float[Tensor, "n width"], probe: Float[Tensor, "n width"], rows: Rows, energy: float, *, name: str
 ) -> Eigenbasis:
-    """As `hosvd.eigenbasis`, from the product of the Gram matrix with random vectors.
+    """Do what `hosvd.eigenbasis` does, from the product of the Gram matrix with random vectors.
 
     Args:
         product: `Y`.
         probe: `Ω`.
         rows: how many rows to keep; at most as many as there are random vectors.
-        energy: trace of the Gram matrix, which the sketch does not tell.
-        name: what to call the side in messages.
+        energy: trace of the Gram matrix, which the sketch does not hold.
+        name: of the side in messages.
 
     Raises:
         ValueError: the sums are not finite or zero, or the sketch is too small for so many rows.
@@ -64,26 +65,23 @@ def eigenbasis_of_sketch(
     count = row_count(rows, n)
     if count is None or count > width:
         raise ValueError(
-            f"{name}: found {rows!r} rows asked for, of statistics that were made for the leading {width} directions "
-            "at most; calibrate with sizes=None, which keeps the whole Gram matrices, or with the sizes wanted"
+            f"{name}: {rows!r} rows were asked for, and the statistics hold the leading {width} directions at most; "
+            "calibrate with the sizes wanted, or with sizes=None to keep the whole Gram matrices"
         )
     if not bool(product.isfinite().all()):
         raise ValueError(
             f"{name}: the sums hold {int((~product.isfinite()).sum())} entries that are not finite: a calibration "
-            "gradient overflowed; calibrate in float32 or bfloat16, or with gradients scaled to norm 1"
+            "gradient or its square overflowed; calibrate in float32 or bfloat16, with normalize=True"
         )
     if energy <= 0:
-        raise ValueError(
-            f"{name} has energy {energy:g}: no gradient reached these layers during calibration, so there is no "
-            "direction to choose; check that they take part in the loss and that nothing before it is detached"
-        )
+        raise ValueError(no_energy(name, energy))
     eps = torch.finfo(product.dtype).eps
-    with torch.autocast(product.device.type, enabled=False):
+    with without_autocast(product.device):
         Y, omega = product.double(), probe.double()
         Q, R = torch.linalg.qr(Y)
         inner = omega.T @ Y
         weights, mixing = torch.linalg.eigh((inner + inner.T) / 2)
-        # Rounding in the sums leaves eigenvalues where the true ones are 0; their inverses would be anything.
+        # Rounding turns eigenvalues of 0 into noise, whose inverse would swamp the others.
         known = weights > math.sqrt(n) * eps * weights[-1]
         root = R @ mixing[:, known] / weights[known].sqrt()
         spectrum, rotation = torch.linalg.eigh(root @ root.T)  # ascending

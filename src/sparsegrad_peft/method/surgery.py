@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from .basis import Basis, HoldsBasis
-from .linear import SparseGradLinear, as_conv1d
+from .linear import SparseGradLinear
 from .literal import LiteralSparseGradLinear
+from .plain import as_conv1d
 
 SparseGradLayer = SparseGradLinear | LiteralSparseGradLinear
 

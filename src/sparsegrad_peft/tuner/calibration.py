@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..method.calibrate import Calibration, CalibrationConfig, calibrate
-from ..method.gradients import Trajectory, sign_step
+from ..method.calibrate import Calibration, calibrate
+from ..method.config import CalibrationConfig, Trajectory, sign_step
 from .bases import layers_of, set_bases, wrapped_groups
 from .config import SparseGradConfig
 from .layer import SparseGradLayer

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from peft import PeftConfig
 
-from ..method.function import Prefer
-from ..method.sizes import Rows, Sizes, check_rows
+from ..method.costs import Prefer
+from ..method.sizes import DEFAULT_NARROW, DEFAULT_WIDE, Rows, Sizes, check_rows
 from .peft_private import ensure_peft_type
 
 
@@ -65,8 +65,8 @@ class SparseGradConfig(PeftConfig):
         core_shapes: written by calibration: layer name -> [group, r, c, out, in]; empty before.
     """
 
-    narrow: Rows = field(default=0.33, metadata={"help": "rows of the basis of a layer's smaller side"})
-    wide: Rows = field(default=0.03, metadata={"help": "rows of the basis of a layer's larger side"})
+    narrow: Rows = field(default=DEFAULT_NARROW, metadata={"help": "rows of the basis of a layer's smaller side"})
+    wide: Rows = field(default=DEFAULT_WIDE, metadata={"help": "rows of the basis of a layer's larger side"})
     c: Rows | None = field(default=None, metadata={"help": "rows of U (input side), in place of those"})
     r: Rows | None = field(default=None, metadata={"help": "rows of V (output side), in place of those; no rank"})
     shared: bool = field(default=False, metadata={"help": "one pair of bases a group of layers, or one a layer"})

@@ -14,8 +14,10 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from ..method.basis import Basis
-from ..method.function import Prefer
-from ..method.linear import apply_core, autocast_kind, is_conv1d, weight_and_bias
+from ..method.costs import Prefer
+from ..method.linear import apply_core
+from ..method.plain import is_conv1d, weight_and_bias
+from ..method.precision import autocast_kind
 from .config import SparseGradConfig
 from .decoding import Folded, apply_folded, few_tokens, folded
 from .offload import REMEDY, fetched, is_offloaded

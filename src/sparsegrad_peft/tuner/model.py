@@ -21,7 +21,7 @@ from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolv
 from torch import Tensor, nn
 
 from ..method.basis import Basis
-from ..method.linear import is_conv1d
+from ..method.plain import is_conv1d
 from ..method.surgery import leave_fast_path
 from .bases import BASIS, ROOT, make_room
 from .combine import add_weighted_sum

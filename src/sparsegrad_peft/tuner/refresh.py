@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..method.basis import Basis
-from ..method.calibrate import Calibration, CalibrationConfig, calibrate
-from ..method.processes import taken_from_first
+from ..method.calibrate import Calibration, calibrate
+from ..method.config import CalibrationConfig
+from ..method.processes import broadcast_from_rank0
 from ..method.refresh import rotate_moments
 from ..method.sizes import Sizes
 from .bases import layers_of, on_device, wrapped_groups
@@ -123,6 +124,6 @@ def _turn(
         rotate_moments(optimizer, S, old, new, shape)
         for name, value in optimizer.state.get(S, {}).items():
             if isinstance(value, Tensor):
-                optimizer.state[S][name] = taken_from_first(value)
+                optimizer.state[S][name] = broadcast_from_rank0(value)
     # The bases are equal to the bit on every process; products with them are so only on equal machines.
-    S.copy_(taken_from_first(new.to_basis(update)))
+    S.copy_(broadcast_from_rank0(new.to_basis(update)))

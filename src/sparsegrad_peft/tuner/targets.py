@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..method.groups import linear_shape
-from ..method.linear import is_conv1d
+from ..method.groups import linear_shape, matches_target
+from ..method.plain import is_conv1d
 
 # Regular expressions for whole names (PEFT's `target_modules` as a string). `layer.N.output.dense` is the MLP's second
 # layer in BERT and its relatives; `layer.N.attention.output.dense` is not, so a name ending would not do.
@@ -65,11 +65,7 @@ def mlp_linears(model: nn.Module, wanted: str | Iterable[str] | None = None) -> 
         found = find_mlp_linears(model)
     else:
         linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
-        if isinstance(wanted, str):
-            found = [name for name in linears if re.fullmatch(wanted, name)]
-        else:
-            endings = tuple(wanted)
-            found = [name for name in linears if any(name == e or name.endswith(f".{e}") for e in endings)]
+        found = [name for name in linears if matches_target(name, wanted)]
     if not found:
         raise ValueError(
             f"no MLP layers found in a {type(model).__name__} (model_type {model_type!r}, target_modules {wanted!r}); "

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ..method.calibrate import CalibrationConfig
+from ..method.config import CalibrationConfig
 from ..method.optim import SparseGradAdamW
 from ..method.surgery import param_groups
 from .calibration import calibrate_adapter

@@ -1,0 +1,83 @@
+"""How calibration takes its gradients: `CalibrationConfig`, and the `Trajectory` that it may follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .precision import unit_norm_
+
+
+def sign_step(parameter: Tensor, gradient: Tensor, lr: float) -> None:
+    """`p ← p - lr · sign(g)`: Adam's first step, without its state. Overwrites the gradient."""
+    parameter.add_(gradient.sign_(), alpha=-lr)
+
+
+def normalized_step(parameter: Tensor, gradient: Tensor, lr: float) -> None:
+    """`p ← p - lr · √n · g/‖g‖`: a step along the gradient, as long as that of `sign_step`. Overwrites the gradient."""
+    parameter.add_(unit_norm_(gradient), alpha=-lr * parameter.numel() ** 0.5)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A short training run during calibration, undone afterwards, so that later gradients are seen too.
+
+    Every parameter with `requires_grad` moves, and so do the target weights. The update needs no optimizer state. The
+    starting values are kept on the CPU. Under `torch.distributed` every process moves on its own batches.
+    """
+
+    lr: float = 1e-4
+    "constant learning rate, about that of full fine-tuning with Adam"
+
+    update: Callable[[Tensor, Tensor, float], None] = sign_step
+    "how a parameter moves: a function of the parameter, its gradient (may be overwritten) and lr"
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"Trajectory.lr must be above 0, found {self.lr}")
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How the gradients of the preliminary phase are taken and summed."""
+
+    n_steps: int = 30
+    "backward passes (paper: 30; the authors' code: 11)"
+    trajectory: Trajectory | None = None
+    "None takes all gradients at the starting point (paper), else they are taken along a short training run"
+    normalize: bool = False
+    "scale each gradient to norm 1 before it is summed, so that all steps and layers weigh the same"
+    training: bool | None = True
+    "train mode, with dropout (True, paper), eval mode (False), or leave each module as it is (None)"
+    gram_device: torch.device | str | None = None
+    "where the Gram matrices live; None is the device of the layers' weights"
+    gram_dtype: torch.dtype = torch.float32
+    "type of the sums: float32, or float64 for twice the memory"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.n_steps, bool) or not isinstance(self.n_steps, int) or self.n_steps < 1:
+            raise ValueError(f"n_steps must be an integer of at least 1, found {self.n_steps!r}")
+        if self.gram_dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"gram_dtype must be torch.float32 or torch.float64, found {self.gram_dtype}")
+
+
+PAPER = CalibrationConfig()
+"""The paper's calibration: 30 gradients at the starting point, in train mode."""
+
+
+def resolve_config(
+    config: CalibrationConfig | None, fields: Mapping[str, Any], default: CalibrationConfig = PAPER
+) -> CalibrationConfig:
+    """Return `config`, or `default` with single fields replaced.
+
+    Raises:
+        ValueError: both `config` and single fields are given.
+        TypeError: there is no field of that name.
+    """
+    if config is not None and fields:
+        raise ValueError(f"pass either config or single fields, found both: config and {', '.join(fields)}")
+    return config if config is not None else replace(default, **fields)
