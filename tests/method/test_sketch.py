@@ -145,10 +145,10 @@ def test_larger_bases_than_it_was_made_for_are_refused() -> None:
     small = calibrate(model, sizes=Sizes(narrow=16, wide=20), **options)
     small.bases(sizes=Sizes(narrow=24, wide=12))
     with pytest.raises(
-        ValueError, match=r"group '\*\.up'.*output side: 60 rows were asked for.*leading 56.*sizes=None"
+        ValueError, match=r"group '\*\.up'.*output side: 60 rows .*leading 56.*sizes=None"
     ):
         small.bases(sizes=Sizes(narrow=16, wide=60))
-    with pytest.raises(ValueError, match="found 'full' rows"):
+    with pytest.raises(ValueError, match="'full' rows were asked for"):
         small.bases()
 
 
