@@ -1,12 +1,14 @@
-"""What a model consists of and what SparseGrad would do to it, from its config alone: `sparsegrad inspect`.
+"""Parameters of a model, the layers that SparseGrad adapts, and memory by method: `sparsegrad inspect`.
 
-    config.json ──► the model's modules on the meta device ──► ModelParts, GroupRow, MethodBytes ──► tables
+    config.json ──► the model on the meta device ──► ModelParts, GroupRow, MethodBytes ──► tables or JSON
 
-built    a model's modules without weights, and which of its layers are meant
-parts    parameters by part: embeddings, attention, MLP, ...
-inspect  groups of layers, and bytes under each method
-tables   for the terminal
+    model    builds the model without weights and finds the layers to adapt
+    parts    parameters by part: embeddings, attention, MLP, ...
+    groups   layers to adapt, with sizes, trained entries and bytes
+    memory   bytes of each method
+    inspect  puts these together
+    tables   prints them
 
-No weight is downloaded or allocated, so a model of any size is looked at in a second. Every number is computed, none is
-measured; activations are left out, because they depend on the batch.
+Nothing is downloaded but the config, and no weight is allocated. All numbers are computed from shapes. Activations are
+not counted, because they depend on the batch.
 """

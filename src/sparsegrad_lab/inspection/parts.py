@@ -1,4 +1,4 @@
-"""Parameters of a model by part."""
+"""Count a model's parameters by part, and the share of the MLP's weights that is adapted."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
-from sparsegrad_peft.tuner.targets import _ATTENTION
+from sparsegrad_peft.tuner.targets import ATTENTION_NAME
 
-from .built import mlp_linears
+from .model import mlp_linears
 
 _EMBEDDING_NAME = re.compile(r"embed|position|(cls|mask|class|distillation)_token", re.IGNORECASE)
-# A head lies beside the blocks, not in one of them.
 _HEAD_NAME = re.compile(
     r"(^|\.)(classifier|score|cls|pooler|head|proj_out|embed_out|qa_outputs|vocab_\w+|logits_proj|sequence_summary|"
     r"\w+_(head|classifier|predictions))\."
 )
-# Where the MLP is not made of linear layers, as with fused experts.
+"""Counts only outside the numbered blocks, where the head is."""
 _MLP_NAME = re.compile(r"(^|\.)(mlp|ffn|feed_?forward|(block_sparse_)?moe|experts)\.", re.IGNORECASE)
+"""For MLPs that are not made of linear layers, such as fused experts."""
 _IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """Parameters of a model by part; each parameter is in exactly one, a tied one is counted once.
+    """Number of parameters by part. Each parameter is in one part; a tied one is counted once.
 
     Attributes:
-        embeddings: of tokens, positions and patches. A head tied to them is counted here.
-        attention: projections, and whatever else lies in an attention module.
-        mlp: the MLP's layers with their biases.
-        norms: every normalization, by the name of its class.
+        embeddings: of tokens, positions and patches, and a head tied to them.
+        attention: everything in an attention module.
+        mlp: the MLP's layers with their biases, experts and routers.
+        norms: normalization layers, by the name of their class.
         head: language model head, classifier, pooler.
         other: the rest.
     """
@@ -45,35 +45,43 @@ class ModelParts:
 
     @property
     def total(self) -> int:
-        """All parameters of the model."""
+        """All parameters."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     def share(self, part: str) -> float:
-        """Share of a part in the whole, 0 to 1."""
+        """Return a part's share of all parameters, 0 to 1."""
         return float(getattr(self, part) / self.total)
 
 
-def parts_of(model: nn.Module, chosen: set[str]) -> ModelParts:
-    """Every parameter to its part; what is chosen as a target is the MLP where no better is known."""
+def count_parts(model: nn.Module, adapted: set[str]) -> tuple[ModelParts, float]:
+    """Count parameters by part, and the share of the MLP's weights (without biases) that `adapted` layers hold.
+
+    Adapted layers count as MLP in a model whose MLP is not known otherwise. The share is 0 without an MLP.
+    """
     mlp = mlp_linears(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
     modules = dict(model.named_modules(remove_duplicate=False))
-    places: dict[nn.Parameter, list[str]] = defaultdict(list)  # a tied parameter has several
+    names_of: dict[nn.Parameter, list[str]] = defaultdict(list)  # a tied parameter has several names
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        places[parameter].append(name)
+        names_of[parameter].append(name)
     counts: dict[str, int] = defaultdict(int)
-    for parameter, names in places.items():
-        found = []
-        for name in names:
-            owner = name.rpartition(".")[0]
+    mlp_weights = adapted_weights = 0
+    for parameter, names in names_of.items():
+        owners = [name.rpartition(".")[0] for name in names]
+        parts = []
+        for name, owner in zip(names, owners, strict=True):
             part = "mlp" if owner in mlp else _part_of(name, modules[owner], output)
-            found.append("mlp" if part == "other" and owner in chosen and not mlp else part)
-        counts["embeddings" if "embeddings" in found else found[0]] += parameter.numel()
-    return ModelParts(**counts)
+            parts.append("mlp" if part == "other" and owner in adapted and not mlp else part)
+        part = "embeddings" if "embeddings" in parts else parts[0]
+        counts[part] += parameter.numel()
+        if part == "mlp" and parameter.ndim > 1:
+            mlp_weights += parameter.numel()
+            adapted_weights += parameter.numel() if adapted.intersection(owners) else 0
+    return ModelParts(**counts), adapted_weights / mlp_weights if mlp_weights else 0.0
 
 
 def _part_of(name: str, owner: nn.Module, output: nn.Module | None) -> str:
-    """The part of a parameter outside the known MLP layers, from its full name and the module that holds it."""
+    """Return the part of a parameter outside the known MLP layers, by its full name and the module that holds it."""
     if "Norm" in type(owner).__name__:
         return "norms"
     if isinstance(owner, nn.Embedding) or _EMBEDDING_NAME.search(name.rpartition(".")[2]):
@@ -81,7 +89,7 @@ def _part_of(name: str, owner: nn.Module, output: nn.Module | None) -> str:
     head = _HEAD_NAME.search(name)
     if owner is output or (head and not _IN_BLOCK.search(name[: head.start() + 1])):
         return "head"
-    if _ATTENTION.search(name):
+    if ATTENTION_NAME.search(name):
         return "attention"
     if _EMBEDDING_NAME.search(name):
         return "embeddings"

@@ -1,4 +1,4 @@
-"""An inspection as tables for the terminal."""
+"""Print an inspection as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from .parts import ModelParts
 
 
 def render(inspection: Inspection, console: Console) -> None:
-    """Print an inspection as tables that fit into 80 columns."""
+    """Print the tables, within 80 columns."""
 
-    def say(text: str) -> None:
+    def line(text: str) -> None:
         console.print(text, highlight=False, markup=False)
 
-    calibration = inspection.calibration_bytes
-    say(f"{inspection.model}: {inspection.model_class}, {inspection.parts.total:,} parameters")
+    calibration, share = inspection.calibration_bytes, 100 * inspection.adapted_mlp_share
+    unit = _unit(calibration)
+    line(f"{inspection.model}: {inspection.model_class}, {inspection.parts.total:,} parameters")
     console.print(_parts_table(inspection.parts))
     console.print(_groups_table(inspection))
     for number, group in enumerate(inspection.groups, 1):
-        say(f"{number:>3} {group.name}")
-    say("\nCalibration adds at its peak, for its sums and one gradient: "
-        f"{_in(calibration, _unit(calibration))} {_unit(calibration)}")  # fmt: skip
+        line(f"{number:>3} {group.name}")
+    line(f"\nThese layers hold {share:.3g} % of the MLP's weights.")
+    line(f"Calibration needs {_in(calibration, unit)} {unit} more at its peak, for Gram matrices and one gradient.")
     console.print(_methods_table(inspection))
-    say("")
+    line("")
     for note in inspection.notes:
-        say(f"- {note}")
+        line(f"- {note}")
 
 
 def _table(title: str, *headings: str) -> Table:
@@ -64,11 +65,11 @@ def _methods_table(i: Inspection) -> Table:
     unit = _unit(max(method.total_bytes_high for method in i.methods))
     table = _table(
         f"Memory of each method, in {unit} ({'1e9' if unit == 'GB' else '1e6'} bytes)",
-        "what trains", "trained,\nmillion", "weights", "bases", "gradients", "optimizer", "in all,\nat most",
+        "what trains", "trained,\nmillion", "weights", "bases", "gradients", "optimizer", "total,\nat most",
     )  # fmt: skip
     for m in i.methods:
         low, high = _in(m.optimizer_bytes_low, unit), _in(m.optimizer_bytes_high, unit)
-        table.add_row(m.name, _figure(m.trained / 1e6), _in(m.weights_bytes, unit), _in(m.bases_bytes, unit),
+        table.add_row(m.name, _number(m.trained / 1e6), _in(m.weights_bytes, unit), _in(m.bases_bytes, unit),
                       _in(m.gradients_bytes, unit), low if low == high else f"{low}-{high}",
                       _in(m.total_bytes_high, unit))  # fmt: skip
     return table
@@ -78,13 +79,13 @@ def _unit(largest: int) -> str:
     return "GB" if largest >= 10**10 else "MB"
 
 
-def _in(number: int, unit: str) -> str:
-    """Bytes in a decimal unit."""
-    return _figure(number / (1e9 if unit == "GB" else 1e6))
+def _in(count: int, unit: str) -> str:
+    """Format bytes in MB or GB (decimal)."""
+    return _number(count / (1e9 if unit == "GB" else 1e6))
 
 
-def _figure(value: float) -> str:
-    """About three figures, without exponents."""
+def _number(value: float) -> str:
+    """Format with about three digits, without exponents."""
     if value == 0:
         return "0"
     return f"{value:,.3f}" if value < 1 else f"{value:,.2f}" if value < 100 else f"{value:,.1f}"

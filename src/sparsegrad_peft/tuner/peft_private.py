@@ -6,6 +6,7 @@ PEFT has no plugin interface for methods of other packages:
   takes names (huggingface/peft issues 2273, 2282). If PEFT gets a SPARSEGRAD of its own, that one stays.
 - A tuner overrides underscored methods of `BaseTuner` and `BaseTunerLayer`. `HOOKS` lists them with their parameters.
 - `in_out_features` reads the size of any linear layer, quantized ones included. Waits for a public function.
+- `include_all_linear_layers` resolves target_modules="all-linear". Waits for a public function.
 
 `tests/tuner/test_peft_private.py` fails if one of these changes.
 """
@@ -18,10 +19,11 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.tuners.tuners_utils import _get_in_out_features as in_out_features
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include_all_linear_layers
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
-__all__ = ["HOOKS", "NAME", "PREFIX", "ensure_peft_type", "in_out_features", "register"]
+__all__ = ["HOOKS", "NAME", "PREFIX", "ensure_peft_type", "in_out_features", "include_all_linear_layers", "register"]
 
 logger = logging.getLogger(__name__)
 

@@ -50,7 +50,8 @@ TARGETS: dict[str, str] = {
 }
 """`config.model_type` -> the MLP linears."""
 
-_ATTENTION = re.compile(r"att(n|ention)|(^|[._])(q|k|v|o|qkv|kv|query|key|value)(_proj|_lin)?(\.|$)", re.IGNORECASE)
+ATTENTION_NAME = re.compile(r"att(n|ention)|(^|[._])(q|k|v|o|qkv|kv|query|key|value)(_proj|_lin)?(\.|$)", re.IGNORECASE)
+"""Found in the names of attention layers."""
 
 
 def mlp_linears(model: nn.Module, wanted: str | Iterable[str] | None = None) -> list[str]:
@@ -85,7 +86,7 @@ def find_mlp_linears(model: nn.Module) -> list[str]:
     """
     blocks: dict[str, list[tuple[str, tuple[int, int]]]] = defaultdict(list)
     for name, module in model.named_modules():
-        if (isinstance(module, nn.Linear) or is_conv1d(module)) and not _ATTENTION.search(name):
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and not ATTENTION_NAME.search(name):
             block = _block_of(model, name)
             if block is not None:
                 blocks[block].append((name, linear_shape(module, name)))

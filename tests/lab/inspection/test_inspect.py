@@ -1,4 +1,4 @@
-"""`inspect`: the paper's table of parameters, groups as `group_linears` makes them, bytes by hand; no weights."""
+"""`inspect`: parameters as in the paper's table, groups as in `group_linears`, bytes as computed by hand."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from torch import nn
 from transformers import (
     AlbertConfig,
     AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     MixtralConfig,
+    Qwen2MoeConfig,
     RobertaConfig,
     SwinConfig,
     T5Config,
@@ -257,7 +259,7 @@ def test_frozen_weights_in_half_precision() -> None:
 
 
 def test_optimizer_state_is_what_the_optimizer_keeps() -> None:
-    """One step of `SparseGradAdamW` on a model as `replace_linears` makes it: the lower bound."""
+    """The lower bound, against one step of `SparseGradAdamW` on a model with `replace_linears`."""
     model = make("bert")
     groups = group_linears(model, TARGETS["bert"])
     inspection = inspect(model, c="full", r="full", density=0.05)
@@ -325,7 +327,7 @@ def test_printed_at_80_columns(config: Any, options: dict[str, Any]) -> None:
 
 def test_printed_numbers_have_units() -> None:
     text = printed(inspect(BertConfig()))
-    assert "for its sums and one gradient: 130.0 MB" in text
+    assert "Calibration needs 130.0 MB more at its peak" in text
     assert "in MB (1e6 bytes)" in text
     assert "LoRA rank 6, AdamW" in text
     assert "0.071-7.08" in text  # 12 bytes for each of 5,880 to 589,824 entries
@@ -354,6 +356,23 @@ def test_model_without_config() -> None:
     assert mixtral.layers == 1
     assert mixtral.parts.head == 32000 * 64
     assert mixtral.parts.mlp == 2 * 8 * (3 * 64 * 256 + 64)  # experts and router
+
+
+def test_adapted_share_of_the_mlp() -> None:
+    """A dense MLP whole, one of its two layers, attention only, and a mixture of experts whose experts are fused."""
+    bert = BertConfig(**TINY)
+    assert inspect(bert).adapted_mlp_share == 1
+    assert inspect(bert, target_modules=["output.dense"]).adapted_mlp_share == 0.5  # attention.output.dense is no MLP
+    assert inspect(bert, target_modules=["query"]).adapted_mlp_share == 0
+    sizes = {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 128}
+    model = AutoModelForCausalLM.from_config(Qwen2MoeConfig(**TINY, **sizes, num_key_value_heads=2, vocab_size=100))
+    shared = 2 * 3 * 64 * 128
+    router, gate, experts = 2 * 4 * 64, 2 * 64, 2 * 4 * 3 * 64 * 32
+    inspection = inspect(model, target_modules=r".*shared_expert\.(gate|up|down)_proj")
+    assert inspection.parts.mlp == shared + router + gate + experts
+    assert inspection.adapted_mlp_share == pytest.approx(shared / inspection.parts.mlp)
+    share = f"{100 * inspection.adapted_mlp_share:.3g}"
+    assert f"These layers hold {share} % of the MLP's weights." in printed(inspection)
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,7 +408,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         inspect(config, dtype="int8")
     with pytest.raises(ValueError, match=r"c, group encoder.*expected"):
         inspect(config, c=1000)
-    with pytest.raises(ValueError, match="the gradients decide"):
+    with pytest.raises(ValueError, match=r"r = energy:0\.9: this size depends on the gradients"):
         inspect(config, r="energy:0.9")
     with pytest.raises(ValueError, match="density must be above 0"):
         inspect(config, density=0.0)

@@ -1,0 +1,92 @@
+"""The groups of layers to adapt: sizes, trained entries, and bytes of their bases and of calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from sparsegrad_peft.method.groups import linear_shape
+from sparsegrad_peft.method.selection import resolve_k
+from sparsegrad_peft.method.sizes import Sizes
+from sparsegrad_peft.method.sketch import sketch_width
+from sparsegrad_peft.tuner.config import dtype_of_bases
+
+FLOAT32 = 4
+"""Bytes of a float32 number: complete bases, Gram matrices, and everything that trains."""
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """Layers with the same role and shape.
+
+    Attributes:
+        name: the group's name, see `group_linears`.
+        layers: number of layers.
+        out, in_: shape of each layer's weight, (out, in).
+        r, c: shape of each layer's core `S`, (r, c): rows of `V` and of `U`.
+        entries_per_layer: trained entries of a layer, r · c.
+        entries: trained entries of the group.
+        k_per_layer: entries of a layer that a step updates, at the given density.
+        bases_bytes: `U` (c, in) and `V` (r, out), for the group or for each layer: bfloat16, complete ones float32.
+        gram_bytes: Gram matrices of both sides, or their sketches, in float32 during calibration; as many as bases.
+    """
+
+    name: str
+    layers: int
+    out: int
+    in_: int
+    r: int
+    c: int
+    entries_per_layer: int
+    entries: int
+    k_per_layer: int
+    bases_bytes: int
+    gram_bytes: int
+
+    @property
+    def sides(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(directions, kept rows) of the input and the output side."""
+        return (self.in_, self.c), (self.out, self.r)
+
+
+def group_rows(
+    model: nn.Module, groups: Mapping[str, list[str]], sizes: Sizes, shared: bool, density: float
+) -> list[GroupRow]:
+    """Return a row for each group.
+
+    Raises:
+        ValueError: a size or the density is out of range, or a size depends on gradients ("energy:SHARE").
+    """
+    rows = []
+    for name, layers in groups.items():
+        out, in_ = linear_shape(model.get_submodule(layers[0]), layers[0])
+        sizes.check(out, in_, f"group {name}")
+        r, c = sizes.counts(out, in_)
+        if r is None or c is None:
+            raise ValueError(
+                f"{sizes}: this size depends on the gradients, which inspect does not have; give a count or a fraction"
+            )
+        pairs = 1 if shared else len(layers)
+        gram_width = sum(n * (sketch_width(kept, n) or n) for n, kept in ((in_, c), (out, r)))
+        rows.append(GroupRow(
+            name=name, layers=len(layers), out=out, in_=in_, r=r, c=c, entries_per_layer=r * c,
+            entries=len(layers) * r * c, k_per_layer=resolve_k(r * c, density=density),
+            bases_bytes=pairs * (c * in_ + r * out) * dtype_of_bases(sizes).itemsize,
+            gram_bytes=pairs * gram_width * FLOAT32,
+        ))  # fmt: skip
+    return rows
+
+
+def calibration_bytes(rows: list[GroupRow], weight_bytes: int) -> int:
+    """Return the extra memory of calibration at its peak.
+
+    That is all Gram matrices or sketches, the random vectors of the sketches (once for each size of a side), and the
+    gradient of the largest layer, with a float32 copy if the weights (`weight_bytes` an entry) are narrower.
+    """
+    sketches = {(n, sketch_width(kept, n)) for row in rows for n, kept in row.sides}
+    random_vectors = sum(n * width for n, width in sketches if width is not None) * FLOAT32
+    copy = 0 if weight_bytes == FLOAT32 else FLOAT32
+    gradient = max(row.out * row.in_ for row in rows) * (weight_bytes + copy)
+    return sum(row.gram_bytes for row in rows) + random_vectors + gradient

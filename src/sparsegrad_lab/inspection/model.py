@@ -1,0 +1,89 @@
+"""Build a model without weights, and find the layers that SparseGrad adapts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import transformers
+from torch import nn
+from transformers import PretrainedConfig
+
+from sparsegrad_peft.method.groups import group_linears
+from sparsegrad_peft.tuner.config import SparseGradConfig
+from sparsegrad_peft.tuner.peft_private import include_all_linear_layers
+from sparsegrad_peft.tuner.targets import TARGETS, find_mlp_linears
+
+from ..tasks.pretrained import NeedsWeightsError, build_without_weights, load_config
+
+_AUTO_CLASSES = {
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+}
+"""PEFT's task type -> the class of the model with its head."""
+
+
+def model_type_of(model: nn.Module) -> str:
+    """Return `config.model_type`, or "" for a model without a config."""
+    return getattr(getattr(model, "config", None), "model_type", None) or ""
+
+
+def build_model(model: str | nn.Module | PretrainedConfig, task_type: str | None, num_labels: int | None) -> nn.Module:
+    """Return the model's modules; from a name or config, on the meta device. A module is returned as it is.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_config` and `build_without_weights`.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    config = load_config(model) if isinstance(model, str) else copy.deepcopy(model)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    auto = None
+    if task_type is not None:
+        auto = _AUTO_CLASSES.get(str(task_type).rpartition(".")[2].upper())
+        if auto is None:
+            raise ValueError(f"task_type must be one of {', '.join(_AUTO_CLASSES)}, found {task_type!r}")
+    try:
+        return build_without_weights(config, auto)
+    except NeedsWeightsError as error:
+        raise ValueError(f"{error}; load the model and pass it to inspect()") from error
+
+
+def resolve_targets(
+    model: nn.Module, target_modules: Iterable[str] | str | None, task_type: str | None
+) -> list[str] | str:
+    """Return what `SparseGradConfig(target_modules=...)` adapts, in a form that `group_linears` takes.
+
+    Raises:
+        ValueError: None was given, and the model has no known MLP layers.
+    """
+    if target_modules is None:
+        if not mlp_linears(model):
+            raise ValueError(
+                f"{type(model).__name__}: no MLP layers known for model_type {model_type_of(model)!r}, and none found "
+                "by structure; name the layers with target_modules (name endings or a regular expression)"
+            )
+        return _mlp_targets(model)
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        config = SparseGradConfig(target_modules="all-linear", task_type=task_type)
+        names = set(include_all_linear_layers(config, model).target_modules or ())
+        return [name for name, _ in model.named_modules() if name in names]
+    return target_modules if isinstance(target_modules, str) else sorted(target_modules)
+
+
+def mlp_linears(model: nn.Module) -> set[str]:
+    """Return the names of the MLP's linear layers, whichever layers are adapted."""
+    try:
+        groups = group_linears(model, _mlp_targets(model))
+    except ValueError:  # nothing matches
+        return set()
+    return {name for names in groups.values() for name in names}
+
+
+def _mlp_targets(model: nn.Module) -> list[str] | str:
+    return TARGETS.get(model_type_of(model)) or find_mlp_linears(model)
