@@ -22,7 +22,7 @@ from sparsegrad_lab.run.folder import write_whole
 from sparsegrad_lab.study.report import bullets
 from sparsegrad_lab.study.report import markdown as results_document
 from sparsegrad_lab.study.report import origin as origin_of_runs
-from sparsegrad_lab.study.results import read_sections
+from sparsegrad_lab.study.sections import read_report, read_sections
 from sparsegrad_lab.study.tables import comparisons, scores
 from sparsegrad_lab.study.verdict import verdict
 
@@ -263,7 +263,7 @@ def main() -> None:
             if not check:
                 path.write_text(after, encoding="utf-8")
     results = ROOT / "docs" / "results.md"
-    whole = results_document(read_sections([ROOT / STUDY]), RESULTS_TITLE)
+    whole = results_document(read_report([ROOT / STUDY]), RESULTS_TITLE)
     if not results.is_file() or results.read_text(encoding="utf-8") != whole:
         stale.append("docs/results.md")
         if not check:  # what `sparsegrad report benchmarks/results/study --markdown docs/results.md` writes

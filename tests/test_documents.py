@@ -17,7 +17,7 @@ import yaml
 
 import tables
 from sparsegrad_lab.study.experiment import SHIPPED
-from sparsegrad_lab.study.results import read_sections
+from sparsegrad_lab.study.sections import read_report, read_sections
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = [
@@ -182,7 +182,7 @@ def test_run_files_say_where_they_come_from(path: Path) -> None:
 
 def test_results_page_is_what_the_result_files_give() -> None:
     written = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert written == tables.results_document(read_sections([ROOT / tables.STUDY]), tables.RESULTS_TITLE), (
+    assert written == tables.results_document(read_report([ROOT / tables.STUDY]), tables.RESULTS_TITLE), (
         "stale: run python benchmarks/tables.py"
     )
 
@@ -260,7 +260,6 @@ def test_method_page_names_functions_that_exist() -> None:
 
 def test_what_the_config_says_of_its_defaults_is_what_the_results_say() -> None:
     """Its docstring's numbers, from the committed results."""
-    from sparsegrad_lab.study.results import read_sections
     from sparsegrad_lab.study.statistics import common_seeds, compare, mean_of_tasks
     from sparsegrad_peft import SparseGradConfig
 

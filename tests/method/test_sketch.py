@@ -144,9 +144,7 @@ def test_larger_bases_than_it_was_made_for_are_refused() -> None:
     model, options = blocks()
     small = calibrate(model, sizes=Sizes(narrow=16, wide=20), **options)
     small.bases(sizes=Sizes(narrow=24, wide=12))
-    with pytest.raises(
-        ValueError, match=r"group '\*\.up'.*output side: 60 rows .*leading 56.*sizes=None"
-    ):
+    with pytest.raises(ValueError, match=r"group '\*\.up'.*output side: 60 rows .*leading 56.*sizes=None"):
         small.bases(sizes=Sizes(narrow=16, wide=60))
     with pytest.raises(ValueError, match="'full' rows were asked for"):
         small.bases()

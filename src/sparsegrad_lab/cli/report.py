@@ -30,20 +30,24 @@ def main(argv: list[str]) -> None:
     found = parser.parse_args(argv)
     from ..run.folder import RunFolder, check_file, write_whole
     from ..study.report import markdown, write_report
-    from ..study.results import read_sections
+    from ..study.sections import read_report
     from ..study.verdict import verdict
 
     if found.markdown is not None:
         check_file(Path(found.markdown))
     else:
         RunFolder(found.output).check_writable()
-    sections = read_sections(found.runs, found.baseline)
-    for section in sections:
+    report = read_report(found.runs, found.baseline)
+    for section in report.sections:
         start = f"{section.title}, " if section.name else ""
         print("\n  ".join([f"{start}{len(section.runs)} runs", *verdict(section)]))
+    for run_folder in report.unfinished:
+        print(f"not finished: {run_folder}")
+    for reason in report.rejected:
+        print(f"left out: {reason}")
     if found.markdown is not None:
-        write_whole(Path(found.markdown), markdown(sections, found.title))
+        write_whole(Path(found.markdown), markdown(report, found.title))
         print(f"written: {found.markdown}")
         return
-    write_report(sections, Path(found.output), found.title)
+    write_report(report, Path(found.output), found.title)
     print(f"written: {found.output}/index.html, results.md, *.csv")

@@ -1,4 +1,7 @@
-"""Experiment folders -> runs. Settings come from `default.yaml`, its scale, the experiment and the method, in turn."""
+"""Experiments: folders with an `experiment.yaml`, which stand for a grid of runs.
+
+Settings come from `default.yaml`, its scale, the experiment, its scale and the method; the later one overrides.
+"""
 
 from __future__ import annotations
 
@@ -11,42 +14,36 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .record import FileName
 
 SHIPPED = Path(str(files(__package__))) / "experiments"
 SEARCH = "search"
-"Folder of the search's results within an experiment's."
-_NEUTRAL: dict[str, Any] = {
-    "order": [], "seeds": [0, 1, 2], "baseline": "lora", "scored": True, "methods": {}, "needs": None, "only_at": None,
-    "paper": None, "models": ["minilm"], "tasks": [], "task_settings": {}, "settings": {},
-    "search": {"seed": 100, "settings": {}, "task_settings": {}}, "scales": {"cpu": {}, "paper": {}},
-}  # fmt: skip
-"What an experiment has where neither it nor the `default.yaml` beside it says otherwise."
-_SAID = {
-    "title", "question", "needs", "only_at", "models", "tasks", "task_settings", "methods", "seeds", "search",
-    "settings", "baseline", "scored", "paper",
-}  # fmt: skip
-_SAID_OF_METHOD = {"words", "settings", "learning_rates", "rates_of"}
+"Folder within an experiment's results for the search for learning rates."
+BASELINE = "lora"
+"Method that the others are compared with, where nothing else is set."
 
 
 @dataclass(frozen=True)
-class Method:
-    """What is compared: settings of `sparsegrad train` under a name of its own."""
+class Variant:
+    """A method of an experiment: settings of `sparsegrad train` under a name."""
 
     name: str
     words: str
-    "what it is, for a reader of the tables"
+    "description for the readers of the tables"
     settings: dict[str, Any]
     learning_rates: tuple[float, ...]
-    "one trial each on every task; the runs that count take the best"
+    "a trial for each on every task; the runs use the best"
     rates_of: str | None
-    "experiment/method whose search gives the learning rates, in place of an own one"
+    "EXPERIMENT/METHOD whose search gives the learning rates, in place of a search of its own"
     searched_rates: tuple[float, ...]
-    "the learning rates of that search, or of its own"
+    "learning rates of that search, or of its own"
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A grid: models x tasks x methods x seeds, after a search of the same size for each method."""
+    """A grid of models x tasks x variants x seeds, after a search of the same size for each variant."""
 
     name: str
     scale: str
@@ -54,33 +51,33 @@ class Experiment:
     question: str
     models: tuple[str, ...]
     tasks: dict[str, dict[str, Any]]
-    methods: tuple[Method, ...]
+    "task -> its settings"
+    variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
     search_seed: int
     search_settings: dict[str, dict[str, Any]]
-    "task -> what a trial has otherwise"
+    "task -> settings of the search's runs that differ"
     settings: dict[str, Any]
     needs: str | None
-    "what has to be done before"
+    "command to run before"
     baseline: str
-    "method that the others are compared with"
     scored: bool
-    "whether the scores mean something; else times and memory alone do"
+    "False where runs are too short to learn: their scores mean nothing"
     paper: dict[str, Any] | None
-    "what the paper has to say to the question: source, columns, scores of each method"
+    "published figures: source, columns, scores or costs by variant"
 
     def cells(self) -> Iterator[Cell]:
-        """All runs: those of the search first, then seed by seed, so that there is a whole table early on."""
+        """All runs: the search first, then seed by seed, so that complete tables exist early."""
         for model in self.models:
             for task in self.tasks:
-                for method in self.methods:
-                    for rate in method.learning_rates:
-                        yield Cell(self, model, task, method, self.search_seed, rate)
+                for variant in self.variants:
+                    for rate in variant.learning_rates:
+                        yield Cell(self, model, task, variant, self.search_seed, rate)
         for seed in self.seeds:
             for model in self.models:
                 for task in self.tasks:
-                    for method in self.methods:
-                        yield Cell(self, model, task, method, seed, None)
+                    for variant in self.variants:
+                        yield Cell(self, model, task, variant, seed, None)
 
 
 @dataclass(frozen=True)
@@ -90,142 +87,198 @@ class Cell:
     experiment: Experiment
     model: str
     task: str
-    method: Method
+    variant: Variant
     seed: int
     trial: float | None
-    "the learning rate that a run of the search tries; None for a run whose score counts"
+    "learning rate that a run of the search tries; None for a run whose score counts"
 
     @property
     def name(self) -> str:
-        """Path of its result, without the ending."""
+        """Path of its result file below the results folder, without the suffix."""
         if self.trial is not None:
-            return f"{self._searched(f'{self.experiment.name}/{self.method.name}')}{self.trial:g}"
-        return f"{self.experiment.name}/{self._place}/{self.method.name}-{self.seed}"
+            return f"{self._search_of(f'{self.experiment.name}/{self.variant.name}')}{self.trial:g}"
+        return f"{self.experiment.name}/{self._model_and_task}/{self.variant.name}-{self.seed}"
 
     @property
-    def search(self) -> tuple[str, ...]:
-        """Names of the runs that give its learning rate; none for such a run itself, and where there is no search."""
+    def search(self) -> dict[str, float]:
+        """Name -> learning rate of the runs that decide its learning rate. Empty for those runs themselves."""
         if self.trial is not None:
-            return ()
-        whose = self._searched(self.method.rates_of or f"{self.experiment.name}/{self.method.name}")
-        return tuple(f"{whose}{rate:g}" for rate in self.method.searched_rates)
+            return {}
+        search = self._search_of(self.variant.rates_of or f"{self.experiment.name}/{self.variant.name}")
+        return {f"{search}{rate:g}": rate for rate in self.variant.searched_rates}
 
     @property
-    def _place(self) -> str:
+    def _model_and_task(self) -> str:
         return f"{self.model.replace('/', '-')}/{self.task.removeprefix('glue/')}"
 
-    def _searched(self, whose: str) -> str:
-        experiment, method = whose.split("/")
-        return f"{experiment}/{SEARCH}/{self._place}/{method}-lr"
+    def _search_of(self, experiment_and_variant: str) -> str:
+        experiment, variant = experiment_and_variant.split("/")
+        return f"{experiment}/{SEARCH}/{self._model_and_task}/{variant}-lr"
 
     def settings(self, learning_rate: float | None) -> dict[str, Any]:
-        """For `sparsegrad train --config`."""
-        found: dict[str, Any] = {}
+        """Settings of the run, as `sparsegrad train --config` reads them."""
+        settings: dict[str, Any] = {}
         for part in (
             self.experiment.settings,
             self.experiment.tasks[self.task],
-            self.method.settings,
+            self.variant.settings,
             {} if self.trial is None else self.experiment.search_settings[self.task],
             {} if learning_rate is None else {"training": {"learning_rate": learning_rate}},
             {"model": self.model, "task": self.task, "seeds": [self.seed]},
         ):
-            found = merged(found, part)
-        return found
+            settings = merged(settings, part)
+        return settings
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _SearchSpec(_Spec):
+    seed: int = 100
+    settings: dict[str, Any] = {}
+    task_settings: dict[str, dict[str, Any]] = {}
+
+
+class _VariantSpec(_Spec):
+    words: str = ""
+    settings: dict[str, Any] = {}
+    learning_rates: tuple[float, ...] = ()
+    rates_of: str | None = None
+
+
+class _ExperimentSpec(_Spec):
+    """Keys of `experiment.yaml` and `default.yaml`, without `order` and `scales`; see docs/study.md."""
+
+    title: str
+    question: str
+    needs: str | None = None
+    only_at: str | None = None
+    models: tuple[str, ...] = ("minilm",)
+    tasks: tuple[str, ...] = ()
+    task_settings: dict[str, dict[str, Any]] = {}
+    methods: dict[FileName, _VariantSpec | None] = {}
+    seeds: tuple[int, ...] = (0, 1, 2)
+    search: _SearchSpec = _SearchSpec()
+    settings: dict[str, Any] = {}
+    baseline: str = BASELINE
+    scored: bool = True
+    paper: dict[str, Any] | None = None
 
 
 def experiment_names(folder: Path = SHIPPED, scale: str | None = None) -> list[str]:
-    """Those in a folder, in the order that its `default.yaml` gives: the ones that others build on first.
+    """Names of the experiments in a folder, in the order of its `default.yaml`: experiments that others need first.
 
     Args:
-        folder: with `default.yaml` and the experiments' folders.
-        scale: leave out those that are not for it.
+        folder: holds `default.yaml` and the experiments' folders.
+        scale: leave out experiments that do not have this scale.
     """
+    default = _read(folder / "default.yaml")
+    scales = default.get("scales", {"cpu": {}, "paper": {}})
     found = {
         path.parent.name
         for path in folder.glob("*/experiment.yaml")
-        if scale is None or _read(path).get("only_at") in (None, scale)
+        if scale is None or (scale in scales and _read(path).get("only_at") in (None, scale))
     }
-    order = [name for name in _default(folder)["order"] if name in found]
+    order = [name for name in default.get("order", []) if name in found]
     return [*order, *sorted(found - {*order})]
 
 
-def load_experiment(name: str, scale: str = "cpu", folder: Path = SHIPPED) -> Experiment:
-    """An experiment at a scale.
+def load_experiment(name: str, scale: str | None = "cpu", folder: Path = SHIPPED) -> Experiment:
+    """Load an experiment at a scale.
 
     Args:
-        name: its folder's.
-        scale: "cpu", or another that `default.yaml` has.
-        folder: that holds `default.yaml` and the experiments' folders.
+        name: name of its folder.
+        scale: "cpu", or another that `default.yaml` defines; None: the only scale that the experiment has, or "cpu".
+        folder: holds `default.yaml` and the experiments' folders.
 
     Raises:
-        ValueError: no such experiment or scale; words that mean nothing; methods that do not get the same number of
-            trials.
+        ValueError: there is no such experiment or scale; a key is unknown, missing or has a wrong value; methods have
+            different numbers of trials.
     """
     if name not in experiment_names(folder):
-        raise ValueError(f"no experiment {name!r}; there are {', '.join(experiment_names(folder))}")
-    said, own = _default(folder), _read(folder / name / "experiment.yaml")
-    del said["order"]
-    scales = said.pop("scales")
+        raise ValueError(f"no experiment {name!r}; expected one of {', '.join(experiment_names(folder))}")
+    where, default, own = f"experiment {name}", _read(folder / "default.yaml"), _read(folder / name / "experiment.yaml")
+    default.pop("order", None)
+    scales = default.pop("scales", {"cpu": {}, "paper": {}})
+    scale = scale or own.get("only_at") or "cpu"
     if scale not in scales:
-        raise ValueError(f"no scale {scale!r}; there are {', '.join(scales)}")
+        raise ValueError(f"no scale {scale!r}; expected one of {', '.join(scales)}")
     if own.get("only_at") not in (None, scale):
-        raise ValueError(f"experiment {name} is for scale {own['only_at']}: its sizes are those of that model")
+        raise ValueError(f"{where} is for scale {own['only_at']}: its sizes are for that model")
     own_scales = own.pop("scales", {})
     for part in (scales[scale], own, own_scales.get(scale, {})):
-        said = merged(said, part)
-    where = f"experiment {name}"
-    _check_words(said, _SAID, where)
-    methods = tuple(_method(key, value or {}, where, folder / name, scale) for key, value in said["methods"].items())
-    trials = {method.name: len(method.learning_rates) for method in methods if method.rates_of is None}
-    if len(set(trials.values())) > 1:
-        raise ValueError(f"{where}: expected the same number of learning rates to try for each method, found {trials}")
-    names = [method.name for method in methods]
-    if not said["tasks"] or not names:
-        raise ValueError(f"{where}: expected tasks and methods, found {', '.join(said['tasks']) or 'no tasks'} and "
-                         f"{', '.join(names) or 'no methods'}")  # fmt: skip
-    if said["baseline"] not in names:
-        raise ValueError(f"{where}: expected a baseline among {', '.join(names)}; found {said['baseline']!r}")
+        default = merged(default, part or {})
+    try:
+        spec = _ExperimentSpec.model_validate(default)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {'; '.join(map(_problem, error.errors()))}") from error
+    variants = tuple(
+        _variant(key, value or _VariantSpec(), where, folder / name, scale) for key, value in spec.methods.items()
+    )
+    _check(spec, variants, where)
     return Experiment(
-        name=name, scale=scale, title=said["title"], question=said["question"], models=tuple(said["models"]),
-        tasks={task: said["task_settings"].get(task, {}) for task in said["tasks"]}, methods=methods,
-        seeds=tuple(said["seeds"]), search_seed=said["search"]["seed"],
+        name=name, scale=scale, title=spec.title, question=spec.question, models=spec.models,
+        tasks={task: spec.task_settings.get(task, {}) for task in spec.tasks}, variants=variants, seeds=spec.seeds,
+        search_seed=spec.search.seed,
         search_settings={
-            task: merged(said["search"]["settings"], said["search"]["task_settings"].get(task, {}))
-            for task in said["tasks"]
+            task: merged(spec.search.settings, spec.search.task_settings.get(task, {})) for task in spec.tasks
         },
-        settings=said["settings"], needs=said["needs"], baseline=said["baseline"], scored=said["scored"],
-        paper=said["paper"],
+        settings=spec.settings, needs=spec.needs, baseline=spec.baseline, scored=spec.scored, paper=spec.paper,
     )  # fmt: skip
 
 
 def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings, the second one's first; a list is taken whole."""
-    found = copy.deepcopy(first)
+    """Nested settings, where the second override the first. A list is replaced as a whole."""
+    result = copy.deepcopy(first)
     for name, value in second.items():
-        both = isinstance(value, dict) and isinstance(found.get(name), dict)
-        found[name] = merged(found[name], value) if both else copy.deepcopy(value)
-    return found
+        both = isinstance(value, dict) and isinstance(result.get(name), dict)
+        result[name] = merged(result[name], value) if both else copy.deepcopy(value)
+    return result
 
 
-def _method(name: str, said: dict[str, Any], where: str, folder: Path, scale: str) -> Method:
-    said = {"words": name, "settings": {}, "learning_rates": [], "rates_of": None, **said}
-    _check_words(said, _SAID_OF_METHOD, f"{where}, method {name}")
-    settings = dict(said["settings"])
-    beside = folder / str(settings.get("method", ""))
-    if beside.suffix == ".json":  # a config of PEFT, in the experiment's folder
-        settings["method"] = str(beside)
-    rates = tuple(float(rate) for rate in said["learning_rates"])  # YAML takes 1e-3 for a word
-    searched = rates if said["rates_of"] is None else _rates(said["rates_of"], scale, folder.parent, where)
-    return Method(name, said["words"], settings, rates, said["rates_of"], searched)
+def _problem(error: Any) -> str:
+    """A sentence about one of pydantic's findings."""
+    place = [str(part) for part in error["loc"] if part != "[key]"]
+    if error["type"] != "extra_forbidden":
+        return f"{'.'.join(place)}: {error['msg']}, found {str(error['input'])[:60]!r}"
+    specs: dict[str, type[_Spec]] = {"methods": _VariantSpec, "search": _SearchSpec}
+    spec = specs.get(place[0], _ExperimentSpec) if len(place) > 1 else _ExperimentSpec
+    return f"unknown key {'.'.join(place)}; expected one of {', '.join(spec.model_fields)}"
 
 
-def _rates(whose: str, scale: str, folder: Path, where: str) -> tuple[float, ...]:
-    """Learning rates that another experiment's method tries.
+def _check(spec: _ExperimentSpec, variants: tuple[Variant, ...], where: str) -> None:
+    names = [variant.name for variant in variants]
+    if not spec.tasks or not names:
+        raise ValueError(f"{where}: expected tasks and methods, found {', '.join(spec.tasks) or 'no tasks'} and "
+                         f"{', '.join(names) or 'no methods'}")  # fmt: skip
+    trials = {variant.name: len(variant.learning_rates) for variant in variants if variant.rates_of is None}
+    if len(set(trials.values())) > 1:
+        raise ValueError(f"{where}: expected the same number of learning rates to try for each method, found {trials}")
+    if spec.baseline not in names:
+        raise ValueError(f"{where}: expected a baseline among {', '.join(names)}; found {spec.baseline!r}")
+    for model in spec.models:
+        if model.strip("/").rpartition("/")[2] in ("", ".", "..") or "\\" in model:
+            raise ValueError(f"{where}: expected models with a name, found {model!r}; name the model's own folder")
+
+
+def _variant(name: str, spec: _VariantSpec, where: str, folder: Path, scale: str) -> Variant:
+    settings = dict(spec.settings)
+    config = folder / str(settings.get("method", ""))
+    if config.suffix == ".json":  # a PEFT config in the experiment's folder
+        settings["method"] = str(config)
+    rates = spec.learning_rates
+    searched = rates if spec.rates_of is None else _rates_of(spec.rates_of, scale, folder.parent, where)
+    return Variant(name, spec.words or name, settings, rates, spec.rates_of, searched)
+
+
+def _rates_of(source: str, scale: str, folder: Path, where: str) -> tuple[float, ...]:
+    """Learning rates that a method of another experiment tries.
 
     Raises:
         ValueError: there is no such experiment or method, or it has no search of its own.
     """
-    experiment, _, name = whose.partition("/")
+    experiment, _, name = source.partition("/")
     rates = None
     if experiment in experiment_names(folder, scale):
         own = _read(folder / experiment / "experiment.yaml")
@@ -234,29 +287,17 @@ def _rates(whose: str, scale: str, folder: Path, where: str) -> tuple[float, ...
     if not rates:
         raise ValueError(
             f"{where}: rates_of: expected EXPERIMENT/METHOD, a method that has learning_rates at scale {scale}; "
-            f"found {whose}"
+            f"found {source}"
         )
     return tuple(float(rate) for rate in rates)
 
 
-def _check_words(said: dict[str, Any], expected: set[str], where: str) -> None:
-    if unknown := said.keys() - expected:
-        raise ValueError(f"{where}: expected {', '.join(sorted(expected))}; found {', '.join(sorted(unknown))}")
-    if missing := expected - said.keys():
-        raise ValueError(f"{where}: {', '.join(sorted(missing))} is missing")
-
-
-def _default(folder: Path) -> dict[str, Any]:
-    """What the experiments of a folder have in common."""
-    file = folder / "default.yaml"
-    return merged(_NEUTRAL, _read(file) if file.is_file() else {})
-
-
-@cache
+@cache  # a study reads each file hundreds of times
 def _parsed(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = copy.deepcopy(_parsed(path))
-    return found
+    """Content of a YAML file; empty if it does not exist."""
+    content: dict[str, Any] = copy.deepcopy(_parsed(path)) if path.is_file() else {}
+    return content or {}

@@ -206,14 +206,14 @@ def _take(cell: Cell, places: Places, claims: Claims, threads: int | None, repor
         **result,
         "experiment": cell.experiment.name,
         "scale": cell.experiment.scale,
-        "variant": cell.method.name,
+        "variant": cell.variant.name,
         "trial": cell.trial is not None,
         "attempts": attempt,
         "about": {  # for a report where the experiment's file is not at hand
             "title": cell.experiment.title,
             "question": cell.experiment.question,
             "baseline": cell.experiment.baseline,
-            "words": cell.method.words,
+            "words": cell.variant.words,
         },
     }
     if (adapter_config := _adapter_config(arguments.method)) is not None:
@@ -346,7 +346,7 @@ def _check(cells: list[Cell], places: Places) -> None:
             try:
                 as_arguments(settings).check()
             except ValueError as error:
-                raise ValueError(f"experiment {cell.experiment.name}, method {cell.method.name}: {error}") from error
+                raise ValueError(f"experiment {cell.experiment.name}, method {cell.variant.name}: {error}") from error
 
 
 def _check_model(experiment: Experiment, model: str) -> None:

@@ -1,4 +1,4 @@
-"""A report's files."""
+"""Writes a report: a page, Markdown, and a CSV file for each table."""
 
 from __future__ import annotations
 
@@ -6,55 +6,62 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..run.folder import write_whole
-from .overview import overview
-from .page import page
-from .parameters import parameters
-from .results import Section
+from .overview import overview, parameters
+from .page import render_page
+from .sections import Report, Section, safe_name
 from .tables import every_run, tables_of
 from .verdict import verdict
 
 
-def markdown(sections: Sequence[Section], title: str) -> str:
-    """Verdict and tables of each experiment; where the numbers come from."""
+def markdown(report: Report, title: str) -> str:
+    """Verdict and tables of each section, and where the numbers come from."""
     parts = [f"# {title}"]
-    if (summary := overview(sections)) is not None:
+    if (summary := overview(report.sections)) is not None:
         parts.append(f"## {summary.title}\n\n{summary.markdown()}")
-    for section in sections:
+    for section in report.sections:
         parts += [f"## {section.title}", section.question, bullets(verdict(section)), section.setting]
-        words = [f"- `{method}`: {said}" for method, said in section.methods.items() if said]
-        parts.append("\n".join(words))
+        parts.append("\n".join(f"- `{method}`: {words}" for method, words in section.methods.items() if words))
         parts += [f"### {table.title}\n\n{table.markdown()}" for table in tables_of(section).values()]
-    if any(section.name for section in sections):
+    if any(section.experiment for section in report.sections):
         table = parameters()
         parts.append(f"## {table.title}\n\n{table.markdown()}")
-    parts.append(origin(sections))
+    if report.unfinished:
+        parts += ["## Not finished", bullets([str(folder) for folder in report.unfinished])]
+    if report.rejected:
+        parts += ["## Left out", bullets(report.rejected)]
+    parts.append(origin(report.sections))
     return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
 
 
 def bullets(sentences: Sequence[str]) -> str:
-    """As a Markdown list; one alone stays a paragraph."""
+    """A Markdown list; a single sentence stays a paragraph."""
     return sentences[0] if len(sentences) == 1 else "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def origin(sections: Sequence[Section]) -> str:
-    """Machines, versions and commits of all runs, in one sentence."""
-    found = [run.result["environment"] for section in sections for run in (*section.runs, *section.trials)]
-    machines = sorted({
-        f"{e['device']} ({e['threads']} thread{'s' if e['threads'] > 1 else ''}), Python {e['python']}, "
-        f"torch {e['packages']['torch']}, transformers {e['packages']['transformers']}, peft {e['packages']['peft']}"
-        for e in found
-    })  # fmt: skip
-    commits = sorted({f"{e['commit'][:10]}{' with changes' if e['dirty'] else ''}" for e in found if e["commit"]})
-    words = ", ".join(commits)
-    return f"Runs on {'; '.join(machines)}{f'. Commits: {words}' if words else ''}."
+    """Machines, versions and commits of all runs, in a sentence."""
+    environments = [run.result["environment"] for section in sections for run in (*section.runs, *section.trials)]
+    machines, commits = set(), set()
+    for found in environments:
+        versions = ", ".join(f"{name} {found['packages'].get(name)}" for name in ("torch", "transformers", "peft"))
+        threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+        machines.add(f"{found['device']} ({threads}), Python {found['python']}, {versions}")
+        if found.get("commit"):
+            commits.add(f"{found['commit'][:10]}{' with changes' if found.get('dirty') else ''}")
+    words = f". Commits: {', '.join(sorted(commits))}" if commits else ""
+    return f"Runs on {'; '.join(sorted(machines))}{words}." if machines else ""
 
 
-def write_report(sections: Sequence[Section], folder: Path, title: str) -> None:
-    """`index.html`, `results.md`, and a CSV for each table; each written whole or not at all."""
+def write_report(report: Report, folder: Path, title: str) -> None:
+    """Write `index.html`, `results.md` and the CSV files. Each file is written completely or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "index.html", page(sections, title))
-    write_whole(folder / "results.md", markdown(sections, title))
-    for section in sections:
+    _write(folder / "index.html", render_page(report, title))
+    _write(folder / "results.md", markdown(report, title))
+    for section in report.sections:
         for name, table in tables_of(section).items():
-            write_whole(folder / f"{section.name}{'-' if section.name else ''}{name}.csv", table.csv())
-    write_whole(folder / "runs.csv", every_run(run for section in sections for run in section.runs).csv())
+            _write(folder / f"{safe_name(f'{section.name}-{name}')}.csv", table.csv())
+    _write(folder / "runs.csv", every_run(run for section in report.sections for run in section.runs).csv())
+
+
+def _write(path: Path, text: str) -> None:
+    write_whole(path, text.encode("utf-8", "backslashreplace"))  # a JSON file may hold half of a surrogate pair

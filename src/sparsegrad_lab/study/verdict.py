@@ -1,85 +1,80 @@
-"""What the runs of an experiment say, in sentences."""
+"""The outcome of a section in sentences."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import replace
 
-from .results import Section
-from .statistics import by_unit, cells, common_seeds, compare, mean_of_tasks
+from .sections import Section
+from .statistics import by_unit, common_seeds, compare, mean_of_tasks, score_table
 
 
 def verdict(section: Section) -> list[str]:
-    """What the runs say: a sentence for each method that is compared, and one for what was not run."""
+    """Ranking of the methods, a sentence for each comparison with the baseline, and what is missing or failed."""
     baseline = section.baseline
-    methods = [method for method in section.methods if any(run.method == method for run in section.runs)]
-    others = [method for method in methods if method != baseline]
+    with_runs = {run.method for run in section.runs}
+    methods = [method for method in section.methods if method in with_runs]
     if not methods:
-        return ["No run has a score yet.", *_left(section)]
+        return ["No run has a score yet.", *_missing(section)]
     if not section.scored:
-        return [f"{len(section.runs)} runs of a few steps, for time and memory alone.", *_left(section)]
-    if baseline not in methods or not others:
+        return [f"{len(section.runs)} short runs that measure time and memory only.", *_missing(section)]
+    if baseline not in methods or len(methods) == 1:
         runs = f"{len(section.runs)} run{'s' if len(section.runs) > 1 else ''}"
-        return [f"{runs} of {', '.join(methods)}; there is nothing to compare with {baseline}."]
-    parts = by_unit(section).values()
-    return [
-        *(_ranking(part, methods) for part in parts),
-        *(
-            compare(part.runs, method, baseline).words
-            for part in parts
-            for method in others
-            if {method, baseline} <= {run.method for run in part.runs}
-        ),
-        *_left(section),
-        *section.borrowed,
+        return [f"{runs} of {', '.join(methods)}; no comparison with {baseline} is possible.", *_missing(section)]
+    parts = list(by_unit(section).values())
+    comparisons = [
+        str(compare(part.runs, method, baseline))
+        for part in parts
+        for method in methods
+        if method != baseline and {method, baseline} <= {run.method for run in part.runs}
     ]
+    return [*(_ranking(part, methods) for part in parts), *comparisons, *_missing(section), *section.shared]
 
 
 def _ranking(section: Section, methods: list[str]) -> str:
-    """The methods that have run on all tasks, the best first; runs of one unit. Where there are none, on the tasks that
-    all methods have run on that have run at all.
+    """Methods by their mean over all tasks, the best first; runs of one unit.
+
+    If no method has run on all tasks, the tasks that all methods have run on.
     """
     first = section.runs[0]
     means = {method: mean_of_tasks(section, method) for method in methods}
-    found = sorted(
+    ranked = sorted(
         ((mean, method) for method, mean in means.items() if not math.isnan(mean)), reverse=first.higher_is_better
     )
-    if not found:
-        table = cells(section.runs)
-        shared = tuple(task for task in section.tasks if table.get(task, {}).keys() >= set(methods))
+    if not ranked:
+        scores = score_table(section.runs).reindex(columns=methods).groupby(level="task").count().min(axis=1)
+        shared = tuple(task for task in section.tasks if scores.get(task, 0) > 0)
         words = f"No method has run on all of {', '.join(section.tasks)} yet"
         return f"{words}; {_ranking(replace(section, tasks=shared), methods)}" if shared else f"{words}."
     what = f"Mean of {len(section.tasks)} tasks" if len(section.tasks) > 1 else section.tasks[0]
-    seeds = common_seeds(section)
-    if len(seeds) == 1:
-        what += ", one seed"
+    seeds = ", one seed" if len(common_seeds(section)) == 1 else ""
     lower = "" if first.higher_is_better else " (lower is better)"
-    return f"{what}{lower}: {', '.join(f'{method} {first.shown(mean)}' for mean, method in found)}."
+    return f"{what}{seeds}{lower}: {', '.join(f'{method} {first.format(mean)}' for mean, method in ranked)}."
 
 
-def _left(section: Section) -> list[str]:
-    """What the experiment has and the runs have not, in a sentence: methods, and tasks of those that were run; and in
-    another what has failed.
-    """
+def _missing(section: Section) -> list[str]:
+    """What the experiment plans and nobody has run, in a sentence; what has failed, in another."""
     if not section.experiment:
-        return []  # nobody has planned more
-    missing = [method for method in section.methods if method not in section.tried]
-    words = [", ".join(missing)] if missing else []
-    failed: dict[str, list[str]] = {}
+        return []  # runs that no experiment has planned
+    not_run = [method for method in section.methods if method not in section.attempted]
+    words = [", ".join(not_run)] if not_run else []
+    failed = defaultdict(list)
     for method in section.methods:
-        own = [run for run in section.runs if run.method == method]
-        failures = [f for f in section.failures if f.result["variant"] == method and not f.result.get("trial")]
-        met = {run.task for run in own} | {failure.task for failure in failures}
-        tasks = [task for task in section.tasks if task not in met]
-        wanted = len(met) * len(section.seeds)
-        if met and tasks:
+        runs = [run for run in section.runs if run.method == method]
+        failures = [failure for failure in section.failures if failure.method == method and not failure.trial]
+        attempted = {run.task for run in runs} | {failure.task for failure in failures}
+        tasks = [task for task in section.tasks if task not in attempted]
+        planned = len(attempted) * len(section.seeds)
+        missing = planned - len(runs) - len(failures)
+        if attempted and tasks:
             words.append(f"{method} on {', '.join(tasks)}")
-        if met and len(own) + len(failures) < wanted:
-            words.append(f"{wanted - len(own) - len(failures)} of the other {wanted} runs of {method}")
+        if attempted and missing > 0:
+            words.append(f"{missing} of the other {planned} runs of {method}")
         for failure in failures:
-            failed.setdefault(f"{method} {failure.result['status']}", []).append(failure.task)
-    said = [f"Not run: {'; '.join(words)}."] if words else []
+            failed[f"{method} {failure.status}"].append(failure.task)
+    sentences = [f"Not run: {'; '.join(words)}."] if words else []
     if failed:
-        all_of_them = [f"{what} on {', '.join(dict.fromkeys(tasks))}" for what, tasks in failed.items()]
-        said.append(f"Failed: {'; '.join(all_of_them)}.")
-    return said
+        named = [f"{what} on {', '.join(dict.fromkeys(tasks))}" for what, tasks in failed.items()]
+        sentences.append(f"Failed: {'; '.join(named)}.")
+    return sentences

@@ -12,7 +12,7 @@ import torch
 
 from sparsegrad_lab.cli.train import as_arguments
 from sparsegrad_lab.run.train import train
-from sparsegrad_lab.study.experiment import SHIPPED, Method, experiment_names, load_experiment, merged
+from sparsegrad_lab.study.experiment import SHIPPED, Variant, experiment_names, load_experiment, merged
 from sparsegrad_lab.tasks.settings import kind_of
 from sparsegrad_lab.tasks.task import IMAGES, LANGUAGE, TEXT
 from tiny_runs import save_tokenizer
@@ -22,13 +22,13 @@ EXPERIMENTS = {
     name: load_experiment(name, "cpu" if name in experiment_names(scale="cpu") else "paper")
     for name in experiment_names()
 }
-METHODS = [(name, method) for name, experiment in EXPERIMENTS.items() for method in experiment.methods]
+METHODS = [(name, method) for name, experiment in EXPERIMENTS.items() for method in experiment.variants]
 ALIKE = ("kept-entries", "calibration", "sizes")
 "Experiments whose methods differ in a number: the first and the last of them are run."
 RUN = [
     (name, method)
     for name, method in METHODS
-    if name not in ALIKE or method in (EXPERIMENTS[name].methods[0], EXPERIMENTS[name].methods[-1])
+    if name not in ALIKE or method in (EXPERIMENTS[name].variants[0], EXPERIMENTS[name].variants[-1])
 ]
 
 
@@ -53,15 +53,15 @@ def test_settings_are_valid(name: str, scale: str) -> None:
     trials = {cell.name for other in others for cell in other.cells() if cell.trial is not None}
     checked = set()
     for cell in cells:
-        if not {cell.method.name, cell.task, cell.model} <= checked:  # what settings depend on, each by itself
-            checked |= {cell.method.name, cell.task, cell.model}
-            if cell.method.name == "galore" and find_spec("galore_torch") is None:
+        if not {cell.variant.name, cell.task, cell.model} <= checked:  # what settings depend on, each by itself
+            checked |= {cell.variant.name, cell.task, cell.model}
+            if cell.variant.name == "galore" and find_spec("galore_torch") is None:
                 continue  # refused by name, see tests/run/test_methods.py
             as_arguments(cell.settings(cell.trial or 1e-3)).check()
         assert trials.issuperset(cell.search)
     for of in ("scores", "costs"):
         for method in (experiment.paper or {}).get(of, {}):
-            assert method in {m.name for m in experiment.methods}
+            assert method in {m.name for m in experiment.variants}
 
 
 def test_scales() -> None:
@@ -69,7 +69,7 @@ def test_scales() -> None:
     assert len(experiment_names(scale="cpu")) == 12
     with pytest.raises(ValueError, match="experiment sizes is for scale cpu"):
         load_experiment("sizes", "paper")
-    lora = next(method for method in load_experiment("comparison", "paper").methods if method.name == "lora")
+    lora = next(method for method in load_experiment("comparison", "paper").variants if method.name == "lora")
     assert lora.settings == {"method": "lora", "adapter": {"rank": None}}
 
 
@@ -77,10 +77,10 @@ def test_scales() -> None:
 def test_it_takes_its_rates_where_its_tasks_are_searched(name: str) -> None:
     """Otherwise it would wait for results that nobody makes."""
     experiment = EXPERIMENTS[name]
-    for method in experiment.methods:
+    for method in experiment.variants:
         if method.rates_of is not None:
             other, _, searched = method.rates_of.partition("/")
-            assert searched in {m.name for m in EXPERIMENTS[other].methods if m.learning_rates}
+            assert searched in {m.name for m in EXPERIMENTS[other].variants if m.learning_rates}
             assert set(experiment.tasks) <= set(EXPERIMENTS[other].tasks)
 
 
@@ -126,7 +126,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 @pytest.mark.parametrize(("name", "method"), RUN, ids=[f"{name}-{method.name}" for name, method in RUN])
-def test_each_method_trains(name: str, method: Method, models: dict[str, Path], rows: Path, tmp_path: Path) -> None:
+def test_each_method_trains(name: str, method: Variant, models: dict[str, Path], rows: Path, tmp_path: Path) -> None:
     if method.name == "galore":
         pytest.importorskip("galore_torch", reason="galore-torch is not installed")
     experiment = EXPERIMENTS[name]

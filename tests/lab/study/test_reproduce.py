@@ -23,7 +23,7 @@ from sparsegrad_lab.run.process_identity import is_alive, mark
 from sparsegrad_lab.study.experiment import Experiment, experiment_names, load_experiment, merged
 from sparsegrad_lab.study.grid import Places, Reporter, best_rate, outdated, reproduce
 from sparsegrad_lab.study.locks import Claims
-from sparsegrad_lab.study.results import read_sections
+from sparsegrad_lab.study.sections import read_sections
 
 # Optuna's own: a class that is marked as new, and one that it will rename.
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -256,7 +256,7 @@ def test_claims(storages: tuple[Any, Any]) -> None:
 
 def test_claims_that_nobody_will_finish(storages: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a process that is gone, of a machine that is silent, and of one that was killed before it gave its name."""
-    from sparsegrad_lab.study import claims as module
+    from sparsegrad_lab.study import locks as module
 
     first, second = map(Claims, storages)
     assert first.take("a") == 1
@@ -316,7 +316,7 @@ def test_two_machines_share_a_study(folder: Path, tmp_path: Path, empty_database
     ]
     assert found[0] == found[1]
     assert sorted(str(path) for path in found[0]) == sorted(
-        f"{cell.name}.json" for cell in load("first").cells() if cell.method.name == "lora" and cell.seed != 1
+        f"{cell.name}.json" for cell in load("first").cells() if cell.variant.name == "lora" and cell.seed != 1
     )
     assert all(result["status"] == "finished" for result in found[0].values())
     runs = [{path.parent for path in (machine / "runs").rglob("config.yaml")} for machine in machines]
@@ -345,8 +345,8 @@ def test_a_process_that_has_ended_is_not_alive() -> None:
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_no_rate_before_the_search_is_over(metric: str, load: Any, places: Places) -> None:
     cells = list(load("first").cells())
-    trials = [cell for cell in cells if cell.trial is not None and cell.method.name == "lora"]
-    run = next(cell for cell in cells if cell.trial is None and cell.method.name == "lora")
+    trials = [cell for cell in cells if cell.trial is not None and cell.variant.name == "lora"]
+    run = next(cell for cell in cells if cell.trial is None and cell.variant.name == "lora")
     places.result(trials[0].name).parent.mkdir(parents=True)
     finished = {"status": "finished", "metric": metric, "score": 0.5, "training_loss_last_sixth": 0.6}
     better, worse = (0.6, 0.4) if metric == "accuracy" else (0.4, 0.6)
@@ -368,7 +368,7 @@ def test_no_rate_before_the_search_is_over(metric: str, load: Any, places: Place
 
 def test_settings_that_become_null_or_were_null_are_others(load: Any, places: Places) -> None:
     """And a PEFT config is what its file says, wherever that lies."""
-    [cell] = [cell for cell in load("second").cells() if cell.method.name == "broken"]
+    [cell] = [cell for cell in load("second").cells() if cell.variant.name == "broken"]
     config = as_arguments(cell.settings(None)).as_dict()
     file = places.result(cell.name)
     file.parent.mkdir(parents=True)
@@ -435,7 +435,7 @@ def test_an_experiment_needs_no_more_than_its_own_lines(folder: Path, places: Pl
 
 
 def test_a_search_that_is_half_done_gives_no_rate(load: Any, places: Places) -> None:
-    trials = [cell for cell in load("first").cells() if cell.trial is not None and cell.method.name == "sparsegrad"]
+    trials = [cell for cell in load("first").cells() if cell.trial is not None and cell.variant.name == "sparsegrad"]
     file = places.result(trials[0].name)
     file.parent.mkdir(parents=True)
     finished = {"status": "finished", "metric": "accuracy", "score": 0.5, "training_loss_last_sixth": 0.6}
@@ -483,8 +483,8 @@ def test_the_committed_results_are_of_the_shipped_experiments(places: Places) ->
     ("change", "words"),
     [
         (("first", "methods", {"lora": {"learning_rates": [1e-3]}, "full": {}}), "the same number of learning rates"),
-        (("first", "metods", {}), "found metods"),
-        (("first", "methods", {"lora": {"rates": []}}), "found rates"),
+        (("first", "metods", {}), "unknown key metods; expected one of title, question"),
+        (("first", "methods", {"lora": {"rates": []}}), "unknown key methods.lora.rates"),
         (("first", "methods", {"lora": {"settings": {"method": "lore"}}}), "found 'lore'"),
         (("first", "methods", {"lora": {"settings": {"adaptor": {"c": 8}}}}), "adaptor"),
         (("first", "methods", {"lora": {"rates_of": "second/lora"}}), "learning_rates at scale cpu; found second/lora"),
@@ -506,8 +506,8 @@ def test_what_cannot_be_run_is_refused_first(
 
 def test_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "nothing"]) == 1
-    assert "no experiment 'nothing'; there are comparison" in capsys.readouterr().err
+    assert "no experiment 'nothing'; expected one of comparison" in capsys.readouterr().err
     assert main(["reproduce", "comparison", "--scale", "huge"]) == 1
-    assert "no scale 'huge'; there are cpu, paper" in capsys.readouterr().err
+    assert "no scale 'huge'; expected one of cpu, paper" in capsys.readouterr().err
     assert main(["reproduce", "comparison", "--methods", "lora,lore"]) == 1
     assert "--methods: expected some of full, lora" in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""Tables of time, memory and size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .results import Run
+from .sections import Section
+from .table import Linked, Table
+
+
+def costs(section: Section) -> Table:
+    """Entries, speed, memory and bytes on disk: a row for each method."""
+    with_runs = {run.method for run in section.runs}
+    timed_tasks = [{run.task for run in section.runs if run.timed and run.method == method} for method in with_runs]
+    common = set.intersection(*timed_tasks)
+    rows = []
+    for method in section.methods:
+        runs = [run for run in section.runs if run.method == method]
+        if not runs:
+            continue
+        timed = [run for run in runs if run.timed]
+        calibrations = [run.calibration_seconds / run.seconds for run in timed if run.calibration_seconds is not None]
+        touched = sorted({run.result["trained_entries"].get("touched", run.trained_entries) for run in runs})
+        rows.append([
+            Linked(method, runs),
+            ", ".join(f"{count:,}" for count in sorted({run.trained_entries for run in runs})),
+            f"{touched[0]:,}" if len(touched) == 1 else f"{touched[0]:,} to {touched[-1]:,}",
+            _steps_per_second([run for run in timed if run.task in common]),
+            f"{100 * sum(calibrations) / len(calibrations):.0f} %" if calibrations else "none",
+            f"{max(run.megabytes for run in runs):,.0f}",
+            f"{max(run.result['weights_bytes'] for run in runs) / 1e6:.1f}",
+        ])  # fmt: skip
+    header = ["method", "trained entries", "touched", "steps/s", "calibration, to training", "peak, MB", "saved, MB"]
+    note = (
+        "Trained entries: of the MLP layers. Touched: entries that are not zero at the end, that is, all that any step "
+        "has selected; new bases during training spread them over all entries. Steps per second: over the tasks that "
+        "all methods have run, with evaluations and checkpoints. Peak: memory of the whole process. Other processes "
+        "may have shared the machine; the performance page has measurements. Saved: adapter or model, with the head."
+    )
+    return Table("Costs", note, header, rows)
+
+
+def costs_by_task(section: Section) -> Table:
+    """Steps per second and peak memory: a row for each task, a column for each method (paper, Tables 3, 7 and 8)."""
+    methods = [method for method in section.methods if method in section.attempted]
+    rows = []
+    for task in section.tasks:
+        row = [task]
+        for method in methods:
+            runs = [run for run in section.runs if (run.task, run.method) == (task, method)]
+            failed = {failure.status for failure in section.failures
+                      if (failure.task, failure.method, failure.trial) == (task, method, False)}  # fmt: skip
+            if runs:
+                speed = _steps_per_second([run for run in runs if run.timed]) or "resumed"
+                row.append(Linked(f"{speed} / {max(run.megabytes for run in runs):,.0f}", runs))
+            else:
+                row.append(", ".join(sorted(failed)) or "not run")
+        rows.append(row)
+    note = (
+        "Steps per second, with evaluations and checkpoints / peak memory of the process in MB. A resumed run has no "
+        "time. A step is a batch, whose sequences are longer on some tasks."
+    )
+    paper = section.paper or {}
+    if published := paper.get("costs"):
+        cells = ["{:g} / {:,}".format(*published[method]) if method in published else "" for method in methods]
+        rows.append([f"in the paper ({paper['columns'][0]})", *cells])
+        note += f" The paper's: {paper['source']}."
+    return Table("Speed and memory by task", note, ["task", *methods], rows)
+
+
+def _steps_per_second(runs: Sequence[Run]) -> str:
+    return f"{sum(run.result['steps'] for run in runs) / sum(run.seconds for run in runs):.2f}" if runs else ""

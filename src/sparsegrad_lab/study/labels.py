@@ -1,0 +1,59 @@
+"""Tells run folders apart that have the same method, task and seed, by the settings in which they differ."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+from ..run.settings import flat
+from .results import Run
+
+_OWN_TASKS = ("files", "text", "images")
+_DATA_SETTINGS = ("train_file", "validation_file", "folder", "text", "label", "labels", "regression")
+"Settings that decide which rows a task of one's own has."
+
+
+def label_data(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    """Add the settings that differ to the names of tasks with the same name and different rows.
+
+    A task of one's own is named after its file, and many files are called "train".
+    """
+    data = {run.path: {name: run.result["config"]["data"].get(name) for name in _DATA_SETTINGS} for run in runs}
+    labelled = []
+    for run in runs:
+        own = run.result["config"].get("task") in _OWN_TASKS
+        others = [data[other.path] for other in runs if own and other.task == run.task]
+        differ = [name for name in _DATA_SETTINGS if any(other[name] != data[run.path][name] for other in others)]
+        words = ", ".join(f"{name} {_one_line(data[run.path][name])}" for name in differ)
+        labelled.append(replace(run, data_label=f" ({words})") if words else run)
+    return tuple(labelled)
+
+
+def label_runs(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    """Add the settings that differ to the names of methods. Of runs with equal settings, only the latest is kept."""
+    alike: dict[tuple[str, str, int], dict[str, Run]] = defaultdict(dict)
+    for run in sorted(runs, key=lambda run: str(run.result["environment"]["time"])):
+        alike[run.method, run.task, run.seed][str(sorted(_settings(run).items()))] = run
+    differ: dict[str, set[str]] = defaultdict(set)
+    for (method, _, _), group in alike.items():
+        settings = [_settings(run) for run in group.values()]
+        names = {name for one in settings for name in one}
+        differ[method] |= {name for name in names if any(settings[0].get(name) != one.get(name) for one in settings)}
+    labelled = {}
+    for (method, _, _), group in alike.items():
+        for run in group.values():
+            values = {name: _one_line(_settings(run).get(name)) for name in sorted(differ[method])}
+            words = [f"{name.rpartition('.')[2]} {value}" for name, value in values.items()]
+            labelled[run.path] = replace(run, label=f"{method} ({', '.join(words)})") if words else run
+    return tuple(labelled[run.path] for run in runs if run.path in labelled)
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Settings by dotted name, without seed and folder, and with the learning rate that the run had."""
+    settings = {name: value for name, value in flat(run.result["config"]).items() if name not in ("output", "seeds")}
+    return {**settings, "training.learning_rate": run.result["learning_rate"]}
+
+
+def _one_line(value: Any) -> str:
+    return "".join(character if character.isprintable() else " " for character in str(value))[:100]

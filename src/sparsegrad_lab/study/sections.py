@@ -1,0 +1,196 @@
+"""Groups runs into what is compared with each other: a section for each experiment and model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..run.settings import METHODS
+from .experiment import BASELINE, Experiment, experiment_names, load_experiment
+from .labels import label_data, label_runs
+from .results import Failure, ResultFiles, Run, read_results
+
+
+@dataclass(frozen=True)
+class Section:
+    """Runs that are compared with each other: of an experiment, or all those that belong to none."""
+
+    name: str
+    "unique in a report; begins the names of its files"
+    title: str
+    question: str
+    methods: dict[str, str]
+    "name -> description, in the order of the tables"
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    baseline: str
+    "method that the others are compared with"
+    runs: tuple[Run, ...]
+    trials: tuple[Run, ...] = ()
+    "runs of the search for the learning rates"
+    failures: tuple[Failure, ...] = ()
+    paper: dict[str, Any] | None = None
+    "published figures: source, columns, and scores or costs by method"
+    scored: bool = True
+    "False where runs are too short to learn: their scores mean nothing, their times and memory do"
+    experiment: str = ""
+    "name of the experiment; several models of one experiment get a section each"
+    shared: tuple[str, ...] = ()
+    "sentences about runs that another section has too"
+
+    @property
+    def attempted(self) -> set[str]:
+        """Methods with a finished or a failed run, the search's aside."""
+        failed = {failure.method for failure in self.failures if not failure.trial}
+        return {run.method for run in self.runs} | failed
+
+    @property
+    def setting(self) -> str:
+        """Model, rows and steps of the runs, in a sentence; empty without runs."""
+        if not self.runs:
+            return ""
+        models = ", ".join(sorted({run.model for run in self.runs}))
+        rows = []
+        for task in self.tasks:
+            sizes = [run.result["rows"] for run in self.runs if run.task == task]
+            text = sorted({f"{size['train']:,} ({sum(size.values()) - size['train']:,})" for size in sizes})
+            rows += [f"{task} {', '.join(text)}"] if text else []
+        steps = sorted({run.result["steps"] for run in self.runs})
+        count = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
+        return f"Model {models}. Rows to train on (and to score on): {'; '.join(rows)}. {count} steps a run."
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report shows."""
+
+    sections: list[Section]
+    unfinished: tuple[Path, ...] = ()
+    "run folders without a result"
+    rejected: tuple[str, ...] = field(default=())
+    "files that were left out, each with the reason"
+
+
+def read_report(paths: Iterable[str | Path], baseline: str | None = None) -> Report:
+    """Read all results below some paths, see `read_results`, and group them.
+
+    Args:
+        paths: run folders, folders that hold some, or result files.
+        baseline: method that the others are compared with; default: the experiment's own, or "lora".
+
+    Raises:
+        FileNotFoundError: a path does not exist, or there is no result below any of them.
+        ValueError: the baseline has no runs.
+    """
+    files = read_results(paths)
+    methods = sorted({run.method for run in files.runs})
+    if baseline is not None and baseline not in methods:
+        raise ValueError(f"baseline: expected a method that has runs, one of {', '.join(methods)}; found {baseline!r}")
+    return Report(_note_shared_runs(_sections(files, baseline)), files.unfinished, files.rejected)
+
+
+def read_sections(paths: Iterable[str | Path], baseline: str | None = None) -> list[Section]:
+    """The sections of `read_report` alone."""
+    return read_report(paths, baseline).sections
+
+
+def _sections(files: ResultFiles, baseline: str | None) -> list[Section]:
+    """Runs without an experiment first, then the shipped experiments in their order, then others."""
+    names = {found.experiment for found in (*files.runs, *files.failures)}
+    shipped = {name: number for number, name in enumerate(experiment_names())}
+    sections = []
+    for name in sorted(names, key=lambda name: (name != "", shipped.get(name, -1), name)):
+        runs = [run for run in files.runs if run.experiment == name]
+        failures = [failure for failure in files.failures if failure.experiment == name]
+        experiment = _shipped_experiment(name, runs[0].scale if runs else failures[0].scale)
+        sections += _sections_by_model(name, experiment, runs, failures, baseline)
+    return sections
+
+
+def _shipped_experiment(name: str, scale: str) -> Experiment | None:
+    """The experiment of that name, if it ships with the package and has that scale."""
+    return load_experiment(name, scale) if name in experiment_names(scale=scale) else None
+
+
+def _sections_by_model(
+    name: str, experiment: Experiment | None, runs: list[Run], failures: list[Failure], baseline: str | None
+) -> list[Section]:
+    """One section, or one for each model, whose short name is added to name and title."""
+    found = [one.model for one in (*runs, *failures) if one.model]
+    models = list(dict.fromkeys([*(experiment.models if experiment else ()), *found]))
+    if len(models) < 2:
+        return [_section(name, experiment, runs, failures, baseline)]
+    ends = [model.rstrip("/").rpartition("/")[2] for model in models]
+    sections = []
+    for model, end in zip(models, ends, strict=True):
+        short = model.strip("/") if ends.count(end) > 1 else end
+        section = _section(
+            name, experiment, [run for run in runs if run.model == model],
+            [failure for failure in failures if failure.model == model], baseline,
+        )  # fmt: skip
+        file_name = f"{name}-{short}".lstrip("-")
+        sections.append(replace(section, name=safe_name(file_name), title=f"{section.title}, {short}"))
+    return sections
+
+
+def safe_name(name: str) -> str:
+    """A name as a part of file names and of links: letters, digits, `_`, `-` and inner dots."""
+    return re.sub(r"[^\w.-]+", "-", name).lstrip(".-")
+
+
+def _section(
+    name: str, experiment: Experiment | None, found: list[Run], failures: list[Failure], baseline: str | None
+) -> Section:
+    runs = tuple(run for run in found if not run.trial)
+    trials = tuple(run for run in found if run.trial)
+    if not name:
+        runs = label_runs(label_data(runs))
+    methods = _in_order(runs)
+    if experiment is None:
+        about: dict[str, dict[str, Any]] = {run.method: run.result.get("about") or {} for run in runs}
+        first = next(iter(about.values()), {})
+        return Section(
+            name, _line(first.get("title")) or name or "All runs", _line(first.get("question")),
+            {method: _line(about[method].get("words")) for method in methods},
+            tuple(dict.fromkeys(run.task for run in runs)), tuple(sorted({run.seed for run in runs})),
+            baseline or _line(first.get("baseline")) or BASELINE, runs, trials, tuple(failures), experiment=name,
+        )  # fmt: skip
+    words = {variant.name: variant.words for variant in experiment.variants}
+    return Section(
+        name, experiment.title, experiment.question, {**words, **{m: words.get(m, "") for m in methods}},
+        tuple(task.removeprefix("glue/") for task in experiment.tasks), experiment.seeds,
+        baseline or experiment.baseline, runs, trials, tuple(failures), experiment.paper, experiment.scored, name,
+    )  # fmt: skip
+
+
+def _in_order(runs: Iterable[Run]) -> list[str]:
+    """Names of methods, in the order of the registry; those that it does not know come last."""
+    registered = {name: number for number, name in enumerate(METHODS)}
+    position = {run.method: registered.get(str(run.result["method"]), len(registered)) for run in runs}
+    return sorted(position, key=lambda method: (position[method], method))
+
+
+def _line(text: Any) -> str:
+    return " ".join(str(text or "").split())
+
+
+def _note_shared_runs(sections: list[Section]) -> list[Section]:
+    """Add sentences about runs that an earlier section has too."""
+    first: dict[tuple[Any, ...], tuple[str, str]] = {}
+    noted = []
+    for section in sections:
+        shared: dict[tuple[str, str, str], set[int]] = {}
+        for run in section.runs:
+            title, method = first.setdefault(run.identity, (section.title, run.method))
+            if title != section.title:
+                shared.setdefault((run.method, title, method), set()).add(run.seed)
+        sentences = tuple(
+            f"The runs of {method} with seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(seeds)))} are "
+            f"those of {other} in {title!r}."
+            for (method, title, other), seeds in shared.items()
+        )
+        noted.append(replace(section, shared=sentences))
+    return noted
