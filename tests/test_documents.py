@@ -1,13 +1,12 @@
-"""README and docs: what they show runs, and what they say is what the result files give."""
+"""README and docs: the code and commands run, the tables are those of the result files, the links lead somewhere."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import yaml
 
 import tables
+from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.study.experiment import SHIPPED
 from sparsegrad_lab.study.sections import read_report, read_sections
 
@@ -32,17 +32,6 @@ SPEED = sorted((ROOT / "benchmarks" / "results" / "speed").glob("*.json"))
 RUNS = sorted((ROOT / "benchmarks" / "results" / "study").rglob("*.json"))
 
 
-def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        check=False,
-    )
-
-
 def test_counts() -> None:
     assert len(PYTHON) == 5
     assert len(RESULTS) == 4
@@ -50,59 +39,43 @@ def test_counts() -> None:
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_readme_python_runs(number: int, tmp_path: Path) -> None:
+def test_python_examples_run(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = tmp_path / "example.py"
     script.write_text(PYTHON[number], encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    loss = float(re.search(r"loss ([0-9.]+)", done.stdout)[1])  # type: ignore[index]
-    assert loss < 0.6  # they learn: the losses start at 0.7 and above
-
-
-# What each command of the README is run as here: cut down, results out of the way.
-CUT_DOWN = {
-    'pip install ".[demo]"': None,  # `make test` installs the package before it runs this
-    "make demo": None,  # test_demo_runs
-    "make test": None,  # is what runs this
-    "python benchmarks/calibration.py": ["--steps", "1", "--batch", "1", "--tokens", "8", "--skip-svd"],
-}
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script), run_name="__main__")
+    loss = re.search(r"loss ([0-9.]+)", capsys.readouterr().out)
+    assert loss is not None
+    assert float(loss[1]) < 0.6  # they learn: the losses start at 0.7 and above
 
 
 SPARSEGRAD = [command for command in COMMANDS if command.startswith("sparsegrad ")]
+OTHER_COMMANDS = {
+    'pip install ".[demo]"',  # test_package.py checks what each extra needs
+    "make demo",  # test_demo_runs
+    "make test",  # runs this file
+    "python benchmarks/calibration.py",  # test_benchmark_runs
+}
 CUT_SHORT = {
     "train": ["--calibration.n_steps", "4", "--adapter.wide", "0.02", "--data.folder", "rows"],
     "search": [
-        "--search.trials",
-        "2",
-        "--training.epochs",
-        "1",
-        "--calibration.n_steps",
-        "4",
-        "--data.folder",
-        "rows",
+        "--search.trials", "2", "--training.epochs", "1", "--calibration.n_steps", "4", "--data.folder", "rows",
     ],
     "reproduce": ["--folder", "experiments"],
     "bench": ["--tokens", "16", "--layers", "1", "--methods", "floor,sparsegrad,lora", "--repeats", "1"],
-}
+}  # fmt: skip
+"Options that make a verb's example short enough for a test."
 
 
 def test_every_readme_command_is_known() -> None:
-    assert set(COMMANDS) == {*CUT_DOWN, *SPARSEGRAD}
+    assert set(COMMANDS) == {*OTHER_COMMANDS, *SPARSEGRAD}
     assert len(SPARSEGRAD) == 12
 
 
-def sparsegrad(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sparsegrad_lab.cli.main", *words], cwd=folder, capture_output=True, text=True,
-        check=False, env={**os.environ, "HF_HUB_OFFLINE": "1", "SPARSEGRAD_DATA": ""},
-    )  # fmt: skip
-
-
 def cut_down_experiments(folder: Path, rows: Path) -> None:
-    """The shipped comparison without its search, with one seed, and rows of the test's own."""
+    """The shipped comparison without its search, with one seed, on the rows of this test."""
     (folder / "comparison").mkdir(parents=True)
     default, comparison = (
         yaml.safe_load((SHIPPED / name).read_text(encoding="utf-8"))
@@ -117,17 +90,18 @@ def cut_down_experiments(folder: Path, rows: Path) -> None:
         (folder / name).write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which a reader types the commands, with a few rows in the layout of RTE's own files."""
-    folder = tmp_path_factory.mktemp("reader")
-    (folder / "rows").mkdir()
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of a reader, with a few rows in the layout of RTE's official files."""
+    (tmp_path / "rows").mkdir()
     for name in ("train", "dev"):
         rows = [f"{i}\tA man reads book {i}.\tHe reads.\t{('not_' if i % 2 else '') + 'entailment'}" for i in range(16)]
         text = "\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n"
-        (folder / "rows" / f"{name}.tsv").write_text(text, encoding="utf-8")
-    cut_down_experiments(folder / "experiments", folder / "rows")
-    return folder
+        (tmp_path / "rows" / f"{name}.tsv").write_text(text, encoding="utf-8")
+    cut_down_experiments(tmp_path / "experiments", tmp_path / "rows")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SPARSEGRAD_DATA", raising=False)
+    return tmp_path
 
 
 SHOWN = {
@@ -139,32 +113,48 @@ SHOWN = {
     "report": r"sparsegrad against lora: ",
     "bench": r"sparsegrad .* 49,152 ",  # two layers of 256 x 96
 }
+"What the output of a verb's example has in it."
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(12))
-def test_readme_sparsegrad_commands_run_one_after_the_other(number: int, reader: Path) -> None:
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_readme_commands_run_one_after_the_other(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a reader types them, each in the folder that those before it have left."""
-    words = shlex.split(SPARSEGRAD[number])[1:]
-    done = sparsegrad([*words, *CUT_SHORT.get(words[0], [])], reader)
-    assert done.returncode == 0, f"{SPARSEGRAD[number]}\n{done.stderr}"
-    assert re.search(SHOWN.get(words[0], ""), done.stdout), done.stdout
-    if words[0] == "train":
-        assert (reader / words[words.index("--output") + 1] / "curves.png").read_bytes().startswith(b"\x89PNG")
-    if words[0] == "export":
-        assert (reader / "runs" / "rte-as-lora" / "adapter_model.safetensors").is_file()
-    if words[0] == "reproduce" and len(words) > 1:
-        assert "2 runs, 0 of them failed" in done.stdout
+    for command in SPARSEGRAD:
+        words = shlex.split(command)[1:]
+        status = main([*words, *CUT_SHORT.get(words[0], [])])
+        out, err = capsys.readouterr()
+        assert status == 0, f"{command}\n{err}"
+        assert re.search(SHOWN.get(words[0], ""), out), f"{command}\n{out}"
+        if words[0] == "train":
+            assert (reader / words[words.index("--output") + 1] / "curves.png").read_bytes().startswith(b"\x89PNG")
+        if words[0] == "export":
+            assert (reader / "runs" / "rte-as-lora" / "adapter_model.safetensors").is_file()
+        if words[0] == "reproduce" and len(words) > 1:
+            assert "2 runs, 0 of them failed" in out
 
 
 @pytest.mark.slow
-def test_demo_runs(tmp_path: Path) -> None:
+def test_demo_runs(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What `make demo` runs, with fewer steps."""
     assert "$(VENV)/bin/sparsegrad demo\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
-    done = sparsegrad(["demo", "--epochs", "0.03", "--output", "out"], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"sparsegrad .* 69,120 .*\n.*lora .* 69,120 ", done.stdout), done.stdout
-    assert "next:   sparsegrad predict out/sparsegrad" in done.stdout
+    assert main(["demo", "--epochs", "0.03", "--output", "out"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"sparsegrad .* 69,120 .*\n.*lora .* 69,120 ", out), out
+    assert "next:   sparsegrad predict out/sparsegrad" in out
+
+
+@pytest.mark.slow
+def test_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python benchmarks/calibration.py` of the README, cut down."""
+    options = ["--steps", "1", "--batch", "1", "--tokens", "8", "--skip-svd", "--json", str(tmp_path / "result.json")]
+    script = ROOT / "benchmarks" / "calibration.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *options])
+    runpy.run_path(str(script), run_name="__main__")
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    committed = json.loads((ROOT / "benchmarks" / "results" / "calibration.json").read_text(encoding="utf-8"))
+    assert result.keys() == committed.keys()
+    assert tables.RENDER["calibration"](result)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -185,19 +175,6 @@ def test_results_page_is_what_the_result_files_give() -> None:
     assert written == tables.results_document(read_report([ROOT / tables.STUDY]), tables.RESULTS_TITLE), (
         "stale: run python benchmarks/tables.py"
     )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c, options in CUT_DOWN.items() if options])
-def test_readme_command_runs(command: str, tmp_path: Path) -> None:
-    done = run(*command.split()[1:], *CUT_DOWN[command], "--json", str(tmp_path / "result.json"))  # type: ignore[misc]
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
-    committed = json.loads(
-        (ROOT / "benchmarks" / "results" / f"{result['benchmark']}.json").read_text(encoding="utf-8")
-    )
-    assert result.keys() == committed.keys()
-    assert tables.RENDER[result["benchmark"]](result)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
