@@ -196,8 +196,9 @@ def test_the_command_needs_the_extra_lab(tmp_path: Path) -> None:
     out = run_with(
         "lab",
         "from sparsegrad_lab.cli.main import main\n"
-        "words = ['--task', 'files', '--data.text', 'text', '--data.max_length', '24', '--training.epochs', '1', '--calibration.n_steps', '2',\n"
-        "    '--data.train_file', 'rows/train.csv', '--data.validation_file', 'rows/dev.csv', '--model', 'base']\n"
+        "words = ['--model', 'base', '--task', 'files', '--data.text', 'text', '--data.max_length', '24',\n"
+        "    '--data.train_file', 'rows/train.csv', '--data.validation_file', 'rows/dev.csv',\n"
+        "    '--training.epochs', '1', '--calibration.n_steps', '2']\n"
         f"assert main(['train', *words, '--output', {str(tmp_path / 'run')!r}]) == 0\n"
         f"assert main(['evaluate', {str(tmp_path / 'run')!r}]) == 0\n"
         f"assert main(['report', {str(tmp_path / 'run')!r}, '--output', {str(tmp_path / 'report')!r}]) == 0\n",
