@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 F64 = torch.float64
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+PROJECT: dict[str, Any] = read_toml(Path(__file__).parents[1] / "pyproject.toml")["project"]
+"The table `project` of pyproject.toml."
 
 
 def orthogonal(n: int, rows: int | None = None, dtype: torch.dtype = F64) -> Tensor:

