@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -204,7 +205,7 @@ def test_tables_are_what_the_result_files_give(document: str) -> None:
 
 def test_links_lead_somewhere() -> None:
     checked = 0
-    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         text = path.read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
             file, _, anchor = target.partition("#")
@@ -215,6 +216,36 @@ def test_links_lead_somewhere() -> None:
                 assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
             checked += 1
     assert checked >= 10
+
+
+GUIDES = ("ARCHITECTURE.md", "CONTRIBUTING.md")
+PACKAGES = (ROOT / "src" / "sparsegrad_peft", ROOT / "src" / "sparsegrad_lab")
+
+
+def source_file(name: str) -> Path:
+    """The file that a guide calls `name`: from the root, or from one of the packages."""
+    found = [folder / name for folder in (ROOT, ROOT / "src", *PACKAGES) if (folder / name).exists()]
+    assert len(found) == 1, f"{name}: expected one file, found {found}"
+    return found[0]
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_guides_name_files_that_exist(guide: str) -> None:
+    text = (ROOT / guide).read_text(encoding="utf-8")
+    names = {name for name in re.findall(r"`(\w+/[\w/]*(?:\.py|\.md|/)?)`", text) if "NAME" not in name}
+    assert len(names) >= 5
+    for name in names:
+        source_file(name)
+
+
+def test_the_architecture_names_functions_that_exist() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    places = re.findall(r"`(\w+)`\s\((\w+/\w+\.py)\)", text)
+    assert len(places) >= 20
+    for name, file in places:
+        tree = ast.parse(source_file(file).read_text(encoding="utf-8"))
+        defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        assert name in defined, f"{name} is not defined in {file}"
 
 
 def test_method_page_names_functions_that_exist() -> None:
