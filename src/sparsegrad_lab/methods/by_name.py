@@ -20,7 +20,7 @@ from sparsegrad_peft.tuner.targets import mlp_linears
 from ..run.settings import METHODS, WHOLE, CalibrationArguments, RunArguments
 from ..run.trainer import RunTrainer
 from ..tasks.kinds import KINDS
-from ..tasks.settings import kind_of
+from ..tasks.registry import kind_of
 from .literal import LiteralLayers, LiteralTrainer
 
 

@@ -44,6 +44,7 @@ def load_run_task(arguments: RunArguments) -> tuple[Task, nn.Module | None]:
         shapes = KINDS[task.kind].empty_model(config)
     except NeedsWeightsError:
         shapes = None
+    task = KINDS[task.kind].in_model_order(task, config)
     _check_reads_ahead(arguments.model, config if shapes is None else shapes.config, task.kind)
     _check_positions(arguments, config)
     if shapes is not None:

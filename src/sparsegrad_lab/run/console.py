@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from transformers import TrainerCallback
 
-from ..tasks.metrics import higher_is_better
+from ..tasks.task import higher_is_better
 from .folder import RunFolder
 
 

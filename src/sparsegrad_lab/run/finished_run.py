@@ -23,8 +23,8 @@ from ..tasks.library_logs import suppress_library_logs
 from ..tasks.load import load_task
 from ..tasks.pretrained import load_config, model_path
 from ..tasks.read import Row, read_rows
-from ..tasks.settings import kind_of
-from ..tasks.task import Task, check_columns
+from ..tasks.registry import kind_of
+from ..tasks.task import Task
 from .base import load_model
 from .folder import RunFolder, save_whole, write_whole
 from .settings import RunArguments
@@ -112,6 +112,7 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
     _, config, learnt = read_run(path)
     arguments = RunArguments.from_dict(config)
     task = load_task(arguments.task, arguments.data)
+    task = task.with_label_order(learnt.labels or ())
     if task.labels != learnt.labels:
         raise ValueError(
             f"{task.source}: expected the labels that the run learnt, {learnt.labels}; found {task.labels}"
@@ -122,6 +123,7 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
     for name in [split] if split else task.evaluation_splits:
         with suppress_library_logs():
             features = kind.features(task, name, run.tokenizer, arguments.data)
+            kind.check_features(features, run.model, run.tokenizer)
             scores[name] = kind.score(task, run.outputs(features, arguments), features["labels"][:])
     return scores
 
@@ -133,14 +135,15 @@ def predict(
 
     Args:
         path: the run.
-        file: CSV, TSV, JSON or JSON lines with the task's text columns; of a language model, the first is enough.
-        texts: or a row, as one or two strings.
+        file: CSV, TSV, JSON or JSON lines with the task's text columns; for a language model, the first is enough.
+        texts: rows in place of a file: one string per row, or two for tasks with two text columns.
         max_new_tokens: where a language model stops at the latest.
 
     Raises:
         ValueError: neither or both are given, a column is missing, a row has the wrong number of texts.
     """
-    _, _, task = read_run(path)
+    _, config, task = read_run(path)
+    data = RunArguments.from_dict(config).data
     kind = KINDS[task.kind]
     columns, given = kind.prompt_columns(task), list(texts)
     if (file is None) == (not given):
@@ -148,15 +151,14 @@ def predict(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     if file is None:
-        if len(given) != len(columns):
-            takes = "one text" if len(columns) == 1 else "two texts"
-            raise ValueError(f"{task.name} takes {takes} ({', '.join(columns)}), found {len(given)}")
-        rows = [Row(zip(columns, given, strict=True))]
+        if len(given) % len(columns):
+            raise ValueError(f"{task.name} takes two texts per row ({', '.join(columns)}), found {len(given)} texts")
+        pairs = [given[start : start + len(columns)] for start in range(0, len(given), len(columns))]
+        rows = [Row(zip(columns, texts, strict=True)) for texts in pairs]
     else:
-        rows = read_rows(Path(file))
-        check_columns(rows, columns, str(file))
+        rows = read_rows(Path(file), quoting=data.quoted)
+        kind.check_rows(task, rows, str(file))
     run = open_run(path)
-    data = RunArguments.from_dict(run.config).data
     return kind.predict(run.model, run.tokenizer, run.task, rows, data, max_new_tokens)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..tasks.settings import kind_of
+from ..tasks.registry import kind_of
 from .folder import RunFolder, write_whole
 from .picture import search_picture
 from .process_identity import is_alive, is_here, mark
@@ -51,14 +51,15 @@ def search(
     what.check()
     arguments.check()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    from ..tasks.metrics import fitting, higher_is_better
+    from ..tasks.metrics import metrics_for
+    from ..tasks.task import higher_is_better
     from .precision import slow_precision
     from .train import output_folder
 
     if slow := slow_precision(arguments.training.precision):
         say(slow)
     # All metrics for a kind of task have one direction.
-    higher = higher_is_better(fitting((), kind_of(arguments.task))[0])
+    higher = higher_is_better(metrics_for((), kind_of(arguments.task))[0])
     folder = output_folder(arguments)
     RunFolder(folder).check_writable()
     if folder.is_dir() and not any((folder / name).exists() for name in _OWN) and any(folder.iterdir()):

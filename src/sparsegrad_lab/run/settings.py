@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from ..tasks.settings import DataArguments, task_problems
+from ..tasks.settings import DataArguments
 from .exit_codes import RefusedError
 
 SCHEDULES = (
@@ -171,7 +171,6 @@ class RunArguments:
         from sparsegrad_peft.tuner.config import SparseGradConfig
 
         from ..methods.by_name import read_config
-        from ..tasks.metrics import check_metrics
 
         problems: list[str] = []
 
@@ -181,8 +180,7 @@ class RunArguments:
             except (TypeError, ValueError) as error:
                 problems.append(str(error))
 
-        problems += task_problems(self.task, self.data)
-        collect(check_metrics, self.data.metrics or ())
+        problems += self.data.problems(self.task)
         if self.method not in METHODS and Path(self.method).is_file():
             collect(read_config, self.method)
         elif self.method not in METHODS:

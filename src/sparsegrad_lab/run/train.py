@@ -82,6 +82,8 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
     with suppress_library_logs():
         adapted = adapt(load_model(arguments.model, task, processor), arguments)
         features = {split: kind.features(task, split, processor, arguments.data) for split in task.splits}
+    for data in features.values():
+        kind.check_features(data, adapted.model, processor)
     # Nothing is refused any more by what was asked for: from here on the folder is this run's.
     folder.start(arguments)
     folder.write_json("environment.json", {**environment(), "seed": seed})

@@ -14,8 +14,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from sparsegrad_peft.tuner.trainer import SparseGradTrainer
 
 from ..tasks.kinds import KINDS
-from ..tasks.metrics import higher_is_better
-from ..tasks.task import Task
+from ..tasks.task import Task, higher_is_better
 from .checkpoints import writing
 from .folder import RunFolder
 from .meter import Phase, measured

@@ -23,8 +23,8 @@ from ..run.exit_codes import status_of
 from ..run.folder import RunFolder, write_whole
 from ..run.search import journal
 from ..run.settings import METHODS, RunArguments, flat
-from ..tasks.metrics import higher_is_better
 from ..tasks.pretrained import load_config, model_path
+from ..tasks.task import higher_is_better
 from .experiment import Cell, Experiment
 from .locks import BEAT, Claims
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..tasks.metrics import higher_is_better
+from ..tasks.task import higher_is_better
 from .record import RejectedFileError, check_result, read_json
 
 STUDY_MARKS = (".study", "claims.journal")

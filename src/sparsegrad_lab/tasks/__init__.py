@@ -1,18 +1,23 @@
-"""What is learnt: rows of text with a label, from GLUE, from your files, or from the grammar in this package; texts and
-conversations to go on with; or images with a class.
+"""What is learnt: tasks, their rows, labels and metrics, and what differs between kinds of model.
 
-    load           a task by its name
-task           Task: the data sets of its splits, its columns, its labels, its metrics
-read           text files -> rows, checked
-glue           the nine GLUE tasks, from a folder or from the hub
-files          any CSV, TSV or JSON file with named columns
-oasst1         OpenAssistant's conversations
-lexicon        words for
-acceptability  sentences of a small English grammar, acceptable or not
-metrics        official metrics
-images         digits, and images in folders
-features       rows -> token ids
-language       texts, answers and conversations -> token ids, and which of them are learnt
+    settings       DataArguments: which rows
+    registry       task name -> loader; the one list of tasks
+    load           load_task
+    task           Task: splits, columns, labels, metrics
 
-Nothing here knows the method: these are plain tasks.
+    glue           the nine GLUE tasks
+    acceptability  sentences that come with the package
+    files          your own texts with labels, texts, and conversations
+    oasst1         OpenAssistant conversations
+    images         digits, and image folders
+
+    read           CSV, TSV and JSON files -> rows
+    labels         label columns -> class numbers
+    conversations  chat formats -> messages
+    metrics        scores
+    pretrained     configs and tokenizers; a model without its weights
+    library_logs   hide the logs of transformers and datasets
+    kinds/         text, language, images: features, batches, scores, predictions
+
+Nothing here depends on the training method.
 """

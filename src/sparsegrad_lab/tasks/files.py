@@ -1,13 +1,15 @@
-"""A task in your own files: CSV, TSV, JSON or JSON lines, with named columns."""
+"""Tasks `files` and `text`: rows of your own CSV, TSV, JSON or JSON lines files, with named columns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from .metrics import LOSSES
-from .read import Row, read_rows
-from .task import LANGUAGE, Task, check_columns, make_split
+from .conversations import CONVERSATION_COLUMNS, completed_prompt, training_conversation
+from .labels import class_names, labelled_dataset
+from .read import Row, check_columns, read_rows
+from .task import LANGUAGE, LOSSES, Task
 
 
 def load_files(
@@ -18,80 +20,88 @@ def load_files(
     label: str = "label",
     labels: Sequence[str] | None = None,
     regression: bool = False,
-    metrics: Sequence[str] = (),
+    quoting: bool | None = None,
 ) -> Task:
-    """A task from files with the same columns.
+    """Load texts with labels.
 
     Args:
-        train: rows to train on; None where there is only something to evaluate.
-        validation: rows to evaluate on.
+        train: file with training rows; None if there is nothing to train on.
+        validation: file with evaluation rows.
         text: one or two text columns.
-        label: the label's column.
-        labels: the class names, in the order of their numbers; None: those that occur in `train`, sorted (as numbers
-            where all of them are).
-        regression: the label is a number to predict.
-        metrics: names of metrics; default: accuracy, or Pearson and Spearman for regression.
+        label: the label column.
+        labels: class names in the order of their numbers; None: the sorted labels of the training rows.
+        regression: labels are values to predict.
+        quoting: see `read_rows`.
 
     Raises:
-        ValueError: not one or two text columns, a missing column, a label outside the set, a single class, or what
-            `read_rows` refuses.
+        ValueError: a column is missing, a label is unknown, there is a single class; and see `read_rows`.
     """
-    rows = _rows(train, validation, text, label)
-    if regression:
-        names = None
-    else:
-        names = list(labels) if labels else _classes(rows.get("train", rows["validation"]), label)
+    rows = _read(train, validation, text, quoting)
+    paths = {"train": str(train), "validation": str(validation)}
+    for split, found in rows.items():
+        check_columns(found, (*text, label), paths[split])
+    names = None
+    if not regression:
+        split = "train" if train else "validation"
+        names = list(labels) if labels else class_names(rows[split], label, paths[split])
         if len(names) < 2:
             raise ValueError(
-                f"{train or validation}: expected at least two different labels in {label!r}, found "
-                f"{', '.join(names) or 'none'}; for a number to predict set regression"
+                f"{paths[split]}: expected at least two different labels in {label!r}, found {', '.join(names)}; to "
+                "predict a number set data.regression"
             )
-    paths = {"train": train, "validation": validation}
-    splits = {name: make_split(found, text, label, names, str(paths[name])) for name, found in rows.items()}
-    if not metrics:
-        metrics = ("pearson", "spearmanr") if regression else ("accuracy",)
-    return Task(
-        Path(train or validation).stem, tuple(text), None if names is None else tuple(names), tuple(metrics), splits,
-        _source(train, validation),
-    )  # fmt: skip
+    splits = {split: labelled_dataset(found, text, label, names, paths[split]) for split, found in rows.items()}
+    metrics = ("pearson", "spearmanr") if regression else ("accuracy",)
+    classes = None if names is None else tuple(names)
+    return Task(Path(train or validation).stem, tuple(text), classes, metrics, splits, _source(train, validation))
 
 
-def load_texts(train: str | Path | None, validation: str | Path, *, text: Sequence[str]) -> Task:
-    """Texts to go on with, from files with the same columns.
+def load_texts(
+    train: str | Path | None, validation: str | Path, *, text: Sequence[str], quoting: bool | None = None
+) -> Task:
+    """Load texts, prompts with answers, or conversations for a language model.
 
     Args:
-        train: rows to train on; None where there is only something to evaluate.
-        validation: rows to evaluate on.
-        text: one column, which is learnt whole; or two, a prompt and its answer, which is learnt.
+        train: file with training rows; None if there is nothing to train on.
+        validation: file with evaluation rows.
+        text: one column, of texts or of conversations (see `CONVERSATION_COLUMNS`); or two, prompt and answer. These
+            hold texts or messages.
+        quoting: see `read_rows`.
 
     Raises:
-        ValueError: not one or two text columns, a missing column, or what `read_rows` refuses.
+        ValueError: a column is missing, a conversation is malformed; and see `read_rows`.
     """
     from datasets import Dataset
 
-    rows = _rows(train, validation, text)
-    splits = {name: Dataset.from_list([{c: row[c] for c in text} for row in found]) for name, found in rows.items()}
-    name, source = Path(train or validation).stem, _source(train, validation)
-    return Task(name, tuple(text), None, LOSSES, splits, source, LANGUAGE)
+    splits = {}
+    for split, rows in _read(train, validation, text, quoting).items():
+        where = str(train if split == "train" else validation)
+        splits[split] = Dataset.from_list(_language_rows(rows, tuple(text), where))
+    name = Path(train or validation).stem
+    return Task(name, tuple(text), None, LOSSES, splits, _source(train, validation), LANGUAGE)
 
 
-def _rows(train: str | Path | None, validation: str | Path, text: Sequence[str], *others: str) -> dict[str, list[Row]]:
+def _language_rows(rows: list[Row], text: tuple[str, ...], where: str) -> list[dict[str, Any]]:
+    """Return the rows with their texts, or with a conversation in the first column."""
+    if text[0] in CONVERSATION_COLUMNS and len(text) == 1:
+        return [
+            {text[0]: training_conversation(row.get(text[0]), f"{where}, line {row.line}, {text[0]}")} for row in rows
+        ]
+    if len(text) == 2 and any(isinstance(row.get(column), list) for row in rows for column in text):
+        return [
+            {text[0]: completed_prompt(row.get(text[0]), row.get(text[1]), f"{where}, line {row.line}")} for row in rows
+        ]
+    check_columns(rows, text, where)
+    return [{column: row[column] for column in text} for row in rows]
+
+
+def _read(
+    train: str | Path | None, validation: str | Path, text: Sequence[str], quoting: bool | None
+) -> dict[str, list[Row]]:
     if not 1 <= len(text) <= 2:
-        raise ValueError(f"expected one or two text columns, found {len(text)}: {', '.join(text)}")
+        raise ValueError(f"data.text: expected one or two text columns, found {len(text)}: {', '.join(text)}")
     paths = {"train": train, "validation": validation}
-    rows = {name: read_rows(Path(path)) for name, path in paths.items() if path}
-    for name, found in rows.items():
-        check_columns(found, (*text, *others), str(paths[name]))
-    return rows
+    return {split: read_rows(Path(path), quoting=quoting) for split, path in paths.items() if path}
 
 
 def _source(*paths: str | Path | None) -> str:
     return ", ".join(str(path) for path in paths if path)
-
-
-def _classes(rows: list[Row], label: str) -> list[str]:
-    found = {row[label] for row in rows}
-    try:
-        return sorted(found, key=float)
-    except ValueError:
-        return sorted(found)

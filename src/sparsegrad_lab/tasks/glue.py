@@ -1,4 +1,4 @@
-"""The nine GLUE tasks (Wang et al., 2019), from a folder with the official files or from the Hugging Face hub."""
+"""Tasks `glue/NAME`: the nine GLUE tasks (Wang et al., 2019), from the official files or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .labels import labelled_dataset
 from .read import read_rows
-from .task import Task, make_split
+from .task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 HUB_NAME = "nyu-mll/glue"
-ENVIRONMENT = "SPARSEGRAD_DATA"
+DATA_VARIABLE = "SPARSEGRAD_DATA"
+"""Environment variable that names the folder with the data of GLUE and oasst1."""
 
 
 @dataclass(frozen=True)
 class GlueTask:
-    """Where a task is found and what its columns are called: in the official files, and on the hub."""
+    """Folder and column names of a task, in the official files and on the hub."""
 
     folder: str
-    "of the official archive"
+    "folder in the official archive"
     text: tuple[str, ...]
-    "on the hub, and in our data sets"
+    "text columns on the hub, and in our data sets"
     columns: tuple[str, ...]
     "text columns in the official files"
     label: str
     "label column in the official files"
     labels: tuple[str, ...] | None
-    "class names as in the official files, in the hub's order of numbers; None: regression"
+    "class names in the official files, in the hub's order; None: regression"
     metrics: tuple[str, ...]
     header: tuple[str, ...] | None = None
-    "for files without one"
+    "column names of official files without a header line"
     validation: tuple[str, ...] = ("validation",)
     ragged: bool = False
-    "the official files have rows with fields missing, which everybody leaves out"
+    "some rows of the official files lack fields; they are skipped, as elsewhere"
 
 
 _PAIR, _ENTAILMENT, _BINARY = ("sentence1", "sentence2"), ("entailment", "not_entailment"), ("0", "1")
@@ -66,49 +68,63 @@ _FILES = {
 
 
 def load_glue(name: str, data: str | Path | None = None) -> Task:
-    """A GLUE task, such as "rte".
+    """Load a GLUE task, such as "rte".
 
     Args:
         name: one of `GLUE`.
-        data: a folder with `glue/RTE/{train,dev}.tsv` in it (or `RTE/`, or the files themselves); None: the folder
-            that the environment variable SPARSEGRAD_DATA names, else the hub. Evaluation files that are missing are
-            left out, as long as there is one.
+        data: see `find_folder`; None: the folder in the environment variable SPARSEGRAD_DATA if it has the task, else
+            the hub.
 
     Raises:
-        ValueError: there is no such task, or what `read_rows` refuses.
-        FileNotFoundError: the folder has no such task, or no file to evaluate on.
+        ValueError: there is no such task, or see `read_rows`.
+        FileNotFoundError: the folder does not have the task, or the hub cannot be reached.
     """
     if name not in GLUE:
         raise ValueError(f"expected a GLUE task, one of {', '.join(GLUE)}; found {name!r}")
     task = GLUE[name]
-    root = Path(data) if data is not None else _folder_of_environment(task)
-    if root is None:
-        return _from_hub(name, task)
-    folder = _find(root, task)
-    splits: dict[str, Dataset] = {}
-    for split in ("train", *task.validation):
-        path = next((p for p in _candidates(folder, split) if p.is_file()), None)
-        if path is not None:
-            splits[split] = _read(path, task)
-    if set(splits) <= {"train"}:
-        expected = " or ".join(str(path) for path in _candidates(folder, task.validation[0]))
-        raise FileNotFoundError(f"{folder}: expected rows to evaluate on, in {expected}")
+    if data is not None:
+        folder = find_folder(name, data)
+    else:
+        root = os.environ.get(DATA_VARIABLE)
+        if not root or not (Path(root) / "glue" / task.folder).is_dir():
+            return _from_hub(name, task)
+        folder = find_folder(name, root)
+    splits = {split: _read(path, task) for split, path in _split_files(folder, task).items()}
     return Task(f"glue/{name}", task.text, task.labels, task.metrics, splits, str(folder))
 
 
-def _folder_of_environment(task: GlueTask) -> Path | None:
-    root = os.environ.get(ENVIRONMENT)
-    return Path(root) if root and (Path(root) / "glue" / task.folder).is_dir() else None
+def find_folder(name: str, data: str | Path) -> Path:
+    """Return the folder with the files of a GLUE task. Reads no file.
 
+    Args:
+        name: one of `GLUE`.
+        data: a folder that holds `glue/RTE/{train,dev}.tsv`, `RTE/{train,dev}.tsv`, or the files themselves.
 
-def _find(root: Path, task: GlueTask) -> Path:
+    Raises:
+        FileNotFoundError: there are no such files, or none to evaluate on.
+    """
+    task, root = GLUE[name], Path(data)
     candidates = [root / "glue" / task.folder, root / task.folder, root]
     for folder in candidates:
-        if any(path.is_file() for split in _FILES for path in _candidates(folder, split)):
+        splits = _split_files(folder, task)
+        if set(splits) > {"train"} or (splits and "train" not in splits):
             return folder
+        if splits:
+            expected = " or ".join(str(path) for path in _candidates(folder, task.validation[0]))
+            raise FileNotFoundError(f"{folder}: expected rows to evaluate on, in {expected}")
     raise FileNotFoundError(
         f"{root}: expected train.tsv and dev.tsv of {task.folder}, in {', '.join(map(str, candidates))}"
     )
+
+
+def _split_files(folder: Path, task: GlueTask) -> dict[str, Path]:
+    """Return the file of each split that is there."""
+    found: dict[str, Path] = {}
+    for split in ("train", *task.validation):
+        for path in _candidates(folder, split):
+            if path.is_file():
+                found.setdefault(split, path)
+    return found
 
 
 def _candidates(folder: Path, split: str) -> list[Path]:
@@ -116,16 +132,16 @@ def _candidates(folder: Path, split: str) -> list[Path]:
 
 
 def _read(path: Path, task: GlueTask) -> Dataset:
-    rows = read_rows(path, header=task.header, quoted=False, skip_ragged=task.ragged)
+    rows = read_rows(path, header=task.header, quoting=False, skip_ragged=task.ragged)
     columns, label = task.columns, task.label
-    if path.suffix == ".jsonl":  # with the hub's column names, and the label in words
+    if path.suffix == ".jsonl":  # has the hub's column names
         columns, label = task.text, "label"
     elif label not in rows[0] and "label" in rows[0]:
         label = "label"
-    for row in rows:  # official names -> the hub's
+    for row in rows:  # official column names -> the hub's
         values = [row.get(column) for column in columns]
         row.update({name: value for name, value in zip(task.text, values, strict=True) if value is not None})
-    return make_split(rows, task.text, label, task.labels, str(path))
+    return labelled_dataset(rows, task.text, label, task.labels, str(path))
 
 
 def _from_hub(name: str, task: GlueTask) -> Task:
@@ -133,16 +149,16 @@ def _from_hub(name: str, task: GlueTask) -> Task:
 
     try:
         found = load_dataset(HUB_NAME, name)
-    except Exception as error:  # whatever the network gives
+    except Exception as error:  # the network raises many types
         raise FileNotFoundError(
-            f"glue/{name} could not be taken from the hub ({type(error).__name__}: {error}); name a folder with the "
-            f"official files, {task.folder}/train.tsv and dev.tsv, in data.folder or in ${ENVIRONMENT}"
+            f"glue/{name} could not be loaded from the hub ({type(error).__name__}: {error}); name a folder with the "
+            f"official files, {task.folder}/train.tsv and dev.tsv, in data.folder or in ${DATA_VARIABLE}"
         ) from error
     return from_hub_splits(name, found)
 
 
 def from_hub_splits(name: str, found: dict[str, Dataset]) -> Task:
-    """The hub's data sets as a task; its test splits have no labels and are left out."""
+    """Return the hub's data sets as a task, without the test splits, which have no labels."""
     task = GLUE[name]
     splits = {split: found[split].select_columns([*task.text, "label"]) for split in ("train", *task.validation)}
     return Task(f"glue/{name}", task.text, task.labels, task.metrics, splits, f"hub: {HUB_NAME}")

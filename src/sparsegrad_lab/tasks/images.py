@@ -1,4 +1,4 @@
-"""Images with a class: scikit-learn's handwritten digits, and folders of your own."""
+"""Tasks `digits` and `images`: scikit-learn's handwritten digits, and image folders of your own."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 from .task import IMAGES, Task
 
 COLUMN = "image"
-"""An image as rows of grey values, 0 to 255, or as the path of its file."""
+"""Column of the images: rows of grey values, 0 to 255, or the path of a file."""
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 _N_DIGITS_VALIDATION = 500
 
 
 def load_digits() -> Task:
-    """1,297 digits of 8 by 8 to train on and 500 to evaluate on, as many of each class in proportion."""
+    """Load 1,297 training and 500 validation digits of 8 by 8 pixels, stratified by class."""
     import numpy as np
     from datasets import Dataset
     from sklearn import datasets, model_selection
@@ -33,11 +33,11 @@ def load_digits() -> Task:
 
 
 def load_images(folder: str | Path) -> Task:
-    """Images in `train/CLASS/*` and `validation/CLASS/*` of a folder; other splits, such as test, are evaluated too.
+    """Load the images `train/CLASS/*` and `validation/CLASS/*` of a folder, and other splits, such as test.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no image in one of the two.
-        ValueError: there are fewer than two classes, or a split has one that is not in train.
+        FileNotFoundError: one of the two folders is missing or has no image.
+        ValueError: there are fewer than two classes, or a split has a class that train does not have.
     """
     from datasets import Dataset
 
@@ -53,7 +53,7 @@ def load_images(folder: str | Path) -> Task:
             )
     labels = sorted({label for _, label in found["train"]})
     if len(labels) < 2:
-        raise ValueError(f"{root}/train: expected a folder for each of two classes or more, found {', '.join(labels)}")
+        raise ValueError(f"{root}/train: expected folders of at least two classes, found {', '.join(labels)}")
     number = {label: i for i, label in enumerate(labels)}
     splits = {}
     for name in ("train", "validation", *(name for name in found if name not in ("train", "validation"))):

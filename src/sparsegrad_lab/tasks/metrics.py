@@ -1,66 +1,96 @@
-"""Official metrics, computed by scikit-learn and SciPy, and the loss of a language model."""
+"""Metrics of tasks. Importing this module is cheap: scikit-learn and SciPy are loaded when a score is computed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from .task import LANGUAGE, LOSSES, TEXT, main_metric
 
-from .task import LANGUAGE, TEXT
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-
-def _correlation(function: Callable[..., object]) -> Callable[..., float]:
-    def score(labels: NDArray[np.generic], predictions: NDArray[np.generic]) -> float:
-        if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-            return 0.0  # undefined: a constant goes with nothing
-        return float(function(labels, predictions).statistic)  # type: ignore[attr-defined]
-
-    return score
+    Array = NDArray[np.generic]
 
 
-def _per_token(tokens: NDArray[np.generic], losses: NDArray[np.generic]) -> float:
+def _accuracy(labels: Array, predictions: Array) -> float:
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(labels, predictions))
+
+
+def _f1(labels: Array, predictions: Array) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, zero_division=0.0))
+
+
+def _macro_f1(labels: Array, predictions: Array) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
+
+
+def _matthews_correlation(labels: Array, predictions: Array) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels, predictions))
+
+
+def _pearson(labels: Array, predictions: Array) -> float:
+    from scipy.stats import pearsonr
+
+    return 0.0 if _constant(labels, predictions) else float(pearsonr(labels, predictions).statistic)
+
+
+def _spearman(labels: Array, predictions: Array) -> float:
+    from scipy.stats import spearmanr
+
+    return 0.0 if _constant(labels, predictions) else float(spearmanr(labels, predictions).statistic)
+
+
+def _constant(*values: Array) -> bool:
+    """Return True if the correlation of the values is undefined."""
+    import numpy as np
+
+    return any(len(found) < 2 or np.ptp(found) == 0 for found in values)
+
+
+def _loss(tokens: Array, losses: Array) -> float:
+    import numpy as np
+
     return float(losses.sum(dtype=np.float64) / tokens.sum())
 
 
-def _perplexity(tokens: NDArray[np.generic], losses: NDArray[np.generic]) -> float:
-    with np.errstate(over="ignore"):
-        return float(np.exp(_per_token(tokens, losses)))
+def _perplexity(tokens: Array, losses: Array) -> float:
+    try:
+        return math.exp(_loss(tokens, losses))
+    except OverflowError:
+        return math.inf
 
 
-METRICS: dict[str, Callable[..., float]] = {
-    "accuracy": lambda labels, predictions: float(accuracy_score(labels, predictions)),
-    "f1": lambda labels, predictions: float(f1_score(labels, predictions, zero_division=0.0)),
-    "macro_f1": lambda labels, predictions: float(f1_score(labels, predictions, average="macro", zero_division=0.0)),
-    "matthews_correlation": lambda labels, predictions: float(matthews_corrcoef(labels, predictions)),
-    "pearson": _correlation(pearsonr),
-    "spearmanr": _correlation(spearmanr),
-    "loss": _per_token,
+METRICS: dict[str, Callable[[Any, Any], float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "macro_f1": _macro_f1,
+    "matthews_correlation": _matthews_correlation,
+    "pearson": _pearson,
+    "spearmanr": _spearman,
+    "loss": _loss,
     "perplexity": _perplexity,
 }
-"""Name -> (labels, predictions) -> score. `f1` is that of class 1, as GLUE has it.
+"""Name -> function of (labels, predictions). "f1" is the score of class 1, as in GLUE.
 
-Of a language model, the labels of a row are how many tokens of it are learnt, and its prediction is their summed loss.
+For language models the labels are the number of learnt tokens per row, and the predictions their summed losses.
 """
 
-_CORRELATIONS, LOSSES = ("pearson", "spearmanr"), ("loss", "perplexity")
+_CORRELATIONS = ("pearson", "spearmanr")
 
 
-def higher_is_better(metric: str) -> bool:
-    """A metric's direction; also for "combined_score"."""
-    return metric not in LOSSES
-
-
-def main_metric(names: Sequence[str]) -> str:
-    """The one that decides which evaluation is the best: the only one, the mean of several, or the first of losses."""
-    return names[0] if len(names) == 1 or not higher_is_better(names[0]) else "combined_score"
-
-
-def fitting(labels: Sequence[str] | None, kind: str = TEXT) -> list[str]:
-    """Names of the metrics for such labels (None: a number to predict) in a task of such a kind."""
+def metrics_for(labels: Sequence[str] | None, kind: str = TEXT) -> list[str]:
+    """Return the metrics that a task can have; `labels` is None for regression."""
     if kind == LANGUAGE:
         return list(LOSSES)
     if labels is None:
@@ -68,32 +98,24 @@ def fitting(labels: Sequence[str] | None, kind: str = TEXT) -> list[str]:
     return [name for name in METRICS if name not in (*LOSSES, *_CORRELATIONS)]
 
 
-def check_metrics(names: Sequence[str]) -> None:
-    """Raise ValueError for a name that is not known."""
-    unknown = [name for name in names if name not in METRICS]
-    if unknown:
-        raise ValueError(f"expected metrics among {', '.join(METRICS)}; found {', '.join(unknown)}")
-
-
-def check_fit(names: Sequence[str], labels: Sequence[str] | None, kind: str = TEXT) -> None:
-    """Raise ValueError for a metric that is not for such labels, which would come out after the first epoch only."""
-    there = fitting(labels, kind)
+def check_metrics(names: Sequence[str], labels: Sequence[str] | None, kind: str = TEXT) -> None:
+    """Raise ValueError for a metric that does not fit the labels; `labels` is None for regression."""
+    known = metrics_for(labels, kind)
     for name in names:
-        if name not in there:
-            takes = "a number to predict takes" if labels is None else "classes take"
-            takes = f"{kind} takes" if kind == LANGUAGE else takes
-            raise ValueError(f"metrics: {takes} {', '.join(there)}; found {name}")
+        if name not in known:
+            what = "language models" if kind == LANGUAGE else "regression" if labels is None else "classes"
+            raise ValueError(f"data.metrics: expected for {what} {', '.join(known)}; found {name}")
         if name == "f1" and labels is not None and len(labels) != 2:
-            raise ValueError(f"metrics: f1 is that of class 1 of two, found {len(labels)} classes; use macro_f1")
+            raise ValueError(f"data.metrics: f1 is for two classes, found {len(labels)}; use macro_f1")
 
 
-def score(names: Sequence[str], labels: NDArray[np.generic], predictions: NDArray[np.generic]) -> dict[str, float]:
-    """All of the metrics, and for several their mean as "combined_score", unless they are losses.
+def score(names: Sequence[str], labels: Array, predictions: Array) -> dict[str, float]:
+    """Return the metrics by name, with the mean of several as "combined_score" (not for losses).
 
     Args:
         names: keys of `METRICS`.
         labels: (rows,), class numbers or values.
-        predictions: (rows,), likewise.
+        predictions: (rows,), class numbers or values.
     """
     found = {name: METRICS[name](labels, predictions) for name in names}
     if main_metric(names) == "combined_score":
@@ -101,27 +123,26 @@ def score(names: Sequence[str], labels: NDArray[np.generic], predictions: NDArra
     return found
 
 
-def predictions_of(logits: NDArray[np.generic], regression: bool) -> NDArray[np.generic]:
-    """Class numbers, or values, from a classifier's output (rows, classes) or (rows, 1).
+def predictions_of(logits: Array, regression: bool) -> Array:
+    """Return class numbers from logits (rows, classes), or values from (rows, 1).
 
     Raises:
-        ValueError: the output holds entries that are not finite.
+        ValueError: the logits are not finite.
     """
     check_finite(logits)
-    if regression:
-        values: NDArray[np.generic] = logits.reshape(-1)
-        return values
-    classes: NDArray[np.generic] = logits.argmax(axis=-1)
-    return classes
+    predictions: Array = logits.reshape(-1) if regression else logits.argmax(axis=-1)
+    return predictions
 
 
-def check_finite(output: NDArray[np.generic]) -> None:
-    """Raise ValueError for a model's output that holds entries that are not finite."""
-    if not np.isfinite(output).all():
+def check_finite(outputs: Array) -> None:
+    """Raise ValueError if the model's outputs are not finite."""
+    import numpy as np
+
+    if not np.isfinite(outputs).all():
         raise ValueError("the model's output is not finite; lower the learning rate, or use float32")
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (of the sample: n - 1), 0 for a single value."""
+    """Return mean and sample standard deviation (n - 1); the deviation of a single value is 0."""
     mean = sum(values) / len(values)
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0

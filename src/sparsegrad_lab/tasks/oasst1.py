@@ -1,7 +1,7 @@
-"""OpenAssistant conversations (Köpf et al., 2023): trees of messages, from a folder with .jsonl files or from the hub.
+"""Task `oasst1`: OpenAssistant conversations (Köpf et al., 2023), from `.jsonl` files or the Hugging Face hub.
 
-Of each tree one conversation is taken: from the prompt on, the answer that people ranked first, then the first
-follow-up that has an answer, and so on. All paths would repeat the early messages of a tree in each of them.
+The data are trees of messages. Each tree gives one conversation: the prompt, the answer that annotators ranked first,
+the first follow-up that has an answer, and so on. Taking all paths would repeat the early messages of each tree.
 """
 
 from __future__ import annotations
@@ -13,39 +13,41 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .glue import ENVIRONMENT
-from .metrics import LOSSES
+from .conversations import Message, turns
+from .glue import DATA_VARIABLE
 from .read import read_objects
-from .task import LANGUAGE, Task
+from .task import LANGUAGE, LOSSES, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 HUB_NAME = "OpenAssistant/oasst1"
 COLUMN = "conversation"
-_HELD_OUT = 10  # one tree in so many, where there are no validation rows
+_HELD_OUT = 10  # one tree in ten is held out if there are no validation files
 _NEEDED = ("message_id", "text", "role")
 
 Tree = list[dict[str, Any]]
-"""The messages of a tree, each with its parent's id, in the order of the file."""
+"""The messages of a tree in the order of the file, each with its parent's id."""
 
 
 def load_oasst1(data: str | Path | None = None, language: str | None = None) -> Task:
-    """Conversations to learn the assistant's part of, in the column "conversation": human, assistant, human, ...
+    """Load conversations, in the column "conversation"; the assistant's messages are learnt.
 
-    Files with "validation" in their names are to evaluate on, the others to train on; a tree that is in both is left
-    out of training. Where only one of both is there, a tenth of the trees is held out, the same in each run.
+    Files with "validation" in their names are evaluation rows, the others training rows. A tree in both is not trained
+    on. If only one of both exists, a tenth of the trees is held out, the same in each run.
 
     Args:
-        data: a folder with `.jsonl` files (or `oasst1/*.jsonl` in it), of messages or of nested trees; None: the folder
-            that the environment variable SPARSEGRAD_DATA names, else the hub.
-        language: leave out messages in other languages, and what answers them.
+        data: see `find_folder`; None: the folder in the environment variable SPARSEGRAD_DATA, else the hub.
+        language: skip messages in other languages, and their answers.
 
     Raises:
         FileNotFoundError: there are no such files, or the hub cannot be reached.
-        ValueError: a file is no JSON lines, a message lacks what it needs, or no tree has an answer.
+        ValueError: a file is not JSON lines, a message lacks a field, or no tree has an answer.
     """
-    folder = _folder(data)
+    root = data if data is not None else os.environ.get(DATA_VARIABLE)
+    folder = None
+    if root and (data is not None or any(any(found.glob("*.jsonl")) for found in _candidates(root))):
+        folder = find_folder(root)
     if folder is None:
         source, trees = f"hub: {HUB_NAME}", _from_hub()
     else:
@@ -56,7 +58,7 @@ def load_oasst1(data: str | Path | None = None, language: str | None = None) -> 
         train, validation = _held_out(train or validation)
     splits = {}
     for split, found in (("train", train), ("validation", validation)):
-        conversations = [turns for tree in found.values() if (turns := best_path(tree, language))]
+        conversations = [turns(texts) for tree in found.values() if (texts := best_path(tree, language))]
         if not conversations:
             other = f" in language {language!r}" if language else ""
             raise ValueError(
@@ -68,10 +70,10 @@ def load_oasst1(data: str | Path | None = None, language: str | None = None) -> 
 
 
 def best_path(tree: Tree, language: str | None = None) -> list[str]:
-    """The texts of a conversation from the root of a tree to an answer, human and assistant in turn; or none.
+    """Return the texts of a conversation from the root of a tree to an answer, user and assistant in turn; or none.
 
-    Deleted messages are passed over with all that answers them, and so is what hangs on a message that is not there.
-    Among answers the one with the lowest rank comes first, among equals the first in the file.
+    Deleted messages are skipped with all replies to them, and so are messages whose parent is missing. The answer with
+    the lowest rank comes first; of answers with the same rank, the first in the file.
     """
     children: dict[str | None, Tree] = defaultdict(list)
     for message in tree:
@@ -95,17 +97,20 @@ def _rank(message: Mapping[str, Any]) -> float:
     return float("inf") if rank is None else rank
 
 
-def _folder(data: str | Path | None) -> Path | None:
-    """Where the files are; None: nowhere here."""
-    root = data if data is not None else os.environ.get(ENVIRONMENT)
-    if not root:
-        return None
-    for folder in (Path(root) / "oasst1", Path(root)):
+def find_folder(root: str | Path) -> Path:
+    """Return the folder with the `.jsonl` files: `root/oasst1` or `root`. The files hold messages or nested trees.
+
+    Raises:
+        FileNotFoundError: there are no such files.
+    """
+    for folder in _candidates(root):
         if any(folder.glob("*.jsonl")):
             return folder
-    if data is None:
-        return None
     raise FileNotFoundError(f"{root}: expected .jsonl files of OpenAssistant conversations, in {root}/oasst1 or {root}")
+
+
+def _candidates(root: str | Path) -> tuple[Path, Path]:
+    return Path(root) / "oasst1", Path(root)
 
 
 def _from_folder(folder: Path) -> dict[str, dict[str, Tree]]:
@@ -130,7 +135,7 @@ def _from_folder(folder: Path) -> dict[str, dict[str, Tree]]:
 
 
 def _flat(message: dict[str, Any], parent: str | None) -> Iterator[dict[str, Any]]:
-    """A nested message and all below it, each with its parent's id."""
+    """Yield a nested message and all replies below it, each with its parent's id."""
     yield {**message, "parent_id": parent, "replies": None}
     for reply in message.get("replies") or ():
         yield from _flat(reply, message.get("message_id"))
@@ -141,16 +146,16 @@ def _from_hub() -> dict[str, dict[str, Tree]]:
 
     try:
         found = load_dataset(HUB_NAME)
-    except Exception as error:  # whatever the network gives
+    except Exception as error:  # the network raises many types
         raise FileNotFoundError(
-            f"oasst1 could not be taken from the hub ({type(error).__name__}: {error}); name a folder with .jsonl "
-            f"files in data.folder, or one with oasst1/*.jsonl in ${ENVIRONMENT}"
+            f"oasst1 could not be loaded from the hub ({type(error).__name__}: {error}); name a folder with .jsonl "
+            f"files in data.folder, or one with oasst1/*.jsonl in ${DATA_VARIABLE}"
         ) from error
     return {split: from_messages(found[split]) for split in ("train", "validation")}
 
 
 def from_messages(messages: Iterable[dict[str, Any]]) -> dict[str, Tree]:
-    """Trees by their ids, of messages as the hub has them."""
+    """Return trees by their ids, from messages in the hub's format."""
     trees: dict[str, Tree] = defaultdict(list)
     for message in messages:
         trees[message["message_tree_id"]].append(message)
@@ -158,7 +163,7 @@ def from_messages(messages: Iterable[dict[str, Any]]) -> dict[str, Tree]:
 
 
 def _held_out(trees: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]:
-    """Nine tenths and a tenth, by a hash of the ids: whatever the order of the files, and the same in each run."""
+    """Return training and held-out trees, split by a hash of their ids, so that the order of files does not matter."""
     names = sorted(trees, key=lambda name: hashlib.sha256(name.encode()).digest())
     held = set(names[: max(1, len(names) // _HELD_OUT)])
     return (
@@ -167,7 +172,7 @@ def _held_out(trees: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]
     )
 
 
-def _dataset(conversations: list[list[str]]) -> Dataset:
+def _dataset(conversations: list[list[Message]]) -> Dataset:
     from datasets import Dataset
 
     return Dataset.from_dict({COLUMN: conversations})

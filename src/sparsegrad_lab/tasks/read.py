@@ -1,4 +1,4 @@
-"""Text files -> rows of strings, each with its line number; what is wrong with a file is said with the line."""
+"""Read rows from CSV, TSV, JSON and JSON lines files. Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -6,58 +6,94 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_READERS = (".csv", ".tsv", ".json", ".jsonl")
+_ENDINGS = (".csv", ".tsv", ".json", ".jsonl")
 
 
-class Row(dict[str, str]):
-    """Column -> value, as strings; `line` is where it stands in the file (1 is the first)."""
+class Row(dict[str, Any]):
+    """Column -> value: strings, or lists, objects and null as JSON has them; `line` counts from 1."""
 
     line: int = 0
 
 
 def read_rows(
-    path: Path, *, header: Sequence[str] | None = None, quoted: bool = True, skip_ragged: bool = False
+    path: Path, *, header: Sequence[str] | None = None, quoting: bool | None = None, skip_ragged: bool = False
 ) -> list[Row]:
-    """Rows of a `.csv`, `.tsv`, `.json` (a list of objects) or `.jsonl` file in UTF-8.
+    """Read a `.csv`, `.tsv`, `.json` (a list of objects) or `.jsonl` file in UTF-8. Numbers become strings.
 
     Args:
-        path: the file; its ending says what it is.
-        header: column names of a TSV or CSV file that has no header line.
-        quoted: whether quotation marks mean something in a CSV or TSV file. In GLUE's they are text.
-        skip_ragged: leave out rows with too few or too many fields, and log how many, in place of an error.
+        path: the file.
+        header: column names of a CSV or TSV file without a header line.
+        quoting: whether fields may be in quotation marks; None: in CSV files only.
+        skip_ragged: skip rows with too few or too many fields, and log how many, instead of raising an error.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, no UTF-8, of another kind, or a row has too few or too many fields.
+        ValueError: the file is empty, not UTF-8 or of another type; a row has too few or too many fields; two columns
+            have the same name.
     """
     kind = path.suffix.lower()
-    if kind not in _READERS:
-        raise ValueError(f"{path}: expected a file that ends in {', '.join(_READERS)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    check_rows_file(path)
     text = _text(path)
     if kind in (".csv", ".tsv"):
-        rows = list(_delimited(text, path, header, quoted, skip_ragged))
+        quoting = kind == ".csv" if quoting is None else quoting
+        rows = list(_delimited(text, path, header, quoting, skip_ragged))
     else:
-        found = _json(text, path) if kind == ".json" else _json_lines(text, path)
-        rows = [_row(item, path, number) for number, item in found]
+        objects = _json(text, path) if kind == ".json" else _json_lines(text, path)
+        rows = [_row(item, path, number) for number, item in objects]
     if not rows:
-        raise ValueError(f"{path}: expected rows, found none; the file may be cut off")
+        raise ValueError(f"{path}: expected rows, found none")
     return rows
 
 
-def read_objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The objects of a `.jsonl` file in UTF-8 as they are, each with its line number.
+def check_rows_file(path: Path) -> None:
+    """Raise an error for a file that `read_rows` cannot read, without reading it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no UTF-8, or a line is no JSON object.
+        ValueError: its name has another ending.
+    """
+    if path.suffix.lower() not in _ENDINGS:
+        raise ValueError(f"{path}: expected a file that ends in {', '.join(_ENDINGS)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+
+
+def check_columns(rows: Iterable[Row], columns: Sequence[str], where: str) -> None:
+    """Raise ValueError for the first row in which one of the columns is missing or not a text.
+
+    Args:
+        rows: the rows.
+        columns: names of the columns.
+        where: the file, for messages.
+    """
+    for row in rows:
+        for column in columns:
+            place = f"{where}, line {row.line}: "
+            if column not in row:
+                raise ValueError(f"{place}expected a column {column!r}, found {', '.join(map(repr, row))}")
+            if row[column] is None:
+                raise ValueError(f"{place}expected a text as {column!r}, found no value")
+            if not isinstance(row[column], str):
+                found = "a list" if isinstance(row[column], list) else "an object"
+                raise ValueError(
+                    f"{place}expected a text as {column!r}, found {found}. Conversations are for task text, in a "
+                    "column named messages or conversations, or in the two columns prompt and completion"
+                )
+
+
+def read_objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Read the objects of a `.jsonl` file in UTF-8, unchanged, each with its line number.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not UTF-8, or a line is not a JSON object.
     """
     found = list(_json_lines(_text(path), path))
     for number, item in found:
@@ -68,7 +104,7 @@ def read_objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
 def _text(path: Path) -> str:
     content = path.read_bytes()
     try:
-        return content.decode("utf-8-sig")  # some of GLUE's begin with a byte order mark
+        return content.decode("utf-8-sig")  # some GLUE files begin with a byte order mark
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(
@@ -76,52 +112,84 @@ def _text(path: Path) -> str:
         ) from None
 
 
-def _delimited(text: str, path: Path, header: Sequence[str] | None, quoted: bool, skip_ragged: bool) -> Iterator[Row]:
-    # A quoted field may hold line breaks; an unquoted line is one row, whatever marks are in it.
-    quoting: Any = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+def _delimited(text: str, path: Path, header: Sequence[str] | None, quoting: bool, skip_ragged: bool) -> Iterator[Row]:
+    # A quoted field may contain line breaks; without quoting, each line is a row.
+    style: Any = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=quoted)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=style, strict=quoting)
     ragged = 0
     try:
-        names = list(header) if header is not None else next(reader, [])
-        for fields in reader:
-            if not fields:
-                continue
-            if len(fields) != len(names):
-                if skip_ragged:
-                    ragged += 1
+        with _long_fields():
+            names = list(header) if header is not None else next(reader, [])
+            _check_names(names, path)
+            for fields in reader:
+                if not fields:
                     continue
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: expected {len(names)} fields ({', '.join(names)}), found "
-                    f"{len(fields)}; the file may be cut off here"
-                )
-            row = Row(zip(names, fields, strict=True))
-            row.line = reader.line_num
-            yield row
+                if len(fields) != len(names):
+                    if skip_ragged:
+                        ragged += 1
+                        continue
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: expected {len(names)} fields ({', '.join(names)}), found "
+                        f"{len(fields)}; {_advice(text, quoting)}"
+                    )
+                row = Row(zip(names, fields, strict=True))
+                row.line = reader.line_num
+                yield row
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}; the file may be cut off here") from None
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; {_advice(text, quoting)}") from None
     if ragged:
-        logger.warning("%s: %d rows left out, which have too few or too many fields", path, ragged)
+        logger.warning("%s: skipped %d rows with too few or too many fields", path, ragged)
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Lift the csv module's limit of 131,072 characters per field."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _advice(text: str, quoting: bool) -> str:
+    if '"' not in text:
+        return "the file may be truncated"
+    return f"the file may be truncated, or use --data.quoting {'none' if quoting else 'minimal'}"
+
+
+def _check_names(names: Sequence[str], path: Path) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{path}: expected different column names, found several columns {', '.join(repeated)}")
 
 
 def _json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                found = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: {error.msg}; the file may be cut off here") from None
-            yield number, found
+            yield number, _parsed(line, path, number)
 
 
 def _json(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: {error.msg}; the file may be cut off here") from None
+    found = _parsed(text, path)
     if not isinstance(found, list):
         raise ValueError(f"{path}: expected a list of objects, found {type(found).__name__}")
     yield from enumerate(found, start=1)
+
+
+def _parsed(text: str, path: Path, line: int | None = None) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            _check_names([name for name, _ in pairs], path)
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {line or error.lineno}: {error.msg}; the file may be truncated") from None
+    except RecursionError:
+        raise ValueError(f"{path}, line {line or 1}: the JSON is nested too deeply") from None
 
 
 def _check_object(item: Any, path: Path, number: int) -> None:
@@ -131,9 +199,7 @@ def _check_object(item: Any, path: Path, number: int) -> None:
 
 def _row(item: Any, path: Path, number: int) -> Row:
     _check_object(item, path, number)
-    missing = [name for name, value in item.items() if value is None]
-    if missing:
-        raise ValueError(f"{path}, line {number}: no value for {', '.join(missing)}")
-    row = Row({name: value if isinstance(value, str) else str(value) for name, value in item.items()})
+    kept = (str, list, dict, type(None))
+    row = Row({name: value if isinstance(value, kept) else str(value) for name, value in item.items()})
     row.line = number
     return row

@@ -1,102 +1,99 @@
-"""Where the rows of a task come from. Light, so that the command's help is quick: no data library is loaded here."""
+"""Settings of the data. Docstrings under fields are the command's help; importing this module is cheap."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from .glue import GLUE
-from .task import IMAGES, LANGUAGE, TEXT
+from .labels import repeated_class
+from .metrics import METRICS
+from .registry import TASKS
 
 
 @dataclass
 class DataArguments:
-    """Where the rows of a task come from, and which of them are used."""
+    """Which rows a run trains and evaluates on."""
 
     folder: str | None = None
-    """GLUE: folder with the official files (glue/RTE/train.tsv, ...); oasst1: with .jsonl files of conversation trees;
-    default of both: $SPARSEGRAD_DATA, else the hub. images: with train/CLASS/*.png and validation/CLASS/*.png"""
+    """glue/*: folder with the official files (glue/RTE/train.tsv, ...). oasst1: folder with .jsonl files. Default of
+    both: the folder in $SPARSEGRAD_DATA, else the Hugging Face hub. images: folder with train/CLASS/*.png and
+    validation/CLASS/*.png"""
     train_file: str | None = None
-    "tasks files and text: CSV, TSV, JSON or JSON lines to train on"
+    "files, text: CSV, TSV, JSON or JSON lines file with training rows"
     validation_file: str | None = None
-    "tasks files and text: rows to evaluate on, with the same columns"
+    "files, text: file with evaluation rows and the same columns"
     text: list[str] = field(default_factory=list)
-    """task files: one or two text columns; task text: one column to learn whole, or two, a prompt and the answer, of
-    which the answer is learnt"""
+    """files: one or two text columns. text: one column of texts to learn; or messages or conversations, a column of
+    conversations; or two columns, prompt and answer, of which the answer is learnt"""
     label: str = "label"
-    "task files: the label's column"
+    "files: the label column"
     labels: list[str] | None = None
-    "task files: class names in the order of their numbers; default: those that occur, sorted"
+    "files: class names in the order of their numbers; default: the sorted labels of the training rows"
     regression: bool = False
-    "task files: the label is a number to predict"
+    "files: labels are numbers to predict"
+    quoting: Literal["minimal", "none"] | None = None
+    """files, text: "minimal": fields of CSV and TSV files may be in quotation marks; "none": quotation marks are text;
+    default: minimal for CSV, none for TSV"""
     metrics: list[str] | None = None
-    "the first decides which evaluation is the best; default: the task's official ones"
+    "scores to compute; a single one, or else their mean, selects the best evaluation; default: the task's metrics"
     train_rows: int | None = None
-    "train on a random sample of so many rows, the same in each run; default: all"
+    "train on a random sample of this size, the same in each run; default: all rows"
     validation_rows: int | None = None
-    "evaluate on so many rows; default: all"
+    "evaluate on a random sample of this size; default: all rows"
     max_length: int = 128
-    "tokens of a row; longer ones are cut off"
+    "maximum number of tokens per row; longer rows are truncated"
     language: str | None = None
-    "oasst1: leave out what is in other languages than this one, such as en; default: take all"
+    "oasst1: skip messages in other languages, such as en; default: all languages"
     template: Literal["plain"] | None = None
-    """oasst1, text: plain writes Human: and Assistant: turns (or prompt and answer as they are) even where the model
-    has a chat template; default: its template, where it has one"""
+    """oasst1, text: "plain": write conversations as Human: and Assistant: turns, and prompts and answers unchanged;
+    default: the model's chat template if it has one"""
+
+    @property
+    def quoted(self) -> bool | None:
+        """Whether fields of files may be in quotation marks; None: in CSV files only."""
+        return None if self.quoting is None else self.quoting == "minimal"
+
+    def problems(self, task: str) -> list[str]:
+        """Return one sentence per invalid setting for a task; reads no file, but checks that files exist."""
+        problems = []
+        source = TASKS.get(task)
+        if source is None:
+            problems.append(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
+        else:
+            problems += self._unread(task, source.reads)
+            missing = [f"data.{name}" for name in source.needs if not getattr(self, name)]
+            if missing:
+                problems.append(f"task {task} needs {', '.join(missing)}")
+            else:
+                try:
+                    source.check_files(self)
+                except (OSError, ValueError) as error:
+                    problems.append(str(error))
+        unknown = [name for name in self.metrics or () if name not in METRICS]
+        if unknown:
+            problems.append(f"data.metrics: expected some of {', '.join(METRICS)}; found {', '.join(unknown)}")
+        if len(self.text) > 2:
+            problems.append(f"data.text: expected one or two columns, found {len(self.text)}")
+        if self.labels is not None and len(self.labels) < 2:
+            problems.append(f"data.labels: expected at least two classes, found {len(self.labels)}")
+        if (repeated := repeated_class(self.labels or ())) is not None:
+            problems.append(f"data.labels: expected different classes, found {repeated!r} twice")
+        for name in ("train_rows", "validation_rows", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"data.{name} must be at least 1, found {value}")
+        return problems
+
+    def _unread(self, task: str, reads: tuple[str, ...]) -> list[str]:
+        """Return a sentence per setting that is set and that only other tasks read."""
+        default, problems = DataArguments(), []
+        for name in (setting.name for setting in fields(self)):
+            readers = [other for other, source in TASKS.items() if name in source.reads]
+            if readers and name not in reads and getattr(self, name) != getattr(default, name):
+                shown = ", ".join(dict.fromkeys(_family(other) for other in readers))
+                problems.append(f"data.{name} is for {shown}; task {task} does not read it")
+        return problems
 
 
-TASKS = {
-    "acceptability": TEXT,
-    "files": TEXT,
-    **{f"glue/{name}": TEXT for name in GLUE},
-    "oasst1": LANGUAGE,
-    "text": LANGUAGE,
-    "digits": IMAGES,
-    "images": IMAGES,
-}
-"""Name -> kind."""
-
-_WITH_FILES = ("files", "text")
-
-
-def kind_of(task: str) -> str:
-    """A task's kind; that of text for a name that is not known, which `task_problems` reports."""
-    return TASKS.get(task, TEXT)
-
-
-def check_task(name: str, data: DataArguments) -> None:
-    """Raise before any long work where a task cannot be loaded as named.
-
-    Raises:
-        ValueError: the first of `task_problems`.
-    """
-    for problem in task_problems(name, data):
-        raise ValueError(problem)
-
-
-def task_problems(name: str, data: DataArguments) -> list[str]:
-    """No such task, not all that a task with files needs, settings for another task, counts below 1."""
-    problems = []
-    if name not in TASKS:
-        problems.append(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
-    if name in _WITH_FILES and (data.validation_file is None or not data.text):
-        problems.append(
-            f"task {name}: expected data.train_file, data.validation_file and data.text (the text columns), found "
-            f"{data.train_file}, {data.validation_file} and {data.text}"
-        )
-    if name not in _WITH_FILES and (data.train_file or data.validation_file):
-        problems.append(f"data.train_file and data.validation_file are for task files or text, found task {name!r}")
-    if name == "images" and data.folder is None:
-        problems.append("task images: expected data.folder, with train/CLASS/* and validation/CLASS/*; found None")
-    if name not in _WITH_FILES and data.text:
-        problems.append(f"data.text is for tasks files and text, found task {name!r}")
-    if name != "files" and (data.label != "label" or data.labels is not None or data.regression):
-        problems.append(f"data.label, data.labels and data.regression are for task files, found task {name!r}")
-    if data.language is not None and name != "oasst1":
-        problems.append(f"data.language is for task oasst1, found task {name!r}")
-    if data.template is not None and kind_of(name) != LANGUAGE:
-        problems.append(f"data.template is for tasks oasst1 and text, found task {name!r}")
-    for field_name in ("train_rows", "validation_rows", "max_length"):
-        value = getattr(data, field_name)
-        if value is not None and value < 1:
-            problems.append(f"data.{field_name} must be at least 1, found {value}")
-    return problems
+def _family(task: str) -> str:
+    return "glue/*" if task.startswith("glue/") else task

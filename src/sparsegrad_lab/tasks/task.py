@@ -1,35 +1,34 @@
-"""A task: its splits, which columns are text, what the labels mean, and how it is scored."""
+"""The result of loading a task: data sets, columns, labels and metrics."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
-
-from .read import Row
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 TEXT, LANGUAGE, IMAGES = "text classification", "causal language modelling", "image classification"
-"""Kinds of task. A number to predict from text is of the first kind as well."""
+"""Kinds of task. Text regression belongs to the first kind."""
+
+LOSSES = ("loss", "perplexity")
+"""Metrics for which lower is better."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Sentences, or pairs of sentences, with a class or a number each; texts to go on with; or images with a class.
+    """A loaded task.
 
     Attributes:
         name: such as "glue/rte".
-        text: one or two columns.
-        labels: class names, in the order of their numbers; None: the label is a number (regression), or there is none.
-        metrics: names in `metrics.METRICS`; the first decides which evaluation is the best, unless there are several:
-            then it is their mean, "combined_score", or the first of several losses.
-        splits: "train" and evaluation splits ("validation", ...), with the columns of `text` and "label".
-        source: where the rows came from, for the record.
-        kind: `TEXT`, `LANGUAGE` (no column "label"; the text may be a list, the turns of a
-            conversation) or `IMAGES` (the text is a column of images, see `images`).
+        text: the input columns: one or two.
+        labels: class names in the order of their numbers; None for regression and language modelling.
+        metrics: names in `metrics.METRICS`.
+        splits: "train" and evaluation splits ("validation", ...), with the columns of `text`, and with "label" except
+            for language modelling.
+        source: where the rows come from, for messages.
+        kind: `TEXT`, `LANGUAGE` or `IMAGES`.
     """
 
     name: str
@@ -42,70 +41,56 @@ class Task:
 
     @property
     def evaluation_splits(self) -> list[str]:
-        """All splits but the one to train on."""
+        """All splits except "train"."""
         return [name for name in self.splits if name != "train"]
 
     @property
     def main_metric(self) -> str:
-        """The one that decides which evaluation is the best."""
-        from .metrics import main_metric  # scikit-learn and SciPy: not for --help
-
+        """The metric that selects the best evaluation."""
         return main_metric(self.metrics)
 
     def limited(self, train: int | None, validation: int | None) -> Task:
-        """The first rows only, after a shuffle with a fixed seed: a sample that is the same in each run."""
-        limits = {name: train if name == "train" else validation for name in self.splits}
+        """Return the task with at most so many rows per split: a random sample, the same in each run."""
         splits = {}
         for name, data in self.splits.items():
-            limit = limits[name]
+            limit = train if name == "train" else validation
             whole = limit is None or limit >= len(data)
             splits[name] = data if whole else data.shuffle(seed=0).select(range(limit))  # type: ignore[arg-type]
         return replace(self, splits=splits)
 
+    def with_label_order(self, labels: Sequence[str]) -> Task:
+        """Return the task with its classes numbered in another order.
 
-def make_split(
-    rows: Sequence[Row], text: Sequence[str], label: str, labels: Sequence[str] | None, where: str
-) -> Dataset:
-    """Checked rows -> a data set with the text columns and "label".
+        Args:
+            labels: the same class names in the new order; upper and lower case may differ.
 
-    Args:
-        rows: column -> string.
-        text: names of the text columns.
-        label: name of the label's column.
-        labels: class names; None for a number.
-        where: the file, for messages.
-
-    Raises:
-        ValueError: no rows, a missing column, a label outside the set; the message names file and line.
-    """
-    if not rows:
-        raise ValueError(f"{where}: expected rows, found none")
-    check_columns(rows, (*text, label), where)
-    from datasets import Dataset
-
-    number_in = {name: number for number, name in enumerate(labels or ())}
-
-    def number(row: Row) -> Any:
-        try:
-            found = float(row[label]) if labels is None else number_in[row[label]]
-            if not math.isfinite(found):
-                raise ValueError(label)
-        except (KeyError, ValueError):
-            expected = "a number" if labels is None else f"one of {', '.join(map(repr, labels))}"
-            raise ValueError(
-                f"{where}, line {row.line}: expected {expected} as {label!r}, found {row[label]!r}"
-            ) from None
-        return found
-
-    columns: dict[str, list[Any]] = {column: [row[column] for row in rows] for column in text}
-    return Dataset.from_dict({**columns, "label": [number(row) for row in rows]})
+        Returns:
+            The renumbered task, with the task's own spelling of the names; the task itself if the names differ.
+        """
+        if self.labels is None:
+            return self
+        spelling = {name.casefold(): name for name in self.labels}
+        order = [spelling.get(str(name).casefold()) for name in labels]
+        if sorted(map(str, order)) != sorted(self.labels) or order == list(self.labels):
+            return self
+        number = [order.index(name) for name in self.labels]  # old number -> new number
+        splits = {
+            name: data.remove_columns("label").add_column("label", [number[old] for old in data["label"]])
+            for name, data in self.splits.items()
+        }
+        return replace(self, labels=tuple(map(str, order)), splits=splits)
 
 
-def check_columns(rows: Iterable[Row], columns: Sequence[str], where: str) -> None:
-    """Raise ValueError for the first row that lacks a column: an object of a JSON file may."""
-    for row in rows:
-        for column in columns:
-            if column not in row:
-                raise ValueError(
-                    f"{where}, line {row.line}: expected a column {column!r}, found {', '.join(map(repr, row))}"
-                )
+def main_metric(metrics: Sequence[str]) -> str:
+    """Return the metric that selects the best evaluation: the only one, the first loss, or else "combined_score"."""
+    return metrics[0] if len(metrics) == 1 or not higher_is_better(metrics[0]) else "combined_score"
+
+
+def higher_is_better(metric: str) -> bool:
+    """Return False for losses."""
+    return metric not in LOSSES
+
+
+def display_name(metric: str) -> str:
+    """Return the metric's name for tables and pictures."""
+    return metric.replace("_", " ")

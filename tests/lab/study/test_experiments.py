@@ -13,7 +13,7 @@ import torch
 from sparsegrad_lab.cli.train import as_arguments
 from sparsegrad_lab.run.train import train
 from sparsegrad_lab.study.experiment import SHIPPED, Variant, experiment_names, load_experiment, merged
-from sparsegrad_lab.tasks.settings import kind_of
+from sparsegrad_lab.tasks.registry import kind_of
 from sparsegrad_lab.tasks.task import IMAGES, LANGUAGE, TEXT
 from tiny_runs import save_tokenizer
 

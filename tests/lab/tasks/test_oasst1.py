@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from real_models import data_folder
+from sparsegrad_lab.tasks.conversations import turns
 from sparsegrad_lab.tasks.load import load_task
 from sparsegrad_lab.tasks.oasst1 import best_path, from_messages, load_oasst1
 from sparsegrad_lab.tasks.settings import DataArguments
@@ -77,8 +78,8 @@ def test_two_files_of_two_forms(tmp_path: Path) -> None:
     trees = [{"message_tree_id": letter, "prompt": nested(tree(letter), letter)} for letter in "bcd"]
     write(tmp_path, "other.jsonl", trees)
     task = load_oasst1(tmp_path)
-    assert task.splits["train"]["conversation"][:] == [[c, f"{c}2", f"{c}22", f"{c}221"] for c in "cd"]
-    assert [row[0] for row in task.splits["validation"]["conversation"]] == ["a", "b"]
+    assert task.splits["train"]["conversation"][:] == [turns([c, f"{c}2", f"{c}22", f"{c}221"]) for c in "cd"]
+    assert [row[0]["content"] for row in task.splits["validation"]["conversation"]] == ["a", "b"]
     assert (task.main_metric, task.labels, task.source) == ("loss", None, str(tmp_path))
 
 
@@ -87,14 +88,14 @@ def test_one_file_is_split_by_trees(name: str, tmp_path: Path) -> None:
     letters = [chr(ord("A") + number) for number in range(40)]
     messages = [m for letter in letters for m in tree(letter)]
     first = load_oasst1(write(tmp_path / "x", name, messages))
-    found = {split: {row[0] for row in rows["conversation"]} for split, rows in first.splits.items()}
+    found = {split: {row[0]["content"] for row in rows["conversation"]} for split, rows in first.splits.items()}
     assert {split: len(rows) for split, rows in found.items()} == {"train": 36, "validation": 4}
     assert found["train"] | found["validation"] == set(letters)
     # In another order, and twice the same file: the same trees.
     write(tmp_path / "y", name, messages[::-1])
     write(tmp_path / "y", f"copy-of-{name}", messages)
     second = load_oasst1(tmp_path / "y").splits
-    assert {row[0] for row in second["validation"]["conversation"]} == found["validation"]
+    assert {row[0]["content"] for row in second["validation"]["conversation"]} == found["validation"]
     assert len(second["train"]) == 36
 
 
@@ -125,7 +126,7 @@ def test_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What the variable says was read when the libraries were imported; without it they try for a while.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"could not be taken from the hub .* name a folder with .jsonl files"):
+    with pytest.raises(FileNotFoundError, match=r"could not be loaded from the hub .* name a folder with .jsonl files"):
         load_oasst1()
 
 

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from ..library_logs import suppress_library_logs
 from ..pretrained import build_without_weights, model_path, unreadable_weights
+from ..read import Row, check_columns
 from ..settings import DataArguments
 from ..task import Task
 
@@ -85,6 +86,10 @@ class Kind(ABC):
             ValueError: `data.max_length` exceeds the model's limit, or no row is left.
         """
 
+    def check_features(self, features: Dataset, model: nn.Module, processor: Any) -> None:
+        """Raise ValueError for features that the model cannot read."""
+        return
+
     @abstractmethod
     def collator(self, processor: Any, length: int | None) -> Callable[[Rows], dict[str, Tensor]]:
         """Return a function that makes a batch of rows of features.
@@ -126,3 +131,26 @@ class Kind(ABC):
     def prompt_columns(self, task: Task) -> tuple[str, ...]:
         """Return the columns that `predict` needs."""
         return task.text
+
+    def check_rows(self, task: Task, rows: Sequence[Row], where: str) -> None:
+        """Raise ValueError for a row that `predict` cannot read; `where` names the file in the message."""
+        check_columns(rows, self.prompt_columns(task), where)
+
+    def in_model_order(self, task: Task, config: Any) -> Task:
+        """Return the task with its classes in the order of the model's head, if the model has the same classes.
+
+        A head of the right size is kept, so class numbers must mean the same for the head and the task.
+        """
+        numbers = getattr(config, "label2id", None) or {}
+        return task.with_label_order(sorted(numbers, key=numbers.__getitem__))
+
+
+def check_token_ids(ids: Sequence[int], model: Any, tokenizer: Any) -> None:
+    """Raise ValueError for a token id that the model has no embedding for, the padding token included."""
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    largest = max([*ids, tokenizer.pad_token_id or 0])
+    if largest >= embeddings:
+        raise ValueError(
+            f"the tokenizer has the token {tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}, the model "
+            f"has {embeddings} embeddings; use the model's own tokenizer, or resize the model's embeddings"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from ..language import IGNORED, Writer, language_features
+from ..conversations import CONVERSATION_COLUMNS, prompt_conversation
 from ..library_logs import suppress_library_logs
 from ..metrics import check_finite, score
-from ..pretrained import load_tokenizer
+from ..pretrained import check_length, load_tokenizer
+from ..read import Row, check_columns
 from ..settings import DataArguments
 from ..task import Task
-from .kind import Kind, Rows
+from .kind import Kind, Rows, check_token_ids
+from .writer import IGNORED, Writer
+
+logger = logging.getLogger(__name__)
 
 _PROMPTS = 8  # per generation batch
 
@@ -36,9 +41,28 @@ class LanguageKind(Kind):
         return load_tokenizer(model)
 
     def features(self, task: Task, split: str, processor: Any, data: DataArguments) -> Dataset:
-        """Tokenize a split and label the tokens to learn."""
+        """Tokenize a split and label the tokens to learn. Rows with nothing to learn in `max_length` are skipped."""
+        check_length(processor, data.max_length)
         writer = Writer(processor, task.text, data.template == "plain")
-        return language_features(task, split, writer, data.max_length)
+        rows = task.splits[split]
+        found: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+        for row in rows:
+            ids, labels = writer.encode_row(row, data.max_length)
+            if any(label != IGNORED for label in labels):
+                found["input_ids"].append(ids)
+                found["labels"].append(labels)
+        skipped = len(rows) - len(found["labels"])
+        if skipped == len(rows):
+            raise ValueError(
+                f"{task.name}, {split}: no row has anything to learn in its first {data.max_length} tokens; raise "
+                "data.max_length"
+            )
+        if skipped:
+            logger.warning(
+                "%s, %s: skipped %d of %d rows with nothing to learn in their first %d tokens", task.name, split,
+                skipped, len(rows), data.max_length,
+            )  # fmt: skip
+        return Dataset.from_dict(found)
 
     def collator(self, processor: Any, length: int | None) -> Callable[[Rows], dict[str, Tensor]]:
         """Return a collator that pads on the right."""
@@ -85,20 +109,44 @@ class LanguageKind(Kind):
         """Return the rows with the model's continuation: greedy, until an end token or `max_new_tokens`."""
         writer = Writer(processor, task.text, data.template == "plain")
         (column,) = self.prompt_columns(task)
-        prompts = [writer.encode([(writer.prompt(row[column]), False)])[0] for row in rows]
+        prompts = [writer.encode_prompt(row[column]) for row in rows]
+        for ids in prompts:
+            check_token_ids(ids, model, processor)
+        ends = sorted(writer.end_tokens() | _generation_ends(model))
         found: Rows = []
         for start in range(0, len(rows), _PROMPTS):
-            texts = _generate(model, processor, prompts[start : start + _PROMPTS], max_new_tokens)
+            texts = _generate(model, processor, prompts[start : start + _PROMPTS], max_new_tokens, ends)
             found += [{**row, "prediction": text} for row, text in zip(rows[start:], texts, strict=False)]
         return found
 
     def prompt_columns(self, task: Task) -> tuple[str, ...]:
-        """Return the column of the text, or of the prompt."""
+        """Return the column of the text, of the prompt, or of the conversation."""
         return task.text[:1]
+
+    def check_rows(self, task: Task, rows: Sequence[Row], where: str) -> None:
+        """Raise ValueError for a row without a prompt: a text, or a conversation with a message of the user."""
+        (column,) = self.prompt_columns(task)
+        chats = column in CONVERSATION_COLUMNS or len(task.text) == 2
+        for row in rows:
+            if chats and isinstance(row.get(column), list):
+                prompt_conversation(row[column], f"{where}, line {row.line}, {column}")
+            else:
+                check_columns([row], [column], where)
+
+    def check_features(self, features: Dataset, model: nn.Module, processor: Any) -> None:
+        """Raise ValueError for a token id that the model has no embedding for."""
+        for ids in features["input_ids"]:
+            check_token_ids(ids, model, processor)
+
+
+def _generation_ends(model: Any) -> set[int]:
+    """Return the end tokens in the model's generation config."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
 @torch.inference_mode()
-def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, ends: list[int]) -> list[str]:
     """Return the continuations of prompts; these are padded on the left."""
     length = max(map(len, prompts))
     pad = tokenizer.pad_token_id
@@ -108,7 +156,7 @@ def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_toke
     with suppress_library_logs():
         generated = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-            pad_token_id=pad, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad, eos_token_id=ends or None,
         )  # fmt: skip
     texts: list[str] = tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)
     return [text.strip() for text in texts]

@@ -17,7 +17,7 @@ from ..metrics import predictions_of, score
 from ..pretrained import check_length, load_tokenizer
 from ..settings import DataArguments
 from ..task import Task
-from .kind import Kind, Rows
+from .kind import Kind, Rows, check_token_ids
 
 _BATCH_SIZE = 64
 
@@ -47,9 +47,21 @@ class TextKind(Kind):
             return {**encoded, "labels": [number(label) for label in rows["label"]]}
 
         rows = task.splits[split]
-        return rows.map(
+        features = rows.map(
             encode, batched=True, remove_columns=rows.column_names, keep_in_memory=True, load_from_cache_file=False
         )
+        empty = [number for number, ids in enumerate(features["input_ids"], start=1) if not ids]
+        if empty:
+            raise ValueError(
+                f"{task.name}, {split}: row {empty[0]} has an empty text, for which the tokenizer gives no tokens; "
+                f"remove such rows ({len(empty)} of {len(rows)})"
+            )
+        return features
+
+    def check_features(self, features: Dataset, model: nn.Module, processor: Any) -> None:
+        """Raise ValueError for a token id that the model has no embedding for."""
+        for ids in features["input_ids"]:
+            check_token_ids(ids, model, processor)
 
     def collator(self, processor: Any, length: int | None) -> Callable[[Rows], dict[str, Tensor]]:
         """Return transformers' collator."""
@@ -84,6 +96,9 @@ def text_logits(
         batch = tokenizer(
             *map(list, columns), padding=True, truncation=True, max_length=max_length, return_tensors="pt"
         )
+        if not batch["input_ids"].numel():
+            raise ValueError("the text is empty, and the tokenizer adds no tokens; give a longer text")
+        check_token_ids(batch["input_ids"].flatten().tolist(), model, tokenizer)
         found.append(model(**batch.to(device)).logits.float().cpu())
     return torch.cat(found).numpy()
 

@@ -1,0 +1,103 @@
+"""Read label columns: class names, class numbers, values to predict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .read import Row, check_columns
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_MISSING = ("", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>")  # spellings of missing values
+_UNLABELLED = -1.0  # marks rows without a label in many data sets, GLUE's test files among them
+
+
+def class_names(rows: Sequence[Row], label: str, where: str) -> list[str]:
+    """Return the classes in a label column, sorted, as numbers if all of them are numbers.
+
+    Spaces around a label are ignored, and "1" and "1.0" are one class.
+
+    Args:
+        rows: the rows.
+        label: the label column.
+        where: the file, for messages.
+
+    Raises:
+        ValueError: a label is missing, or is -1, which usually marks rows without a label.
+    """
+    lines: dict[str, int] = {}
+    for row in rows:
+        lines.setdefault(row[label].strip(), row.line)
+    values = {name: _number(name) for name in lines}
+    for name, line in lines.items():
+        if name in _MISSING or values[name] == _UNLABELLED:
+            raise ValueError(
+                f"{where}, line {line}: expected a class as {label!r}, found {name!r}, which usually marks a row "
+                "without a label. Remove such rows; if it is a class, list all classes in data.labels"
+            )
+    if None in values.values():
+        return sorted(lines)
+    names: dict[Any, str] = {}
+    for name in sorted(lines, key=len):
+        names.setdefault(values[name], name)
+    return [names[value] for value in sorted(names)]
+
+
+def repeated_class(labels: Iterable[str]) -> str | None:
+    """Return the first label that names the same class as an earlier one, such as "1.0" after "1"; else None."""
+    seen: set[Any] = set()
+    for label in labels:
+        value = _number(label)
+        key = label.strip() if value is None else value
+        if key in seen:
+            return label
+        seen.add(key)
+    return None
+
+
+def labelled_dataset(
+    rows: Sequence[Row], text: Sequence[str], label: str, labels: Sequence[str] | None, where: str
+) -> Dataset:
+    """Return a data set with the text columns and "label".
+
+    Args:
+        rows: the rows.
+        text: names of the text columns.
+        label: name of the label column.
+        labels: class names in the order of their numbers; None: labels are values to predict.
+        where: the file, for messages.
+
+    Raises:
+        ValueError: there are no rows, a column is missing, or a label is unknown; the message names file and line.
+    """
+    if not rows:
+        raise ValueError(f"{where}: expected rows, found none")
+    check_columns(rows, (*text, label), where)
+    from datasets import Dataset
+
+    by_name = {name.strip(): number for number, name in enumerate(labels or ())}
+    by_value = {_number(name): number for name, number in by_name.items()}
+
+    def read(row: Row) -> float | int:
+        word = row[label].strip()
+        value = _number(word)
+        found = value if labels is None else by_name.get(word, None if value is None else by_value.get(value))
+        if found is None:
+            expected = "a number" if labels is None else f"one of {', '.join(map(repr, labels))}"
+            raise ValueError(f"{where}, line {row.line}: expected {expected} as {label!r}, found {row[label]!r}")
+        return found
+
+    columns: dict[str, list[Any]] = {column: [row[column] for row in rows] for column in text}
+    return Dataset.from_dict({**columns, "label": [read(row) for row in rows]})
+
+
+def _number(word: str) -> float | None:
+    """Return the finite number that a word stands for, or None."""
+    try:
+        value = float(word)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
