@@ -14,10 +14,11 @@ def load_task(name: str, data: DataArguments | None = None) -> Task:
     """Load a task with the rows that `data` selects.
 
     Raises:
-        ValueError, FileNotFoundError: a setting is not valid, or the files are missing or malformed.
+        ValueError: a setting is not valid, or a file is malformed.
+        FileNotFoundError: a file is missing.
     """
     data = data or DataArguments()
-    if problems := data.problems(name):
+    if problems := data.problems(name, files=False):
         raise ValueError("\n".join(problems))
     task = TASKS[name].load(data)
     if data.metrics:

@@ -53,8 +53,13 @@ class DataArguments:
         """Whether fields of files may be in quotation marks; None: in CSV files only."""
         return None if self.quoting is None else self.quoting == "minimal"
 
-    def problems(self, task: str) -> list[str]:
-        """Return one sentence per invalid setting for a task; reads no file, but checks that files exist."""
+    def problems(self, task: str, *, files: bool = True) -> list[str]:
+        """Return one sentence per setting that is not valid for a task.
+
+        Args:
+            task: name of the task.
+            files: also check that its files exist; no file is read.
+        """
         problems = []
         source = TASKS.get(task)
         if source is None:
@@ -64,7 +69,7 @@ class DataArguments:
             missing = [f"data.{name}" for name in source.needs if not getattr(self, name)]
             if missing:
                 problems.append(f"task {task} needs {', '.join(missing)}")
-            else:
+            elif files:
                 try:
                     source.check_files(self)
                 except (OSError, ValueError) as error:

@@ -139,7 +139,7 @@ def test_refused(image_arguments: Arguments, tiny_bert: Path, tmp_path: Path) ->
         with pytest.raises(kind, match=message):
             train(image_arguments(tmp_path / "run", *more), progress=False)
 
-    refused(r"task images: expected data.folder", "--task", "images")
+    refused(r"task images needs data.folder", "--task", "images")
     refused(r"transformers has no AutoModelForImageClassification of type 'bert'", "--model", str(tiny_bert))
     images = ["--task", "images", "--data.folder", str(tmp_path / "images")]
     refused(r"expected images in .*train/CLASS/ .* found none", *images, kind=FileNotFoundError)

@@ -100,7 +100,6 @@ def test_predict_a_file(kind: str, finished_run: Path, tmp_path: Path) -> None:
     [
         ("text\nwarm\n", ["warm"], r"expected either a file or texts, found both"),
         (None, [], r"expected either a file or texts, found neither"),
-        (None, ["warm", "dull"], r"train takes one text \(text\), found 2"),
         ("sentence,label\nwarm,good\n", [], r"rows.csv, line 2: expected a column 'text', found 'sentence', 'label'"),
         ("text\n", [], r"rows.csv: expected rows, found none"),
     ],
