@@ -54,7 +54,6 @@ def test_python_examples_run(
 
 SPARSEGRAD = [command for command in COMMANDS if command.startswith("sparsegrad ")]
 OTHER_COMMANDS = {
-    'pip install ".[demo]"',  # test_package.py checks what each extra needs
     "make demo",  # test_demo_runs
     "make test",  # runs this file
     "python benchmarks/calibration.py",  # test_benchmark_runs
