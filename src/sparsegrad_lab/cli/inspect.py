@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     from ..inspection.inspect import inspect
     from ..inspection.shipped_models import shipped_model
     from ..inspection.tables import render
-    from ..tasks.pretrained import model_path
+    from ..tasks.model_folder import model_path
 
     place = shipped_model(model)
     inspection = inspect(model_path(model) if place is None else str(place), **found)

@@ -156,7 +156,7 @@ def predict(
         pairs = [given[start : start + len(columns)] for start in range(0, len(given), len(columns))]
         rows = [Row(zip(columns, texts, strict=True)) for texts in pairs]
     else:
-        rows = read_rows(Path(file), quoting=data.quoted)
+        rows = read_rows(Path(file), quoting=data.quoting)
         kind.check_rows(task, rows, str(file))
     run = open_run(path)
     return kind.predict(run.model, run.tokenizer, run.task, rows, data, max_new_tokens)

@@ -15,6 +15,7 @@
     labels         label columns -> class numbers
     conversations  chat formats -> messages
     metrics        scores
+    model_folder   names and folders of pretrained models
     pretrained     configs and tokenizers; a model without its weights
     library_logs   hide the logs of transformers and datasets
     kinds/         text, language, images: features, batches, scores, predictions

@@ -13,20 +13,19 @@ from .task import LANGUAGE, LOSSES, Task
 
 
 def load_files(
-    train: str | Path | None,
-    validation: str | Path,
-    *,
+    train_file: str | Path | None,
+    validation_file: str | Path,
     text: Sequence[str],
     label: str = "label",
     labels: Sequence[str] | None = None,
     regression: bool = False,
-    quoting: bool | None = None,
+    quoting: str | None = None,
 ) -> Task:
     """Load texts with labels.
 
     Args:
-        train: file with training rows; None if there is nothing to train on.
-        validation: file with evaluation rows.
+        train_file: training rows; None if there is nothing to train on.
+        validation_file: evaluation rows, with the same columns.
         text: one or two text columns.
         label: the label column.
         labels: class names in the order of their numbers; None: the sorted labels of the training rows.
@@ -36,13 +35,13 @@ def load_files(
     Raises:
         ValueError: a column is missing, a label is unknown, there is a single class; and see `read_rows`.
     """
-    rows = _read(train, validation, text, quoting)
-    paths = {"train": str(train), "validation": str(validation)}
+    rows = _read(train_file, validation_file, text, quoting)
+    paths = {"train": str(train_file), "validation": str(validation_file)}
     for split, found in rows.items():
         check_columns(found, (*text, label), paths[split])
     names = None
     if not regression:
-        split = "train" if train else "validation"
+        split = "train" if train_file else "validation"
         names = list(labels) if labels else class_names(rows[split], label, paths[split])
         if len(names) < 2:
             raise ValueError(
@@ -52,17 +51,18 @@ def load_files(
     splits = {split: labelled_dataset(found, text, label, names, paths[split]) for split, found in rows.items()}
     metrics = ("pearson", "spearmanr") if regression else ("accuracy",)
     classes = None if names is None else tuple(names)
-    return Task(Path(train or validation).stem, tuple(text), classes, metrics, splits, _source(train, validation))
+    name, source = Path(train_file or validation_file).stem, _source(train_file, validation_file)
+    return Task(name, tuple(text), classes, metrics, splits, source)
 
 
 def load_texts(
-    train: str | Path | None, validation: str | Path, *, text: Sequence[str], quoting: bool | None = None
+    train_file: str | Path | None, validation_file: str | Path, text: Sequence[str], quoting: str | None = None
 ) -> Task:
     """Load texts, prompts with answers, or conversations for a language model.
 
     Args:
-        train: file with training rows; None if there is nothing to train on.
-        validation: file with evaluation rows.
+        train_file: training rows; None if there is nothing to train on.
+        validation_file: evaluation rows, with the same columns.
         text: one column, of texts or of conversations (see `CONVERSATION_COLUMNS`); or two, prompt and answer. These
             hold texts or messages.
         quoting: see `read_rows`.
@@ -73,11 +73,11 @@ def load_texts(
     from datasets import Dataset
 
     splits = {}
-    for split, rows in _read(train, validation, text, quoting).items():
-        where = str(train if split == "train" else validation)
+    for split, rows in _read(train_file, validation_file, text, quoting).items():
+        where = str(train_file if split == "train" else validation_file)
         splits[split] = Dataset.from_list(_language_rows(rows, tuple(text), where))
-    name = Path(train or validation).stem
-    return Task(name, tuple(text), None, LOSSES, splits, _source(train, validation), LANGUAGE)
+    name, source = Path(train_file or validation_file).stem, _source(train_file, validation_file)
+    return Task(name, tuple(text), None, LOSSES, splits, source, LANGUAGE)
 
 
 def _language_rows(rows: list[Row], text: tuple[str, ...], where: str) -> list[dict[str, Any]]:
@@ -95,7 +95,7 @@ def _language_rows(rows: list[Row], text: tuple[str, ...], where: str) -> list[d
 
 
 def _read(
-    train: str | Path | None, validation: str | Path, text: Sequence[str], quoting: bool | None
+    train: str | Path | None, validation: str | Path, text: Sequence[str], quoting: str | None
 ) -> dict[str, list[Row]]:
     if not 1 <= len(text) <= 2:
         raise ValueError(f"data.text: expected one or two text columns, found {len(text)}: {', '.join(text)}")

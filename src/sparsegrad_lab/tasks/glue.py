@@ -67,12 +67,12 @@ _FILES = {
 }
 
 
-def load_glue(name: str, data: str | Path | None = None) -> Task:
+def load_glue(name: str, folder: str | Path | None = None) -> Task:
     """Load a GLUE task, such as "rte".
 
     Args:
         name: one of `GLUE`.
-        data: see `find_folder`; None: the folder in the environment variable SPARSEGRAD_DATA if it has the task, else
+        folder: see `find_folder`; None: the folder in the environment variable SPARSEGRAD_DATA if it has the task, else
             the hub.
 
     Raises:
@@ -82,15 +82,13 @@ def load_glue(name: str, data: str | Path | None = None) -> Task:
     if name not in GLUE:
         raise ValueError(f"expected a GLUE task, one of {', '.join(GLUE)}; found {name!r}")
     task = GLUE[name]
-    if data is not None:
-        folder = find_folder(name, data)
-    else:
-        root = os.environ.get(DATA_VARIABLE)
-        if not root or not (Path(root) / "glue" / task.folder).is_dir():
+    if folder is None:
+        folder = os.environ.get(DATA_VARIABLE)
+        if not folder or not (Path(folder) / "glue" / task.folder).is_dir():
             return _from_hub(name, task)
-        folder = find_folder(name, root)
-    splits = {split: _read(path, task) for split, path in _split_files(folder, task).items()}
-    return Task(f"glue/{name}", task.text, task.labels, task.metrics, splits, str(folder))
+    found = find_folder(name, folder)
+    splits = {split: _read(path, task) for split, path in _split_files(found, task).items()}
+    return Task(f"glue/{name}", task.text, task.labels, task.metrics, splits, str(found))
 
 
 def find_folder(name: str, data: str | Path) -> Path:
@@ -132,7 +130,7 @@ def _candidates(folder: Path, split: str) -> list[Path]:
 
 
 def _read(path: Path, task: GlueTask) -> Dataset:
-    rows = read_rows(path, header=task.header, quoting=False, skip_ragged=task.ragged)
+    rows = read_rows(path, header=task.header, quoting="none", skip_ragged=task.ragged)
     columns, label = task.columns, task.label
     if path.suffix == ".jsonl":  # has the hub's column names
         columns, label = task.text, "label"

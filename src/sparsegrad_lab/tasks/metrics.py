@@ -15,47 +15,24 @@ if TYPE_CHECKING:
     Array = NDArray[np.generic]
 
 
-def _accuracy(labels: Array, predictions: Array) -> float:
-    from sklearn.metrics import accuracy_score
+def _sklearn(function: str, **options: Any) -> Callable[[Array, Array], float]:
+    def metric(labels: Array, predictions: Array) -> float:
+        import sklearn.metrics
 
-    return float(accuracy_score(labels, predictions))
+        return float(getattr(sklearn.metrics, function)(labels, predictions, **options))
 
-
-def _f1(labels: Array, predictions: Array) -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, predictions, zero_division=0.0))
+    return metric
 
 
-def _macro_f1(labels: Array, predictions: Array) -> float:
-    from sklearn.metrics import f1_score
+def _correlation(function: str) -> Callable[[Array, Array], float]:
+    def metric(labels: Array, predictions: Array) -> float:
+        import scipy.stats
 
-    return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
+        if len(set(labels.tolist())) < 2 or len(set(predictions.tolist())) < 2:
+            return 0.0  # undefined for constant values
+        return float(getattr(scipy.stats, function)(labels, predictions).statistic)
 
-
-def _matthews_correlation(labels: Array, predictions: Array) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return float(matthews_corrcoef(labels, predictions))
-
-
-def _pearson(labels: Array, predictions: Array) -> float:
-    from scipy.stats import pearsonr
-
-    return 0.0 if _constant(labels, predictions) else float(pearsonr(labels, predictions).statistic)
-
-
-def _spearman(labels: Array, predictions: Array) -> float:
-    from scipy.stats import spearmanr
-
-    return 0.0 if _constant(labels, predictions) else float(spearmanr(labels, predictions).statistic)
-
-
-def _constant(*values: Array) -> bool:
-    """Return True if the correlation of the values is undefined."""
-    import numpy as np
-
-    return any(len(found) < 2 or np.ptp(found) == 0 for found in values)
+    return metric
 
 
 def _loss(tokens: Array, losses: Array) -> float:
@@ -72,12 +49,12 @@ def _perplexity(tokens: Array, losses: Array) -> float:
 
 
 METRICS: dict[str, Callable[[Any, Any], float]] = {
-    "accuracy": _accuracy,
-    "f1": _f1,
-    "macro_f1": _macro_f1,
-    "matthews_correlation": _matthews_correlation,
-    "pearson": _pearson,
-    "spearmanr": _spearman,
+    "accuracy": _sklearn("accuracy_score"),
+    "f1": _sklearn("f1_score", zero_division=0.0),
+    "macro_f1": _sklearn("f1_score", average="macro", zero_division=0.0),
+    "matthews_correlation": _sklearn("matthews_corrcoef"),
+    "pearson": _correlation("pearsonr"),
+    "spearmanr": _correlation("spearmanr"),
     "loss": _loss,
     "perplexity": _perplexity,
 }

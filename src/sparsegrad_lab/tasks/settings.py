@@ -48,11 +48,6 @@ class DataArguments:
     """oasst1, text: "plain": write conversations as Human: and Assistant: turns, and prompts and answers unchanged;
     default: the model's chat template if it has one"""
 
-    @property
-    def quoted(self) -> bool | None:
-        """Whether fields of files may be in quotation marks; None: in CSV files only."""
-        return None if self.quoting is None else self.quoting == "minimal"
-
     def problems(self, task: str, *, files: bool = True) -> list[str]:
         """Return one sentence per setting that is not valid for a task.
 
@@ -65,13 +60,13 @@ class DataArguments:
         if source is None:
             problems.append(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
         else:
-            problems += self._unread(task, source.reads)
+            problems += self._unread(task, (*source.reads, *source.features))
             missing = [f"data.{name}" for name in source.needs if not getattr(self, name)]
             if missing:
                 problems.append(f"task {task} needs {', '.join(missing)}")
             elif files:
                 try:
-                    source.check_files(self)
+                    source.check(self)
                 except (OSError, ValueError) as error:
                     problems.append(str(error))
         unknown = [name for name in self.metrics or () if name not in METRICS]
@@ -93,7 +88,7 @@ class DataArguments:
         """Return a sentence per setting that is set and that only other tasks read."""
         default, problems = DataArguments(), []
         for name in (setting.name for setting in fields(self)):
-            readers = [other for other, source in TASKS.items() if name in source.reads]
+            readers = [other for other, source in TASKS.items() if name in (*source.reads, *source.features)]
             if readers and name not in reads and getattr(self, name) != getattr(default, name):
                 shown = ", ".join(dict.fromkeys(_family(other) for other in readers))
                 problems.append(f"data.{name} is for {shown}; task {task} does not read it")

@@ -35,7 +35,7 @@ def written(folder: Path, name: str, content: str | bytes) -> Path:
 @pytest.mark.parametrize("kind", list(CONTENT))
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_the_same_rows_in_four_formats(kind: str, mark: str, tmp_path: Path) -> None:
-    assert read_rows(written(tmp_path, f"rows{kind}", mark + CONTENT[kind]), quoting=True) == ROWS
+    assert read_rows(written(tmp_path, f"rows{kind}", mark + CONTENT[kind]), quoting="minimal") == ROWS
 
 
 def test_windows_line_ends_and_capital_endings(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_quotation_marks_are_text_in_tsv_files(tmp_path: Path) -> None:
     path = written(tmp_path, "rows.tsv", 'text\tlabel\n"a film\t1\nnot "good"\t0\nan "end\t1\n')
     assert [row["text"] for row in read_rows(path)] == ['"a film', 'not "good"', 'an "end']
     with pytest.raises(ValueError, match=r"the file may be truncated, or use --data.quoting none"):
-        read_rows(path, quoting=True)
+        read_rows(path, quoting="minimal")
     assert read_rows(written(tmp_path, "rows.csv", 'text,label\n"a, b",1\n'))[0]["text"] == "a, b"
 
 
@@ -95,7 +95,7 @@ def test_truncated_files(kind: str, cut_at: str, words: str, tmp_path: Path) -> 
     content = CONTENT[kind]
     path = written(tmp_path, f"rows{kind}", content[: content.index(cut_at) + len(cut_at)])
     with pytest.raises(ValueError, match=rf"{re.escape(str(path))}, {words}"):
-        read_rows(path, quoting=True)
+        read_rows(path, quoting="minimal")
 
 
 @pytest.mark.parametrize("kind", list(CONTENT))

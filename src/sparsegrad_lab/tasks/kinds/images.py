@@ -18,7 +18,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ..library_logs import suppress_library_logs
 from ..metrics import predictions_of, score
-from ..pretrained import load_config, model_path
+from ..model_folder import model_path
+from ..pretrained import load_config
 from ..settings import DataArguments
 from ..task import Task
 from .kind import Kind, Rows

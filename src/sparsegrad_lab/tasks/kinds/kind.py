@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import TaskType
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..library_logs import suppress_library_logs
-from ..pretrained import build_without_weights, model_path, unreadable_weights
+from ..model_folder import model_path
+from ..pretrained import build_without_weights, first_line
 from ..read import Row, check_columns
 from ..settings import DataArguments
 from ..task import Task
@@ -65,10 +67,15 @@ class Kind(ABC):
             ValueError: the weights are missing or damaged.
         """
         place = folder or model_path(model)
-        with suppress_library_logs(), unreadable_weights(place):  # the new head is logged as a warning
-            found: Any = self.auto.from_pretrained(
-                place, dtype=torch.float32, ignore_mismatched_sizes=folder is None, **self.model_options(task)
-            )
+        try:
+            with suppress_library_logs():  # transformers warns about the new head
+                found: Any = self.auto.from_pretrained(
+                    place, dtype=torch.float32, ignore_mismatched_sizes=folder is None, **self.model_options(task)
+                )
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{place}: the model's weights cannot be read ({first_line(error)}); save or download them again"
+            ) from error
         if getattr(found.config, "pad_token_id", 0) is None and hasattr(processor, "pad_token_id"):
             found.config.pad_token_id = processor.pad_token_id
         model_with_head: nn.Module = found
