@@ -74,12 +74,19 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=30, help="calibration steps (paper: 30)")
     arguments.add_argument("--tokens", type=int, default=128, help="tokens a sentence")
     arguments.add_argument("--batch", type=int, default=16, help="sentences a batch")
+    arguments.add_argument("--hidden", type=int, default=768, help="hidden size; the MLP is four times as wide")
+    arguments.add_argument("--blocks", type=int, default=12, help="transformer blocks")
     arguments.add_argument("--skip-svd", action="store_true", help="leave out the paper's SVDs, which take minutes")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
 
-    model = BertForSequenceClassification(BertConfig(attn_implementation="eager"))
+    hidden, wide = options.hidden, 4 * options.hidden
+    config = BertConfig(
+        hidden_size=hidden, intermediate_size=wide, num_hidden_layers=options.blocks,
+        num_attention_heads=max(1, hidden // 64), attn_implementation="eager",
+    )  # fmt: skip
+    model = BertForSequenceClassification(config)
     groups = group_linears(model, r".*layer\.\d+\.(intermediate|output)\.dense")
 
     def batch() -> dict[str, Tensor]:
@@ -98,8 +105,8 @@ def main() -> None:
     dropped = peak_bytes(lambda: stream_gradients(model, layers, lambda *_: None, two, n_steps=2))
     small = CalibrationConfig(n_steps=2)
     kept = peak_bytes(lambda: calibrate(model, two, groups=groups, config=small, progress=False))
-    gradient_bytes = 4 * 768 * 3072
-    gram_bytes = 4 * 2 * (768**2 + 3072**2)
+    gradient_bytes = 4 * hidden * wide
+    gram_bytes = 4 * 2 * (hidden**2 + wide**2)
     print(
         f"peak extra memory {(kept - dropped) / 1e6:.1f} MB (Gram matrices {gram_bytes / 1e6:.1f} MB, one gradient "
         f"{gradient_bytes / 1e6:.1f} MB, the paper's stack of 30 {30 * gradient_bytes / 1e6:.0f} MB a group)"
@@ -121,9 +128,12 @@ def main() -> None:
             captured[f"{name}, {side}"] = float(eigenbasis(matrix, rows).spectrum.sum() / exact[:rows].sum())
     print(f"energy in the leading rows, of what exact eigenvectors hold: at least {min(captured.values()):.6f}")
 
+    name = (
+        "BERT-base" if (hidden, options.blocks) == (768, 12) else f"a BERT of {hidden}/{wide}, {options.blocks} blocks"
+    )
     result: dict[str, Any] = {
         "benchmark": "calibration",
-        "workload": f"BERT-base, random weights, float32, {options.steps} steps of {size} tokens",
+        "workload": f"{model_name}, random weights, float32, {options.steps} steps of {size} tokens",
         "environment": environment(options.seed),
         "bytes": {"peak_extra": kept - dropped, "gram": gram_bytes, "one_gradient": gradient_bytes,
                   "paper_stack_one_group": 30 * gradient_bytes,

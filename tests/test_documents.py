@@ -147,7 +147,8 @@ def test_demo_runs(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`python benchmarks/calibration.py` of the README, cut down."""
-    options = ["--steps", "1", "--batch", "1", "--tokens", "8", "--skip-svd", "--json", str(tmp_path / "result.json")]
+    small = "--steps 1 --batch 1 --tokens 8 --hidden 64 --blocks 2"
+    options = [*small.split(), "--json", str(tmp_path / "result.json")]
     script = ROOT / "benchmarks" / "calibration.py"
     monkeypatch.setattr(sys, "argv", [str(script), *options])
     runpy.run_path(str(script), run_name="__main__")
