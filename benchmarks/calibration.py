@@ -128,7 +128,7 @@ def main() -> None:
             captured[f"{name}, {side}"] = float(eigenbasis(matrix, rows).spectrum.sum() / exact[:rows].sum())
     print(f"energy in the leading rows, of what exact eigenvectors hold: at least {min(captured.values()):.6f}")
 
-    name = (
+    model_name = (
         "BERT-base" if (hidden, options.blocks) == (768, 12) else f"a BERT of {hidden}/{wide}, {options.blocks} blocks"
     )
     result: dict[str, Any] = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import F64, orthogonal
+from helpers import F64, orthogonal, train
 from sparsegrad_peft import Basis, LiteralSparseGradLinear, SparseGradAdamW, SparseGradLinear, topk_magnitude
 
 
@@ -90,13 +90,12 @@ def a_model() -> tuple[nn.Module, list[dict[str, Any]], dict[nn.Parameter, Basis
     return nn.Sequential(block, nn.GELU(), packed, plain, nn.GELU(), literal, head), groups, {plain.weight: complete}
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, steps: range) -> None:
-    for step in steps:
-        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
-        model(x).square().mean().backward()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+def inputs(steps: range) -> list[Tensor]:
+    return [torch.randn(16, 8, generator=torch.Generator().manual_seed(step)) for step in steps]
+
+
+def mean_square(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
 
 
 def setup() -> tuple[nn.Module, SparseGradAdamW, Any]:
@@ -108,10 +107,10 @@ def setup() -> tuple[nn.Module, SparseGradAdamW, Any]:
 def test_stop_and_resume_equals_no_stop_to_the_bit(tmp_path: Path) -> None:
     """Through a file, read with `weights_only`: the state holds tensors and numbers, nothing else."""
     straight, optimizer, scheduler = setup()
-    train(straight, optimizer, scheduler, range(12))
+    train(straight, optimizer, inputs(range(12)), mean_square, scheduler)
 
     model, first, first_scheduler = setup()
-    train(model, first, first_scheduler, range(5))
+    train(model, first, inputs(range(5)), mean_square, first_scheduler)
     checkpoint = {
         "model": model.state_dict(),
         "optimizer": first.state_dict(),
@@ -124,7 +123,7 @@ def test_stop_and_resume_equals_no_stop_to_the_bit(tmp_path: Path) -> None:
     resumed.load_state_dict(loaded["model"])
     second.load_state_dict(loaded["optimizer"])
     second_scheduler.load_state_dict(loaded["scheduler"])
-    train(resumed, second, second_scheduler, range(5, 12))
+    train(resumed, second, inputs(range(5, 12)), mean_square, second_scheduler)
 
     for (name, expected), found in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(found, expected), name

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers import train
 from sparsegrad_peft import (
     Basis,
     SparseGradAdamW,
@@ -64,23 +65,13 @@ def test_training_packed_and_renewing_the_positions() -> None:
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 16
     optimizer = SparseGradAdamW(param_groups(model), lr=0.02)
 
-    def train(steps: int) -> float:
-        total = 0.0
-        for step in range(steps):
-            loss = loss_fn(model, batches[step % 4])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            total += loss.item()
-        return total / steps
-
-    first = train(20)
+    first = sum(train(model, optimizer, 5 * batches, loss_fn))
     outputs = model(batches[0][0])
     renewed = select_positions(model, groups, bases, batches, k=8, n_steps=4, loss_fn=loss_fn, progress=False)
     new = sum(renew_positions(layers[name], positions, optimizer) for name, positions in renewed.items())
     assert new > 0
     torch.testing.assert_close(model(batches[0][0]), outputs, rtol=1e-12, atol=1e-12)
-    assert train(20) < first
+    assert sum(train(model, optimizer, 5 * batches, loss_fn)) < first
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 16
 
 

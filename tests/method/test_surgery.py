@@ -1,5 +1,5 @@
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from helpers import orthogonal
+from helpers import orthogonal, train
 from sparsegrad_peft import (
     Basis,
     LiteralSparseGradLinear,
@@ -66,16 +66,13 @@ def batch(size: int = 4) -> dict[str, Tensor]:
     }
 
 
+def batches(steps: int = 4) -> Iterator[dict[str, Tensor]]:
+    return (batch() for _ in range(steps))
+
+
 def logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         return model(**given).logits
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(**batch()).loss.backward()
-        optimizer.step()
 
 
 def picture(model: nn.Module) -> dict[str, tuple[int, type, bool]]:
@@ -128,7 +125,7 @@ def test_a_shared_basis_is_saved_once(bert: nn.Module) -> None:
     """And what was saved is all there is: a model of other weights and bases becomes the same by loading it."""
     config, given = bert.config, batch()
     surgery(bert, "complete")
-    train(bert, SparseGradAdamW(param_groups(bert, k=9), lr=1e-2))
+    train(bert, SparseGradAdamW(param_groups(bert, k=9), lr=1e-2), batches())
     state = bert.state_dict()
     assert sum(name.endswith("basis.U") for name in state) == sum(name.endswith("basis.V") for name in state) == 2
     other = BertForSequenceClassification(config)
@@ -251,7 +248,8 @@ def test_restoring_gives_the_plain_model_back(bert: nn.Module, kind: str) -> Non
     surgery(bert, kind)
     given = batch()
     untrained = logits(bert, given)
-    train(bert, SparseGradAdamW(param_groups(bert, density=None if kind in ("packed", "literal") else 0.1), lr=1e-2))
+    density = None if kind in ("packed", "literal") else 0.1
+    train(bert, SparseGradAdamW(param_groups(bert, density=density), lr=1e-2), batches())
     trained = logits(bert, given)
     assert not torch.allclose(trained, untrained, atol=1e-3)
 
@@ -418,7 +416,7 @@ def test_a_step_moves_what_the_groups_say(bert: nn.Module, kind: str) -> None:
     surgery(bert, kind)
     optimizer = SparseGradAdamW(param_groups(bert, **({} if kind in ("packed", "literal") else {"k": 11})), lr=1e-2)
     before = {name: p.detach().clone() for name, p in bert.named_parameters()}
-    train(bert, optimizer, steps=1)
+    train(bert, optimizer, batches(1))
     names = {id(p): name for name, p in bert.named_parameters()}
     core_names = {names[id(core)] for core in cores(bert)}
     assert len(core_names) == 2 * LAYERS
