@@ -1,4 +1,4 @@
-"""`sparsegrad VERB ...`: finds the verb's file, and turns errors into words."""
+"""`sparsegrad VERB ...`: run a verb, and print errors without a traceback."""
 
 from __future__ import annotations
 
@@ -17,70 +17,75 @@ from rich.table import Table
 from ..run.exit_codes import ExitCode, exit_code_of
 
 VERBS = {
-    "demo": "SparseGrad next to LoRA with a real model, in minutes and without a download",
-    "train": "fine-tune a model on a task; the adapter, the scores and a picture go into a folder",
-    "search": "try learning rates and batch sizes; the best are a file that train takes",
-    "evaluate": "scores of a finished run, or of one of its splits",
-    "predict": "what a finished run says of new rows",
-    "merge": "write a finished run's model with the adapter merged into its weights",
-    "export": "write an adapter as a LoRA adapter, for servers that know only LoRA",
-    "inspect": "parameters, layers and memory of any model, from its config alone",
-    "reproduce": "the paper's comparison and what goes beyond it, as a grid of runs",
-    "figures": "pictures of what the method sees in a model and a task: gradients, bases, what is touched",
-    "report": "compare finished runs: one page, and tables",
-    "bench": "time and memory of a training step, beside LoRA's and full fine-tuning's",
-    "presets": "settings that come with the package",
+    "demo": "compare SparseGrad and LoRA on a small model, in minutes and without a download",
+    "train": "fine-tune a model on a task",
+    "search": "search the best learning rate and batch size",
+    "evaluate": "print the scores of a finished run",
+    "predict": "predict with a finished run",
+    "merge": "merge the adapter of a finished run into its model",
+    "export": "convert an adapter to a LoRA adapter",
+    "inspect": "show parameters, adapted layers and memory of a model",
+    "reproduce": "run the experiments of the paper, and others",
+    "figures": "draw gradients, bases and updates of a model on a task",
+    "report": "compare finished runs on a page and in tables",
+    "bench": "measure time and memory of a training step",
+    "presets": "list the settings that come with the package",
 }
-"""Verb -> what it does; its file has the same name."""
+"""Verb -> what it does. Each verb has a file of the same name in this folder."""
 
-RESUMED = ("train", "search", "reproduce", "demo")
-"Those that go on where they were interrupted."
+RESUMABLE = ("train", "search", "reproduce", "demo")
+"""Verbs that resume interrupted work when they are run again."""
+
+_NEEDS_ARGUMENTS = ("train", "search", "figures", "bench")
+"""Verbs that print their help without arguments: their defaults would start a long run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb. Returns an `ExitCode`, which says how it ended."""
+    """Run the command line, and return an `ExitCode`."""
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words
     if traceback:
         words.remove("--traceback")
     if not words or words[0] in ("-h", "--help"):
-        _help()
-        return 0
+        _print_help()
+        return ExitCode.FINISHED
     if words[0] == "--version":
         from sparsegrad_peft import __version__
 
         print(__version__)
-        return 0
+        return ExitCode.FINISHED
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
-        print(f"sparsegrad: no verb {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+        print(f"sparsegrad: no verb {verb!r}; expected one of {', '.join(VERBS)}", file=sys.stderr)
         return ExitCode.REFUSED
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; its kernels are of no use here
+    if not rest and verb in _NEEDS_ARGUMENTS:
+        rest = ["--help"]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; its warnings do not concern us
     try:
-        with _ended_as_by_ctrl_c():
+        with _sigterm_as_ctrl_c():
             import_module(f".{verb}", __package__).main(rest)
     except ModuleNotFoundError as error:
-        if traceback or (error.name or "").startswith("sparsegrad_peft"):
+        if traceback or (error.name or "").startswith(("sparsegrad_peft", "sparsegrad_lab")):
             raise
-        advice = "" if "pip install" in str(error) else "; the command needs: pip install 'sparsegrad-peft[lab]'"
+        advice = "" if "pip install" in str(error) else "; install it with: pip install 'sparsegrad-peft[lab]'"
         print(f"sparsegrad {verb}: {error}{advice}", file=sys.stderr)
         return ExitCode.FAILED
-    except Exception as error:  # a traceback helps nobody who typed a wrong word
+    except Exception as error:
         if traceback:
             raise
-        print(f"sparsegrad {verb}: {_words(error)}", file=sys.stderr)
+        print(f"sparsegrad {verb}: {_message(error)}", file=sys.stderr)
         return exit_code_of(error)
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on from the last checkpoint" if verb in RESUMED else ""
-        print(f"sparsegrad {verb}: interrupted{goes_on}", file=sys.stderr)
+        advice = "; run the same command to resume from the last checkpoint" if verb in RESUMABLE else ""
+        print(f"sparsegrad {verb}: interrupted{advice}", file=sys.stderr)
         return ExitCode.INTERRUPTED
     return ExitCode.FINISHED
 
 
 @contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """SIGTERM, which batch systems send, does what Ctrl-C does: what was started ends too, and files are whole."""
-    if threading.current_thread() is not threading.main_thread():  # Python's rule: handlers are set there
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Treat SIGTERM, which batch systems send, as Ctrl-C: child processes end too, and files stay complete."""
+    if threading.current_thread() is not threading.main_thread():  # Python sets signal handlers there only
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -90,29 +95,29 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def _words(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
-            f"{error.filename}: no room on the disk ({error.strerror}); what was saved before is whole. Make room, "
-            "then the same command goes on from there"
+            f"{error.filename}: no space left ({error.strerror}). Earlier files are complete; free some space, then run "
+            "the same command to continue"
         )
     if isinstance(error, (ValueError, OSError)) or type(error).__name__ == "TrainingDivergedError":
         return str(error)
     return f"{type(error).__name__}: {error} (--traceback shows where)"
 
 
-def _help() -> None:
+def _print_help() -> None:
     table = Table.grid(padding=(0, 2))
-    for verb, words in VERBS.items():
-        table.add_row(f"  {verb}", words)
+    for verb, description in VERBS.items():
+        table.add_row(f"  {verb}", description)
     console = Console(highlight=False, markup=False)
     console.print(
-        "usage: sparsegrad VERB [options]\n\nFine-tunes the MLP layers of transformers by sparse gradients.\n"
+        "usage: sparsegrad VERB [options]\n\nFine-tune the MLP layers of transformers with sparse gradients.\n"
     )
     console.print(table)
-    console.print("\n  sparsegrad VERB --help       what can be set, with an example")
-    console.print("  sparsegrad VERB --traceback  show where an error came from\n")
-    console.print("A first run, in a few minutes and without a download:\n  sparsegrad demo")
+    console.print("\n  sparsegrad VERB --help       options and an example")
+    console.print("  sparsegrad VERB --traceback  show the traceback of an error\n")
+    console.print("Start here (minutes, no download):\n  sparsegrad demo")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def test_a_process_of_its_own() -> None:
     command = [sys.executable, "-m", "sparsegrad_lab.cli.main"]
     wrong = subprocess.run([*command, "trian"], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr == f"sparsegrad: no verb 'trian'; there are {', '.join(VERBS)}\n"
+    assert wrong.stderr == f"sparsegrad: no verb 'trian'; expected one of {', '.join(VERBS)}\n"
     found = subprocess.run([*command, "presets"], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines() == preset_names()
     assert found.stderr == ""
@@ -91,6 +91,14 @@ def test_help_of_a_verb_has_an_example(verb: str, run: Run) -> None:
     assert status == 0
     example = plain(out).partition(f"example: sparsegrad {verb}")[2]
     assert "prints" in example or "writes" in example
+
+
+@pytest.mark.parametrize("verb", ["train", "search", "figures", "bench"])
+def test_verbs_that_need_arguments_print_their_help(verb: str, run: Run) -> None:
+    """Their defaults would start a long run."""
+    status, out, _ = run(verb)
+    assert status == 0
+    assert f"example: sparsegrad {verb}" in plain(out)
 
 
 def test_help_of_train_describes_every_setting(run: Run) -> None:

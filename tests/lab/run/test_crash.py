@@ -80,7 +80,7 @@ def test_a_killed_run_goes_on(
         assert process.returncode == -number
     else:
         assert process.returncode == 130
-        assert err.endswith("sparsegrad train: interrupted; the same command goes on from the last checkpoint\n")
+        assert err.endswith("sparsegrad train: interrupted; run the same command to resume from the last checkpoint\n")
         assert "Traceback" not in err
     assert not RunFolder(run).finished
     assert not (run / "adapter").exists()
@@ -137,8 +137,8 @@ def test_a_full_disk(
     run = folder / f"run-{limit}"
     assert f"status 1 at {limit}\n" in err
     line = next(line for line in err.splitlines() if line.startswith(f"sparsegrad train: {run}/"))
-    assert re.match(rf"sparsegrad train: {run}/({LIMITS[limit]}): no room on the disk \(", line)
-    assert line.endswith("what was saved before is whole. Make room, then the same command goes on from there")
+    assert re.match(rf"sparsegrad train: {run}/({LIMITS[limit]}): no space left \(", line)
+    assert line.endswith("free some space, then run the same command to continue")
     assert "Traceback" not in err
 
     # Nothing is left that looks whole and is not.
