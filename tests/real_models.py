@@ -1,4 +1,4 @@
-"""Real pretrained models that are only a few hundred kilobytes, as `transformers` folders; from the data folder."""
+"""Fixtures: real pretrained models of a few hundred kilobytes, from the folder that SPARSEGRAD_DATA names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STORY = (
 
 
 def data_folder(name: str) -> Path:
-    """A folder below SPARSEGRAD_DATA; skips the test where it is not there."""
+    """A folder below SPARSEGRAD_DATA. Skips the test if it does not exist."""
     root = os.environ.get("SPARSEGRAD_DATA")
     if not root or not (Path(root) / name).is_dir():
         pytest.skip(f"SPARSEGRAD_DATA names no folder with {name}")
@@ -25,7 +25,7 @@ def data_folder(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaMA of 260,032 parameters that tells children's stories (llama2.c's stories260K)."""
+    """A LLaMA of 260,032 parameters, trained on children's stories (stories260K of llama2.c)."""
     folder = tmp_path_factory.mktemp("stories")
     write_llama(data_folder("weights/stories260K"), folder)
     return folder
@@ -33,7 +33,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mnist_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ViT of 28 by 28 that was trained on MNIST, for a new head."""
+    """A ViT for images of 28 x 28, trained on MNIST."""
     folder = tmp_path_factory.mktemp("mnist-vit")
     write_vit(data_folder("weights/vit_mnist_gaurav"), folder)
     return folder

@@ -1,6 +1,6 @@
-"""Shape checks for the test run: beartype on array annotations alone.
+"""The type checker of the test run: beartype, for array annotations only.
 
-The hook of jaxtyping would check every argument, and so hide the library's own messages about a `k` that is no integer.
+Checking every argument would hide the library's own errors, such as the one for a `k` that is not an integer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ARRAY = re.compile(r"\b(Float|Int|Bool)\[")
 
 
 def arrays_only(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`beartype(function)`, looking only at annotations such as `Float[Tensor, "r c"]`."""
+    """Decorate with beartype, after removing all annotations but those such as `Float[Tensor, "r c"]`."""
     function.__annotations__ = {
         name: hint
         for name, hint in function.__annotations__.items()

@@ -1,4 +1,4 @@
-"""A tiny BERT with a tiny tokenizer, rows to train it on, and one finished run: shared by the tests of run and cli."""
+"""Fixtures for the laboratory's tests: tiny models with a tokenizer, rows to train on, and one finished run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ N_TRAIN, N_DEV = 48, 24
 
 
 def save_tokenizer(folder: Path, pad: bool = True) -> int:
-    """Words to numbers; returns how many there are."""
+    """Save a word-level tokenizer; returns the size of its vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -54,7 +54,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train.csv and dev.csv: two texts, whether the first has a good word in it, and how many of its words are good."""
+    """A folder with train.csv and dev.csv. A text's label is good if it contains words of `GOOD`."""
     folder = tmp_path_factory.mktemp("rows")
     generator = random.Random(0)
     for name, count in (("train", N_TRAIN), ("dev", N_DEV)):
@@ -71,7 +71,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def words(tiny_bert: Path, rows: Path) -> Callable[..., list[str]]:
-    """Words for `sparsegrad train`: a small run, in ten steps or so; then whatever else is given."""
+    """Builds a command line for `sparsegrad train`: a run of twelve steps, then the options that are passed."""
 
     def make(output: Path, *more: str) -> list[str]:
         return [
@@ -103,14 +103,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def language_words(words: Callable[..., list[str]], tiny_llama: Path) -> Callable[..., list[str]]:
-    """The same for the tiny LLaMA: the first text is a prompt, the second its answer."""
+    """As `words`, for the tiny LLaMA: the first text is a prompt, the second its answer."""
     more = ["--model", str(tiny_llama), "--task", "text", "--data.text", '["text", "other"]']
     return lambda output, *others: words(output, *more, *others)
 
 
 @pytest.fixture(scope="session")
 def language_arguments(language_words: Callable[..., list[str]]) -> Callable[..., Any]:
-    """The same as `RunArguments`."""
+    """As `language_words`, parsed to `RunArguments`."""
     from sparsegrad_lab.cli.train import parse
 
     return lambda output, *more: parse(language_words(output, *more)[1:])
@@ -118,7 +118,7 @@ def language_arguments(language_words: Callable[..., list[str]]) -> Callable[...
 
 @pytest.fixture(scope="session")
 def arguments(words: Callable[..., list[str]]) -> Callable[..., Any]:
-    """The same as `RunArguments`."""
+    """As `words`, parsed to `RunArguments`."""
     from sparsegrad_lab.cli.train import parse
 
     return lambda output, *more: parse(words(output, *more)[1:])
@@ -126,7 +126,7 @@ def arguments(words: Callable[..., list[str]]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def finished_run(arguments: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With SparseGrad, rest: freeze, one seed. Not to be changed; merging it adds a folder."""
+    """The folder of a finished SparseGrad run. Tests must not change it; copy it first."""
     from sparsegrad_lab.run.train import train
 
     folder = tmp_path_factory.mktemp("finished") / "run"
