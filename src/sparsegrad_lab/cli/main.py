@@ -98,8 +98,8 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
-            f"{error.filename}: no space left ({error.strerror}). Earlier files are complete; free some space, then run "
-            "the same command to continue"
+            f"{error.filename}: no space left ({error.strerror}). Earlier files are complete; free some space, then "
+            "run the same command to continue"
         )
     if isinstance(error, (ValueError, OSError)) or type(error).__name__ == "TrainingDivergedError":
         return str(error)
