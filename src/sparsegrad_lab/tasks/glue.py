@@ -159,4 +159,7 @@ def from_hub_splits(name: str, found: dict[str, Dataset]) -> Task:
     """Return the hub's data sets as a task, without the test splits, which have no labels."""
     task = GLUE[name]
     splits = {split: found[split].select_columns([*task.text, "label"]) for split in ("train", *task.validation)}
+    for split, data in splits.items():
+        if task.labels is not None and min(data["label"]) < 0:
+            raise ValueError(f"{HUB_NAME}, {name}, {split}: expected labels from 0 on, found {min(data['label'])}")
     return Task(f"glue/{name}", task.text, task.labels, task.metrics, splits, f"hub: {HUB_NAME}")
