@@ -1,7 +1,7 @@
-"""SparseGrad: fine-tuning of the MLP layers of transformers by sparse gradients in a learnt basis.
+"""SparseGrad: fine-tune the MLP layers of transformers by sparse gradients in a learnt basis (EMNLP 2024).
 
-The method itself, in plain PyTorch, is in `sparsegrad_peft.method`. Names are loaded on first use, so that importing
-the package costs nothing.
+`sparsegrad_peft.method` is the method in plain PyTorch, `sparsegrad_peft.tuner` the PEFT adapter. Names are loaded on
+first use, so importing the package does not load torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HOME = {
     "sparse_dense_product": "method.selection",
     "topk_magnitude": "method.selection",
 }
-# Those of the PEFT adapter are left out, so that `import *` works where PEFT is not installed.
+# The PEFT adapter's names are left out, so that `import *` works without PEFT.
 __all__ = sorted(name for name, home in _HOME.items() if not home.startswith("tuner"))
 __version__ = "0.1.0.dev0"
 

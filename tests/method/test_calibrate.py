@@ -216,7 +216,10 @@ def empty(out: int, in_: int, dtype: torch.dtype = F64) -> GramStatistics:
     return GramStatistics("g", ("a",), torch.zeros(in_, in_, dtype=dtype), torch.zeros(out, out, dtype=dtype))
 
 
-@pytest.mark.parametrize(("scale", "tolerance"), [(1e-20, 1e-3), (1e-12, 1e-5), (1.0, 1e-5), (1e12, 1e-5)])
+@pytest.mark.parametrize(
+    ("scale", "tolerance"),
+    [(1e-25, 1e-5), (1e-20, 1e-5), (1e-12, 1e-5), (1.0, 1e-5), (1e12, 1e-5), (1e18, 1e-5), (1e37, 1e-5)],
+)
 def test_normalized_gradients_count_alike_whatever_their_size(scale: float, tolerance: float) -> None:
     """Far down, squares lose bits and their reciprocals leave the range of float32."""
     gradients = torch.randn(3, 4, 6, dtype=F64)

@@ -210,7 +210,7 @@ def test_state_costs_twelve_bytes_for_each_touched_entry() -> None:
         optimizer.step()
     assert optimizer.touched(p) == 100
     assert optimizer.state_bytes() == 1200
-    assert "12 for each entry" in SparseGradAdamW.__doc__
+    assert "12 bytes for each entry" in SparseGradAdamW.__doc__
     rest.grad = torch.randn_like(rest)
     optimizer.step()
     assert optimizer.state_bytes() == 1200 + 2 * 40 + 4
@@ -371,13 +371,77 @@ def test_a_step_that_is_refused_moves_nothing(bad: float) -> None:
     for p in (first, plain, last):
         p.grad = torch.randn_like(p)
     last.grad[2, 3] = bad
-    with pytest.raises(ValueError, match="1 of 2 gradients hold entries that are NaN or infinite"):
+    with pytest.raises(ValueError, match=r"group 2: the gradient .* \(5, 5\) holds entries that are NaN or infinite"):
         optimizer.step()
     assert all(torch.equal(p, was) for p, was in zip((first, plain, last), before, strict=True))
     assert not optimizer.state
     last.grad[2, 3] = 0.0
     optimizer.step()
     assert not any(torch.equal(p, was) for p, was in zip((first, plain, last), before, strict=True))
+
+
+def refused(last: nn.Parameter, gradient: Tensor, words: str, *, options: dict[str, Any], bases: Any = None) -> None:
+    """The step raises, and has moved neither a sparse nor a dense parameter of the groups before, nor any state."""
+    first, plain = parameter(4, 5), parameter(3, 3)
+    optimizer = SparseGradAdamW([sparse(first, k=3), {"params": [plain]}, {"params": [last], **options}], bases=bases)
+    before = [p.detach().clone() for p in (first, plain, last)]
+    first.grad, plain.grad, last.grad = torch.randn_like(first), torch.randn_like(plain), gradient
+    with pytest.raises(ValueError, match=words):
+        optimizer.step()
+    assert all(torch.equal(p, was) for p, was in zip((first, plain, last), before, strict=True))
+    assert not optimizer.state
+
+
+def test_a_gradient_that_overflows_in_the_basis_moves_nothing() -> None:
+    """Every entry is finite in float32; their sums along a direction of the basis are not."""
+    last = parameter(2, 2, dtype=torch.float32)
+    basis = Basis(torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2), None)
+    gradient = torch.full((2, 2), 3e38)
+    refused(last, gradient, "group 2: .*NaN or infinite", options={"sparse": True, "k": 1}, bases={last: basis})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_coo_gradient_that_is_not_finite_moves_nothing(bad: float) -> None:
+    values = torch.tensor([1.0, bad], dtype=F64)
+    gradient = torch.sparse_coo_tensor([[0, 1], [1, 1]], values, (2, 2), check_invariants=True)
+    refused(parameter(2, 2), gradient, "group 2: .*NaN or infinite", options={"sparse": True})
+
+
+def test_sparse_gradients_of_other_layouts_move_nothing() -> None:
+    """Whole rows, as of an embedding; a vector; and COO in a group that selects nothing."""
+    embedding = nn.Embedding(5, 3, sparse=True, dtype=F64)
+    embedding(torch.tensor([1, 4])).sum().backward()
+    rows = embedding.weight.grad
+    assert rows is not None
+    words = r"group 2, gradient of shape \(5, 3\): expected a dense gradient, or a COO matrix of single entries"
+    refused(parameter(5, 3), rows, words, options={"sparse": True})
+    refused(parameter(5), torch.eye(5, dtype=F64)[0].to_sparse(), "COO matrix of single", options={"sparse": True})
+    refused(parameter(5, 3), rows, 'needs a group with "sparse": True', options={})
+
+
+@pytest.mark.parametrize("kind", [{"sparse": True, "k": 3}, {}], ids=["sparse", "dense"])
+def test_state_of_another_type(kind: dict[str, Any]) -> None:
+    """A run in float64 goes on in float32, by a cast of the model or from its saved state, and the other way round."""
+    for before, after in ((F64, torch.float32), (torch.float32, F64)):
+        module = nn.Linear(4, 5, bias=False, dtype=before)
+        optimizer = SparseGradAdamW([{"params": [module.weight], **kind}], lr=0.1)
+        gradients = torch.randn(2, 5, 4, dtype=F64)
+        module.weight.grad = gradients[0].to(before)
+        optimizer.step()
+        module.weight.grad = None
+        saved = copy.deepcopy(optimizer.state_dict())
+        module.to(after)
+        other = nn.Parameter(module.weight.detach().clone())
+        resumed = SparseGradAdamW([{"params": [other], **kind}], lr=0.1)
+        resumed.load_state_dict(copy.deepcopy(saved))
+        expected = nn.Parameter(module.weight.detach().to(F64, copy=True))
+        in_double = SparseGradAdamW([{"params": [expected], **kind}], lr=0.1)
+        in_double.load_state_dict(saved)
+        for parameter_, own in ((module.weight, optimizer), (other, resumed), (expected, in_double)):
+            parameter_.grad = gradients[1].to(parameter_.dtype)
+            own.step()
+        torch.testing.assert_close(module.weight.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(other, module.weight, rtol=0, atol=0)
 
 
 def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:

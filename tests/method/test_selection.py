@@ -200,7 +200,9 @@ def test_topk_magnitude_checks_k_and_density(k: int, density: float | None, word
 @pytest.mark.parametrize(
     ("numel", "density", "k"),
     [(12, 1, 12), (12, 1.0, 12), (12, 0.5, 6), (12, 0.6, 7), (12, 0.01, 1), (1, 0.01, 1), (4800, 0.01, 48),
-     (199, 0.01, 1), (200, 0.01, 2), (2_359_296, 0.01, 23_592)],
+     (199, 0.01, 1), (200, 0.01, 2), (2_359_296, 0.01, 23_592),
+     # 0.29 * 100 is 28.999999999999996 in floats, and 0.07 * 100 is 7.000000000000001
+     (100, 0.29, 29), (100, 0.57, 57), (100, 0.07, 7), (1000, 0.0019999, 1)],
 )  # fmt: skip
 def test_a_density_is_rounded_down_to_at_least_one(numel: int, density: float, k: int) -> None:
     assert resolve_k(numel, density=density) == k
@@ -213,7 +215,7 @@ def test_topk_magnitude_takes_a_density() -> None:
 
 @pytest.mark.parametrize("how", [{"k": 1}, {"density": 0.5}])
 def test_a_matrix_without_entries_has_none_to_keep(how: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="there are 0 entries"):
+    with pytest.raises(ValueError, match="expected at least one entry to select from, found none"):
         topk_magnitude(torch.zeros(0, 4), **how)
 
 

@@ -77,6 +77,20 @@ def test_more_rows_than_there_are_directions_complete_the_basis() -> None:
     torch.testing.assert_close(found.vectors @ found.vectors.T, torch.eye(9, dtype=F64), rtol=0, atol=1e-12)
 
 
+def test_directions_below_rounding_are_not_counted() -> None:
+    """Of gradients `diag(1, s)`, the second direction has `s²` of the energy: above √n eps = 1.2e-15, or below it."""
+    for s, rank in ((1e-7, 2), (1e-9, 1)):
+        gram = sketched(torch.zeros(1, 30, 30, dtype=F64), 6, 6)
+        G = torch.zeros(30, 30, dtype=F64)
+        G[0, 0], G[1, 1] = 1, s
+        gram.add(G)
+        for product, probe in ((gram.gram_in, gram.probe_in), (gram.gram_out, gram.probe_out)):
+            assert probe is not None
+            found = eigenbasis_of_sketch(product, probe, 2, gram.energy, name="g")
+            assert found.rank == rank
+            assert float(found.vectors[0, 0]) == pytest.approx(1, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("rows", "n", "expected"),
     [(0.03, 3072, 2 * 96 + 16), (45, 1536, 106), (45, 512, None), (0.33, 3072, None), ("energy:0.9", 3072, None),

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import prune
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from helpers import orthogonal, train
@@ -224,6 +226,96 @@ def test_a_replaced_layer_is_not_replaced_again(bert: nn.Module) -> None:
     with pytest.raises(TypeError, match="found SparseGradLinear"):
         surgery(bert, "complete")
     assert picture(bert) == before
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class SameForward(nn.Linear):
+    """A subclass that computes what its parent does, as PyTorch's and other libraries' have it."""
+
+
+def unusual(kind: str) -> nn.Linear:
+    linear = Doubled(4, 3) if kind == "subclass" else nn.Linear(4, 3)
+    if kind == "wrapped":  # as accelerate's hooks do
+        forward = linear.forward
+        linear.forward = lambda x: 2 * forward(x)
+    elif kind == "parametrized":
+        nn.utils.parametrizations.weight_norm(linear)
+    elif kind == "pruned":
+        prune.l1_unstructured(linear, "weight", 0.5)
+    elif kind == "state dict hook":
+        linear.register_state_dict_post_hook(lambda *_: None)
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("subclass", "0: expected a plain linear layer, found a Doubled with a forward of its own"),
+        ("wrapped", "0: expected a plain linear layer, found a Linear with a forward of its own"),
+        ("parametrized", "0: expected a ParametrizedLinear with a weight of its own, found one that is computed"),
+        ("pruned", "0: expected a Linear with a weight of its own, found one that is computed"),
+        ("state dict hook", "0: expected a Linear without hooks on its state dict"),
+    ],
+)
+@pytest.mark.parametrize("make", [SparseGradLinear.from_linear, LiteralSparseGradLinear.from_linear])
+def test_a_layer_that_does_more_is_refused(kind: str, words: str, make: Callable[..., nn.Module]) -> None:
+    model = nn.Sequential(unusual(kind))
+    x, linear = torch.randn(2, 4), model[0]
+    output = model(x)
+    options = {"k": 1} if make != SparseGradLinear.from_linear else {}
+    with pytest.raises(TypeError, match=words):
+        replace_linears(model, {"g": ["0"]}, {"g": Basis(torch.eye(4), torch.eye(3))}, make, **options)
+    assert model[0] is linear
+    assert torch.equal(model(x), output)
+
+
+def test_a_subclass_with_its_parents_forward_is_replaced() -> None:
+    model = nn.Sequential(SameForward(4, 3))
+    x = torch.randn(2, 4)
+    output = model(x)
+    replace_linears(model, {"g": ["0"]}, {"g": Basis.identity()})
+    assert torch.equal(model(x), output)
+
+
+def test_hooks_of_a_replaced_layer_stay() -> None:
+    """Forward, forward-pre and backward hooks, with keywords and always called; their handles still remove them."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    called: list[str] = []
+    handles = [
+        model[0].register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+        model[0].register_forward_hook(lambda module, args, kwargs, output: output + 1, with_kwargs=True),
+        model[0].register_forward_hook(lambda *_: called.append("always"), always_call=True),
+        model[0].register_full_backward_pre_hook(lambda *_: called.append("backward pre")),
+        model[0].register_full_backward_hook(lambda module, grad_input, grad_output: (3 * grad_input[0],)),
+    ]
+
+    def run() -> tuple[Tensor, Tensor, list[str]]:
+        called.clear()
+        x = torch.ones(2, 4, requires_grad=True)
+        y = model(x)
+        y.sum().backward()
+        assert x.grad is not None
+        return y.detach(), x.grad, list(called)
+
+    expected = run()
+    assert expected[2] == ["always", "backward pre"]
+    for change in (
+        lambda: replace_linears(model, {"g": ["0"]}, {"g": Basis.identity()}),
+        lambda: restore_linears(model),
+    ):
+        change()
+        found = run()
+        torch.testing.assert_close(found[:2], expected[:2])
+        assert found[2] == expected[2]
+    for handle in handles:
+        handle.remove()
+    found = run()
+    torch.testing.assert_close(found[0], functional.linear(torch.ones(2, 4), model[0].weight, model[0].bias).detach())
+    assert found[2] == []
 
 
 def test_a_model_that_is_itself_the_layer() -> None:

@@ -1,17 +1,25 @@
-"""The method, in plain PyTorch: no transformers, no peft.
+"""The method in plain PyTorch, without transformers and peft. Read `reference.py` first, then in this order.
 
-    calibrate    gradients of a few steps -> Gram matrices     (gradients.py streams them, groups.py says whose,
-                                                               untouched.py puts the model back)
-    hosvd        Gram matrices -> orthogonal factors, spectra
-    basis        Basis(U, V), shared by a group of layers
-    selection    gradient in the basis -> its k largest entries
-    function     forward and backward of the layer             (products.py orders chains of matrices)
-    linear       SparseGradLinear: from_linear, to_linear      (literal.py: the layer as published)
-    optim        SparseAdam on the selected entries, AdamW on the rest
-    positions    fixed entries for a packed core
+    gradients    1  a few steps of backpropagation -> the gradient of each target layer
+    gram            gradients -> Gram matrices, streamed
+    hosvd        2  Gram matrices -> orthogonal factors and spectra
+    basis           Basis(U, V), shared by a group of layers
+    selection    3  gradient in the basis -> its k largest entries
+    function     4  forward and backward of the layer
+    linear          SparseGradLinear: from_linear, forward, to_linear
+    optim        5  SparseAdam on the selected entries, AdamW on the rest
+
+Around these:
+
+    calibrate    1 and 2 for all groups of a model: calibrate(model, batches).bases()
+    surgery      replace a model's layers and put them back; the optimizer's parameter groups
+    positions    choose fixed entries for a packed core
     refresh      new bases, or new positions, during training
-    surgery      the layers of a model, replaced and put back
+    literal      the layer as published
     reference    all of it again: dense, slow, in the order of the paper's equations
 
-Read `reference.py` first, then down the list.
+Helpers: config (calibration's settings), groups (which layers share a basis), sizes (rows of a basis), costs
+(multiply-adds), products (chains of matrices), live_rows (tokens with a gradient), plain (nn.Linear and Conv1D),
+precision (data types), processes (several processes), restored_state, sketch (Gram matrices of large sides),
+sparse_adam (the update rule).
 """

@@ -96,12 +96,7 @@ def stream_gradients(
         torch.enable_grad(),
         ExitStack() as hooks,
     ):
-        if config.training is not None:
-            model.train(config.training)
-        for parameter in model.parameters():
-            parameter.grad = None
-            if config.trajectory is None:
-                parameter.requires_grad_(False)
+        _prepare(model, config)
         counts = _hook_targets(layers, on_gradient, config.trajectory, hooks)
         if config.trajectory is not None:
             targeted = {id(weight) for weight in weights}
@@ -111,6 +106,16 @@ def stream_gradients(
             _check_loss(loss, number)
             loss.backward()
             _check_reached(counts, number, config.n_steps)
+
+
+def _prepare(model: nn.Module, config: CalibrationConfig) -> None:
+    """Set the mode, drop all gradients, and freeze the model unless it follows a trajectory."""
+    if config.training is not None:
+        model.train(config.training)
+    for parameter in model.parameters():
+        parameter.grad = None
+        if config.trajectory is None:
+            parameter.requires_grad_(False)
 
 
 def _hook_targets(
@@ -151,7 +156,7 @@ def _hook_moving(parameters: Iterable[nn.Parameter], trajectory: Trajectory, hoo
         assert gradient is not None
         trajectory.update(parameter, gradient, trajectory.lr)
 
-    for parameter in {id(p): p for p in parameters}.values():
+    for parameter in parameters:
         hooks.callback(parameter.register_post_accumulate_grad_hook(move).remove)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .basis import Basis, HoldsBasis
 from .costs import Prefer
 from .function import SparseGradFunction, dense_core, form_weight, output_without_grad
-from .plain import is_conv1d, plain_linear, weight_and_bias
+from .plain import check_replaceable, is_conv1d, plain_linear, weight_and_bias
 from .precision import at_least_float32, autocast_kind, compute_dtype, without_autocast
 
 
@@ -128,9 +128,10 @@ class SparseGradLinear(HoldsBasis):
             prefer: "memory" saves the projected input for backward, "speed" whatever needs the fewest multiply-adds.
 
         Raises:
-            TypeError: `linear` is not a linear layer that can be replaced (see `weight_and_bias`).
+            TypeError: `linear` is not a linear layer that can be replaced (see `check_replaceable`).
             ValueError: the basis or the positions do not fit the layer.
         """
+        check_replaceable(linear)
         weight, bias = weight_and_bias(linear)
         layer = cls(weight, bias, basis.to(weight.device), core_dtype=core_dtype, prefer=prefer)
         layer.conv1d = type(linear) if is_conv1d(linear) else None

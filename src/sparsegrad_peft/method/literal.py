@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .basis import Basis, HoldsBasis
 from .function import refuse_double_backward
-from .plain import is_conv1d, plain_linear, weight_and_bias
+from .plain import check_replaceable, is_conv1d, plain_linear, weight_and_bias
 from .precision import at_least_float32, compute_dtype, without_autocast
 from .selection import compressed_product, resolve_k, topk_magnitude
 
@@ -130,9 +130,10 @@ class LiteralSparseGradLinear(HoldsBasis):
             select: the selection rule; `topk_signed_threshold_as_published` is that of the authors' code.
 
         Raises:
-            TypeError: `linear` is not a linear layer that can be replaced (see `weight_and_bias`).
+            TypeError: `linear` is not a linear layer that can be replaced (see `check_replaceable`).
             ValueError: the basis is truncated or of another shape; `k` or `density` is out of range.
         """
+        check_replaceable(linear)
         weight, bias = weight_and_bias(linear)
         k = resolve_k(weight.numel(), k, density)
         layer = cls(weight, bias, basis.to(weight.device), k, products, select)

@@ -1,11 +1,10 @@
-"""Step 5: SparseAdam on what was selected, AdamW on everything else, behind one optimizer (paper: SparseAdam).
+"""Step 5: SparseAdam on the selected entries, AdamW on everything else, in one optimizer (paper: SparseAdam).
 
     G_tilde = V G Uᵀ  ──► topk_magnitude ──► SparseAdam's rule on k entries ──► S, or W ← W + Vᵀ Δ U
 
-Selection happens once, here, on the final gradient: after all micro-batches have been added up, after processes have
-been averaged, after unscaling and clipping. The union of selections made on the parts has more than `k` entries, and
-still not all of the right ones. Every gradient that reaches `.grad` is dense, so accumulation, DDP, clipping and
-`GradScaler` need to know nothing of it.
+Selection happens once, here, on the final gradient: after micro-batches have been added up, processes averaged, and the
+gradient unscaled and clipped. The union of selections made on the parts would have more than `k` entries, and not all
+of the right ones. Every gradient in `.grad` is dense, so accumulation, DDP, clipping and `GradScaler` work unchanged.
 """
 
 from __future__ import annotations
@@ -20,60 +19,40 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from .basis import Basis
+from .precision import HALF_PRECISION, at_least_float32
 from .selection import flat_from_coo, resolve_k, topk_positions
-
-
-def sparse_adam_update(
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    values: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> Tensor:
-    """SparseAdam's rule on selected entries: moves their moments in place and returns their change (all shapes (k,)).
-
-    As `torch.optim.SparseAdam`: moments of entries that are not selected stand still, bias correction is by the global
-    step, `eps` is added before the correction, and there is no weight decay.
-    """
-    exp_avg.lerp_(values, 1 - beta1)
-    exp_avg_sq.lerp_(values.square(), 1 - beta2)
-    step_size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-    return exp_avg / exp_avg_sq.sqrt().add_(eps) * -step_size
+from .sparse_adam import match_dtype, step_selected
 
 
 class SparseGradAdamW(Optimizer):
-    """SparseAdam on the largest entries of some parameters, AdamW on the others.
+    """SparseAdam on the largest gradient entries of some parameters, AdamW on the other parameters.
 
     Groups carry an explicit flag:
 
     - `{"params": cores, "sparse": True, "density": 0.01}` (or `"k": 1000`, per parameter): in each step, the `k`
-      entries of the gradient that are largest in magnitude move by SparseAdam's rule and the others stand still. No
-      weight decay.
-      A gradient that arrives as COO (`LiteralSparseGradLinear`) has been selected already and takes no `k`.
-    - `{"params": rest}`: AdamW, PyTorch's own.
+      entries with the largest gradient move by SparseAdam's rule, and the others do not move. No weight decay.
+      A gradient that arrives as COO (`LiteralSparseGradLinear`) is already selected and takes no `k`.
+    - `{"params": rest}`: PyTorch's own AdamW.
 
-    With `bases`, a `sparse` parameter may be an ordinary weight in the original space: its gradient is taken into the
-    basis, selected there, and the change brought back, `W ← W + Vᵀ Δ U`. That is the method itself, exactly, on plain
+    With `bases`, a `sparse` parameter may be an ordinary weight in the original space. Its gradient is taken into the
+    basis and selected there, and the change is brought back, `W ← W + Vᵀ Δ U`. That is the method itself on plain
     `nn.Linear` layers: forward and backward are those of regular fine-tuning.
 
-    State, in bytes: 12 for each entry that was ever selected (its position, and two moments in float32; 20 in float64),
-    and nothing for the others; dense Adam takes 8 for every entry. `touched` counts them. AdamW's state is PyTorch's.
+    The state takes 12 bytes for each entry that was ever selected (its position, and two moments in float32; 20 bytes
+    in float64) and nothing for the others. Dense Adam takes 8 bytes for every entry. `touched` counts the entries.
 
     Args:
         params: parameters, or groups as above.
-        lr: learning rate. That of full fine-tuning is for dense updates: search it anew for selected entries.
+        lr: learning rate. Selected entries need another one than dense updates, so search it anew.
         betas: decay of the first and second moments.
         eps: added to the root of the second moment: before bias correction in `sparse` groups (SparseAdam), after it in
             the others (AdamW).
         weight_decay: decoupled, for groups without `sparse`.
-        bases: for parameters in the original space, their basis.
+        bases: the basis of each parameter in the original space.
 
     Raises:
-        ValueError, TypeError: a group that is neither one nor the other; numbers out of range; a weight with a basis
-            in half precision. The message names the group.
+        ValueError, TypeError: a group's flags contradict each other, numbers are out of range, or a weight with a basis
+            is in half precision. The message names the group.
     """
 
     def __init__(
@@ -94,26 +73,26 @@ class SparseGradAdamW(Optimizer):
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        """With the bases; for copies and pickles."""
+        """Include the bases, for copies and pickles."""
         return {**super().__getstate__(), "bases": self.bases}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As PyTorch's optimizers do: groups of another one, such as AdamW, get what they have not."""
+        """Give groups saved by another optimizer, such as AdamW, the flags that they lack."""
         super().__setstate__(state)
         for group in self.param_groups:
             for name in ("sparse", "k", "density"):
                 group.setdefault(name, self.defaults[name])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; checked here, before any training."""
+        """Add a group and check it."""
         super().add_param_group(param_group)
         try:
-            self._check(self.param_groups[-1], len(self.param_groups) - 1)
+            self._check_group(self.param_groups[-1], len(self.param_groups) - 1)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
-    def _check(self, group: dict[str, Any], number: int) -> None:
+    def _check_group(self, group: dict[str, Any], number: int) -> None:
         where = f"parameter group {number}"
         beta1, beta2 = group["betas"]
         for name in ("lr", "eps", "weight_decay"):
@@ -121,10 +100,9 @@ class SparseGradAdamW(Optimizer):
                 raise ValueError(f"{where}: {name} must be at least 0 and finite, found {group[name]}")
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
             raise ValueError(f"{where}: betas must lie in [0, 1), found {group['betas']}")
-        selects = group["k"] is not None or group["density"] is not None
         if not isinstance(group["sparse"], bool):
             raise TypeError(f"{where}: sparse is a flag, True or False, found {group['sparse']!r}")
-        if selects and not group["sparse"]:
+        if _selects(group) and not group["sparse"]:
             raise ValueError(
                 f'{where}: k and density need "sparse": True, found k={group["k"]}, density={group["density"]}'
             )
@@ -132,12 +110,12 @@ class SparseGradAdamW(Optimizer):
             basis = self.bases.get(parameter)
             if basis is not None and not group["sparse"]:
                 raise ValueError(f'{where}: a parameter with a basis needs "sparse": True')
-            if basis is not None and parameter.dtype in (torch.float16, torch.bfloat16):
+            if basis is not None and parameter.dtype in HALF_PRECISION:
                 raise ValueError(
                     f"{where}: a weight in {parameter.dtype} would round its changes away; keep it in float32, and use "
                     "autocast for products in half precision"
                 )
-            if selects:
+            if _selects(group):
                 shape = _selection_shape(parameter, basis)
                 try:
                     resolve_k(math.prod(shape), group["k"], group["density"])
@@ -150,90 +128,92 @@ class SparseGradAdamW(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; `closure`, if given, evaluates the model anew and returns the loss.
+        """Take one step. `closure`, if given, evaluates the model and returns the loss.
 
         Raises:
-            ValueError: a gradient that its group cannot take, or, in a `sparse` group, one that is not finite. Nothing
-                has moved then.
+            ValueError: a gradient does not fit its group, or, in a `sparse` group, is not finite. No parameter and no
+                state has changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
+        # Select everywhere before anything moves: selection refuses gradients that overflow in the basis.
+        selected = [
+            (parameter, group, *self._select(parameter, group, number))
+            for number, group in enumerate(self.param_groups)
+            if group["sparse"]
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        for parameter, group, positions, values in selected:
+            self._sparse_step(parameter, group, positions, values)
         for group in self.param_groups:
-            if group["sparse"]:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._sparse_step(parameter, group)
-            else:
+            if not group["sparse"]:
                 self._dense_step(group)
         return loss
 
     def _check_gradients(self) -> None:
-        """Before anything moves: a step that stops half-way would leave a model that no step count tells of."""
-        finite: list[Tensor] = []  # one flag a gradient, read together: on a GPU, reading waits for all work before
-        for group in self.param_groups:
+        """Raise if a gradient has a layout that its group cannot take."""
+        for number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
-                grad, shape = parameter.grad, tuple(parameter.shape)
+                grad = parameter.grad
                 if grad is None:
                     continue
-                if not group["sparse"]:
-                    if grad.is_sparse:
+                where = f"parameter group {number}, gradient of shape {tuple(parameter.shape)}"
+                if not grad.is_sparse:
+                    if group["sparse"] and not _selects(group):
                         raise ValueError(
-                            f'a COO gradient needs a group with "sparse": True, found one of shape {shape}'
+                            f'{where}: a "sparse" group needs k or density for a dense gradient, found neither'
                         )
-                    continue
-                if grad.is_sparse and parameter in self.bases:
+                elif not group["sparse"]:
+                    raise ValueError(f'{where}: a COO gradient needs a group with "sparse": True')
+                elif parameter in self.bases:
                     raise ValueError(
-                        "a parameter with a basis is selected from its dense gradient, found a COO gradient"
+                        f"{where}: a parameter with a basis is selected from its dense gradient, found a COO gradient"
                     )
-                if not grad.is_sparse and group["k"] is None and group["density"] is None:
+                elif grad.sparse_dim() != 2 or grad.dense_dim() != 0:
                     raise ValueError(
-                        f'a "sparse" group needs k or density for a dense gradient, found neither (shape {shape})'
+                        f"{where}: expected a dense gradient, or a COO matrix of single entries; found a COO gradient "
+                        f"with {grad.sparse_dim()} sparse and {grad.dense_dim()} dense dimensions (an nn.Embedding with "
+                        "sparse=True gives whole rows: make it with sparse=False)"
                     )
-                finite.append((grad._values() if grad.is_sparse else grad).isfinite().all())
-        if finite and not bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
-            raise ValueError(
-                f"{sum(not bool(flag) for flag in finite)} of {len(finite)} gradients hold entries that are NaN or "
-                "infinite, so the largest are not defined; look for a loss that is not finite, and check the gradients "
-                "before the step"
-            )
 
-    def _sparse_step(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _select(self, parameter: nn.Parameter, group: dict[str, Any], number: int) -> tuple[Tensor, Tensor]:
+        """Return the flat positions (k,), ascending, and the values (k,) of the selected gradient entries."""
         assert parameter.grad is not None
-        basis = self.bases.get(parameter)
-        shape = _selection_shape(parameter, basis)
-        wide = torch.promote_types(parameter.dtype, torch.float32)
+        wide = at_least_float32(parameter.dtype)
         if parameter.grad.is_sparse:
             positions, values = flat_from_coo(parameter.grad)
-            values = values.to(wide)
+            entries = values = values.to(wide)
         else:
-            grad = parameter.grad.to(wide)
-            G_tilde = (basis.to_basis(grad) if basis is not None else grad).reshape(-1)
-            positions = topk_positions(G_tilde.abs(), resolve_k(G_tilde.numel(), group["k"], group["density"]))
-            values = G_tilde[positions]
+            grad, basis = parameter.grad.to(wide), self.bases.get(parameter)
+            entries = (grad if basis is None else basis.to_basis(grad)).reshape(-1)  # G_tilde
+        if not bool(entries.isfinite().all()):
+            raise ValueError(
+                f"parameter group {number}: the gradient of a parameter of shape {tuple(parameter.shape)} holds "
+                "entries that are NaN or infinite, so the largest are not defined; look for a loss that is not finite, "
+                "and check the gradients before the step"
+            )
+        if not parameter.grad.is_sparse:
+            positions = topk_positions(entries.abs(), resolve_k(entries.numel(), group["k"], group["density"]))
+            values = entries[positions]
+        return positions, values
 
-        state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            state["positions"] = positions.new_empty(0, dtype=torch.int32)  # ever selected, flat, ascending
-            state["exp_avg"] = values.new_empty(0)
-            state["exp_avg_sq"] = values.new_empty(0)
-        state["step"] += 1
-        slots = _slots(state, positions)
-        exp_avg, exp_avg_sq = state["exp_avg"][slots], state["exp_avg_sq"][slots]
-        lr, (beta1, beta2), eps = float(group["lr"]), group["betas"], group["eps"]
-        change = sparse_adam_update(exp_avg, exp_avg_sq, values, state["step"], lr, beta1, beta2, eps)
-        state["exp_avg"][slots] = exp_avg
-        state["exp_avg_sq"][slots] = exp_avg_sq
+    def _sparse_step(self, parameter: nn.Parameter, group: dict[str, Any], positions: Tensor, values: Tensor) -> None:
+        change = step_selected(
+            self.state[parameter], positions, values, float(group["lr"]), group["betas"], group["eps"]
+        )
+        basis = self.bases.get(parameter)
         if basis is None:
             # reshape would copy a parameter that is not contiguous, and the change would be lost
             rows = torch.div(positions, parameter.shape[-1], rounding_mode="floor")
             index = (rows, positions % parameter.shape[-1]) if parameter.dim() == 2 else (positions,)
             parameter.index_put_(index, change.to(parameter.dtype), accumulate=True)
         else:
-            parameter.copy_(_add_from_basis(parameter.to(wide), basis, positions, change, shape))
+            shape = _selection_shape(parameter, basis)
+            parameter.copy_(_add_from_basis(parameter.to(values.dtype), basis, positions, change, shape))
 
     def _dense_step(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
@@ -243,6 +223,7 @@ class SparseGradAdamW(Optimizer):
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            match_dtype(state, parameter.dtype)
         beta1, beta2 = group["betas"]
         adamw(
             params,
@@ -256,9 +237,9 @@ class SparseGradAdamW(Optimizer):
         )  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `Optimizer.load_state_dict`, keeping positions integers and moments as wide as they were saved."""
+        """Do what `Optimizer.load_state_dict` does, and keep positions as integers and moments as wide as saved."""
         super().load_state_dict(state_dict)
-        # The base class casts state to the type of its parameter: float positions, half precision moments.
+        # The base class casts state to the type of its parameter: float positions, half-precision moments.
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for saved_id, parameter in zip(saved_ids, parameters, strict=True):
@@ -270,7 +251,7 @@ class SparseGradAdamW(Optimizer):
                 }
 
     def state_bytes(self) -> int:
-        """Bytes that the optimizer keeps in tensors."""
+        """Return the bytes of the tensors in the state."""
         return sum(
             value.numel() * value.element_size()
             for state in self.state.values()
@@ -279,8 +260,12 @@ class SparseGradAdamW(Optimizer):
         )
 
     def touched(self, parameter: nn.Parameter) -> int:
-        """How many entries of a `sparse` parameter were ever selected."""
+        """Return how many entries of a `sparse` parameter were ever selected."""
         return self.state[parameter]["positions"].numel() if self.state.get(parameter) else 0
+
+
+def _selects(group: Mapping[str, Any]) -> bool:
+    return group["k"] is not None or group["density"] is not None
 
 
 def _selection_shape(parameter: Tensor, basis: Basis | None) -> tuple[int, ...]:
@@ -293,29 +278,8 @@ def _selection_shape(parameter: Tensor, basis: Basis | None) -> tuple[int, ...]:
     return basis.core_shape(parameter.shape[0], parameter.shape[1])
 
 
-def _slots(state: dict[str, Any], positions: Tensor) -> Tensor:
-    """Where the moments of `positions` (ascending) are kept; new ones get a place, with zero moments, in order."""
-    known: Tensor = state["positions"]
-    positions = positions.to(torch.int32)  # a layer has fewer than 2³¹ entries; half the bytes of int64
-    slots = torch.searchsorted(known, positions)
-    found = (
-        known[slots.clamp_max(known.numel() - 1)] == positions
-        if known.numel()
-        else torch.zeros_like(slots, dtype=torch.bool)
-    )
-    new = positions[~found]
-    if new.numel():
-        order = torch.cat([known, new]).sort()
-        state["positions"] = order.values
-        for moment in ("exp_avg", "exp_avg_sq"):
-            padded = torch.cat([state[moment], state[moment].new_zeros(new.numel())])
-            state[moment] = padded[order.indices]
-        slots = torch.searchsorted(order.values, positions)
-    return slots
-
-
 def _add_from_basis(weight: Tensor, basis: Basis, positions: Tensor, change: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`W + Vᵀ Δ U` for a `Δ` (r, c) of few entries; its product with one side is sparse, with the other dense."""
+    """Return `W + Vᵀ Δ U` for a `Δ` (r, c) of few entries. The first product is sparse by dense, the second dense."""
     r, c = shape
     U, V = (None if side is None else side.to(weight.dtype) for side in (basis.U, basis.V))
     index = torch.stack([torch.div(positions, c, rounding_mode="floor"), positions % c])
@@ -326,7 +290,7 @@ def _add_from_basis(weight: Tensor, basis: Basis, positions: Tensor, change: Ten
         return weight.add_(torch.sparse.mm(delta, U))
     if U is None:
         return weight.add_(torch.sparse.mm(delta.T, V).T)
-    # What is left dense costs out·c·in after Vᵀ Δ, and out·r·in after Δ U.
+    # The remaining dense product costs out·c·in after Vᵀ Δ, and out·r·in after Δ U.
     if c <= r:
         return weight.addmm_(torch.sparse.mm(delta.T, V).T, U)
     return weight.addmm_(V.T, torch.sparse.mm(delta, U))

@@ -33,8 +33,47 @@ def weight_and_bias(linear: nn.Module) -> tuple[Tensor, nn.Parameter | None]:
     return (weight.T if is_conv1d(linear) else weight), bias  # type: ignore[return-value]
 
 
+def check_replaceable(linear: nn.Module) -> None:
+    """Raise if a layer does more than `x Wᵀ + b`, which a SparseGrad layer in its place would drop.
+
+    Raises:
+        TypeError: not a linear layer; a subclass or wrapper with a forward of its own; a computed weight or bias.
+    """
+    weight_and_bias(linear)
+    kind = type(linear).__name__
+    own_forward = "forward" in vars(linear)  # as accelerate's hooks for offloading have it
+    if own_forward or (isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward):
+        raise TypeError(
+            f"expected a plain linear layer, found a {kind} with a forward of its own, which a SparseGrad layer would "
+            "drop; leave this layer out, or unwrap it first"
+        )
+    for name, value in (("weight", linear.weight), ("bias", linear.bias)):
+        if value is not None and not isinstance(value, nn.Parameter):
+            raise TypeError(
+                f"expected a {kind} with a {name} of its own, found one that is computed (by a parametrization, weight "
+                "norm or pruning); remove that first"
+            )
+    if any(vars(linear).get(name) for name in _STATE_DICT_HOOKS):
+        raise TypeError(f"expected a {kind} without hooks on its state dict, whose keys change; remove them first")
+
+
+_CALL_HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+_STATE_DICT_HOOKS = (
+    "_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"
+)  # fmt: skip
+
+
+def share_call_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Call a module's forward and backward hooks on another too. The handles that remove them keep working."""
+    for name in _CALL_HOOKS:
+        vars(target)[name] = vars(source)[name]
+
+
 def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
-    """Make an `nn.Linear` from copies of a weight (out, in) and a bias."""
+    """Make an `nn.Linear` with copies of a weight (out, in) and a bias."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach().clone())
     if bias is not None:

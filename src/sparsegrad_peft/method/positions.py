@@ -73,9 +73,9 @@ def select_positions(
         model, basis_of, add, batches, step=step, loss_fn=loss_fn, config=config,
         progress="Choosing positions" if progress else None,
     )  # fmt: skip
-    positions = {}
     for layer in basis_of:  # the same order on every process, unlike that in which gradients arrive
         sum_over_processes(squares[layer])
-        flat = squares[layer].reshape(-1)
-        positions[layer] = topk_positions(flat, resolve_k(flat.numel(), k, density)).int()
-    return positions
+    return {
+        layer: topk_positions(squares[layer].reshape(-1), resolve_k(squares[layer].numel(), k, density)).int()
+        for layer in basis_of
+    }

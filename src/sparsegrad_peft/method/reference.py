@@ -1,8 +1,8 @@
-"""The method again: dense, slow, in the order of the paper's equations. Read it beside the paper.
+"""The whole method, dense and slow, in the order of the paper's equations. Read it beside the paper.
 
-Nothing in the library imports this file; the tests hold every fast form against it. No autograd, no sharing of work, no
-compact storage. Shapes: `W` (out, in), `x` (T, in), `delta = ∂L/∂y` (T, out), `U` (in, in) or (c, in), `V` (out, out)
-or (r, out); a basis vector a row.
+Nothing in the library imports this file; the tests compare every fast form with it. It uses no autograd, no shared work
+and no compact storage. Shapes: `W` (out, in), `x` (T, in), `delta = ∂L/∂y` (T, out), `U` (in, in) or (c, in), `V` (out,
+out) or (r, out), with one basis vector per row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def weight_gradient(x: Float[Tensor, "T in"], delta: Float[Tensor, "T out"]) -> 
 def grams(
     gradients: Float[Tensor, "n out in"], normalize: bool = False
 ) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out out"]]:
-    """`Σ GᵀG` and `Σ GGᵀ`, one gradient after the other."""
+    """`Σ GᵀG` and `Σ GGᵀ`, added up gradient by gradient."""
     _, out, in_ = gradients.shape
     gram_in, gram_out = gradients.new_zeros(in_, in_), gradients.new_zeros(out, out)
     for G in gradients:
@@ -42,7 +42,7 @@ def grams(
 def hosvd(
     gradients: Float[Tensor, "n out in"],
 ) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out out"], Float[Tensor, " k_in"], Float[Tensor, " k_out"]]:
-    """`U`, `V` and the squared singular values of both unfoldings, by SVD of the unfoldings, as the paper does."""
+    """`U`, `V` and the squared singular values of both unfoldings, by SVD as in the paper."""
     n, out, in_ = gradients.shape
     unfolded_in = gradients.permute(2, 0, 1).reshape(in_, n * out)
     unfolded_out = gradients.permute(1, 0, 2).reshape(out, n * in_)
@@ -55,7 +55,7 @@ def hosvd(
 
 
 def topk_mask(G_tilde: Float[Tensor, "r c"], k: int) -> Bool[Tensor, "r c"]:
-    """True at the `k` entries largest in magnitude; of equal ones the first in row-major order."""
+    """True at the `k` entries largest in magnitude; of equal entries, the first in row-major order."""
     entries = G_tilde.reshape(-1).abs().tolist()
     order = sorted(range(len(entries)), key=lambda i: (-entries[i], i))
     mask = torch.zeros(len(entries), dtype=torch.bool, device=G_tilde.device)
@@ -64,7 +64,7 @@ def topk_mask(G_tilde: Float[Tensor, "r c"], k: int) -> Bool[Tensor, "r c"]:
 
 
 def sparse_dense_product(A: Float[Tensor, "b c"], B: Float[Tensor, "c d"]) -> Float[Tensor, "b d"]:
-    """Equations (1) and (2), entry by entry."""
+    """Equations (1) and (2), computed entry by entry."""
     rows = [i for i in range(A.shape[0]) if any(A[i, j] != 0 for j in range(A.shape[1]))]
     cols = [j for j in range(A.shape[1]) if any(A[i, j] != 0 for i in range(A.shape[0]))]
     C = A.new_zeros(A.shape[0], B.shape[1])
@@ -80,7 +80,7 @@ def sparse_dense_product(A: Float[Tensor, "b c"], B: Float[Tensor, "c d"]) -> Fl
 
 @dataclass
 class Layer:
-    """The published layer: everything in the basis."""
+    """The published layer, with everything in the basis."""
 
     W_tilde: Float[Tensor, "r c"]
     "`V W Uᵀ`"
@@ -88,7 +88,7 @@ class Layer:
     U: Float[Tensor, "c in"]
     V: Float[Tensor, "r out"]
     W_outside: Float[Tensor, "out in"]
-    "the part of `W` outside the bases, frozen: 0 where they are complete"
+    "the part of `W` outside the bases, frozen; 0 if they are complete"
 
     @classmethod
     def from_weight(
@@ -127,7 +127,7 @@ class Layer:
 
 @dataclass
 class SparseAdam:
-    """SparseAdam with dense moments: entries outside the mask keep their weight and their moments."""
+    """SparseAdam with dense moments. Entries outside the mask keep their weight and their moments."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
@@ -140,7 +140,7 @@ class SparseAdam:
     def step(
         self, W_tilde: Float[Tensor, "r c"], G_tilde: Float[Tensor, "r c"], mask: Bool[Tensor, "r c"]
     ) -> Float[Tensor, "r c"]:
-        """The new `W_tilde`."""
+        """Return the new `W_tilde`."""
         if self.exp_avg is None or self.exp_avg_sq is None:
             self.exp_avg, self.exp_avg_sq = torch.zeros_like(W_tilde), torch.zeros_like(W_tilde)
             self.touched = torch.zeros_like(mask)
@@ -156,7 +156,7 @@ class SparseAdam:
 
 @dataclass
 class AdamW:
-    """AdamW with decoupled weight decay, for everything that is not selected from."""
+    """AdamW with decoupled weight decay, for every parameter without selection."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
@@ -167,7 +167,7 @@ class AdamW:
     exp_avg_sq: Tensor | None = None
 
     def step(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        """The new parameter."""
+        """Return the new parameter."""
         if self.exp_avg is None or self.exp_avg_sq is None:
             self.exp_avg, self.exp_avg_sq = torch.zeros_like(parameter), torch.zeros_like(parameter)
         beta1, beta2 = self.betas
@@ -189,5 +189,5 @@ def rotate(
     U_new: Float[Tensor, "c2 in"],
     V_new: Float[Tensor, "r2 out"],
 ) -> Float[Tensor, "r2 c2"]:
-    """A matrix written in (U, V), written in (U_new, V_new)."""
+    """Rewrite a matrix given in (U, V) in (U_new, V_new)."""
     return V_new @ (V.T @ S @ U) @ U_new.T

@@ -1,15 +1,15 @@
-"""New bases, or new positions, during training: what was learnt stays, and the optimizer's moments come along.
+"""New bases, or new positions, during training: what was learnt and the optimizer's moments are carried over.
 
 Bases age: after a hundred steps the gradient has left the directions it had at the start. A refresh takes new Gram
-statistics, makes new bases (U', V') and moves everything that is written in the old ones:
+statistics, makes new bases (U', V'), and moves everything that is written in the old ones:
 
     R_U = U' Uᵀ (c', c),   R_V = V' Vᵀ (r', r)
-    S'        = V' (Vᵀ S U) U'ᵀ = R_V S R_Uᵀ
-    exp_avg'  = R_V exp_avg R_Uᵀ                  a sum of gradients, so it turns as they do
-    exp_avg_sq' = R_V² exp_avg_sq (R_U²)ᵀ         squares entry by entry: variances of uncorrelated entries, turned
+    S'          = V' (Vᵀ S U) U'ᵀ = R_V S R_Uᵀ
+    exp_avg'    = R_V exp_avg R_Uᵀ                a sum of gradients, which rotates as they do
+    exp_avg_sq' = R_V² exp_avg_sq (R_U²)ᵀ         entry by entry squared: variances of uncorrelated entries, rotated
 
-With complete bases `S'` is `S` in other coordinates. With truncated ones a part of `Vᵀ S U` may lie outside the new
-directions; that part is added to the frozen weight, so that the layer's output does not change.
+With complete bases `S'` is `S` in other coordinates. With truncated bases a part of `Vᵀ S U` may lie outside the new
+directions. That part is added to the frozen weight, so the layer's output does not change.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from torch import Tensor, nn
 from .basis import Basis
 from .linear import SparseGradLinear, check_positions
 from .optim import SparseGradAdamW
+from .precision import at_least_float32
 from .selection import resolve_k, topk_positions
 
 
 @torch.no_grad()
 def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseGradAdamW | None = None) -> list[float]:
-    """Give layers that share a basis a new one; outputs, and all that was learnt, stay.
+    """Give layers that share a basis a new one. Their output and what they learnt stay.
 
     Args:
-        layers: SparseGrad layers of one group, not packed; all of it, or a part without its first layer, which saves
+        layers: SparseGrad layers of one group, not packed: all of it, or a part without its first layer, which saves
             the basis for the others.
         basis: the new basis, for layers of the same shape; its size may differ from the old one's.
-        optimizer: whose moments for these layers are carried over. If the core changes its shape, so does the
-            parameter, and the moments follow it.
+        optimizer: its moments for these layers are carried over. If the core changes its shape, so does the parameter,
+            and the moments follow.
 
     Returns:
         For each layer, the share of its update (in Frobenius norm) that was outside the new directions and is now part
         of its frozen weight, rounded to the weight's type; 0 for a complete basis.
 
     Raises:
-        ValueError: a layer is packed, the basis does not fit, or the optimizer selects more entries than the new core
-            has; nothing has been changed then.
+        ValueError: a layer is packed, the basis does not fit, the optimizer selects more entries than the new core has,
+            or it holds moments that do not rotate. Nothing has changed then.
     """
     for layer in layers:
         if layer.S is None:
@@ -52,6 +53,7 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
             )
         shape = basis.core_shape(layer.out_features, layer.in_features)
         if optimizer is not None:
+            check_moments(optimizer, layer.S)
             _check_k(optimizer, layer.S, shape)
     if not any(layer.registers_basis for layer in layers):
         layers[0].hold_basis(layers[0].basis, register=True)  # a part of a group: its new basis is saved here
@@ -60,7 +62,7 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
         assert layer.S is not None
         old, S = layer.basis, layer.S
         update = layer.delta_weight()  # (out, in), float32 at least
-        S_new = basis.to_basis(update)
+        S_new = coordinates(update, basis)
         share = 0.0
         if not basis.is_complete and update.any():
             remainder = update - basis.from_basis(S_new)
@@ -78,29 +80,65 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
 
 @torch.no_grad()
 def refresh_folded(optimizer: SparseGradAdamW, bases: Mapping[nn.Parameter, Basis]) -> None:
-    """Give weights in the original space (`SparseGradAdamW(bases=...)`) new bases, moments carried over.
+    """Give weights in the original space (`SparseGradAdamW(bases=...)`) new bases, and carry their moments over.
 
     Raises:
-        ValueError: a parameter had no basis in this optimizer, or the new one does not fit.
+        ValueError: the optimizer has no basis for a parameter, or the new one does not fit. Nothing has changed then.
     """
     for parameter, basis in bases.items():
         if parameter not in optimizer.bases:
             raise ValueError(f"the optimizer has no basis for a parameter of shape {tuple(parameter.shape)}")
-        basis.core_shape(parameter.shape[0], parameter.shape[1])
+        _check_k(optimizer, parameter, basis.core_shape(parameter.shape[0], parameter.shape[1]))
+        check_moments(optimizer, parameter)
     for parameter, basis in bases.items():
         rotate_moments(optimizer, parameter, optimizer.bases[parameter], basis, parameter.shape)
         optimizer.bases[parameter] = basis
+
+
+def coordinates(update: Tensor, basis: Basis) -> Tensor:
+    """Return `S` (r, c) with `Vᵀ S U` nearest to an update (out, in); equal to it, to rounding, in a complete basis.
+
+    A basis stored in half precision is only nearly orthogonal: `V (Vᵀ S U) Uᵀ` differs from `S` by up to a percent. So
+    a complete basis is inverted by iterative refinement. Each round shrinks the error by more than a factor of ten.
+    """
+    S = basis.to_basis(update)
+    if basis.is_complete and any(buffer.dtype.itemsize < update.dtype.itemsize for buffer in _sides(basis)):
+        for _ in range(6):
+            S = S + basis.to_basis(update - basis.from_basis(S))
+    return S
+
+
+_MOMENTS = {"step", "positions", "exp_avg", "exp_avg_sq"}
+
+
+def check_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """Raise unless the parameter's state is Adam's, or empty.
+
+    Raises:
+        ValueError: it holds something that does not rotate with a basis, such as amsgrad's `max_exp_avg_sq`, or no
+            moments.
+    """
+    names = {name for name, value in optimizer.state.get(parameter, {}).items() if value is not None}
+    if names and (names - _MOMENTS or not {"exp_avg", "exp_avg_sq"} <= names):
+        raise ValueError(
+            f"a refresh carries over the state of Adam (exp_avg, exp_avg_sq), found {', '.join(sorted(names))} in "
+            f"{type(optimizer).__name__}; use SparseGradAdamW, or AdamW with amsgrad=False"
+        )
 
 
 @torch.no_grad()
 def rotate_moments(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, old: Basis, new: Basis, shape: Sequence[int]
 ) -> None:
-    """Turn the moments of a core from one basis into another; `shape` is the layer's (out, in).
+    """Rotate the moments of a core from one basis into another; `shape` is the layer's (out, in).
 
-    In a `sparse` group the rotation spreads the moments of the touched entries over all; as many as there were, those
-    of the largest second moment, are kept, and the others start again from zero when they are next selected.
+    In a `sparse` group the rotation spreads the moments of the touched entries over all entries. As many as before are
+    kept, those with the largest second moment. The others start again from zero when they are next selected.
+
+    Raises:
+        ValueError: see `check_moments`.
     """
+    check_moments(optimizer, parameter)
     state = optimizer.state.get(parameter)
     if not state:
         return
@@ -126,14 +164,75 @@ def rotate_moments(
     state["exp_avg"], state["exp_avg_sq"] = exp_avg, exp_avg_sq
 
 
+@torch.no_grad()
+def renew_positions(
+    layer: SparseGradLinear, positions: Tensor, optimizer: SparseGradAdamW | None = None, *, fold: bool = True
+) -> int:
+    """Move a packed layer to other positions. Entries that stay keep their values and moments.
+
+    Args:
+        layer: packed; the number of `positions` may change only without an optimizer.
+        positions: (k,) flat row-major positions in (r, c).
+        optimizer: its moments are carried over; new entries start from zero moments.
+        fold: True adds what was learnt at dropped positions to the frozen weight, rounded to its type. The output then
+            stays, and the adapter alone is no longer the whole difference from the original. False drops it.
+
+    Returns:
+        How many positions are new.
+
+    Raises:
+        ValueError: the layer is not packed, the positions are out of range or repeated, or the optimizer holds moments
+            that cannot be carried over. Nothing has changed then.
+    """
+    if layer.values is None or layer.positions is None:
+        raise ValueError("expected a packed layer, found a block; call pack(positions)")
+    r, c = layer.core_shape
+    positions = check_positions(positions, r * c).to(layer.positions.device)
+    if optimizer is not None:
+        if positions.numel() != layer.positions.numel():
+            raise ValueError(
+                f"with an optimizer the number of positions stays, found {positions.numel()} "
+                f"in place of {layer.positions.numel()}"
+            )
+        check_moments(optimizer, layer.values)
+    old = layer.positions.long()
+    stays = torch.isin(layer.positions, positions)
+
+    def dense(values: Tensor, where: Tensor) -> Tensor:
+        return values.new_zeros(r * c).index_copy_(0, old[where], values[where])
+
+    if fold and layer.values[~stays].any():
+        dropped = dense(layer.values.detach(), ~stays).view(r, c)
+        update = layer.basis.from_basis(dropped.to(at_least_float32(dropped.dtype)))
+        weight = (layer.weight + update).to(layer.weight.dtype)
+        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    state = {} if optimizer is None else optimizer.state.get(layer.values, {})
+    if "positions" in state:  # of a `sparse` group: moments of some of the values, at their places in `values`
+        slots = state["positions"].long()
+        kept = stays[slots]
+        state["positions"] = torch.searchsorted(positions, layer.positions[slots[kept]]).to(torch.int32)
+        state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"][kept], state["exp_avg_sq"][kept]
+    elif state:
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = dense(state[name], stays)[positions.long()]
+    _set_core(layer.values, dense(layer.values.detach(), stays)[positions.long()])
+    new = int((~torch.isin(positions, layer.positions)).sum())
+    layer.positions = positions
+    return new
+
+
+def _sides(basis: Basis) -> list[Tensor]:
+    return [side for side in (basis.U, basis.V) if side is not None]
+
+
 def _check_k(optimizer: SparseGradAdamW, S: nn.Parameter, shape: tuple[int, int]) -> None:
     for group in optimizer.param_groups:
-        if group["k"] is not None and any(parameter is S for parameter in group["params"]):
+        if group.get("k") is not None and any(parameter is S for parameter in group["params"]):
             resolve_k(shape[0] * shape[1], group["k"])
 
 
 def _rotation(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """`new oldᵀ`, with None for the identity on either side."""
+    """Return `new oldᵀ`, where None is the identity."""
     if old is None or new is None:
         return new if old is None else old.T
     wide = torch.promote_types(old.dtype, new.dtype)
@@ -141,65 +240,10 @@ def _rotation(old: Tensor | None, new: Tensor | None) -> Tensor | None:
 
 
 def _set_core(core: nn.Parameter, value: Tensor) -> None:
-    """Write a value of any shape into a core; the parameter itself stays, for whoever holds it."""
+    """Write a value of any shape into a core. The parameter object stays the same."""
     core.grad = None
     if value.shape != core.shape:
-        # A graph that is still alive, as that of the last loss is, keeps autograd's record of the old shape, by which
+        # A graph that is still alive, such as that of the last loss, keeps autograd's record of the old shape, by which
         # the next gradient would be refused. Autograd drops the record when the data type changes.
         core.data = core.new_empty(0, dtype=torch.float32 if core.dtype == torch.float64 else torch.float64)
     core.data = value
-
-
-@torch.no_grad()
-def renew_positions(
-    layer: SparseGradLinear, positions: Tensor, optimizer: SparseGradAdamW | None = None, *, fold: bool = True
-) -> int:
-    """Move a packed layer to other positions; entries that stay keep their values and moments.
-
-    Args:
-        layer: packed; `positions` may differ in number only without an optimizer.
-        positions: (k,) flat row-major positions in (r, c).
-        optimizer: whose moments are carried over; entries that are new start from zero moments.
-        fold: True adds what was learnt at positions that are left to the frozen weight, so the output stays and the
-            adapter alone is no longer the whole difference from the original; False drops it.
-
-    Returns:
-        How many positions are new.
-
-    Raises:
-        ValueError: the layer is not packed; the positions are out of range or repeated.
-    """
-    if layer.values is None or layer.positions is None:
-        raise ValueError("expected a packed layer, found a block; call pack(positions)")
-    r, c = layer.core_shape
-    positions = check_positions(positions, r * c).to(layer.positions.device)
-    if optimizer is not None and positions.numel() != layer.positions.numel():
-        raise ValueError(
-            f"with an optimizer the number of positions stays, found {positions.numel()} "
-            f"in place of {layer.positions.numel()}"
-        )
-    old = layer.positions.long()
-    stays = torch.isin(layer.positions, positions)
-    if fold and layer.values[~stays].any():
-        leaving = layer.values.new_zeros(r * c).index_copy_(0, old[~stays], layer.values[~stays].detach()).view(r, c)
-        leaving = leaving.to(torch.promote_types(leaving.dtype, torch.float32))
-        weight = (layer.weight + layer.basis.from_basis(leaving)).to(layer.weight.dtype)
-        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-
-    def moved(per_entry: Tensor) -> Tensor:
-        dense = per_entry.new_zeros(r * c).index_copy_(0, old[stays], per_entry[stays])
-        return dense[positions.long()]
-
-    if optimizer is not None:
-        state = optimizer.state.get(layer.values, {})
-        if "positions" in state:  # of a `sparse` group: moments of some of the values, at their places in `values`
-            slots = state["positions"].long()
-            kept = stays[slots]
-            state["positions"] = torch.searchsorted(positions, layer.positions[slots[kept]]).to(torch.int32)
-            state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"][kept], state["exp_avg_sq"][kept]
-        elif state:
-            state["exp_avg"], state["exp_avg_sq"] = moved(state["exp_avg"]), moved(state["exp_avg_sq"])
-    _set_core(layer.values, moved(layer.values.detach()))
-    new = int((~torch.isin(positions, layer.positions)).sum())
-    layer.positions = positions
-    return new

@@ -1,7 +1,7 @@
 """Step 3: the gradient in the basis -> its `k` largest entries (paper: top-k of the gradient).
 
-`topk_magnitude` is the rule of the paper: exactly `k` entries, the largest in magnitude, as COO. In an identity basis
-the same function is MeProp's rule. `sparse_dense_product` is the paper's equations (1) and (2).
+`topk_magnitude` is the paper's rule: exactly the `k` entries largest in magnitude, as COO. In an identity basis the
+same function is MeProp's rule. `sparse_dense_product` is the paper's equations (1) and (2).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def resolve_k(numel: int, k: int | None = None, density: float | None = None) -> int:
-    """Number of entries to keep out of `numel`, from a count or a share.
+    """Return the number of entries to keep out of `numel`, from a count or a share.
 
     A `density` is rounded down, to at least one entry.
 
     Raises:
-        TypeError: `k` is no integer, or `density` no number.
+        TypeError: `k` is not an integer, or `density` is not a number.
         ValueError: none or both of `k` and `density` given; `k` outside 1..numel; `density` outside (0, 1]; no entries.
     """
     if (k is None) == (density is None):
@@ -28,7 +28,7 @@ def resolve_k(numel: int, k: int | None = None, density: float | None = None) ->
             f"found k={k} and density={density}"
         )
     if numel < 1:
-        raise ValueError("there are 0 entries, and at least one is kept")
+        raise ValueError("expected at least one entry to select from, found none")
     if k is not None:
         if isinstance(k, bool) or not isinstance(k, int):
             raise TypeError(f"k is a count and must be an int, found {k!r}; for a share of the entries pass density")
@@ -39,18 +39,18 @@ def resolve_k(numel: int, k: int | None = None, density: float | None = None) ->
         raise TypeError(f"density is a share of the entries and must be a number, found {density!r}")
     if not 0 < density <= 1:
         raise ValueError(f"density must be above 0 and at most 1 (0.01 keeps one entry in a hundred), found {density}")
-    return max(1, math.floor(round(density * numel, 6)))  # 0.29 of 100 is 29, though 0.29 * 100 is a little less
+    return max(1, math.floor(round(density * numel, 6)))  # 0.29 of 100 is 29; as floats, 0.29 * 100 is a little less
 
 
-# A matrix is sampled at this stride to guess a bound below its k-th largest entry. A prime, so that the sample does not
-# keep to a few columns.
+# The stride at which a matrix is sampled to guess a bound below its k-th largest entry. It is a prime, so that the
+# sample is not drawn from a few columns only.
 _SAMPLE_STRIDE = 61
 
 
 def topk_positions(magnitude: Float[Tensor, " n"], k: int) -> Int[Tensor, " k"]:
-    """Flat positions (int64, ascending) of the `k` largest of `magnitude`; of equal ones the first come first.
+    """Return the flat positions (int64, ascending) of the `k` largest values; of equal values, the first are taken.
 
-    `torch.topk` alone leaves the choice among equal values open, and makes it differently on each device.
+    `torch.topk` leaves the choice among equal values open, and it differs between devices.
 
     Raises:
         ValueError: there is a NaN.
@@ -74,10 +74,10 @@ def _topk_exact(magnitude: Tensor, k: int) -> Tensor:
 
 
 def _candidates(magnitude: Tensor, k: int) -> Tensor | None:
-    """Positions (ascending) of entries above a bound that at least `k` pass; None where that saves nothing.
+    """Return the positions (ascending) of all entries above a bound, at least `k` of them; None if that saves nothing.
 
-    Finding the k-th of all entries takes several times as long as comparing all with a bound. The bound is guessed from
-    a sample to let about 1.5 k pass. A bad guess costs time and never the result.
+    Finding the k-th largest of all entries takes several times as long as comparing all with a bound. The bound is
+    guessed from a sample such that about 1.5 k entries pass. A bad guess costs time, but does not change the result.
     """
     n = magnitude.numel()
     if k < 1024 or k > n // 8:
@@ -92,15 +92,15 @@ def _candidates(magnitude: Tensor, k: int) -> Tensor | None:
 def topk_magnitude(
     grad: Float[Tensor, "r c"], k: int | None = None, *, density: float | None = None
 ) -> Float[Tensor, "r c"]:
-    """The `k` entries of a gradient that are largest in magnitude, as a coalesced sparse COO tensor.
+    """Return the `k` entries of a gradient that are largest in magnitude, as a coalesced sparse COO tensor.
 
-    Exactly `k` coordinates are returned, zeros included where there are fewer than `k` nonzero entries, and entries of
-    equal magnitude are taken in row-major order.
+    There are exactly `k` coordinates, with zeros among them if fewer than `k` entries are nonzero. Of entries of equal
+    magnitude, the first in row-major order are taken.
 
     Args:
         grad: (r, c), dense; the gradient in the basis, `G_tilde = V G Uᵀ` (or `G` itself: MeProp's rule).
-        k: how many entries to keep.
-        density: the same as a share of `r * c`, rounded down to at least one entry. Paper: 0.01.
+        k: entries to keep.
+        density: the same as a share of `r * c`, rounded down to at least one entry (paper: 0.01).
 
     Raises:
         ValueError: `grad` is not a dense matrix or holds NaN; `k` or `density` is out of range (see `resolve_k`).
@@ -114,10 +114,10 @@ def topk_magnitude(
 
 
 def topk_signed_threshold_as_published(grad: Float[Tensor, "r c"], k: int) -> Float[Tensor, "r c"]:
-    """The rule of the authors' code, for comparison only: the k-th largest *signed* entry as a bound on magnitudes.
+    """Apply the rule of the authors' code, for comparison: the k-th largest *signed* entry is a bound on magnitudes.
 
-    It keeps `k` entries only if the k largest in value are also the k largest in magnitude: asked for 100 of 4,800
-    standard normal entries it keeps about 200, and all of them once their mean is well below zero.
+    It keeps `k` entries only if the k largest in value are also the k largest in magnitude. Asked for 100 of 4,800
+    standard normal entries it keeps about 200, and all of them if their mean is well below zero.
     """
     threshold = torch.kthvalue(grad.reshape(-1), grad.numel() - k + 1).values
     return torch.where(grad.abs() >= threshold, grad, 0).to_sparse_coo().coalesce()
@@ -126,14 +126,14 @@ def topk_signed_threshold_as_published(grad: Float[Tensor, "r c"], k: int) -> Fl
 def coo_from_flat(
     positions: Int[Tensor, " k"], values: Float[Tensor, " k"], shape: tuple[int, int]
 ) -> Float[Tensor, "r c"]:
-    """Coalesced COO matrix from flat row-major `positions` in ascending order."""
+    """Make a coalesced COO matrix from flat row-major `positions` in ascending order."""
     columns = shape[1]
     index = torch.stack([torch.div(positions, columns, rounding_mode="floor"), positions % columns])
     return torch.sparse_coo_tensor(index, values, shape, is_coalesced=True, check_invariants=False)
 
 
 def flat_from_coo(matrix: Float[Tensor, "r c"]) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
-    """Flat row-major positions (int64, ascending) and values of a COO matrix; repeated coordinates are summed."""
+    """Return the flat row-major positions (int64, ascending) and values of a COO matrix. Sums repeated coordinates."""
     matrix = matrix.coalesce()
     rows, columns = matrix.indices()
     return rows * matrix.shape[1] + columns, matrix.values()
@@ -142,7 +142,7 @@ def flat_from_coo(matrix: Float[Tensor, "r c"]) -> tuple[Int[Tensor, " k"], Floa
 def compressed_product(
     A: Float[Tensor, "b c"], B: Float[Tensor, "c d"]
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, "rows d"]]:
-    """Equation (1) of the paper: the rows of `A B` that are not zero for want of a nonzero in `A`, and their numbers.
+    """Compute equation (1) of the paper: the rows of `A B` for which `A` has a nonzero, and their indices.
 
     Args:
         A: (b, c), sparse COO, or dense with zero rows or columns.
@@ -162,7 +162,7 @@ def compressed_product(
             return rows, left @ B
         return rows, left[:, cols] @ B[cols]
     A = A.coalesce()
-    stored = A.values() != 0  # COO may hold zeros, `topk_magnitude`'s does where there are fewer than k other entries
+    stored = A.values() != 0  # COO may hold zeros, as from `topk_magnitude` if fewer than k entries are nonzero
     values, (entry_rows, entry_cols) = A.values()[stored], A.indices()[:, stored]
     rows, entry_rows = entry_rows.unique(return_inverse=True)
     cols, entry_cols = entry_cols.unique(return_inverse=True)
@@ -172,15 +172,15 @@ def compressed_product(
 
 
 def sparse_dense_product(A: Float[Tensor, "b c"], B: Float[Tensor, "c d"]) -> Float[Tensor, "b d"]:
-    """Sparse-by-dense product as COO: paper, equations (1) and (2).
+    """Compute the sparse-by-dense product as COO: paper, equations (1) and (2).
 
     With `rows` and `cols` those of `A` that hold a nonzero,
 
         C = A[rows][:, cols] B[cols]          (1)
         C_coo(rows[k], l) = C(k, l)           (2)
 
-    so the work is that of a dense product of the rows and columns that are left: worth it where whole rows are zero
-    (padded or unread tokens), no more than a dense product with some copying elsewhere.
+    The work is that of a dense product of the remaining rows and columns. This pays off if whole rows are zero (padded
+    or unread tokens); otherwise it is a dense product with extra copying.
 
     Args:
         A: (b, c), sparse COO, or dense with zero rows or columns.
@@ -197,7 +197,7 @@ def sparse_dense_product(A: Float[Tensor, "b c"], B: Float[Tensor, "c d"]) -> Fl
 
 
 def energy_share(grad: Float[Tensor, "r c"], density: float) -> float:
-    """Share of the squared gradient that its largest `density` of entries hold (paper, figure 2): 1 is all of it."""
+    """Return the share (0 to 1) of the squared gradient that the largest `density` of its entries hold (figure 2)."""
     squared = grad.detach().reshape(-1).square()
     total = squared.sum()
     if total == 0:

@@ -1,16 +1,18 @@
-"""Model surgery: linear layers replaced by SparseGrad layers and put back, and the optimizer's groups."""
+"""Model surgery: replace linear layers by SparseGrad layers and back, and make the optimizer's groups."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from .basis import Basis, HoldsBasis
+from .groups import check_same_groups
 from .linear import SparseGradLinear
 from .literal import LiteralSparseGradLinear
-from .plain import as_conv1d
+from .plain import as_conv1d, share_call_hooks
 
 SparseGradLayer = SparseGradLinear | LiteralSparseGradLinear
 
@@ -22,9 +24,10 @@ def replace_linears(
     make: Callable[..., nn.Module] = SparseGradLinear.from_linear,
     **options: Any,
 ) -> dict[str, nn.Module]:
-    """Replace the layers of each group in place; the layers of a group share its `Basis` module.
+    """Replace the layers of each group in place. The layers of a group share its `Basis` module.
 
-    The first layer of a group registers the basis, the others refer to it (`HoldsBasis`): it is saved once.
+    The first layer of a group registers the basis and saves it, the others refer to it (`HoldsBasis`). Forward and
+    backward hooks of a replaced layer stay.
 
     Args:
         model: changed in place.
@@ -32,17 +35,17 @@ def replace_linears(
         bases: group name -> basis, from `Calibration.bases`.
         make: makes a layer from (linear, basis, **options): `SparseGradLinear.from_linear` or
             `LiteralSparseGradLinear.from_linear`.
-        options: for `make`.
+        options: passed to `make`.
 
     Returns:
         Layer name -> new layer.
 
     Raises:
-        ValueError: a group has no basis, a layer does not exist, is named twice or is the model itself; nothing has
-            been replaced then, nor if `make` fails.
+        ValueError: a group has no basis, or a layer does not exist, is named twice, or is the model itself.
+        TypeError: a layer cannot be replaced (see `plain.check_replaceable`).
+            In both cases, and whenever `make` fails, the model has not changed.
     """
-    if set(groups) != set(bases):
-        raise ValueError(f"expected a basis for each group, found groups {sorted(groups)} and bases {sorted(bases)}")
+    check_same_groups(groups, bases)
     modules = dict(model.named_modules(remove_duplicate=False))
     names = [(name, group) for group, layers in groups.items() for name in layers]
     unknown = [name for name, _ in names if name not in modules]
@@ -53,26 +56,26 @@ def replace_linears(
     if twice:
         raise ValueError(f"{', '.join(twice)} stand for one layer in two groups, or twice in one")
     _check_not_root(model, chosen)
-    made = {name: make(modules[name], bases[group], **options) for name, group in names}
+    new = {name: _made(name, partial(make, modules[name], bases[group], **options)) for name, group in names}
     registered: set[Basis] = set()
-    for layer in made.values():  # the first layer of a group saves its basis, see HoldsBasis
+    for layer in new.values():
         if isinstance(layer, HoldsBasis):
             layer.hold_basis(layer.basis, register=layer.basis not in registered)
             registered.add(layer.basis)
-    _replace(model, {modules[name]: layer for name, layer in made.items()})
-    return made
+    _replace(model, {modules[name]: layer for name, layer in new.items()})
+    return new
 
 
 def restore_linears(model: nn.Module) -> int:
-    """Replace every SparseGrad layer by a plain one with the trained weight; returns how many there were.
+    """Replace every SparseGrad layer by a plain one with the trained weight, and return how many there were.
 
-    An `nn.Linear`; a `Conv1D` where it had taken the place of one, so that `save_pretrained` writes what
+    The plain layer is an `nn.Linear`, or a `Conv1D` if the original was one, so that `save_pretrained` writes what
     GPT-2's classes load again.
     """
-    found = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
-    _check_not_root(model, found)
-    _replace(model, {module: _plain(module) for module in found})
-    return len(found)
+    layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
+    _check_not_root(model, layers)
+    _replace(model, {layer: _plain(layer) for layer in layers})
+    return len(layers)
 
 
 def param_groups(
@@ -84,18 +87,18 @@ def param_groups(
     rest_lr: float | None = None,
     rest_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for `SparseGradAdamW`: the cores of the model's SparseGrad layers, and the rest of what trains.
+    """Make groups for `SparseGradAdamW`: the cores of the model's SparseGrad layers, and every other trained parameter.
 
-    Blocks `S` are selected from in each step (`k` or `density`); packed `values` are trained whole, without weight
-    decay; `W_tilde` of literal layers brings its own selection. With neither `k` nor `density`, blocks are trained
-    whole as well. A learning rate or weight decay that is None is the optimizer's.
+    With `k` or `density`, each step selects entries of the blocks `S`; without them, blocks are trained whole. Packed
+    `values` are trained whole, without weight decay. Literal layers select in their own backward. A learning rate or
+    weight decay that is None is the optimizer's.
 
     Raises:
         ValueError: the model has no SparseGrad layer with a trainable core.
     """
     cores: dict[str, list[nn.Parameter]] = {"block": [], "packed": [], "coo": []}
     for module in model.modules():
-        for kind, core in getattr(module, "trained_cores", tuple)():  # the layer says what is its own
+        for kind, core in getattr(module, "trained_cores", tuple)():  # each layer names its own
             cores[kind].append(core)
     blocks, packed, literal = cores.values()
     if k is None and density is None:
@@ -117,20 +120,11 @@ def param_groups(
     return [group for group in candidates if group["params"]]
 
 
-def _plain(layer: SparseGradLayer) -> nn.Module:
-    linear = layer.to_linear()
-    # Conv1D's own forward wants a bias
-    return linear if layer.conv1d is None or linear.bias is None else as_conv1d(linear, layer.conv1d)
-
-
-def _check_not_root(model: nn.Module, layers: Sequence[nn.Module]) -> None:
-    if model in layers:
-        raise ValueError("the model is itself the layer, nothing holds it; use the layer's from_linear or to_linear")
-
-
 def leave_fast_path(model: nn.Module, parent: nn.Module) -> None:
-    """Make PyTorch's encoder layers call the layers in them. In eval mode they read the weights of `linear1` and
-    `linear2` instead, and what was learnt beside the weight would not count.
+    """Make PyTorch's encoder layers call the layers inside them.
+
+    In eval mode they read the weights of `linear1` and `linear2` instead, and would miss what was learnt beside the
+    weight.
     """
     if isinstance(parent, nn.TransformerEncoderLayer):
         parent.activation_relu_or_gelu = 0  # an activation that the fast path does not know
@@ -139,8 +133,31 @@ def leave_fast_path(model: nn.Module, parent: nn.Module) -> None:
                 module.use_nested_tensor = False
 
 
+def _made(name: str, make: Callable[[], nn.Module]) -> nn.Module:
+    """Call `make`, and name the layer if it is refused."""
+    try:
+        return make()
+    except (TypeError, ValueError) as error:
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{name}: {error}") from error
+
+
+def _plain(layer: SparseGradLayer) -> nn.Module:
+    linear = layer.to_linear()
+    # Conv1D needs a bias.
+    return linear if layer.conv1d is None or linear.bias is None else as_conv1d(linear, layer.conv1d)
+
+
+def _check_not_root(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    if model in layers:
+        raise ValueError(
+            "the model is itself the layer, so it cannot be replaced in place; use the layer's from_linear or to_linear"
+        )
+
+
 def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put modules in the place of others, under every name: a layer may be used in several places."""
+    """Put modules in the place of others under every name, since a layer may be used in several places."""
+    for old, module in new.items():
+        share_call_hooks(old, module)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:
             parent, _, child = name.rpartition(".")

@@ -1,0 +1,88 @@
+"""The choices inside the layer's forward and backward, and what backward refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import F64, orthogonal
+from sparsegrad_peft import Basis, LiteralSparseGradLinear, SparseGradLinear
+from sparsegrad_peft.method.costs import forms_update
+
+
+@pytest.mark.parametrize("prefer", ["memory", "speed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_update_is_never_added_to_a_half_precision_weight(dtype: torch.dtype, prefer: str) -> None:
+    """Against a weight of ones, an update of 2⁻¹² is below the weight's rounding. It still arrives in full.
+
+    The shapes are such that a float32 weight would be summed with the update: there are many tokens. The two inputs
+    differ along one column, so that the product with `W` cancels and what is left is the update's.
+    """
+    tokens, out, in_ = 512, 6, 8
+    assert forms_update(tokens, (1, 1), (out, in_), prefer)
+    linear = nn.Linear(in_, out, bias=False, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.fill_(1)
+    layer = SparseGradLinear.from_linear(linear, Basis(torch.eye(in_)[:1], torch.eye(out)[:1]), prefer=prefer)
+    with torch.no_grad():
+        layer.S.fill_(2**-12)
+    x = torch.zeros(tokens, in_, dtype=dtype)
+    x[:, 0], x[:, 1] = 1, -1
+    x.requires_grad_()
+    y = layer(x)
+    assert torch.equal(y[:, 0], torch.full((tokens,), 2**-12, dtype=dtype))
+    (y[:, 0] - y[:, 1]).sum().backward()  # ∂L/∂x = (W + Vᵀ S U)[0] - (W + Vᵀ S U)[1]
+    assert x.grad is not None
+    assert torch.equal(x.grad[:, 0], torch.full((tokens,), 2**-12, dtype=dtype))
+
+
+def gradient_penalty(layer: nn.Module) -> Tensor:
+    x = torch.ones(1, 2, dtype=F64, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    return grad.square().sum()
+
+
+@pytest.mark.parametrize("form", ["block", "packed", "literal"])
+def test_double_backward_is_refused(form: str) -> None:
+    """The incoming gradient is constant, so a backward that may be used once only would give zeros in silence."""
+    linear, basis = nn.Linear(2, 2, bias=False, dtype=F64), Basis(orthogonal(2), orthogonal(2))
+    if form == "literal":
+        layer: nn.Module = LiteralSparseGradLinear.from_linear(linear, basis, k=1)
+    else:
+        positions = torch.tensor([0, 3]) if form == "packed" else None
+        layer = SparseGradLinear.from_linear(linear, basis, positions=positions)
+    with pytest.raises(RuntimeError, match=r"no second derivative, found backward with create_graph=True"):
+        gradient_penalty(layer)
+    plain = layer.to_linear()  # type: ignore[operator]
+    gradient_penalty(plain).backward()  # the remedy that the message names
+    assert plain.weight.grad.abs().sum() > 0
+    y = layer(torch.ones(1, 2, dtype=F64)).sum()
+    y.backward(retain_graph=True)
+    y.backward()  # twice through one graph is no second derivative
+
+
+@pytest.mark.parametrize("form", ["block", "literal"])
+@pytest.mark.parametrize("prefer", ["memory", "speed"])
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+def test_backward_inside_an_autocast_that_forward_was_not_in(tokens: int, prefer: str, form: str) -> None:
+    """A float32 island within a model under autocast, or `loss.backward()` called inside the block."""
+    linear, basis = nn.Linear(8, 6), Basis(orthogonal(8).float(), orthogonal(6).float())
+    if form == "literal":
+        layer: nn.Module = LiteralSparseGradLinear.from_linear(linear, basis, k=48)
+    else:
+        layer = SparseGradLinear.from_linear(linear, basis.truncated(3, 2), prefer=prefer)
+        with torch.no_grad():
+            layer.S.normal_()
+    x, delta = torch.randn(tokens, 8), torch.randn(tokens, 6)
+    gradients = []
+    for enabled in (False, True):
+        island = x.clone().requires_grad_()
+        y = layer(island)
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y.backward(delta)
+        gradients.append([island.grad, *(p.grad.to_dense() for p in layer.parameters() if p.grad is not None)])
+    assert len(gradients[0]) == 3
+    for found, expected in zip(gradients[1], gradients[0], strict=True):
+        assert torch.equal(found, expected)
