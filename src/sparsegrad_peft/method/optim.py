@@ -175,8 +175,8 @@ class SparseGradAdamW(Optimizer):
                     )
                 elif grad.sparse_dim() != 2 or grad.dense_dim() != 0:
                     raise ValueError(
-                        f"{where}: expected a dense gradient, or a COO matrix of single entries; found a COO gradient "
-                        f"with {grad.sparse_dim()} sparse and {grad.dense_dim()} dense dimensions (an nn.Embedding with "
+                        f"{where}: expected a dense gradient, or a COO matrix of single entries; found COO with "
+                        f"{grad.sparse_dim()} sparse and {grad.dense_dim()} dense dimensions (an nn.Embedding with "
                         "sparse=True gives whole rows: make it with sparse=False)"
                     )
 
