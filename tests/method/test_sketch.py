@@ -78,11 +78,12 @@ def test_more_rows_than_there_are_directions_complete_the_basis() -> None:
 
 
 def test_directions_below_rounding_are_not_counted() -> None:
-    """Of gradients `diag(1, s)`, the second direction has `s²` of the energy: above √n eps = 1.2e-15, or below it."""
-    for s, rank in ((1e-7, 2), (1e-9, 1)):
-        gram = sketched(torch.zeros(1, 30, 30, dtype=F64), 6, 6)
-        G = torch.zeros(30, 30, dtype=F64)
-        G[0, 0], G[1, 1] = 1, s
+    """Of a gradient `diag(1, s)` the second direction has `s²` of the energy; √n eps, for n = 1,024, is 7e-15."""
+    n = 1024
+    for energy, rank in ((5e-14, 2), (1e-15, 1)):
+        gram = sketched(torch.zeros(1, n, n, dtype=F64), 6, 6)
+        G = torch.zeros(n, n, dtype=F64)
+        G[0, 0], G[1, 1] = 1, energy**0.5
         gram.add(G)
         for product, probe in ((gram.gram_in, gram.probe_in), (gram.gram_out, gram.probe_out)):
             assert probe is not None
