@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparsegrad_peft import Calibration, SparseGradConfig, Trajectory, calibrate_adapter
+from sparsegrad_peft.method.config import sign_step
 from sparsegrad_peft.tuner.layer import SparseGradTunerLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -75,6 +76,17 @@ def test_original_space_is_not_calibrated() -> None:
     model = get_peft_model(make("bert"), SparseGradConfig(original_space=True))
     with pytest.raises(ValueError, match=r"original space .*takes no bases; make it with original_space=False"):
         calibrate_adapter(model, [batch("bert")], n_steps=1)
+
+
+def test_calibration_is_as_recommended_unless_told_otherwise() -> None:
+    """Every gradient counts with norm 1, over 30 steps of a walk; a single field replaces only itself."""
+    for options, n_steps in (({}, 30), ({"n_steps": 3}, 3)):
+        model = get_peft_model(make("bert"), SparseGradConfig())
+        statistics = calibrate_adapter(model, [batch("bert")], progress=False, **options)
+        assert statistics.config.trajectory == Trajectory(lr=1e-4, update=sign_step)
+        for gram in statistics.groups.values():
+            assert gram.n_gradients == n_steps * len(gram.layers)
+            assert float(gram.gram_in.trace()) == pytest.approx(gram.n_gradients, rel=1e-4)
 
 
 def test_calibration_leaves_the_adapter_out_and_others_in(monkeypatch: pytest.MonkeyPatch) -> None:
