@@ -84,7 +84,7 @@ def _filter(found: Any, experiments: Any) -> Any:
         ValueError: see above.
     """
     there = {
-        "methods": {method.name for experiment in experiments for method in experiment.variants},
+        "methods": {method for experiment in experiments for method in experiment.methods},
         "tasks": {task for experiment in experiments for task in experiment.tasks},
         "seeds": {str(seed) for experiment in experiments for seed in experiment.seeds},
     }
@@ -97,7 +97,7 @@ def _filter(found: Any, experiments: Any) -> Any:
                 f"--{name}: expected some of {', '.join(sorted(known))}; found {', '.join(sorted(unknown))}"
             )
     return lambda cell: (
-        cell.variant.name in wanted["methods"]
+        cell.method in wanted["methods"]
         and cell.task in wanted["tasks"]
         and (cell.trial is not None or str(cell.seed) in wanted["seeds"])
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,59 +25,71 @@ BASELINE = "lora"
 "Method that the others are compared with, where nothing else is set."
 
 
-@dataclass(frozen=True)
-class Variant:
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Variant(_Spec):
     """A method of an experiment: settings of `sparsegrad train` under a name."""
 
-    name: str
-    words: str
+    words: str = ""
     "description for the readers of the tables"
-    settings: dict[str, Any]
-    learning_rates: tuple[float, ...]
+    settings: dict[str, Any] = {}
+    learning_rates: tuple[float, ...] = ()
     "a trial for each on every task; the runs use the best"
-    rates_of: str | None
-    "EXPERIMENT/METHOD whose search gives the learning rates, in place of a search of its own"
-    searched_rates: tuple[float, ...]
-    "learning rates of that search, or of its own"
+    rates_of: str | None = None
+    "EXPERIMENT/METHOD whose search gives the learning rate, in place of a search of its own"
+    searched_rates: tuple[float, ...] = ()
+    "learning rates of that search, or of its own; not to be set"
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """A grid of models x tasks x variants x seeds, after a search of the same size for each variant."""
+class Search(_Spec):
+    """What is different for the runs that try learning rates."""
 
-    name: str
+    seed: int = 100
+    settings: dict[str, Any] = {}
+    task_settings: dict[str, dict[str, Any]] = {}
+
+
+class Experiment(_Spec):
+    """A grid of models x tasks x methods x seeds, after a search of the same size for each method.
+
+    The fields are the keys of `experiment.yaml`; see docs/study.md.
+    """
+
+    name: FileName
     scale: str
     title: str
     question: str
-    models: tuple[str, ...]
-    tasks: dict[str, dict[str, Any]]
-    "task -> its settings"
-    variants: tuple[Variant, ...]
-    seeds: tuple[int, ...]
-    search_seed: int
-    search_settings: dict[str, dict[str, Any]]
-    "task -> settings of the search's runs that differ"
-    settings: dict[str, Any]
-    needs: str | None
+    needs: str | None = None
     "command to run before"
-    baseline: str
-    scored: bool
+    only_at: str | None = None
+    "the only scale that the experiment has"
+    models: tuple[str, ...] = ("minilm",)
+    tasks: tuple[str, ...] = ()
+    task_settings: dict[str, dict[str, Any]] = {}
+    methods: dict[FileName, Variant] = {}
+    seeds: tuple[int, ...] = (0, 1, 2)
+    search: Search = Search()
+    settings: dict[str, Any] = {}
+    baseline: str = BASELINE
+    scored: bool = True
     "False where runs are too short to learn: their scores mean nothing"
-    paper: dict[str, Any] | None
-    "published figures: source, columns, scores or costs by variant"
+    paper: dict[str, Any] | None = None
+    "published figures: source, columns, scores or costs by method"
 
     def cells(self) -> Iterator[Cell]:
         """All runs: the search first, then seed by seed, so that complete tables exist early."""
         for model in self.models:
             for task in self.tasks:
-                for variant in self.variants:
+                for method, variant in self.methods.items():
                     for rate in variant.learning_rates:
-                        yield Cell(self, model, task, variant, self.search_seed, rate)
+                        yield Cell(self, model, task, method, self.search.seed, rate)
         for seed in self.seeds:
             for model in self.models:
                 for task in self.tasks:
-                    for variant in self.variants:
-                        yield Cell(self, model, task, variant, seed, None)
+                    for method in self.methods:
+                        yield Cell(self, model, task, method, seed, None)
 
 
 @dataclass(frozen=True)
@@ -87,83 +99,52 @@ class Cell:
     experiment: Experiment
     model: str
     task: str
-    variant: Variant
+    method: str
     seed: int
     trial: float | None
     "learning rate that a run of the search tries; None for a run whose score counts"
 
     @property
+    def variant(self) -> Variant:
+        """Settings of its method."""
+        return self.experiment.methods[self.method]
+
+    @property
     def name(self) -> str:
         """Path of its result file below the results folder, without the suffix."""
         if self.trial is not None:
-            return f"{self._search_of(f'{self.experiment.name}/{self.variant.name}')}{self.trial:g}"
-        return f"{self.experiment.name}/{self._model_and_task}/{self.variant.name}-{self.seed}"
+            return f"{self._search_of(f'{self.experiment.name}/{self.method}')}{self.trial:g}"
+        return f"{self.experiment.name}/{self._model_and_task}/{self.method}-{self.seed}"
 
     @property
-    def search(self) -> dict[str, float]:
+    def searched(self) -> dict[str, float]:
         """Name -> learning rate of the runs that decide its learning rate. Empty for those runs themselves."""
         if self.trial is not None:
             return {}
-        search = self._search_of(self.variant.rates_of or f"{self.experiment.name}/{self.variant.name}")
+        search = self._search_of(self.variant.rates_of or f"{self.experiment.name}/{self.method}")
         return {f"{search}{rate:g}": rate for rate in self.variant.searched_rates}
 
     @property
     def _model_and_task(self) -> str:
         return f"{self.model.replace('/', '-')}/{self.task.removeprefix('glue/')}"
 
-    def _search_of(self, experiment_and_variant: str) -> str:
-        experiment, variant = experiment_and_variant.split("/")
-        return f"{experiment}/{SEARCH}/{self._model_and_task}/{variant}-lr"
+    def _search_of(self, experiment_and_method: str) -> str:
+        experiment, method = experiment_and_method.split("/")
+        return f"{experiment}/{SEARCH}/{self._model_and_task}/{method}-lr"
 
     def settings(self, learning_rate: float | None) -> dict[str, Any]:
         """Settings of the run, as `sparsegrad train --config` reads them."""
-        settings: dict[str, Any] = {}
-        for part in (
-            self.experiment.settings,
-            self.experiment.tasks[self.task],
-            self.variant.settings,
-            {} if self.trial is None else self.experiment.search_settings[self.task],
-            {} if learning_rate is None else {"training": {"learning_rate": learning_rate}},
-            {"model": self.model, "task": self.task, "seeds": [self.seed]},
-        ):
-            settings = merged(settings, part)
-        return settings
+        experiment, search = self.experiment, self.experiment.search
+        parts = [experiment.settings, experiment.task_settings.get(self.task, {}), self.variant.settings]
+        if self.trial is not None:
+            parts += [search.settings, search.task_settings.get(self.task, {})]
+        if learning_rate is not None:
+            parts.append({"training": {"learning_rate": learning_rate}})
+        return reduce(merged, [*parts, {"model": self.model, "task": self.task, "seeds": [self.seed]}], {})
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _SearchSpec(_Spec):
-    seed: int = 100
-    settings: dict[str, Any] = {}
-    task_settings: dict[str, dict[str, Any]] = {}
-
-
-class _VariantSpec(_Spec):
-    words: str = ""
-    settings: dict[str, Any] = {}
-    learning_rates: tuple[float, ...] = ()
-    rates_of: str | None = None
-
-
-class _ExperimentSpec(_Spec):
-    """Keys of `experiment.yaml` and `default.yaml`, without `order` and `scales`; see docs/study.md."""
-
-    title: str
-    question: str
-    needs: str | None = None
-    only_at: str | None = None
-    models: tuple[str, ...] = ("minilm",)
-    tasks: tuple[str, ...] = ()
-    task_settings: dict[str, dict[str, Any]] = {}
-    methods: dict[FileName, _VariantSpec | None] = {}
-    seeds: tuple[int, ...] = (0, 1, 2)
-    search: _SearchSpec = _SearchSpec()
-    settings: dict[str, Any] = {}
-    baseline: str = BASELINE
-    scored: bool = True
-    paper: dict[str, Any] | None = None
+_NOT_SET = {"name", "scale", "searched_rates"}
+"Fields that are no keys of the files."
 
 
 def experiment_names(folder: Path = SHIPPED, scale: str | None = None) -> list[str]:
@@ -207,25 +188,17 @@ def load_experiment(name: str, scale: str | None = "cpu", folder: Path = SHIPPED
     if own.get("only_at") not in (None, scale):
         raise ValueError(f"{where} is for scale {own['only_at']}: its sizes are for that model")
     own_scales = own.pop("scales", {})
-    for part in (scales[scale], own, own_scales.get(scale, {})):
-        default = merged(default, part or {})
+    settings = reduce(merged, [default, scales[scale] or {}, own, own_scales.get(scale) or {}])
+    methods = settings.get("methods") or {}
+    settings["methods"] = {
+        key: _method(value or {}, key, where, folder / name, scale) for key, value in methods.items()
+    }
     try:
-        spec = _ExperimentSpec.model_validate(default)
+        experiment = Experiment.model_validate({**settings, "name": name, "scale": scale})
     except ValidationError as error:
         raise ValueError(f"{where}: {'; '.join(map(_problem, error.errors()))}") from error
-    variants = tuple(
-        _variant(key, value or _VariantSpec(), where, folder / name, scale) for key, value in spec.methods.items()
-    )
-    _check(spec, variants, where)
-    return Experiment(
-        name=name, scale=scale, title=spec.title, question=spec.question, models=spec.models,
-        tasks={task: spec.task_settings.get(task, {}) for task in spec.tasks}, variants=variants, seeds=spec.seeds,
-        search_seed=spec.search.seed,
-        search_settings={
-            task: merged(spec.search.settings, spec.search.task_settings.get(task, {})) for task in spec.tasks
-        },
-        settings=spec.settings, needs=spec.needs, baseline=spec.baseline, scored=spec.scored, paper=spec.paper,
-    )  # fmt: skip
+    _check(experiment, where)
+    return experiment
 
 
 def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -242,34 +215,34 @@ def _problem(error: Any) -> str:
     place = [str(part) for part in error["loc"] if part != "[key]"]
     if error["type"] != "extra_forbidden":
         return f"{'.'.join(place)}: {error['msg']}, found {str(error['input'])[:60]!r}"
-    specs: dict[str, type[_Spec]] = {"methods": _VariantSpec, "search": _SearchSpec}
-    spec = specs.get(place[0], _ExperimentSpec) if len(place) > 1 else _ExperimentSpec
-    return f"unknown key {'.'.join(place)}; expected one of {', '.join(spec.model_fields)}"
+    models: dict[str, type[_Spec]] = {"methods": Variant, "search": Search}
+    keys = (models.get(place[0], Experiment) if len(place) > 1 else Experiment).model_fields.keys() - _NOT_SET
+    return f"unknown key {'.'.join(place)}; expected one of {', '.join(sorted(keys))}"
 
 
-def _check(spec: _ExperimentSpec, variants: tuple[Variant, ...], where: str) -> None:
-    names = [variant.name for variant in variants]
-    if not spec.tasks or not names:
-        raise ValueError(f"{where}: expected tasks and methods, found {', '.join(spec.tasks) or 'no tasks'} and "
-                         f"{', '.join(names) or 'no methods'}")  # fmt: skip
-    trials = {variant.name: len(variant.learning_rates) for variant in variants if variant.rates_of is None}
+def _check(experiment: Experiment, where: str) -> None:
+    tasks, methods = ", ".join(experiment.tasks), ", ".join(experiment.methods)
+    if not tasks or not methods:
+        raise ValueError(f"{where}: expected tasks and methods, found {tasks or 'no tasks'} and "
+                         f"{methods or 'no methods'}")  # fmt: skip
+    trials = {name: len(method.learning_rates) for name, method in experiment.methods.items() if not method.rates_of}
     if len(set(trials.values())) > 1:
         raise ValueError(f"{where}: expected the same number of learning rates to try for each method, found {trials}")
-    if spec.baseline not in names:
-        raise ValueError(f"{where}: expected a baseline among {', '.join(names)}; found {spec.baseline!r}")
-    for model in spec.models:
+    if experiment.baseline not in experiment.methods:
+        raise ValueError(f"{where}: expected a baseline among {methods}; found {experiment.baseline!r}")
+    for model in experiment.models:
         if model.strip("/").rpartition("/")[2] in ("", ".", "..") or "\\" in model:
             raise ValueError(f"{where}: expected models with a name, found {model!r}; name the model's own folder")
 
 
-def _variant(name: str, spec: _VariantSpec, where: str, folder: Path, scale: str) -> Variant:
-    settings = dict(spec.settings)
-    config = folder / str(settings.get("method", ""))
-    if config.suffix == ".json":  # a PEFT config in the experiment's folder
-        settings["method"] = str(config)
-    rates = spec.learning_rates
-    searched = rates if spec.rates_of is None else _rates_of(spec.rates_of, scale, folder.parent, where)
-    return Variant(name, spec.words or name, settings, rates, spec.rates_of, searched)
+def _method(given: dict[str, Any], name: str, where: str, folder: Path, scale: str) -> dict[str, Any]:
+    """A method's keys, with the path of its PEFT config and the rates of its search."""
+    config = folder / str((given.get("settings") or {}).get("method", ""))
+    if config.suffix == ".json":
+        given = merged(given, {"settings": {"method": str(config)}})
+    source, own = given.get("rates_of"), given.get("learning_rates", ())
+    rates = _rates_of(source, scale, folder.parent, where) if source else own
+    return {"words": name, **given, "searched_rates": rates}
 
 
 def _rates_of(source: str, scale: str, folder: Path, where: str) -> tuple[float, ...]:
@@ -289,7 +262,7 @@ def _rates_of(source: str, scale: str, folder: Path, where: str) -> tuple[float,
             f"{where}: rates_of: expected EXPERIMENT/METHOD, a method that has learning_rates at scale {scale}; "
             f"found {source}"
         )
-    return tuple(float(rate) for rate in rates)
+    return tuple(float(rate) for rate in rates)  # YAML reads 1e-3 as a string
 
 
 @cache  # a study reads each file hundreds of times

@@ -1,115 +1,199 @@
-"""Who runs what: several processes, or machines that share a database, work off one grid without doing a run twice."""
+"""Who does which run: processes on one disk use lock files, machines that share a database use Optuna's heartbeat."""
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
-from itertools import count
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from ..run.folder import write_whole
 from ..run.process_identity import is_alive, is_here, mark
 
-BEAT = 60.0
-"""Seconds between two signs of life of a claim."""
+BEAT = 60
+"Seconds between two signs of life of a run in a shared database."
+SILENT = 10 * BEAT
+"A run without a sign of life for so many seconds may be done by another machine."
 
-_SILENT = 10 * BEAT  # a machine that has not been heard of for so long has given up; clocks may differ by minutes
-_BEGINNING = 30.0  # between the making of a claim and its maker's name lies a moment
+
+@dataclass
+class Attempt:
+    """The right to do a run, until the `with` block of `Locks.attempt` ends."""
+
+    number: int
+    "1 for the first attempt; attempts that ended without a result count"
+    _file: Path
+    _shared: SharedRuns | None
+    _trial: int
+
+    def add_process(self, process: int) -> None:
+        """Note the process that does the run, since it may outlive this one."""
+        write_whole(self._file, f"{self.number} {mark(process)}\n")
+
+    def beat(self) -> None:
+        """Show other machines that the run is going on."""
+        if self._shared is not None:
+            self._shared.beat(self._trial)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Give the result to other machines."""
+        if self._shared is not None:
+            self._shared.finish(self._trial, result)
 
 
-class Claims:
-    """A claim is an Optuna study of its own: making one that is there already fails, at once and for all but one.
+class Locks:
+    """Gives each run to one process.
 
-    A run that was cut off can be claimed again, as the next attempt: on the same machine as soon as its processes are
-    gone, from another one when its claim has shown no sign of life for ten minutes.
+    The operating system frees a lock file when its process ends. A run is then continued, unless the training process
+    still runs: its identity is in a file beside the lock.
 
     Args:
-        storage: Optuna's, a URL such as postgresql://..., or a storage object.
+        folder: holds a lock file for each run.
+        shared: the runs of several machines.
     """
 
-    def __init__(self, storage: Any) -> None:
+    def __init__(self, folder: Path, shared: SharedRuns | None = None) -> None:
+        self.folder = folder
+        self.shared = shared
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[Attempt | None]:
+        """Try to get a run. None if another process or machine does it, or has finished it."""
+        file = self.folder / f"{name}.attempt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(FileLock(self.folder / f"{name}.lock", timeout=0))
+            except Timeout:
+                yield None
+                return
+            number, process = _read_attempt(file)
+            if process and is_here(process) and is_alive(process):
+                yield None
+                return
+            trial = stack.enter_context(self.shared.attempt(name)) if self.shared else 0
+            if trial is None:
+                yield None
+                return
+            attempt = Attempt(number + 1, file, self.shared, trial)
+            write_whole(file, f"{attempt.number}\n")
+            yield attempt
+
+    def forget(self, name: str) -> None:
+        """Forget a result and the attempts, so that the run can be done again."""
+        (self.folder / f"{name}.attempt").unlink(missing_ok=True)
+        if self.shared is not None:
+            self.shared.forget(name)
+
+
+def _read_attempt(file: Path) -> tuple[int, str]:
+    """Number of attempts so far, and the training process of the last one, if it got so far."""
+    number, *process = file.read_text(encoding="utf-8").split() if file.is_file() else ["0"]
+    return int(number), "".join(process)
+
+
+class SharedRuns:
+    """Runs of several machines: each attempt is a trial of one Optuna study in a database.
+
+    A trial that runs holds its run. Optuna fails the trials of machines that have been silent for `SILENT` seconds.
+
+    Args:
+        url: of the database, such as postgresql+psycopg://user:password@host/study.
+    """
+
+    def __init__(self, url: str) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.storage = _opened(storage)
-        self._unnamed: dict[str, float] = {}
+        self.storage = _open_storage(url)
+        self.study = optuna.create_study(study_name="sparsegrad runs", storage=self.storage, load_if_exists=True)
 
-    def take(self, name: str) -> int:
-        """Claim a run; returns which attempt this is, from 1 on, or 0 if it is another's."""
-        import optuna
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[int | None]:
+        """Try to get a run: the number of its trial, or None if another machine does it or has finished it."""
+        from optuna.storages import fail_stale_trials
+        from optuna.trial import TrialState, create_trial
 
-        for attempt in count(1):
-            study_name = f"{name} ({attempt})"
-            try:
-                study = optuna.create_study(study_name=study_name, storage=self.storage)
-            except optuna.exceptions.DuplicatedStudyError:
-                if self._held(study_name):
-                    return 0
-                continue
-            study.set_user_attr("seen", time.time())
-            study.set_user_attr("processes", [mark()])
-            return attempt
-        raise AssertionError("unreachable")
+        with _experimental():
+            fail_stale_trials(self.study)
+        if any(trial.state in (TrialState.RUNNING, TrialState.COMPLETE) for trial in self._trials(name)):
+            yield None
+            return
+        study = self.storage.get_study_id_from_name(self.study.study_name)
+        template = create_trial(state=TrialState.RUNNING, user_attrs={"run": name})
+        trial = self.storage.create_new_trial(study, template_trial=template)
+        self.beat(trial)
+        try:
+            # Of machines that come here at once, the one whose trial has the lowest number does the run.
+            number = self.storage.get_trial(trial).number
+            numbers = [other.number for other in self._trials(name) if other.state == TrialState.RUNNING]
+            yield trial if number == min(numbers) else None
+        finally:
+            if not self.storage.get_trial(trial).state.is_finished():
+                self.storage.set_trial_state_values(trial, TrialState.FAIL)
 
-    def add_process(self, name: str, attempt: int, process: int) -> None:
-        """A process that does the claimed run: it may outlive this one."""
-        self._study(name, attempt).set_user_attr("processes", [mark(), mark(process)])
+    def beat(self, trial: int) -> None:
+        """Show other machines that the run of a trial is going on."""
+        self.storage.record_heartbeat(trial)
 
-    def beat(self, name: str, attempt: int) -> None:
-        """A sign of life, for other machines."""
-        self._study(name, attempt).set_user_attr("seen", time.time())
+    def finish(self, trial: int, result: dict[str, Any]) -> None:
+        """Store the result of a trial's run."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
 
-    def finish(self, name: str, attempt: int, result: dict[str, Any]) -> None:
-        """Leave the result for those who do not share a disk."""
-        self._study(name, attempt).set_user_attr("result", result)
-
-    def release(self, name: str, attempt: int) -> None:
-        """The run was interrupted and may be claimed again."""
-        self._study(name, attempt).set_user_attr("processes", [])
+        with suppress(UpdateFinishedTrialError):  # this machine was silent, and another one does the run again
+            self.storage.set_trial_user_attr(trial, "result", result)
+            self.storage.set_trial_state_values(trial, TrialState.COMPLETE, [0.0])
 
     def forget(self, name: str) -> None:
-        """A result that is not wanted any more: the run may be claimed again."""
-        for study in self.storage.get_all_studies():
-            if study.study_name.rpartition(" (")[0] == name:
-                self.storage.set_study_user_attr(study._study_id, "result", None)
-                self.storage.set_study_user_attr(study._study_id, "processes", [])
+        """Forget the results of a run: trials before this one do not count."""
+        from optuna.trial import TrialState, create_trial
 
-    def results(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Names and results of what is finished."""
-        for study in self.storage.get_all_studies():
-            result = study.user_attrs.get("result")
-            if result is not None:
-                yield study.study_name.rpartition(" (")[0], result
+        self.study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"run": name, "forget": True}))
 
-    def _study(self, name: str, attempt: int) -> Any:
-        import optuna
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Name -> result of the finished runs."""
+        results: dict[str, dict[str, Any]] = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            name = str(trial.user_attrs.get("run"))
+            if trial.user_attrs.get("forget"):
+                results.pop(name, None)
+            elif "result" in trial.user_attrs:
+                results[name] = trial.user_attrs["result"]
+        return results
 
-        return optuna.load_study(study_name=f"{name} ({attempt})", storage=self.storage)
-
-    def _held(self, study_name: str) -> bool:
-        """Whether it is finished or under way."""
-        attributes = self.storage.get_study_user_attrs(self.storage.get_study_id_from_name(study_name))
-        if attributes.get("result"):
-            return True
-        processes = attributes.get("processes")
-        if processes is None:  # it is being claimed this very moment, or its maker was killed in that moment
-            first = self._unnamed.setdefault(study_name, time.monotonic())
-            return time.monotonic() - first < _BEGINNING
-        if not processes:
-            return False
-        if is_here(processes[0]):
-            return any(process == mark() or is_alive(process) for process in processes)
-        return time.time() - float(attributes["seen"]) < _SILENT
+    def _trials(self, name: str) -> list[Any]:
+        """Trials of a run since it was last forgotten."""
+        trials = [trial for trial in self.study.get_trials(deepcopy=False) if trial.user_attrs.get("run") == name]
+        forgotten = max((place for place, trial in enumerate(trials) if trial.user_attrs.get("forget")), default=-1)
+        return trials[forgotten + 1 :]
 
 
-def _opened(storage: Any, tries: int = 5) -> Any:
-    """Optuna's storage. Of several processes that make the tables of an empty database at once, all but one fail."""
-    import optuna
+@contextmanager
+def _experimental() -> Iterator[None]:
+    """Optuna calls its heartbeat experimental, in a warning at each use."""
+    from optuna.exceptions import ExperimentalWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
+
+
+def _open_storage(url: str, tries: int = 5) -> Any:
+    """Optuna's storage. Of several processes that create its tables at once, all but one fail and try again."""
+    from optuna.storages import RDBStorage
     from sqlalchemy.exc import DBAPIError
 
     try:
-        return optuna.storages.get_storage(storage)
+        with _experimental():
+            return RDBStorage(url, heartbeat_interval=BEAT, grace_period=SILENT)
     except DBAPIError:
         if tries == 1:
             raise
     time.sleep(1)
-    return _opened(storage, tries - 1)
+    return _open_storage(url, tries - 1)

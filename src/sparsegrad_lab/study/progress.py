@@ -50,7 +50,7 @@ class GridProgress(Reporter):
         self.bar.console.print(f"{cell.name}: {words}", markup=False)
         self.bar.update(self.task, description="waiting")
 
-    def waits(self, cells: Sequence[Cell]) -> None:
+    def waiting(self, cells: Sequence[Cell]) -> None:
         """Once, for what may take long."""
         first = f"{cells[0].name}{f' and {len(cells) - 1} more' if len(cells) > 1 else ''}"
         self.bar.console.print(
@@ -58,6 +58,6 @@ class GridProgress(Reporter):
             markup=False,
         )
 
-    def counts(self, finished: int, total: int) -> None:
+    def progress(self, finished: int, total: int) -> None:
         """Move the bar."""
         self.bar.update(self.task, completed=finished, total=total)

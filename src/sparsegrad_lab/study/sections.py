@@ -158,7 +158,7 @@ def _section(
             tuple(dict.fromkeys(run.task for run in runs)), tuple(sorted({run.seed for run in runs})),
             baseline or _line(first.get("baseline")) or BASELINE, runs, trials, tuple(failures), experiment=name,
         )  # fmt: skip
-    words = {variant.name: variant.words for variant in experiment.variants}
+    words = {name: method.words for name, method in experiment.methods.items()}
     return Section(
         name, experiment.title, experiment.question, {**words, **{m: words.get(m, "") for m in methods}},
         tuple(task.removeprefix("glue/") for task in experiment.tasks), experiment.seeds,

@@ -12,7 +12,7 @@ import torch
 
 from sparsegrad_lab.cli.train import as_arguments
 from sparsegrad_lab.run.train import train
-from sparsegrad_lab.study.experiment import SHIPPED, Variant, experiment_names, load_experiment, merged
+from sparsegrad_lab.study.experiment import SHIPPED, experiment_names, load_experiment, merged
 from sparsegrad_lab.tasks.registry import kind_of
 from sparsegrad_lab.tasks.task import IMAGES, LANGUAGE, TEXT
 from tiny_runs import save_tokenizer
@@ -22,13 +22,13 @@ EXPERIMENTS = {
     name: load_experiment(name, "cpu" if name in experiment_names(scale="cpu") else "paper")
     for name in experiment_names()
 }
-METHODS = [(name, method) for name, experiment in EXPERIMENTS.items() for method in experiment.variants]
+METHODS = [(name, method) for name, experiment in EXPERIMENTS.items() for method in experiment.methods]
 ALIKE = ("kept-entries", "calibration", "sizes")
 "Experiments whose methods differ in a number: the first and the last of them are run."
 RUN = [
     (name, method)
     for name, method in METHODS
-    if name not in ALIKE or method in (EXPERIMENTS[name].variants[0], EXPERIMENTS[name].variants[-1])
+    if name not in ALIKE or list(EXPERIMENTS[name].methods).index(method) in (0, len(EXPERIMENTS[name].methods) - 1)
 ]
 
 
@@ -38,7 +38,7 @@ def test_all_are_found() -> None:
     assert len(METHODS) == 77
     folders = {path.name for path in SHIPPED.iterdir() if path.is_dir()}
     assert folders == set(EXPERIMENTS)
-    used = {Path(method.settings.get("method", "")).resolve() for _, method in METHODS}
+    used = {Path(EXPERIMENTS[name].methods[method].settings.get("method", "")).resolve() for name, method in METHODS}
     assert {path.resolve() for path in SHIPPED.glob("*/*.json")} <= used
 
 
@@ -53,15 +53,15 @@ def test_settings_are_valid(name: str, scale: str) -> None:
     trials = {cell.name for other in others for cell in other.cells() if cell.trial is not None}
     checked = set()
     for cell in cells:
-        if not {cell.variant.name, cell.task, cell.model} <= checked:  # what settings depend on, each by itself
-            checked |= {cell.variant.name, cell.task, cell.model}
-            if cell.variant.name == "galore" and find_spec("galore_torch") is None:
+        if not {cell.method, cell.task, cell.model} <= checked:  # what settings depend on, each by itself
+            checked |= {cell.method, cell.task, cell.model}
+            if cell.method == "galore" and find_spec("galore_torch") is None:
                 continue  # refused by name, see tests/run/test_methods.py
             as_arguments(cell.settings(cell.trial or 1e-3)).check()
-        assert trials.issuperset(cell.search)
+        assert trials.issuperset(cell.searched)
     for of in ("scores", "costs"):
         for method in (experiment.paper or {}).get(of, {}):
-            assert method in {m.name for m in experiment.variants}
+            assert method in experiment.methods
 
 
 def test_scales() -> None:
@@ -69,7 +69,7 @@ def test_scales() -> None:
     assert len(experiment_names(scale="cpu")) == 12
     with pytest.raises(ValueError, match="experiment sizes is for scale cpu"):
         load_experiment("sizes", "paper")
-    lora = next(method for method in load_experiment("comparison", "paper").variants if method.name == "lora")
+    lora = load_experiment("comparison", "paper").methods["lora"]
     assert lora.settings == {"method": "lora", "adapter": {"rank": None}}
 
 
@@ -77,10 +77,10 @@ def test_scales() -> None:
 def test_it_takes_its_rates_where_its_tasks_are_searched(name: str) -> None:
     """Otherwise it would wait for results that nobody makes."""
     experiment = EXPERIMENTS[name]
-    for method in experiment.variants:
+    for method in experiment.methods.values():
         if method.rates_of is not None:
             other, _, searched = method.rates_of.partition("/")
-            assert searched in {m.name for m in EXPERIMENTS[other].variants if m.learning_rates}
+            assert EXPERIMENTS[other].methods[searched].learning_rates
             assert set(experiment.tasks) <= set(EXPERIMENTS[other].tasks)
 
 
@@ -125,9 +125,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # SHiRA makes sparse tensors without saying whether they are to be checked; GaLore's AdamW is that of old transformers.
 @pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
-@pytest.mark.parametrize(("name", "method"), RUN, ids=[f"{name}-{method.name}" for name, method in RUN])
-def test_each_method_trains(name: str, method: Variant, models: dict[str, Path], rows: Path, tmp_path: Path) -> None:
-    if method.name == "galore":
+@pytest.mark.parametrize(("name", "method"), RUN, ids=[f"{name}-{method}" for name, method in RUN])
+def test_each_method_trains(name: str, method: str, models: dict[str, Path], rows: Path, tmp_path: Path) -> None:
+    if method == "galore":
         pytest.importorskip("galore_torch", reason="galore-torch is not installed")
     experiment = EXPERIMENTS[name]
     kind = kind_of(next(iter(experiment.tasks)))
@@ -141,7 +141,7 @@ def test_each_method_trains(name: str, method: Variant, models: dict[str, Path],
         "data": {**data, "max_length": 16, "train_rows": 16, "validation_rows": 8}, "calibration": {"n_steps": 2},
         "training": {"epochs": 1, "batch_size": 8, "gradient_accumulation": 1, "learning_rate": 1e-3},
     }  # fmt: skip
-    settings = merged(merged(experiment.settings, method.settings), small)
+    settings = merged(merged(experiment.settings, experiment.methods[method].settings), small)
     if "refresh" in settings["calibration"]:
         settings["calibration"]["refresh"] = 1
     [result] = train(as_arguments(settings), progress=False)

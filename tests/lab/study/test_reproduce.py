@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 import yaml
-from optuna.study import StudyDirection
 
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.cli.train import as_arguments
 from sparsegrad_lab.run.process_identity import is_alive, mark
 from sparsegrad_lab.study.experiment import Experiment, experiment_names, load_experiment, merged
-from sparsegrad_lab.study.grid import Places, Reporter, best_rate, outdated, reproduce
-from sparsegrad_lab.study.locks import Claims
+from sparsegrad_lab.study.grid import Grid, Places, Reporter, reproduce
+from sparsegrad_lab.study.locks import Locks, SharedRuns
 from sparsegrad_lab.study.sections import read_sections
+from sparsegrad_lab.study.stored_results import StoredResults
 
 # Optuna's own: a class that is marked as new, and one that it will rename.
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -87,6 +87,10 @@ def places(tmp_path: Path) -> Places:
     return Places(tmp_path / "results", tmp_path / "runs")
 
 
+def result_file(places: Places, name: str) -> Path:
+    return StoredResults(places.results).path(name)
+
+
 def read(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
@@ -119,7 +123,7 @@ def test_grid_search_best_and_again(load: Any, places: Places, tmp_path: Path) -
     assert broken["status"] == "diverged"
     assert "the loss of step" in broken["error"]
     for name, result in results.items():
-        file = read(places.result(name))
+        file = read(result_file(places, name))
         assert file == result
         assert {"experiment", "scale", "config", "environment", "status", "command", "attempts"} <= file.keys()
         if result["status"] == "finished":
@@ -131,7 +135,7 @@ def test_grid_search_best_and_again(load: Any, places: Places, tmp_path: Path) -
     assert reproduce([load("first"), load("second")], places, threads=1, reporter=again) == results
     assert again.begun == []
     # Nor because of what LoRA does not read, such as a default of ours that has changed since.
-    lora = next(places.result(name) for name in results if name.endswith("lora-0"))
+    lora = next(result_file(places, name) for name in results if name.endswith("lora-0"))
     there = read(lora)
     other = merged(
         there, {"config": {"adapter": {"shared": True, "products": "sparse"}, "calibration": {"n_steps": 99}}}
@@ -151,7 +155,7 @@ def test_grid_search_best_and_again(load: Any, places: Places, tmp_path: Path) -
 
     # The search would give another rate now: what ran with the old one is named, and with retry run again.
     old = next(result for name, result in results.items() if name.endswith("lora-0"))["learning_rate"]
-    trial = places.result(next(name for name in results if name.endswith(f"lora-lr{old:g}")))
+    trial = result_file(places, next(name for name in results if name.endswith(f"lora-lr{old:g}")))
     trial.write_text(json.dumps({**read(trial), "score": -1.0}), encoding="utf-8")
     new = 1e-3 if old == 1e-2 else 1e-2
     words = rf"2 results.*lora-0\.json \(training\.learning_rate {old:g}, now {new:g}\).*--retry"
@@ -222,69 +226,93 @@ def empty_database(database: str) -> str:
     return url
 
 
-@pytest.fixture(params=["journal", "postgresql"])
-def storages(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Any, Any]]:
-    """A file, or a real server's database, as two processes open it."""
-    from optuna.storages import RDBStorage
+def test_a_run_is_given_to_one_process(tmp_path: Path) -> None:
+    first, second = Locks(tmp_path), Locks(tmp_path)
+    with first.attempt("a/b") as attempt:
+        assert attempt is not None
+        assert attempt.number == 1
+        with second.attempt("a/b") as other:
+            assert other is None
+        with second.attempt("a/c") as other:
+            assert other is not None
+    with second.attempt("a/b") as again:
+        assert again is not None
+        assert again.number == 2
+    first.forget("a/b")
+    with first.attempt("a/b") as again:
+        assert again is not None
+        assert again.number == 1
 
-    from sparsegrad_lab.run.search import journal
 
-    if request.param == "journal":
-        yield journal(tmp_path / "j"), journal(tmp_path / "j")
-        return
-    url = request.getfixturevalue("empty_database")
-    both = RDBStorage(url), RDBStorage(url)
+def test_a_training_process_that_outlives_its_study_keeps_the_run(tmp_path: Path) -> None:
+    """The lock is free, but a second process would write into the folder of the first."""
+    training = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with Locks(tmp_path).attempt("a") as attempt:
+        assert attempt is not None
+        attempt.add_process(training.pid)
+    with Locks(tmp_path).attempt("a") as other:
+        assert other is None
+    training.communicate()
+    with Locks(tmp_path).attempt("a") as other:
+        assert other is not None
+        assert other.number == 2
+
+
+@pytest.fixture
+def shared(empty_database: str) -> Iterator[tuple[SharedRuns, SharedRuns]]:
+    """A real server's database, as two machines open it."""
+    both = SharedRuns(empty_database), SharedRuns(empty_database)
     yield both
-    for storage in both:
-        storage.remove_session()
-        storage.engine.dispose()
+    for machine in both:
+        machine.storage.remove_session()
+        machine.storage.engine.dispose()
 
 
-def test_claims(storages: tuple[Any, Any]) -> None:
-    first, second = map(Claims, storages)
-    assert first.take("a") == 1
-    assert second.take("a") == 0
-    first.release("a", 1)
-    assert second.take("a") == 2
-    second.finish("a", 2, {"score": 1.0})
-    assert first.take("a") == 0
-    assert dict(first.results()) == {"a": {"score": 1.0}}
+def test_machines_share_runs(shared: tuple[SharedRuns, SharedRuns]) -> None:
+    first, second = shared
+    with first.attempt("a") as trial:
+        assert trial is not None
+        with second.attempt("a") as other:
+            assert other is None
+    with second.attempt("a") as trial:  # the first one has left it without a result
+        assert trial is not None
+        second.finish(trial, {"score": 1.0})
+    with first.attempt("a") as other:
+        assert other is None
+    assert first.results() == second.results() == {"a": {"score": 1.0}}
     first.forget("a")
-    assert dict(first.results()) == {}
-    assert first.take("a") == 3
+    assert second.results() == {}
+    with second.attempt("a") as trial:
+        assert trial is not None
 
 
-def test_claims_that_nobody_will_finish(storages: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a process that is gone, of a machine that is silent, and of one that was killed before it gave its name."""
-    from sparsegrad_lab.study import locks as module
+def test_a_run_of_a_silent_machine_is_done_by_another(shared: tuple[SharedRuns, SharedRuns]) -> None:
+    """Its heartbeat is an hour old, by the database's clock; its own result comes too late, and does no harm."""
+    import sqlalchemy
 
-    first, second = map(Claims, storages)
-    assert first.take("a") == 1
-    first._study("a", 1).set_user_attr("processes", [f"{os.uname().nodename}:{os.getpid()}:1.0"])
-    assert second.take("a") == 2  # another process had this one's number
-
-    assert first.take("b") == 1
-    first._study("b", 1).set_user_attr("processes", [f"elsewhere:{os.getpid()}:1.0"])
-    assert second.take("b") == 0
-    now = time.time()
-    monkeypatch.setattr(module.time, "time", lambda: now + 599)
-    assert second.take("b") == 0
-    first.beat("b", 1)
-    monkeypatch.setattr(module.time, "time", lambda: now + 1198)
-    assert second.take("b") == 0
-    monkeypatch.setattr(module.time, "time", lambda: now + 1300)
-    assert second.take("b") == 2
-
-    first.storage.create_new_study([StudyDirection.MINIMIZE], "c (1)")
-    begun = time.monotonic()
-    assert second.take("c") == 0
-    monkeypatch.setattr(module.time, "monotonic", lambda: begun + 31)
-    assert second.take("c") == 2
+    first, second = shared
+    with first.attempt("a") as trial:
+        assert trial is not None
+        with first.storage.engine.begin() as connection:
+            past = "UPDATE trial_heartbeats SET heartbeat = heartbeat - INTERVAL '{}'"
+            connection.execute(sqlalchemy.text(past.format("9 minutes")))
+        with second.attempt("a") as other:
+            assert other is None
+        first.beat(trial)
+        with second.attempt("a") as other:
+            assert other is None
+        with first.storage.engine.begin() as connection:
+            connection.execute(sqlalchemy.text(past.format("11 minutes")))
+        with second.attempt("a") as other:
+            assert other is not None
+            second.finish(other, {"score": 2.0})
+        first.finish(trial, {"score": 1.0})
+    assert first.results() == {"a": {"score": 2.0}}
 
 
 def test_many_open_an_empty_database_at_once(empty_database: str) -> None:
     """Optuna makes its tables without asking whether another is about to."""
-    script = f"from sparsegrad_lab.study.locks import Claims; print(len(list(Claims({empty_database!r}).results())))"
+    script = f"from sparsegrad_lab.study.locks import SharedRuns; print(len(SharedRuns({empty_database!r}).results()))"
     all_of_them = [
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(4)
     ]
@@ -316,7 +344,7 @@ def test_two_machines_share_a_study(folder: Path, tmp_path: Path, empty_database
     ]
     assert found[0] == found[1]
     assert sorted(str(path) for path in found[0]) == sorted(
-        f"{cell.name}.json" for cell in load("first").cells() if cell.variant.name == "lora" and cell.seed != 1
+        f"{cell.name}.json" for cell in load("first").cells() if cell.method == "lora" and cell.seed != 1
     )
     assert all(result["status"] == "finished" for result in found[0].values())
     runs = [{path.parent for path in (machine / "runs").rglob("config.yaml")} for machine in machines]
@@ -345,17 +373,17 @@ def test_a_process_that_has_ended_is_not_alive() -> None:
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_no_rate_before_the_search_is_over(metric: str, load: Any, places: Places) -> None:
     cells = list(load("first").cells())
-    trials = [cell for cell in cells if cell.trial is not None and cell.variant.name == "lora"]
-    run = next(cell for cell in cells if cell.trial is None and cell.variant.name == "lora")
-    places.result(trials[0].name).parent.mkdir(parents=True)
+    trials = [cell for cell in cells if cell.trial is not None and cell.method == "lora"]
+    run = next(cell for cell in cells if cell.trial is None and cell.method == "lora")
+    result_file(places, trials[0].name).parent.mkdir(parents=True)
     finished = {"status": "finished", "metric": metric, "score": 0.5, "training_loss_last_sixth": 0.6}
     better, worse = (0.6, 0.4) if metric == "accuracy" else (0.4, 0.6)
 
     def write(trial: Any, result: dict[str, Any]) -> None:
-        places.result(trial.name).write_text(json.dumps(result), encoding="utf-8")
+        result_file(places, trial.name).write_text(json.dumps(result), encoding="utf-8")
 
     write(trials[0], finished)
-    assert best_rate(run, places.results) is None
+    assert StoredResults(places.results).learning_rate(run) is None
     for second, best in (
         ({**finished, "score": better}, 1e-3),
         ({**finished, "score": worse}, 1e-2),
@@ -363,20 +391,20 @@ def test_no_rate_before_the_search_is_over(metric: str, load: Any, places: Place
         ({"status": "diverged"}, 1e-2),
     ):
         write(trials[1], second)
-        assert best_rate(run, places.results) == best
+        assert StoredResults(places.results).learning_rate(run) == best
 
 
 def test_settings_that_become_null_or_were_null_are_others(load: Any, places: Places) -> None:
     """And a PEFT config is what its file says, wherever that lies."""
-    [cell] = [cell for cell in load("second").cells() if cell.variant.name == "broken"]
+    [cell] = [cell for cell in load("second").cells() if cell.method == "broken"]
     config = as_arguments(cell.settings(None)).as_dict()
-    file = places.result(cell.name)
+    file = result_file(places, cell.name)
     file.parent.mkdir(parents=True)
 
     def differs(**changes: Any) -> list[str]:
         there = {"status": "finished", "config": merged(config, changes.pop("config", {})), **changes}
         file.write_text(json.dumps(there), encoding="utf-8")
-        return [words for _, words in outdated([cell], places)]
+        return [words for _, words in StoredResults(places.results).outdated([cell])]
 
     assert differs() == []
     assert "calibration.walk None, now 0.0001" in differs(config={"calibration": {"walk": None}})[0]
@@ -435,8 +463,8 @@ def test_an_experiment_needs_no_more_than_its_own_lines(folder: Path, places: Pl
 
 
 def test_a_search_that_is_half_done_gives_no_rate(load: Any, places: Places) -> None:
-    trials = [cell for cell in load("first").cells() if cell.trial is not None and cell.variant.name == "sparsegrad"]
-    file = places.result(trials[0].name)
+    trials = [cell for cell in load("first").cells() if cell.trial is not None and cell.method == "sparsegrad"]
+    file = result_file(places, trials[0].name)
     file.parent.mkdir(parents=True)
     finished = {"status": "finished", "metric": "accuracy", "score": 0.5, "training_loss_last_sixth": 0.6}
     file.write_text(json.dumps(finished), encoding="utf-8")
@@ -444,46 +472,68 @@ def test_a_search_that_is_half_done_gives_no_rate(load: Any, places: Places) -> 
         reproduce([load("second")], places, threads=1)
 
 
-def test_results_that_nobody_was_told_of_are_told(load: Any, places: Places, tmp_path: Path) -> None:
+def test_results_that_nobody_was_told_of_are_told(load: Any, tmp_path: Path, finished_run: Path) -> None:
     """A process is killed between its file and the database; another machine has to get the result all the same."""
+    here, elsewhere = (
+        Places(tmp_path / name / "results", tmp_path / name / "runs", f"sqlite:///{tmp_path}/shared.db")
+        for name in ("here", "elsewhere")
+    )
+    real = read(finished_run / "result.json")
     cells = list(load("first").cells())
     for cell in cells:
         rate = cell.trial or 1e-2
-        file = places.result(cell.name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        found = {
-            "status": "finished", "metric": "accuracy", "score": 1 / rate, "training_loss_last_sixth": 0.6,
-            "config": as_arguments(cell.settings(1e-3 if cell.trial is None else rate)).as_dict(), "name": cell.name,
-        }  # fmt: skip
-        file.write_text(json.dumps(found), encoding="utf-8")
+        config = as_arguments(cell.settings(1e-3 if cell.trial is None else rate)).as_dict()
+        result = {**real, "status": "finished", "score": 1 / rate, "config": config, "experiment": "first"}
+        StoredResults(here.results).write(cell.name, {**result, "name": cell.name})
     begun = Lines()
-    reproduce([load("first")], places, reporter=begun)
-    other = Places(tmp_path / "elsewhere", places.runs)
-    there = reproduce([load("first")], other, reporter=begun)
+    reproduce([load("first")], here, reporter=begun)
+    there = reproduce([load("first")], elsewhere, reporter=begun)
     assert [result["name"] for result in there.values()] == [cell.name for cell in cells]
     assert begun.begun == []
 
 
-def test_the_committed_results_are_of_the_shipped_experiments(places: Places) -> None:
+@pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped-from-a-study", "first/other"])
+def test_a_shared_storage_writes_only_results_of_these_runs(name: str, load: Any, tmp_path: Path) -> None:
+    """What another machine has put there under another name stays there."""
+    places = Places(tmp_path / "results", tmp_path / "runs", f"sqlite:///{tmp_path}/shared.db")
+    shared = SharedRuns(str(places.storage))
+    with shared.attempt(name) as trial:
+        assert trial is not None
+        shared.finish(trial, {"status": "finished"})
+    grid = Grid(list(load("first").cells()), places)
+    grid.open()
+    grid.fetch_results()
+    assert not places.results.exists()
+    assert not (tmp_path.parent / "escaped.json").exists()
+    assert not Path("/tmp/escaped-from-a-study.json").exists()
+    [cell, *_] = load("first").cells()
+    with shared.attempt(cell.name) as trial:
+        assert trial is not None
+        shared.finish(trial, {"task": "a", "method": "b", "seed": "../c", "score": 1})
+    with pytest.raises(ValueError, match=f"shared.db, result of {cell.name}: seed: Input should be a valid integer"):
+        grid.fetch_results()
+
+
+def test_the_committed_results_are_of_the_shipped_experiments() -> None:
     """Each file is that of a run of theirs, with the settings and the learning rate that it would have now."""
     study = Path(__file__).parents[3] / "benchmarks" / "results" / "study"
-    there = Places(study, places.runs)
+    stored = StoredResults(study)
     experiments = [load_experiment(name, "cpu") for name in experiment_names(scale="cpu")]
     cells = [cell for experiment in experiments for cell in experiment.cells()]
     files = {path.relative_to(study).with_suffix("").as_posix() for path in study.rglob("*.json")}
     assert len(files) > 100
     assert files <= {cell.name for cell in cells}
-    assert not outdated(cells, there)
+    assert not stored.outdated(cells)
     for cell in cells:  # and its search is whole
-        if cell.name in files and cell.search:
-            assert best_rate(cell, study) is not None, cell.name
+        if cell.name in files and cell.searched:
+            assert stored.learning_rate(cell) is not None, cell.name
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (("first", "methods", {"lora": {"learning_rates": [1e-3]}, "full": {}}), "the same number of learning rates"),
-        (("first", "metods", {}), "unknown key metods; expected one of title, question"),
+        (("first", "metods", {}), "unknown key metods; expected one of baseline, methods"),
         (("first", "methods", {"lora": {"rates": []}}), "unknown key methods.lora.rates"),
         (("first", "methods", {"lora": {"settings": {"method": "lore"}}}), "found 'lore'"),
         (("first", "methods", {"lora": {"settings": {"adaptor": {"c": 8}}}}), "adaptor"),

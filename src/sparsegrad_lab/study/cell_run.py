@@ -1,0 +1,90 @@
+"""Does one run of a grid in a process of its own: what kills it does not kill the study, and its memory is its own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..run.environment import environment
+from ..run.exit_codes import status_of
+from ..run.folder import RunFolder, write_whole
+from ..run.settings import RunArguments
+from .experiment import Cell
+from .locks import BEAT, Attempt
+from .stored_results import adapter_config
+
+
+def run_in_process(arguments: RunArguments, threads: int | None, attempt: Attempt) -> dict[str, Any]:
+    """Run `sparsegrad train`; its output goes into a log beside the run folder.
+
+    Args:
+        arguments: settings of one seed; `output` is the run folder.
+        threads: of PyTorch; None: its own choice.
+        attempt: hears of the process and that it is alive.
+
+    Returns:
+        The run's result, or a record of its failure. The weights are removed.
+    """
+    output = Path(arguments.output)
+    config, log = output.with_name(f"{output.name}.yaml"), output.with_name(f"{output.name}.log")
+    write_whole(config, yaml.safe_dump(arguments.as_dict(), sort_keys=False))
+    command = ["train", "--config", str(config)]
+    shown = shlex.join(["sparsegrad", *command])
+    variables = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+    with log.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sparsegrad_lab.cli.main", *command], stdout=stream, stderr=stream, env=variables
+        )
+        try:
+            attempt.add_process(process.pid)
+            code = _wait(process, attempt)
+        except BaseException:  # an interrupt stops the run as well; its folder keeps the checkpoints
+            process.terminate()
+            process.wait()
+            raise
+    if code == 0:
+        for weights in ("adapter", "model", "tokenizer", "processor"):
+            shutil.rmtree(output / weights, ignore_errors=True)
+        return {**RunFolder(output).read_result(), "status": "finished", "command": shown}
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return {
+        "status": status_of(code), "error": lines[-1] if lines else f"exit code {code}", "task": arguments.task,
+        "method": arguments.method, "model": arguments.model, "seed": arguments.seeds[0],
+        "learning_rate": arguments.learning_rate, "config": arguments.as_dict(),
+        "environment": {**environment(), "seed": arguments.seeds[0]}, "command": shown,
+    }  # fmt: skip
+
+
+def _wait(process: subprocess.Popen[bytes], attempt: Attempt) -> int:
+    while process.poll() is None:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=BEAT)
+        attempt.beat()
+    return int(process.returncode)
+
+
+def describe(cell: Cell, arguments: RunArguments, attempts: int) -> dict[str, Any]:
+    """What a result file says about the experiment, so that a report does not need the experiment's own file."""
+    config = adapter_config(arguments.method)
+    return {
+        "experiment": cell.experiment.name,
+        "scale": cell.experiment.scale,
+        "variant": cell.method,
+        "trial": cell.trial is not None,
+        "attempts": attempts,
+        "about": {
+            "title": cell.experiment.title,
+            "question": cell.experiment.question,
+            "baseline": cell.experiment.baseline,
+            "words": cell.variant.words,
+        },
+        **({} if config is None else {"adapter_config": config}),
+    }

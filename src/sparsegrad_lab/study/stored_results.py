@@ -1,0 +1,145 @@
+"""The results folder of a study: which runs it has, what they are of, and which learning rate a search found."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..cli.train import as_arguments
+from ..run.folder import write_whole
+from ..run.settings import METHODS, RunArguments, flat
+from ..tasks.task import higher_is_better
+from .experiment import Cell
+from .record import RejectedFileError, read_json
+
+_READ_BY = {
+    "calibration.": ("sparsegrad", "literal"), "adapter.shared": ("sparsegrad", "literal"),
+    "adapter.products": ("literal",),
+}  # fmt: skip
+
+
+class StoredResults:
+    """A folder with a JSON file for each run.
+
+    Args:
+        folder: of the files; a run's name is its path below it, without the suffix.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        """File of a run."""
+        return self.folder / f"{name}.json"
+
+    def __contains__(self, name: str) -> bool:
+        return self.path(name).is_file()
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Result of a run.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        try:
+            result = read_json(self.path(name))
+            if not isinstance(result, dict) or "status" not in result:
+                raise RejectedFileError("expected a result with a status")
+        except RejectedFileError as error:
+            raise ValueError(f"{self.path(name)}: {error}; remove it, and the run is done again") from error
+        return result
+
+    def write(self, name: str, result: dict[str, Any]) -> None:
+        """Store the result of a run."""
+        write_whole(self.path(name), json.dumps(result, indent=1) + "\n")
+
+    def remove(self, name: str) -> None:
+        """Remove the result of a run. Another process may have done it already."""
+        self.path(name).unlink(missing_ok=True)
+
+    def learning_rate(self, cell: Cell) -> float | None:
+        """Learning rate of a run: the one that it tries, or the best of its search.
+
+        None if the run has no search, or the search is not finished, see `search_finished`. Of equal scores, as where
+        nothing was learnt, the trial with the lowest training loss wins. If all trials failed, the lowest rate wins.
+        """
+        if cell.trial is not None or not cell.searched or not self.search_finished(cell):
+            return cell.trial
+        quality = {}
+        for name, rate in cell.searched.items():
+            trial = self.read(name)
+            if trial["status"] != "finished":
+                quality[rate] = (-math.inf, 0.0)
+                continue
+            score = trial["score"] if higher_is_better(trial["metric"]) else -trial["score"]
+            quality[rate] = (score, -trial["training_loss_last_sixth"])
+        return max(sorted(quality), key=quality.__getitem__)
+
+    def search_finished(self, cell: Cell) -> bool:
+        """Whether all runs of its search have results; True without a search."""
+        return all(name in self for name in cell.searched)
+
+    def outdated(self, cells: Iterable[Cell]) -> list[tuple[Cell, str]]:
+        """Results with other settings than their runs have now, or another learning rate than their search found.
+
+        Returns:
+            The runs, each with a description of what differs. A setting that an older result lacks counts as equal.
+        """
+        found = []
+        for cell in cells:
+            if cell.name not in self or not self.search_finished(cell):
+                continue
+            result = self.read(cell.name)
+            arguments = as_arguments(cell.settings(self.learning_rate(cell)))
+            before = _decisive_settings(result["config"], result.get("adapter_config"))
+            now = decisive_settings(arguments)
+            differ = [name for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]
+            if differ:
+                words = "; ".join(f"{name} {before[name]}, now {now[name]}" for name in differ)
+                found.append((cell, f"{self.path(cell.name)} ({words})"))
+        return found
+
+    def equal_run(self, arguments: RunArguments) -> dict[str, Any] | None:
+        """Result of a finished run with the same settings, such as another experiment's; it says so in "same_as"."""
+        wanted = _given(decisive_settings(arguments))
+        for path in sorted(self.folder.rglob("*.json")):
+            try:
+                result = read_json(path)
+            except (RejectedFileError, FileNotFoundError):
+                continue
+            if not isinstance(result, dict) or result.get("status") != "finished":
+                continue
+            if wanted == _given(_decisive_settings(result["config"], result.get("adapter_config"))):
+                return {**result, "same_as": path.relative_to(self.folder).as_posix()}
+        return None
+
+
+def adapter_config(method: str) -> dict[str, Any] | None:
+    """Content of a PEFT config; None for a method by name."""
+    if not method.endswith(".json"):
+        return None
+    content: dict[str, Any] = json.loads(Path(method).read_text(encoding="utf-8"))
+    return content
+
+
+def decisive_settings(arguments: RunArguments) -> dict[str, Any]:
+    """Settings by dotted name that decide the result of a run: without its folder and what its method does not read."""
+    return _decisive_settings(arguments.as_dict(), adapter_config(arguments.method))
+
+
+def _decisive_settings(config: dict[str, Any], peft_config: dict[str, Any] | None) -> dict[str, Any]:
+    settings = {name: value for name, value in flat(config).items() if name != "output"}
+    if peft_config is not None:  # the content of the file decides, not its path
+        return {**settings, "method": peft_config}
+    if settings["method"] in METHODS:
+        unread = tuple(names for names, methods in _READ_BY.items() if settings["method"] not in methods)
+        settings = {name: value for name, value in settings.items() if not name.startswith(unread)}
+    return settings
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that are not null: an older version may not have had the others."""
+    return {name: value for name, value in settings.items() if value is not None}
