@@ -303,9 +303,9 @@ def test_what_the_config_says_of_its_defaults_is_what_the_results_say() -> None:
     three = ("sst2", "mrpc", "stsb")
     seeds = [
         sum(
-            run.score
+            run.value
             for run in glue.runs
-            if run.method == "sparsegrad" and run.task in three and run.result["seed"] == seed
+            if run.variant == "sparsegrad" and run.task_name in three and run.seed == seed
         )
         for seed in range(3)
     ]

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .results import Run
+from .runs import Run
 from .sections import Section
 from .table import Linked, Table
 
 
 def costs(section: Section) -> Table:
     """Entries, speed, memory and bytes on disk: a row for each method."""
-    with_runs = {run.method for run in section.runs}
-    timed_tasks = [{run.task for run in section.runs if run.timed and run.method == method} for method in with_runs]
+    methods = {run.method_name for run in section.runs}
+    timed_tasks = [{run.task_name for run in section.runs_of(method=method) if not run.resumed} for method in methods]
     common = set.intersection(*timed_tasks)
     rows = []
     for method in section.methods:
-        runs = [run for run in section.runs if run.method == method]
+        runs = section.runs_of(method=method)
         if not runs:
             continue
-        timed = [run for run in runs if run.timed]
-        calibrations = [run.calibration_seconds / run.seconds for run in timed if run.calibration_seconds is not None]
-        touched = sorted({run.result["trained_entries"].get("touched", run.trained_entries) for run in runs})
+        timed = [run for run in runs if not run.resumed]
+        shares = [run.calibration.seconds / run.training.seconds for run in timed if run.calibration is not None]
+        trained = sorted({run.trained_entries.adapter for run in runs})
+        touched = sorted({run.trained_entries.touched or run.trained_entries.adapter for run in runs})
         rows.append([
             Linked(method, runs),
-            ", ".join(f"{count:,}" for count in sorted({run.trained_entries for run in runs})),
+            ", ".join(f"{count:,}" for count in trained),
             f"{touched[0]:,}" if len(touched) == 1 else f"{touched[0]:,} to {touched[-1]:,}",
-            _steps_per_second([run for run in timed if run.task in common]),
-            f"{100 * sum(calibrations) / len(calibrations):.0f} %" if calibrations else "none",
+            _steps_per_second([run for run in timed if run.task_name in common]),
+            f"{100 * sum(shares) / len(shares):.0f} %" if shares else "none",
             f"{max(run.megabytes for run in runs):,.0f}",
-            f"{max(run.result['weights_bytes'] for run in runs) / 1e6:.1f}",
+            f"{max(run.weights_bytes for run in runs) / 1e6:.1f}",
         ])  # fmt: skip
     header = ["method", "trained entries", "touched", "steps/s", "calibration, to training", "peak, MB", "saved, MB"]
     note = (
@@ -48,11 +49,10 @@ def costs_by_task(section: Section) -> Table:
     for task in section.tasks:
         row = [task]
         for method in methods:
-            runs = [run for run in section.runs if (run.task, run.method) == (task, method)]
-            failed = {failure.status for failure in section.failures
-                      if (failure.task, failure.method, failure.trial) == (task, method, False)}  # fmt: skip
+            runs = section.runs_of(task, method)
+            failed = {failure.status for failure in section.failures_of(task, method)}
             if runs:
-                speed = _steps_per_second([run for run in runs if run.timed]) or "resumed"
+                speed = _steps_per_second([run for run in runs if not run.resumed]) or "resumed"
                 row.append(Linked(f"{speed} / {max(run.megabytes for run in runs):,.0f}", runs))
             else:
                 row.append(", ".join(sorted(failed)) or "not run")
@@ -70,4 +70,4 @@ def costs_by_task(section: Section) -> Table:
 
 
 def _steps_per_second(runs: Sequence[Run]) -> str:
-    return f"{sum(run.result['steps'] for run in runs) / sum(run.seconds for run in runs):.2f}" if runs else ""
+    return f"{sum(run.steps for run in runs) / sum(run.training.seconds for run in runs):.2f}" if runs else ""

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .record import FileName
+from .runs import FileName
 
 SHIPPED = Path(str(files(__package__))) / "experiments"
 SEARCH = "search"

@@ -15,8 +15,8 @@ from ..tasks.pretrained import load_config, model_path
 from .cell_run import describe, run_in_process
 from .experiment import Cell, Experiment
 from .locks import Locks, SharedRuns
-from .record import RejectedFileError, check_result
 from .results import STUDY_MARKS
+from .runs import RejectedFileError, parse_result
 from .stored_results import StoredResults
 
 _POLL = 3.0
@@ -192,12 +192,11 @@ class Grid:
         for name, result in self.shared.results().items():
             if name in wanted and name not in self.results:
                 try:
-                    valid = check_result(result)
+                    if parse_result(result, self.results.path(name)) is None:
+                        raise RejectedFileError("expected the result of a run")
                 except RejectedFileError as error:
                     raise ValueError(f"{self.places.storage}, result of {name}: {error}") from error
-                if valid is None:
-                    raise ValueError(f"{self.places.storage}, result of {name}: expected the result of a run")
-                self.results.write(name, valid)
+                self.results.write(name, result)
 
     def run(self, cell: Cell, threads: int | None, reporter: Reporter) -> bool:
         """Do a run if its learning rate is known and no other process does it; True if it was done."""

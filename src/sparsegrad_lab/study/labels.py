@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
 from typing import Any
 
 from ..run.settings import flat
-from .results import Run
+from .runs import Run
 
 _OWN_TASKS = ("files", "text", "images")
 _DATA_SETTINGS = ("train_file", "validation_file", "folder", "text", "label", "labels", "regression")
@@ -19,22 +18,22 @@ def label_data(runs: tuple[Run, ...]) -> tuple[Run, ...]:
 
     A task of one's own is named after its file, and many files are called "train".
     """
-    data = {run.path: {name: run.result["config"]["data"].get(name) for name in _DATA_SETTINGS} for run in runs}
+    data = {run.path: {name: run.config.data.get(name) for name in _DATA_SETTINGS} for run in runs}
     labelled = []
     for run in runs:
-        own = run.result["config"].get("task") in _OWN_TASKS
-        others = [data[other.path] for other in runs if own and other.task == run.task]
+        own = run.config.task in _OWN_TASKS
+        others = [data[other.path] for other in runs if own and other.task_name == run.task_name]
         differ = [name for name in _DATA_SETTINGS if any(other[name] != data[run.path][name] for other in others)]
         words = ", ".join(f"{name} {_one_line(data[run.path][name])}" for name in differ)
-        labelled.append(replace(run, data_label=f" ({words})") if words else run)
+        labelled.append(run.model_copy(update={"data_label": f" ({words})"}) if words else run)
     return tuple(labelled)
 
 
 def label_runs(runs: tuple[Run, ...]) -> tuple[Run, ...]:
     """Add the settings that differ to the names of methods. Of runs with equal settings, only the latest is kept."""
     alike: dict[tuple[str, str, int], dict[str, Run]] = defaultdict(dict)
-    for run in sorted(runs, key=lambda run: str(run.result["environment"]["time"])):
-        alike[run.method, run.task, run.seed][str(sorted(_settings(run).items()))] = run
+    for run in sorted(runs, key=lambda run: run.environment.time):
+        alike[run.method_name, run.task_name, run.seed][str(sorted(_settings(run).items()))] = run
     differ: dict[str, set[str]] = defaultdict(set)
     for (method, _, _), group in alike.items():
         settings = [_settings(run) for run in group.values()]
@@ -45,14 +44,14 @@ def label_runs(runs: tuple[Run, ...]) -> tuple[Run, ...]:
         for run in group.values():
             values = {name: _one_line(_settings(run).get(name)) for name in sorted(differ[method])}
             words = [f"{name.rpartition('.')[2]} {value}" for name, value in values.items()]
-            labelled[run.path] = replace(run, label=f"{method} ({', '.join(words)})") if words else run
+            labelled[run.path] = run.model_copy(update={"label": f"{method} ({', '.join(words)})"}) if words else run
     return tuple(labelled[run.path] for run in runs if run.path in labelled)
 
 
 def _settings(run: Run) -> dict[str, Any]:
     """Settings by dotted name, without seed and folder, and with the learning rate that the run had."""
-    settings = {name: value for name, value in flat(run.result["config"]).items() if name not in ("output", "seeds")}
-    return {**settings, "training.learning_rate": run.result["learning_rate"]}
+    settings = {name: value for name, value in flat(run.config.model_dump()).items() if name not in ("output", "seeds")}
+    return {**settings, "training.learning_rate": run.learning_rate}
 
 
 def _one_line(value: Any) -> str:

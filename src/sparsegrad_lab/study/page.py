@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from base64 import b64encode
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .overview import overview, parameters
-from .results import Run
 from .scatter_plots import Plot, scatter_plots
 from .sections import Report
 from .tables import every_run, tables_of
@@ -34,7 +32,7 @@ def render_page(report: Report, title: str) -> str:
         loader=FileSystemLoader(_TEMPLATE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"result_json": _result_json, "run_id": lambda run: f"run-{number[id(run)]}"}
+    environment.filters |= {"run_id": lambda run: f"run-{number[id(run)]}"}
     return environment.get_template("page.html").render(
         title=title,
         style=style,
@@ -67,7 +65,3 @@ def _as_image(plot: Plot) -> dict[str, Any]:
     """A plot as an image of its own, in which no script runs."""
     data = b64encode(plot.svg.encode()).decode()
     return {"title": plot.title, "url": f"data:image/svg+xml;base64,{data}", "description": plot.description}
-
-
-def _result_json(run: Run) -> str:
-    return json.dumps(run.result, indent=1, ensure_ascii=False)

@@ -40,14 +40,14 @@ def bullets(sentences: Sequence[str]) -> str:
 
 def origin(sections: Sequence[Section]) -> str:
     """Machines, versions and commits of all runs, in a sentence."""
-    environments = [run.result["environment"] for section in sections for run in (*section.runs, *section.trials)]
+    environments = [run.environment for section in sections for run in (*section.runs, *section.trials)]
     machines, commits = set(), set()
     for found in environments:
-        versions = ", ".join(f"{name} {found['packages'].get(name)}" for name in ("torch", "transformers", "peft"))
-        threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
-        machines.add(f"{found['device']} ({threads}), Python {found['python']}, {versions}")
-        if found.get("commit"):
-            commits.add(f"{found['commit'][:10]}{' with changes' if found.get('dirty') else ''}")
+        versions = ", ".join(f"{name} {found.packages.get(name)}" for name in ("torch", "transformers", "peft"))
+        threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
+        machines.add(f"{found.device} ({threads}), Python {found.python}, {versions}")
+        if found.commit:
+            commits.add(f"{found.commit[:10]}{' with changes' if found.dirty else ''}")
     words = f". Commits: {', '.join(sorted(commits))}" if commits else ""
     return f"Runs on {'; '.join(sorted(machines))}{words}." if machines else ""
 

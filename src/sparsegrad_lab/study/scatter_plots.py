@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from ..figures.drawing import svg_text
-from .results import Run
+from .runs import Run
 from .sections import Section
 
 _MARKERS = "os^Dv<>Pp*X"
@@ -29,16 +29,16 @@ def scatter_plots(section: Section) -> list[Plot]:
     """Score against training time and against memory: a panel for each task, a point for each run."""
     if not section.scored:
         return []
-    timed = tuple(run for run in section.runs if run.timed)
+    timed = tuple(run for run in section.runs if not run.resumed)
     plots = [
-        ("Score against training time", "training, s", timed, lambda run: run.seconds),
+        ("Score against training time", "training, s", timed, lambda run: run.training.seconds),
         ("Score against peak memory", "peak memory, MB", section.runs, lambda run: run.megabytes),
     ]
     return [_scatter(section, title, label, runs, cost) for title, label, runs, cost in plots if runs]
 
 
 def _scatter(section: Section, title: str, label: str, runs: tuple[Run, ...], cost: Callable[[Run], float]) -> Plot:
-    tasks = [task for task in section.tasks if any(run.task == task for run in runs)]
+    tasks = [task for task in section.tasks if any(run.task_name == task for run in runs)]
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     best = []
@@ -49,9 +49,9 @@ def _scatter(section: Section, title: str, label: str, runs: tuple[Run, ...], co
             panel.set_visible(False)
         handles = {}
         for panel, task in zip(panels, tasks, strict=False):
-            own = sorted((run for run in runs if run.task == task), key=lambda run: run.score)
+            own = sorted((run for run in runs if run.task_name == task), key=lambda run: run.value)
             for number, method in enumerate(section.methods):
-                points = [(cost(run), run.score) for run in own if run.method == method]
+                points = [(cost(run), run.value) for run in own if run.method_name == method]
                 if points:
                     x, y = zip(*points, strict=True)
                     colour, marker = f"C{number % 10}", _MARKERS[number % len(_MARKERS)]
@@ -60,7 +60,7 @@ def _scatter(section: Section, title: str, label: str, runs: tuple[Run, ...], co
             panel.set(title=task, xlabel=label, ylabel="100 x score" if unit == "points" else unit)
             panel.grid(alpha=0.3)
             word, top = ("highest", own[-1]) if own[0].higher_is_better else ("lowest", own[0])
-            best.append(f"{task}: {word} {top.format(top.score)} by {top.method} at {cost(top):,.0f} ({label})")
+            best.append(f"{task}: {word} {top.format(top.value)} by {top.method_name} at {cost(top):,.0f} ({label})")
         names = [method for method in section.methods if method in handles]
         figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=4)
         return Plot(title, svg_text(figure), f"{title}, one point a run. {'; '.join(best)}.")

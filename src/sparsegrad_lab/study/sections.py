@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..run.settings import METHODS
+from ..run.settings import RunArguments
 from .experiment import BASELINE, Experiment, experiment_names, load_experiment
 from .labels import label_data, label_runs
-from .results import Failure, ResultFiles, Run, read_results
+from .results import ResultFiles, read_results
+from .runs import About, Failure, Run
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,19 @@ class Section:
     @property
     def attempted(self) -> set[str]:
         """Methods with a finished or a failed run, the search's aside."""
-        failed = {failure.method for failure in self.failures if not failure.trial}
-        return {run.method for run in self.runs} | failed
+        failed = {failure.method_name for failure in self.failures if not failure.trial}
+        return {run.method_name for run in self.runs} | failed
+
+    def runs_of(self, task: str | None = None, method: str | None = None) -> list[Run]:
+        """Its runs of a task, of a method, or of both."""
+        return [run for run in self.runs if task in (None, run.task_name) and method in (None, run.method_name)]
+
+    def failures_of(self, task: str, method: str) -> list[Failure]:
+        """Failed runs of a method on a task, the search's aside."""
+        return [
+            failure for failure in self.failures
+            if (failure.task_name, failure.method_name, failure.trial) == (task, method, False)
+        ]  # fmt: skip
 
     @property
     def setting(self) -> str:
@@ -55,10 +67,10 @@ class Section:
         models = ", ".join(sorted({run.model for run in self.runs}))
         rows = []
         for task in self.tasks:
-            sizes = [run.result["rows"] for run in self.runs if run.task == task]
+            sizes = [run.rows for run in self.runs_of(task)]
             text = sorted({f"{size['train']:,} ({sum(size.values()) - size['train']:,})" for size in sizes})
             rows += [f"{task} {', '.join(text)}"] if text else []
-        steps = sorted({run.result["steps"] for run in self.runs})
+        steps = sorted({run.steps for run in self.runs})
         count = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
         return f"Model {models}. Rows to train on (and to score on): {'; '.join(rows)}. {count} steps a run."
 
@@ -86,7 +98,7 @@ def read_report(paths: Iterable[str | Path], baseline: str | None = None) -> Rep
         ValueError: the baseline has no runs.
     """
     files = read_results(paths)
-    methods = sorted({run.method for run in files.runs})
+    methods = sorted({run.method_name for run in files.runs})
     if baseline is not None and baseline not in methods:
         raise ValueError(f"baseline: expected a method that has runs, one of {', '.join(methods)}; found {baseline!r}")
     return Report(_note_shared_runs(_sections(files, baseline)), files.unfinished, files.rejected)
@@ -99,12 +111,12 @@ def read_sections(paths: Iterable[str | Path], baseline: str | None = None) -> l
 
 def _sections(files: ResultFiles, baseline: str | None) -> list[Section]:
     """Runs without an experiment first, then the shipped experiments in their order, then others."""
-    names = {found.experiment for found in (*files.runs, *files.failures)}
+    names = {found.experiment or "" for found in (*files.runs, *files.failures)}
     shipped = {name: number for number, name in enumerate(experiment_names())}
     sections = []
     for name in sorted(names, key=lambda name: (name != "", shipped.get(name, -1), name)):
-        runs = [run for run in files.runs if run.experiment == name]
-        failures = [failure for failure in files.failures if failure.experiment == name]
+        runs = [run for run in files.runs if (run.experiment or "") == name]
+        failures = [failure for failure in files.failures if (failure.experiment or "") == name]
         experiment = _shipped_experiment(name, runs[0].scale if runs else failures[0].scale)
         sections += _sections_by_model(name, experiment, runs, failures, baseline)
     return sections
@@ -150,13 +162,13 @@ def _section(
         runs = label_runs(label_data(runs))
     methods = _in_order(runs)
     if experiment is None:
-        about: dict[str, dict[str, Any]] = {run.method: run.result.get("about") or {} for run in runs}
-        first = next(iter(about.values()), {})
+        about = {run.method_name: run.about for run in runs}
+        first = next(iter(about.values()), About())
         return Section(
-            name, _line(first.get("title")) or name or "All runs", _line(first.get("question")),
-            {method: _line(about[method].get("words")) for method in methods},
-            tuple(dict.fromkeys(run.task for run in runs)), tuple(sorted({run.seed for run in runs})),
-            baseline or _line(first.get("baseline")) or BASELINE, runs, trials, tuple(failures), experiment=name,
+            name, _line(first.title) or name or "All runs", _line(first.question),
+            {method: _line(about[method].words) for method in methods},
+            tuple(dict.fromkeys(run.task_name for run in runs)), tuple(sorted({run.seed for run in runs})),
+            baseline or _line(first.baseline) or BASELINE, runs, trials, tuple(failures), experiment=name,
         )  # fmt: skip
     words = {name: method.words for name, method in experiment.methods.items()}
     return Section(
@@ -167,14 +179,14 @@ def _section(
 
 
 def _in_order(runs: Iterable[Run]) -> list[str]:
-    """Names of methods, in the order of the registry; those that it does not know come last."""
-    registered = {name: number for number, name in enumerate(METHODS)}
-    position = {run.method: registered.get(str(run.result["method"]), len(registered)) for run in runs}
-    return sorted(position, key=lambda method: (position[method], method))
+    """Names of methods: variants of the package's default first, then those of the baseline, then the others."""
+    first = (RunArguments().method, BASELINE)
+    names = {(*(run.method != method for method in first), run.method_name) for run in runs}
+    return list(dict.fromkeys(str(name[-1]) for name in sorted(names)))
 
 
-def _line(text: Any) -> str:
-    return " ".join(str(text or "").split())
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _note_shared_runs(sections: list[Section]) -> list[Section]:
@@ -184,9 +196,9 @@ def _note_shared_runs(sections: list[Section]) -> list[Section]:
     for section in sections:
         shared: dict[tuple[str, str, str], set[int]] = {}
         for run in section.runs:
-            title, method = first.setdefault(run.identity, (section.title, run.method))
+            title, method = first.setdefault(run.identity, (section.title, run.method_name))
             if title != section.title:
-                shared.setdefault((run.method, title, method), set()).add(run.seed)
+                shared.setdefault((run.method_name, title, method), set()).add(run.seed)
         sentences = tuple(
             f"The runs of {method} with seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(seeds)))} are "
             f"those of {other} in {title!r}."

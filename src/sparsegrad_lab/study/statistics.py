@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from .results import Run
+from .runs import Run
 from .sections import Section
 
 FEWEST = 6
@@ -64,7 +64,7 @@ class Comparison:
 
 def score_table(runs: Iterable[Run]) -> pd.DataFrame:
     """Scores by (task, seed), a column for each method; nan where there is no run. All runs of one unit."""
-    rows = [(run.task, run.seed, run.method, run.score) for run in runs]
+    rows = [(run.task_name, run.seed, run.method_name, run.value) for run in runs]
     frame = pd.DataFrame(rows, columns=["task", "seed", "method", "score"])
     return frame.pivot_table(index=["task", "seed"], columns="method", values="score", aggfunc="last", sort=False)
 
@@ -74,10 +74,10 @@ def by_unit(section: Section) -> dict[str, Section]:
     runs: dict[str, list[Run]] = {"points": []}
     for run in section.runs:
         runs.setdefault(run.unit, []).append(run)
-    with_loss = {run.task for unit, some in runs.items() if unit != "points" for run in some}
+    with_loss = {run.task_name for unit, some in runs.items() if unit != "points" for run in some}
     parts = {}
     for unit, some in runs.items():
-        own = {run.task for run in some}
+        own = {run.task_name for run in some}
         tasks = [task for task in section.tasks if (task not in with_loss if unit == "points" else task in own)]
         if some:
             parts[unit] = replace(section, runs=tuple(some), tasks=tuple(tasks))
@@ -114,8 +114,8 @@ def at_last_evaluation(section: Section) -> Section:
     """The section with the score of each run's last evaluation in place of its best."""
 
     def last(run: Run) -> Run:
-        evaluations = run.result.get("evaluations") or [{}]
-        return replace(run, result={**run.result, "score": evaluations[-1].get(run.metric, run.result["score"])})
+        score = run.evaluations[-1].get(run.metric) if run.evaluations else None
+        return run if score is None else run.model_copy(update={"score": score})
 
     return replace(section, runs=tuple(map(last, section.runs)))
 

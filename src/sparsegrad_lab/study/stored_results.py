@@ -13,7 +13,7 @@ from ..run.folder import write_whole
 from ..run.settings import METHODS, RunArguments, flat
 from ..tasks.task import higher_is_better
 from .experiment import Cell
-from .record import RejectedFileError, read_json
+from .runs import RejectedFileError, read_json
 
 _READ_BY = {
     "calibration.": ("sparsegrad", "literal"), "adapter.shared": ("sparsegrad", "literal"),

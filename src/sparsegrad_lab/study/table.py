@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .results import Run
+from .runs import Run
 
 
 class Linked(str):

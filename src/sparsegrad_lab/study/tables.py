@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import TypeVar
 
 from .cost_tables import costs, costs_by_task
-from .results import Failure, Run
+from .runs import Failure, Run
 from .sections import Section
 from .statistics import at_last_evaluation, by_unit, compare, mean_of_tasks
 from .table import Linked, Table
@@ -35,12 +35,11 @@ def scores(section: Section) -> Table:
     """Mean and spread over seeds: a row for each task, a column for each method."""
     rows = []
     for task in section.tasks:
-        metrics = [run.metric.replace("_", " ") for run in section.runs if run.task == task]
+        metrics = [run.metric.replace("_", " ") for run in section.runs_of(task)]
         row = [f"{task}, {metrics[0]}" if metrics else task]
         for method in section.methods:
-            runs = [run for run in section.runs if (run.task, run.method) == (task, method)]
-            failed = ", ".join(f"{failure.status}: seed {failure.seed}" for failure in section.failures
-                               if (failure.task, failure.method, failure.trial) == (task, method, False))  # fmt: skip
+            runs, failures = section.runs_of(task, method), section.failures_of(task, method)
+            failed = ", ".join(f"{failure.status}: seed {failure.seed}" for failure in failures)
             if runs:
                 text = f"{_mean_and_deviation(runs)} ({len(runs)})"
                 row.append(Linked(f"{text}; {failed}" if failed else text, runs))
@@ -64,7 +63,7 @@ def scores(section: Section) -> Table:
 
 
 def _mean_and_deviation(runs: list[Run]) -> str:
-    values = [run.score for run in runs]
+    values = [run.value for run in runs]
     text = runs[0].format(mean(values))
     return f"{text} ± {runs[0].format(stdev(values))}" if len(values) > 1 else text
 
@@ -125,15 +124,13 @@ def searches(section: Section) -> Table:
     rows = []
     for task in section.tasks:
         for method in section.methods:
-            trials: list[Run] = sorted(
-                _of(section.trials, task, method), key=lambda run: float(run.result["learning_rate"])
-            )
+            trials: list[Run] = sorted(_of(section.trials, task, method), key=lambda run: run.learning_rate)
             failed = [failure for failure in _of(section.failures, task, method) if failure.trial]
             if not trials and not failed:
                 continue
             tried = [one.learning_rate for one in (*trials, *failed)]
-            used = sorted({run.learning_rate for run in _of(section.runs, task, method)})
-            scored = [f"{run.learning_rate:g}: {run.format(run.score)}" for run in trials]
+            used = sorted({run.learning_rate for run in section.runs_of(task, method)})
+            scored = [f"{run.learning_rate:g}: {run.format(run.value)}" for run in trials]
             scored += [f"{failure.learning_rate:g}: {failure.status}" for failure in failed]
             edges = (min(tried), max(tried))
             rows.append([
@@ -149,21 +146,21 @@ def searches(section: Section) -> Table:
 
 
 def _of(found: Iterable[_Found], task: str, method: str) -> list[_Found]:
-    return [one for one in found if (one.task, one.method) == (task, method)]
+    return [one for one in found if (one.task_name, one.method_name) == (task, method)]
 
 
 def every_run(runs: Iterable[Run]) -> Table:
     """A row for each run."""
     rows = []
     for run in runs:
-        training = run.result["config"]["training"]
+        settings = run.config.training
         rows.append([
-            run.experiment, run.task, run.method, str(run.seed),
-            Linked(run.format(run.score, 2), [run]),
-            f"{run.learning_rate:g}", str(training["batch_size"]), f"{training['epochs']:g}",
-            f"{run.result['rows']['train']:,}", f"{run.seconds:.0f}" if run.timed else "",
-            "" if run.calibration_seconds is None else f"{run.calibration_seconds:.0f}",
-            f"{run.megabytes:,.0f}", str(run.result["environment"].get("commit") or "")[:10],
+            run.experiment or "", run.task_name, run.method_name, str(run.seed),
+            Linked(run.format(run.value, 2), [run]),
+            f"{run.learning_rate:g}", str(settings.batch_size), f"{settings.epochs:g}",
+            f"{run.rows.get('train', 0):,}", f"{run.training.seconds:.0f}" if not run.resumed else "",
+            "" if run.calibration is None else f"{run.calibration.seconds:.0f}",
+            f"{run.megabytes:,.0f}", (run.environment.commit or "")[:10],
         ])  # fmt: skip
     header = ["experiment", "task", "method", "seed", "score", "learning rate", "batch", "epochs", "rows",
               "training, s", "calibration, s", "peak, MB", "commit"]  # fmt: skip

@@ -13,7 +13,7 @@ from .statistics import by_unit, common_seeds, compare, mean_of_tasks, score_tab
 def verdict(section: Section) -> list[str]:
     """Ranking of the methods, a sentence for each comparison with the baseline, and what is missing or failed."""
     baseline = section.baseline
-    with_runs = {run.method for run in section.runs}
+    with_runs = {run.method_name for run in section.runs}
     methods = [method for method in section.methods if method in with_runs]
     if not methods:
         return ["No run has a score yet.", *_missing(section)]
@@ -27,7 +27,7 @@ def verdict(section: Section) -> list[str]:
         str(compare(part.runs, method, baseline))
         for part in parts
         for method in methods
-        if method != baseline and {method, baseline} <= {run.method for run in part.runs}
+        if method != baseline and {method, baseline} <= {run.method_name for run in part.runs}
     ]
     return [*(_ranking(part, methods) for part in parts), *comparisons, *_missing(section), *section.shared]
 
@@ -61,9 +61,9 @@ def _missing(section: Section) -> list[str]:
     words = [", ".join(not_run)] if not_run else []
     failed = defaultdict(list)
     for method in section.methods:
-        runs = [run for run in section.runs if run.method == method]
-        failures = [failure for failure in section.failures if failure.method == method and not failure.trial]
-        attempted = {run.task for run in runs} | {failure.task for failure in failures}
+        runs = section.runs_of(method=method)
+        failures = [failure for failure in section.failures if failure.method_name == method and not failure.trial]
+        attempted = {run.task_name for run in runs} | {failure.task_name for failure in failures}
         tasks = [task for task in section.tasks if task not in attempted]
         planned = len(attempted) * len(section.seeds)
         missing = planned - len(runs) - len(failures)
@@ -72,7 +72,7 @@ def _missing(section: Section) -> list[str]:
         if attempted and missing > 0:
             words.append(f"{missing} of the other {planned} runs of {method}")
         for failure in failures:
-            failed[f"{method} {failure.status}"].append(failure.task)
+            failed[f"{method} {failure.status}"].append(failure.task_name)
     sentences = [f"Not run: {'; '.join(words)}."] if words else []
     if failed:
         named = [f"{what} on {', '.join(dict.fromkeys(tasks))}" for what, tasks in failed.items()]

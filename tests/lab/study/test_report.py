@@ -23,7 +23,7 @@ from sparsegrad_lab.study.experiment import experiment_names
 from sparsegrad_lab.study.overview import overview, parameters
 from sparsegrad_lab.study.page import render_page
 from sparsegrad_lab.study.report import markdown
-from sparsegrad_lab.study.results import Run
+from sparsegrad_lab.study.runs import Run
 from sparsegrad_lab.study.scatter_plots import scatter_plots
 from sparsegrad_lab.study.sections import Report, Section, read_report, read_sections
 from sparsegrad_lab.study.statistics import compare, mean_of_tasks, score_table
@@ -37,9 +37,8 @@ SCORES = {  # task -> method -> score of each seed
 
 
 @pytest.fixture
-def folder(tmp_path: Path, finished_run: Path) -> Path:
+def folder(tmp_path: Path, real: dict[str, Any]) -> Path:
     """Result files as runs write them, with scores of our own."""
-    real: dict[str, Any] = json.loads((finished_run / "result.json").read_text(encoding="utf-8"))
     for task, methods in SCORES.items():
         for method, found in methods.items():
             for seed, score in enumerate(found):
@@ -76,10 +75,10 @@ def test_a_mean_is_over_the_seeds_that_all_have(section: Section) -> None:
     """A seed in which everything is ten points better, run by one method alone, does not put it ahead."""
     mine = next(run for run in section.runs if run.method == "sparsegrad")
     more = [
-        replace(run, result={**run.result, "seed": 7, "score": run.result["score"] + 0.1})
-        for run in section.runs if run.method == "sparsegrad" and run.result["seed"] == mine.result["seed"]
+        run.model_copy(update={"seed": 7, "score": run.score + 0.1})
+        for run in section.runs if run.method == "sparsegrad" and run.seed == mine.seed
     ]  # fmt: skip
-    assert {run.task for run in more} == {"rte", "mrpc"}
+    assert {run.task_name for run in more} == {"rte", "mrpc"}
     wider = replace(section, runs=(*section.runs, *more))
     assert mean_of_tasks(wider, "sparsegrad") == mean_of_tasks(section, "sparsegrad") == pytest.approx(72)
     assert mean_of_tasks(wider, "lora") == pytest.approx(70)
@@ -110,7 +109,7 @@ def test_comparison_by_hand(runs: list[Run]) -> None:
 )
 def test_what_is_said_of_a_difference(differences: list[int], said: str, runs: list[Run]) -> None:
     pairs = [
-        replace(runs[0], result={**runs[0].result, "variant": method, "seed": seed, "score": (50 + more) / 100})
+        runs[0].model_copy(update={"variant": method, "seed": seed, "score": (50 + more) / 100})
         for seed, difference in enumerate(differences)
         for method, more in (("a", difference), ("b", 0))
     ]
@@ -176,9 +175,8 @@ def test_command_writes_page_markdown_and_csv(folder: Path, tmp_path: Path, caps
 
 
 @pytest.fixture
-def study(tmp_path: Path, runs: list[Run]) -> Section:
+def study(tmp_path: Path, real: dict[str, Any]) -> Section:
     """Of the shipped comparison: a few runs, two trials, one that ran out of memory, the rest not run."""
-    real = runs[0].result
 
     def write(name: str, **what: Any) -> None:
         base = {**real, "experiment": "comparison", "scale": "cpu", "trial": False, "status": "finished", "seed": 0,
@@ -226,8 +224,8 @@ def test_a_study_names_what_was_not_run_and_what_failed(study: Section) -> None:
         "2 short runs that measure time and memory only. Not run: sparsegrad-paper"
     )
     speed = dict(zip(costs_by_task(study).header, costs_by_task(study).rows[4], strict=True))
-    one = next(run for run in study.runs if run.method == "lora")
-    assert speed["lora"] == f"{one.result['steps'] / one.seconds:.2f} / {one.megabytes:,.0f}"
+    one = next(run for run in study.runs if run.variant == "lora")
+    assert speed["lora"] == f"{one.steps / one.training.seconds:.2f} / {one.megabytes:,.0f}"
     assert [row[1:] for row in costs_by_task(study).rows[:4]] == [["not run"] * 3] * 4
     assert speed["full"] == "out of memory"
     text = render_page(Report([study]), "t")
@@ -262,8 +260,9 @@ def test_all_experiments_are_in_the_overview(study: Section, section: Section) -
 
 
 @pytest.fixture
-def real(runs: list[Run]) -> dict[str, Any]:
-    return runs[0].result
+def real(finished_run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((finished_run / "result.json").read_text(encoding="utf-8"))
+    return found
 
 
 def written(folder: Path, name: str, found: dict[str, Any]) -> None:
@@ -318,7 +317,7 @@ def test_runs_of_one_seed_are_told_apart(folder: Path, real: dict[str, Any]) -> 
     (folder / "glue" / "rte" / "full-0.json").unlink()
     [section] = read_sections([folder])
     names = {"full (learning_rate 0.0001)": 0.1, "full (learning_rate 0.01)": 10.0}
-    assert {run.method: run.score for run in section.runs if "full" in run.method} == pytest.approx(names)
+    assert {run.method_name: run.value for run in section.runs if "full" in run.method_name} == pytest.approx(names)
 
 
 def test_rows_of_ones_own_are_told_apart(real: dict[str, Any], tmp_path: Path) -> None:
@@ -340,7 +339,7 @@ def test_a_baseline_that_has_no_runs(folder: Path) -> None:
 def test_a_difference_on_one_task_is_none_over_tasks(runs: list[Run]) -> None:
     """Two tasks with +8 and +1 in each of four seeds: sure of these runs, not of tasks."""
     pairs = [
-        replace(runs[0], result={**runs[0].result, "variant": method, "seed": seed, "task": task, "score": 0.5 + more})
+        runs[0].model_copy(update={"variant": method, "seed": seed, "task": task, "score": 0.5 + more})
         for task, difference in (("x", 0.08), ("y", 0.01))
         for seed in range(4)
         for method, more in (("a", difference + seed / 1000), ("b", 0.0))
@@ -349,14 +348,18 @@ def test_a_difference_on_one_task_is_none_over_tasks(runs: list[Run]) -> None:
     assert found.low > 0
     assert (found.tasks, found.p_tasks > 0.05) == (2, True)
     assert "significant over runs, not over tasks" in str(found)
-    same = [replace(run, result={**run.result, "score": 0.5}) for run in pairs]
+    same = [run.model_copy(update={"score": 0.5}) for run in pairs]
     assert compare(same, "a", "b").p == 1
     assert "not significant" in str(compare(same, "a", "b"))
 
 
 def test_runs_of_another_experiment_are_named(study: Section, tmp_path: Path) -> None:
-    [run] = [run for run in study.runs if run.method == "sparsegrad"]
-    written(tmp_path / "study", "d.json", {**run.result, "experiment": "calibration", "variant": "trajectory"})
+    [run] = [run for run in study.runs if run.variant == "sparsegrad"]
+    written(
+        tmp_path / "study",
+        "d.json",
+        {**json.loads(run.as_json()), "experiment": "calibration", "variant": "trajectory"},
+    )
     sections = {section.name: section for section in read_sections([tmp_path / "study"])}
     assert sections["comparison"].shared == ()
     assert sections["calibration"].shared == (
@@ -367,17 +370,15 @@ def test_runs_of_another_experiment_are_named(study: Section, tmp_path: Path) ->
 def test_a_resumed_run_has_no_time(section: Section) -> None:
     """Its seconds are those since it was resumed: a share or a speed from them would be wrong, and was."""
     first, *others = section.runs
-    cut = {**first.result, "resumed": True, "training": {**first.result["training"], "seconds": 1e-3}}
-    resumed = replace(section, runs=(Run(first.path, cut), *others))
+    cut = first.model_copy(update={"resumed": True, "training": first.training.model_copy(update={"seconds": 1e-3})})
+    resumed = replace(section, runs=(cut, *others))
     row = next(row for row in costs(resumed).rows if row[0] == first.method)
     whole = [run for run in others if run.method == first.method]
-    rates = [run.result["steps"] / run.seconds for run in whole]
+    rates = [run.steps / run.training.seconds for run in whole]
     assert row[3] == f"{sum(rates) / len(rates):.2f}"
     assert row[4] == next(row for row in costs(replace(section, runs=tuple(others))).rows if row[0] == first.method)[4]
     assert every_run(resumed.runs).rows[0][9] == ""
-    assert [picture.title for picture in scatter_plots(replace(section, runs=(Run(first.path, cut),)))] == [
-        "Score against peak memory"
-    ]
+    assert [picture.title for picture in scatter_plots(replace(section, runs=(cut,)))] == ["Score against peak memory"]
 
 
 def test_parameters_by_part() -> None:
@@ -453,7 +454,7 @@ def test_page_in_a_browser(runs: list[Run], section: Section, tmp_path: Path) ->
         column = "#every-run tbody tr:not([hidden]) td:nth-child(5)"
         tab.click("#every-run th:nth-child(5) button")
         shown = [float(text) for text in tab.locator(column).all_inner_texts()]
-        assert shown == pytest.approx(sorted(run.score for run in runs))
+        assert shown == pytest.approx(sorted(run.value for run in runs))
         tab.click("#every-run th:nth-child(5) button")
         assert float(tab.locator(column).first.inner_text()) == 83.0
         tab.fill("input[type=search]", "rte lora")

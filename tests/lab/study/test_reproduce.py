@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import yaml
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.cli.train import as_arguments
 from sparsegrad_lab.run.process_identity import is_alive, mark
+from sparsegrad_lab.study.cell_run import describe
 from sparsegrad_lab.study.experiment import Experiment, experiment_names, load_experiment, merged
 from sparsegrad_lab.study.grid import Grid, Places, Reporter, reproduce
 from sparsegrad_lab.study.locks import Locks, SharedRuns
@@ -97,76 +99,51 @@ def read(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_grid_search_best_and_again(load: Any, places: Places, tmp_path: Path) -> None:
-    said = Lines()
-    results = reproduce([load("first"), load("second")], places, threads=1, reporter=said)
-    assert len(results) == 4 + 4 + 2 == len(said.begun)
-    assert sum(result["trial"] for result in results.values()) == 4
+def test_grid_search_best_and_again(load: Any, places: Places) -> None:
+    options: dict[str, Any] = {"keep": lambda cell: cell.method != "lora" and cell.seed != 1, "threads": 1}
+    experiments, reporter = [load("first"), load("second")], Lines()
+    results = reproduce(experiments, places, reporter=reporter, **options)
+    assert len(results) == 2 + 1 + 2 == len(reporter.begun)
     # The search is run before what depends on it, on its own rows and seed.
-    assert [name.split("/")[1] for name in said.begun[:4]] == ["search"] * 4
-    trial = next(result for result in results.values() if result["trial"])
-    assert (trial["rows"]["train"], trial["seed"]) == (16, 100)
-    for method in ("sparsegrad", "lora"):
-        trials = {r["learning_rate"]: r["score"] for r in results.values() if r["trial"] and r["variant"] == method}
-        assert sorted(trials) == [1e-3, 1e-2]
-        best = max(sorted(trials), key=trials.__getitem__)
-        runs = [r for r in results.values() if not r["trial"] and r["variant"] == method]
-        assert [run["learning_rate"] for run in runs] == [best, best]
-        assert [run["seed"] for run in runs] == [0, 1]
-        assert all(run["rows"]["train"] == 48 for run in runs)
-        if method == "sparsegrad":
-            same = next(r for r in results.values() if r["variant"] == "same")
-            # The very same settings as a run of the first experiment: not run again, and it says so.
-            assert same["same_as"].endswith("/sparsegrad-0.json")
-            assert (same["score"], same["learning_rate"]) == (runs[0]["score"], best)
-    broken = next(result for result in results.values() if result["variant"] == "broken")
-    assert broken["status"] == "diverged"
+    assert [name.split("/")[1] for name in reporter.begun[:2]] == ["search"] * 2
+    trials = {result["learning_rate"]: result for result in results.values() if result["trial"]}
+    assert sorted(trials) == [1e-3, 1e-2]
+    assert {(trial["rows"]["train"], trial["seed"]) for trial in trials.values()} == {(16, 100)}
+    best = max(sorted(trials), key=lambda rate: (trials[rate]["score"], -trials[rate]["training_loss_last_sixth"]))
+    [run, same, broken] = [result for result in results.values() if not result["trial"]]
+    assert (run["variant"], run["learning_rate"], run["seed"], run["rows"]["train"]) == ("sparsegrad", best, 0, 48)
+    # The same settings as a run of the first experiment: it is not run again, and the result says so.
+    assert same["same_as"].endswith("/sparsegrad-0.json")
+    assert (same["variant"], same["score"], same["learning_rate"]) == ("same", run["score"], best)
+    assert (broken["variant"], broken["status"]) == ("broken", "diverged")
     assert "the loss of step" in broken["error"]
     for name, result in results.items():
-        file = read(result_file(places, name))
-        assert file == result
-        assert {"experiment", "scale", "config", "environment", "status", "command", "attempts"} <= file.keys()
+        assert read(result_file(places, name)) == result
+        assert {"experiment", "scale", "config", "environment", "status", "command", "attempts"} <= result.keys()
         if result["status"] == "finished":
-            assert {"training", "calibration", "evaluations", "trained_entries", "weights_bytes"} <= file.keys()
-            assert file["training"]["mean_memory_bytes"] <= file["training"]["peak_memory_bytes"]
+            assert {"training", "calibration", "evaluations", "trained_entries", "weights_bytes"} <= result.keys()
+            assert result["training"]["mean_memory_bytes"] <= result["training"]["peak_memory_bytes"]
     assert not list(places.runs.rglob("*.safetensors"))
 
     again = Lines()
-    assert reproduce([load("first"), load("second")], places, threads=1, reporter=again) == results
+    assert reproduce(experiments, places, reporter=again, **options) == results
     assert again.begun == []
-    # Nor because of what LoRA does not read, such as a default of ours that has changed since.
-    lora = next(result_file(places, name) for name in results if name.endswith("lora-0"))
-    there = read(lora)
-    other = merged(
-        there, {"config": {"adapter": {"shared": True, "products": "sparse"}, "calibration": {"n_steps": 99}}}
-    )
-    lora.write_text(json.dumps(other), encoding="utf-8")
-    reproduce([load("first")], places, threads=1, reporter=again)
-    assert again.begun == []
-    lora.write_text(json.dumps(there, indent=1) + "\n", encoding="utf-8")
     retried = Lines()
-    reproduce([load("second")], places, threads=1, retry=True, reporter=retried)
+    reproduce([load("second")], places, retry=True, reporter=retried, **options)
     assert [name.rpartition("/")[2] for name in retried.begun] == ["broken-0"]
 
-    # Results that lie elsewhere, such as on another machine, come with the claims.
-    other = Places(tmp_path / "elsewhere", places.runs)
-    assert reproduce([load("first")], other, reporter=again) == {n: r for n, r in results.items() if "first" in n}
-    assert again.begun == []
-
     # The search would give another rate now: what ran with the old one is named, and with retry run again.
-    old = next(result for name, result in results.items() if name.endswith("lora-0"))["learning_rate"]
-    trial = result_file(places, next(name for name in results if name.endswith(f"lora-lr{old:g}")))
-    trial.write_text(json.dumps({**read(trial), "score": -1.0}), encoding="utf-8")
-    new = 1e-3 if old == 1e-2 else 1e-2
-    words = rf"2 results.*lora-0\.json \(training\.learning_rate {old:g}, now {new:g}\).*--retry"
+    worse = result_file(places, next(name for name in results if name.endswith(f"sparsegrad-lr{best:g}")))
+    worse.write_text(json.dumps({**read(worse), "score": -1.0}), encoding="utf-8")
+    new = 1e-3 if best == 1e-2 else 1e-2
+    words = rf"1 results.*sparsegrad-0\.json \(training\.learning_rate {best:g}, now {new:g}\).*--retry"
     with pytest.raises(ValueError, match=words):
-        reproduce([load("first")], places, threads=1, reporter=Lines())
+        reproduce([load("first")], places, reporter=Lines(), **options)
     redone = Lines()
-    redo = {"keep": lambda cell: cell.seed != 1, "threads": 1, "retry": True, "reporter": redone}
-    found = reproduce([load("first")], places, **redo)
-    assert [name.rpartition("/")[2] for name in redone.begun] == ["lora-0"]
-    again = next(result for name, result in found.items() if name.endswith("lora-0"))
-    assert (again["status"], again["learning_rate"]) == ("finished", new)
+    found = reproduce([load("first")], places, retry=True, reporter=redone, **options)
+    assert [name.rpartition("/")[2] for name in redone.begun] == ["sparsegrad-0"]
+    redo = next(result for name, result in found.items() if name.endswith("sparsegrad-0"))
+    assert (redo["status"], redo["learning_rate"]) == ("finished", new)
 
 
 @pytest.mark.slow
@@ -175,7 +152,7 @@ def test_two_processes_share_the_runs_and_a_killed_one_is_taken_up(
 ) -> None:
     words = [
         sys.executable, "-m", "sparsegrad_lab.cli.main", "reproduce", "first", "--folder", str(folder), "--results",
-        str(places.results), "--runs", str(places.runs), "--threads", "1", "--methods", "lora",
+        str(places.results), "--runs", str(places.runs), "--threads", "1", "--methods", "lora", "--seeds", "0",
     ]  # fmt: skip
     killed = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
@@ -190,10 +167,9 @@ def test_two_processes_share_the_runs_and_a_killed_one_is_taken_up(
     said = [process.communicate(timeout=280)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     lines = [line for words in said for line in words.splitlines() if line.startswith("first/")]
-    assert len(lines) == len({line.split(":")[0] for line in lines}) == 4  # each run by one of them
-    assert all(any(line.startswith("first/") for line in words.splitlines()) for words in said)
+    assert len(lines) == len({line.split(":")[0] for line in lines}) == 3  # each run by one of them
     attempts = [read(path)["attempts"] for path in places.results.rglob("*.json")]
-    assert sorted(attempts) == [1] * 3 + [2]
+    assert sorted(attempts) == [1, 1, 2]
 
 
 @pytest.fixture(scope="module")
@@ -411,26 +387,40 @@ def test_settings_that_become_null_or_were_null_are_others(load: Any, places: Pl
     assert "data.train_rows 3, now None" in differs(config={"data": {"train_rows": 3}})[0]
 
 
+def test_a_setting_that_the_method_does_not_read_makes_no_other_run(load: Any, places: Places) -> None:
+    """Such as a default of ours that has changed since."""
+    cell = next(cell for cell in load("first").cells() if cell.method == "lora" and cell.trial is not None)
+    config = as_arguments(cell.settings(cell.trial)).as_dict()
+    stored = StoredResults(places.results)
+    for change, differs in (
+        ({"adapter": {"shared": True, "products": "sparse"}, "calibration": {"n_steps": 99}}, False),
+        ({"adapter": {"rank": 2}}, True),
+    ):
+        stored.write(cell.name, {"status": "finished", "config": merged(config, change)})
+        assert bool(stored.outdated([cell])) is differs
+        assert (stored.equal_run(as_arguments(cell.settings(cell.trial))) is None) is differs
+
+
 def test_a_peft_config_is_what_its_file_says(load: Any, folder: Path, places: Places) -> None:
-    words = {"peft_type": "LORA", "r": 1, "target_modules": "mlp"}
-    (folder / "second" / "lora.json").write_text(json.dumps(words), encoding="utf-8")
-    (folder / "second" / "experiment.yaml").write_text(
-        yaml.safe_dump({
-            "title": "S", "question": "?", "seeds": [0], "baseline": "file",
-            "methods": {"file": {"settings": {"method": "lora.json"}}},
-        }), encoding="utf-8",
-    )  # fmt: skip
-    begun = Lines()
-    [result] = reproduce([load("second")], places, threads=1, reporter=begun).values()
-    assert (result["status"], result["adapter_config"]) == ("finished", words)
-    reproduce([load("second")], places, threads=1, reporter=begun)
-    assert len(begun.begun) == 1
-    (folder / "second" / "lora.json").write_text(json.dumps({**words, "r": 2}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"'r': 1.*now \{.*'r': 2"):
-        reproduce([load("second")], places, threads=1, reporter=begun)
-    [result] = reproduce([load("second")], places, threads=1, retry=True, reporter=begun).values()
-    assert result["adapter_config"]["r"] == 2
-    assert len(begun.begun) == 2
+    """Two files with one name are two methods, and a file that has moved is the same."""
+    content = {"peft_type": "LORA", "r": 1, "target_modules": "mlp"}
+    (folder / "second" / "lora.json").write_text(json.dumps(content), encoding="utf-8")
+    methods = {"file": {"settings": {"method": "lora.json"}}}
+    experiment = {"title": "S", "question": "?", "seeds": [0], "baseline": "file", "methods": methods}
+    (folder / "second" / "experiment.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    [cell] = load("second").cells()
+    arguments = as_arguments(cell.settings(None))
+    stored = StoredResults(places.results)
+    config = {**arguments.as_dict(), "method": "elsewhere/lora.json"}
+    result = {"status": "finished", "config": config, **describe(cell, arguments, 1)}
+    assert result["adapter_config"] == content
+    stored.write(cell.name, result)
+    assert stored.outdated([cell]) == []
+    assert stored.equal_run(arguments) is not None
+    (folder / "second" / "lora.json").write_text(json.dumps({**content, "r": 2}), encoding="utf-8")
+    [(_, words)] = stored.outdated([cell])
+    assert re.search(r"'r': 1.*now \{.*'r': 2", words)
+    assert stored.equal_run(arguments) is None
 
 
 def test_an_experiment_needs_no_more_than_its_own_lines(folder: Path, places: Places, capsys: Any) -> None:

@@ -1,0 +1,230 @@
+"""The content of a result file: a finished run, or a failed one.
+
+A file comes from outside, so it is checked against these schemas before anything reads it. Fields that have no name
+here are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from ..tasks.task import higher_is_better
+
+LARGEST = 32_000_000
+"Most bytes of a result file; a real one has about 10,000."
+
+FileName = Annotated[str, StringConstraints(pattern=r"^[^.\s/\\:\x00-\x1f\x7f][^/\\:\x00-\x1f\x7f]*$", max_length=200)]
+"One part of a path: no separators, and no dot or space at the start."
+Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=1000)]
+"Text without line breaks and control characters."
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=10**18)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+
+class Phase(_Record):
+    """Time and memory of training or of calibration."""
+
+    seconds: Seconds
+    peak_memory_bytes: Count = 0
+
+
+class TrainedEntries(_Record):
+    """Entries of the adapter, or of the layers that an adapter would change."""
+
+    adapter: Count
+    touched: Count | None = None
+    "entries that any step has changed"
+
+
+class MachineInfo(_Record):
+    """Where and with what a run was done."""
+
+    time: Line
+    device: Line
+    threads: Count
+    python: Line
+    packages: dict[str, Line | None]
+    commit: Line | None = None
+    dirty: bool | None = None
+
+
+class TrainingSettings(_Record):
+    """Part of `RunArguments.training`."""
+
+    batch_size: Count
+    epochs: Number
+
+
+class Settings(_Record):
+    """Part of `RunArguments`."""
+
+    task: Line | None = None
+    data: dict[str, Any]
+    training: TrainingSettings
+
+
+class About(_Record):
+    """What a report says about an experiment, where the experiment's own file is not at hand."""
+
+    title: str = ""
+    question: str = ""
+    baseline: str = ""
+    words: str = ""
+    "description of the method"
+
+
+class _Ending(_Record):
+    """What finished and failed runs have in common."""
+
+    path: Path = Field(exclude=True)
+    "the result file; not in it"
+    task: Line
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
+    experiment: FileName | None = None
+    scale: FileName = "cpu"
+    model: Line = ""
+    learning_rate: Number = float("nan")
+    "of the adapter"
+    trial: bool = False
+    "whether it belongs to the search for a learning rate"
+    about: About = About()
+
+    def as_json(self) -> str:
+        """The content of the file."""
+        return json.dumps(self.model_dump(mode="json", exclude_unset=True), indent=1, ensure_ascii=False)
+
+
+class Run(_Ending):
+    """A finished run."""
+
+    method: Line
+    variant: FileName | None = None
+    "the experiment's name for the method and its settings"
+    metric: Line
+    score: Number
+    steps: Annotated[int, Field(gt=0)]
+    rows: dict[str, Count]
+    weights_bytes: Count
+    trained_entries: TrainedEntries
+    training: Phase
+    calibration: Phase | None = None
+    evaluations: list[dict[str, Number | None]] = []
+    config: Settings
+    environment: MachineInfo
+    resumed: bool = False
+    "a resumed run only has the time since it was resumed"
+    label: str | None = Field(None, exclude=True)
+    "name of the method in a report where several runs have the same method, task and seed; not in the file"
+    data_label: str = Field("", exclude=True)
+    "added to the task's name where tasks of one name have different rows; not in the file"
+
+    @property
+    def task_name(self) -> str:
+        """Name of the task in the tables, such as "rte"."""
+        return self.task.removeprefix("glue/") + self.data_label
+
+    @property
+    def method_name(self) -> str:
+        """Name of the method in the tables."""
+        return self.label or self.variant or self.method
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for two files of the same run, as when two experiments share it."""
+        return self.environment.time, self.task, self.seed, self.score, self.training.seconds
+
+    @property
+    def higher_is_better(self) -> bool:
+        """False for a loss."""
+        return higher_is_better(self.metric)
+
+    @property
+    def unit(self) -> str:
+        """Values of one unit can be averaged: "points" (100 x metric), or the name of a loss."""
+        return "points" if self.higher_is_better else self.metric
+
+    @property
+    def value(self) -> float:
+        """The score in its unit."""
+        return self.score * (100 if self.higher_is_better else 1)
+
+    def format(self, value: float, digits: int = 1, sign: str = "") -> str:
+        """A value of this run's unit as text. A loss gets two more digits."""
+        return f"{value:{sign}.{digits if self.higher_is_better else digits + 2}f}"
+
+    @property
+    def megabytes(self) -> float:
+        """Peak memory of training, in 1e6 bytes."""
+        return self.training.peak_memory_bytes / 1e6
+
+
+class Failure(_Ending):
+    """A run of a study that ended without a score."""
+
+    status: Line
+    "how it ended, such as diverged"
+    error: str
+    variant: FileName
+    config: dict[str, Any]
+
+    @property
+    def task_name(self) -> str:
+        """Name of the task in the tables, such as "rte"."""
+        return self.task.removeprefix("glue/")
+
+    @property
+    def method_name(self) -> str:
+        """Name of the method in the tables."""
+        return self.variant
+
+    def __str__(self) -> str:
+        return f"{self.task_name}, {self.method_name}, seed {self.seed}: {self.status} ({self.error})"
+
+
+class RejectedFileError(ValueError):
+    """A file that cannot be used as a result. The message gives the reason, without the file's name."""
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        RejectedFileError: it is no JSON, or larger or nested deeper than any result.
+    """
+    if path.stat().st_size > LARGEST:
+        raise RejectedFileError(f"expected at most {LARGEST:,} bytes, found {path.stat().st_size:,}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RejectedFileError(f"expected JSON ({error})") from error
+
+
+def parse_result(content: Any, path: Path) -> Run | Failure | None:
+    """The run of a result file's content; None for JSON that is no result of a run.
+
+    Raises:
+        RejectedFileError: it is meant as a result, and a field is missing or has a wrong value.
+    """
+    if not isinstance(content, dict):
+        return None
+    content = {**content, "path": path}
+    try:
+        if {"task", "method", "seed", "score"} <= content.keys():
+            return Run.model_validate({**content, "label": None, "data_label": ""})
+        if {"status", "error", "variant", "config"} <= content.keys():
+            return Failure.model_validate(content)
+        return None
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()]
+        more = f"; and {len(problems) - 3} more problems" if len(problems) > 3 else ""
+        raise RejectedFileError("; ".join(problems[:3]) + more) from error
