@@ -12,7 +12,7 @@ from torch import nn
 from helpers import F64, all_chain_costs, multiply_adds_done, orthogonal
 from sparsegrad_peft import Basis, SparseGradLinear
 from sparsegrad_peft.method import function
-from sparsegrad_peft.method.costs import Prefer, chain_cost, forms_update, saves_input, step_cost
+from sparsegrad_peft.method.costs import LayerShape, Prefer, chain_cost, forms_update, saves_input, step_cost
 
 SIZES = (1, 2, 3, 7, 40)
 SHAPES = [(12, 5), (5, 12), (8, 8)]
@@ -72,7 +72,9 @@ def test_the_layer_computes_what_is_counted(
     layer = SparseGradLinear.from_linear(
         nn.Linear(in_, out, dtype=F64), Basis(orthogonal(in_, c), orthogonal(out, r)), prefer=prefer
     )
-    assert multiply_adds_done(one_step, layer, tokens, live) == step_cost(out, in_, r, c, tokens, live, prefer)
+    assert multiply_adds_done(one_step, layer, tokens, live) == step_cost(
+        LayerShape(out, in_, r, c), tokens, live, prefer
+    )
 
 
 @pytest.mark.parametrize("prefer", ["memory", "speed"])
@@ -84,7 +86,7 @@ def test_the_cheaper_way_is_taken(out: int, in_: int, prefer: Prefer, monkeypatc
         basis = Basis(orthogonal(in_, c), orthogonal(out, r))
         layer = SparseGradLinear.from_linear(nn.Linear(in_, out, dtype=F64), basis, prefer=prefer)
         chosen = multiply_adds_done(one_step, layer, tokens, tokens)
-        taken.add(forms_update(tokens, (r, c), (out, in_), prefer))
+        taken.add(forms_update(tokens, LayerShape(out, in_, r, c), prefer))
         forced = []
         for way in (True, False):
             monkeypatch.setattr(function, "forms_update", lambda *_, way=way: way)
@@ -95,5 +97,5 @@ def test_the_cheaper_way_is_taken(out: int, in_: int, prefer: Prefer, monkeypatc
 
 
 def test_the_smaller_of_input_and_projection_is_saved() -> None:
-    assert not saves_input(10, (3, 2), (7, 5), "memory")
-    assert saves_input(10, (3, 5), (7, 5), "memory")  # the projection is no smaller
+    assert not saves_input(10, LayerShape(7, 5, 3, 2), "memory")
+    assert saves_input(10, LayerShape(7, 5, 3, 5), "memory")  # the projection is no smaller

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsegrad_peft.method.costs import Prefer, chain_cost, step_cost
+from sparsegrad_peft.method.costs import LayerShape, Prefer, chain_cost, step_cost
 from sparsegrad_peft.method.sizes import Sizes
 
 
@@ -57,4 +57,4 @@ def _core(out: int, in_: int, tokens: int, live: int, sizes: Sizes, prefer: Pref
     r, c = sizes.counts(out, in_)
     assert r is not None
     assert c is not None
-    return step_cost(out, in_, r, c, tokens, live, prefer)
+    return step_cost(LayerShape(out, in_, r, c), tokens, live, prefer)

@@ -1,9 +1,8 @@
-"""Basis(U, V): the two orthogonal bases of a group of layers, as one module that the layers share."""
+"""Basis(U, V): the coordinates in which a group of layers is trained, as one module that the layers share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from .precision import without_autocast
 from .products import chain
+from .sides import cast, check_selected, is_selected, put, row_count, scaled
 from .sizes import check_rows
 
 ORTHOGONALITY_TOLERANCE = {
@@ -23,7 +23,15 @@ ORTHOGONALITY_TOLERANCE = {
 
 
 class Basis(nn.Module):
-    """Two orthonormal bases, one direction per row, strongest first: `G_tilde = V G Uᵀ` (paper: preliminary phase).
+    """Coordinates for the gradients of a group of layers: `G_tilde = V G Uᵀ` (paper: preliminary phase).
+
+    Each side is a matrix of orthonormal directions, strongest first, a vector of selected features, or the identity
+    (`sides.py`). The core `S` (r, c) of a layer stands for the update
+
+        ΔW = Vᵀ (diag(scale_out) S diag(scale_in)) U
+
+    The scales set how far a step of the optimizer moves each entry: Adam moves every entry of `S` by about the learning
+    rate, and so every entry of `ΔW` in the basis by the rate times its scale (`gram.py` makes them from the spectrum).
 
     The layers of a group share the module, not its tensors: a tensor that is a buffer of two modules becomes two
     tensors at the first `.to()`, and a shared module stays one. The bases follow the model to other devices, but keep
@@ -31,38 +39,51 @@ class Basis(nn.Module):
     longer be the bases that the core was trained in.
 
     Args:
-        U: (c, in), the input side; c = in is a complete basis. None is the identity.
-        V: (r, out), the output side, likewise.
+        U: the input side: (c, in) directions, (c,) int32 indices of features, or None for the identity.
+        V: the output side: (r, out), (r,) or None.
+        in_features: needed if `U` holds indices.
+        out_features: needed if `V` holds indices.
+        scale_in: (c,), positive; None is 1.
+        scale_out: (r,), positive; None is 1.
         spectrum_in: gradient energy along the directions of the input side, descending; for inspection only.
         spectrum_out: the same for the output side.
         layers: names of the layers that the basis was calibrated on.
 
     Raises:
-        ValueError: a side is not a matrix, has more rows than columns, is not finite, or is not orthonormal within
-            `ORTHOGONALITY_TOLERANCE`.
+        ValueError: a matrix has more rows than columns, is not finite, or is not orthonormal within
+            `ORTHOGONALITY_TOLERANCE`; indices are out of range or repeated; scales do not fit or are not positive.
     """
 
     U: Tensor | None
     V: Tensor | None
+    scale_in: Tensor | None
+    scale_out: Tensor | None
     spectrum_in: Tensor | None
     spectrum_out: Tensor | None
 
     def __init__(
         self,
-        U: Float[Tensor, "c in"] | None,
-        V: Float[Tensor, "r out"] | None,
+        U: Tensor | None,
+        V: Tensor | None,
         *,
+        in_features: int | None = None,
+        out_features: int | None = None,
+        scale_in: Float[Tensor, " c"] | None = None,
+        scale_out: Float[Tensor, " r"] | None = None,
         spectrum_in: Float[Tensor, " known_in"] | None = None,
         spectrum_out: Float[Tensor, " known_out"] | None = None,
         layers: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        for side, matrix in (("U", U), ("V", V)):
-            if matrix is not None:
-                check_orthonormal(matrix, side)
+        self.in_features = _check_side(U, in_features, "U")
+        self.out_features = _check_side(V, out_features, "V")
+        _check_scale(scale_in, U, "scale_in")
+        _check_scale(scale_out, V, "scale_out")
         # Rows are gathered, which is many times faster if they are contiguous.
         self.register_buffer("U", None if U is None else U.contiguous())
         self.register_buffer("V", None if V is None else V.contiguous())
+        self.register_buffer("scale_in", scale_in)
+        self.register_buffer("scale_out", scale_out)
         self.register_buffer("spectrum_in", spectrum_in, persistent=False)
         self.register_buffer("spectrum_out", spectrum_out, persistent=False)
         self.layers = layers
@@ -74,25 +95,83 @@ class Basis(nn.Module):
 
     @classmethod
     def allocate(
-        cls, *, r: int, c: int, out_features: int, in_features: int, dtype: torch.dtype = torch.float32
+        cls,
+        *,
+        r: int,
+        c: int,
+        out_features: int,
+        in_features: int,
+        dtype: torch.dtype = torch.float32,
+        selected: tuple[bool, bool] = (False, False),
+        scales: bool = False,
     ) -> Basis:
-        """Return a basis of zeros, to load numbers into."""
+        """Return a basis of zeros, to load numbers into.
+
+        Args:
+            r: rows of `V`.
+            c: rows of `U`.
+            out_features: features of the output side.
+            in_features: features of the input side.
+            dtype: of the directions.
+            selected: True for a side (output, input) that selects features.
+            scales: with room for scales.
+        """
         basis = cls(None, None)
-        basis.U, basis.V = torch.zeros(c, in_features, dtype=dtype), torch.zeros(r, out_features, dtype=dtype)
+        basis.out_features, basis.in_features = out_features, in_features
+        for name, rows, features, is_index in (("V", r, out_features, selected[0]), ("U", c, in_features, selected[1])):
+            side = torch.zeros(rows, dtype=torch.int32) if is_index else torch.zeros(rows, features, dtype=dtype)
+            setattr(basis, name, side)
+        if scales:
+            basis.scale_out, basis.scale_in = torch.zeros(r), torch.zeros(c)
         return basis
 
+    @property
+    def scales(self) -> tuple[Tensor | None, Tensor | None]:
+        """(scale_out, scale_in)."""
+        return self.scale_out, self.scale_in
+
+    @property
+    def is_scaled(self) -> bool:
+        """True if the core's entries are scaled."""
+        return self.scale_in is not None or self.scale_out is not None
+
     def to_basis(self, G: Float[Tensor, "out in"]) -> Float[Tensor, "r c"]:
-        """Return `V G Uᵀ`: a weight or gradient of the original space, in the basis."""
-        U, V = self._sides(G.dtype)
-        return chain(V, G, None if U is None else U.T)
+        """Return the gradient of the core, `scale_out · V G Uᵀ · scale_in`, from the gradient of the weight."""
+        return scaled(self._project(G), self.scales)
 
     def from_basis(self, S: Float[Tensor, "r c"]) -> Float[Tensor, "out in"]:
-        """Return `Vᵀ S U`, in the original space. The inverse of `to_basis` if both sides are complete."""
-        U, V = self._sides(S.dtype)
+        """Return the update `ΔW` of a core: `Vᵀ (scale_out · S · scale_in) U`."""
+        U, V = cast(self.U, S.dtype), cast(self.V, S.dtype)
+        S = scaled(S, self.scales)
+        if is_selected(V):
+            left = put(S.T, V, self._features(V, self.out_features)).T  # (out, c)
+            return put(left, U, self._features(U, self.in_features))
+        if is_selected(U):
+            return chain(None if V is None else V.T, put(S, U, self._features(U, self.in_features)))
         return chain(None if V is None else V.T, S, U)
 
-    def _sides(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        return None if self.U is None else self.U.to(dtype), None if self.V is None else self.V.to(dtype)
+    def coordinates(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "r c"]:
+        """Return the core whose update is the projection of `W` on the basis; the inverse of `from_basis`.
+
+        Without scales it is `to_basis`.
+        """
+        inverse = [None if scale is None else scale.reciprocal() for scale in self.scales]
+        return scaled(self._project(W), (inverse[0], inverse[1]))
+
+    def _project(self, G: Tensor) -> Tensor:
+        """`V G Uᵀ`."""
+        U, V = cast(self.U, G.dtype), cast(self.V, G.dtype)
+        if is_selected(V):
+            G, V = G.index_select(0, V), None
+        if is_selected(U):
+            G, U = G.index_select(1, U), None
+        return chain(V, G, None if U is None else U.T)
+
+    @staticmethod
+    def _features(side: Tensor | None, features: int | None) -> int:
+        if features is None:
+            raise ValueError("a basis that selects features needs in_features and out_features")
+        return features
 
     def core_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """Return (r, c) for a layer of this shape.
@@ -101,23 +180,21 @@ class Basis(nn.Module):
             ValueError: the basis is for layers of another shape.
         """
         found = (
-            out_features if self.V is None else self.V.shape[1],
-            in_features if self.U is None else self.U.shape[1],
+            out_features if self.out_features is None else self.out_features,
+            in_features if self.in_features is None else self.in_features,
         )
         if found != (out_features, in_features):
             raise ValueError(
                 f"the basis is for layers with (out, in) = {found}, found a layer with ({out_features}, {in_features})"
                 "; layers of different shapes need a basis each (see group_linears)"
             )
-        return (
-            out_features if self.V is None else self.V.shape[0],
-            in_features if self.U is None else self.U.shape[0],
-        )
+        return row_count(self.V, out_features), row_count(self.U, in_features)
 
     @property
     def is_complete(self) -> bool:
         """True if both sides span the whole space, so that a change of basis loses nothing."""
-        return all(side is None or side.shape[0] == side.shape[1] for side in (self.U, self.V))
+        sides = ((self.U, self.in_features), (self.V, self.out_features))
+        return all(side is None or len(side) == features for side, features in sides)
 
     def truncated(self, c: int | None = None, r: int | None = None) -> Basis:
         """Return a basis of the leading `c` rows of `U` and `r` rows of `V` (None keeps all)."""
@@ -126,9 +203,18 @@ class Basis(nn.Module):
                 raise ValueError(f"{what}={count}: this side is the identity, which has no leading rows")
             if count is not None and side is not None:
                 check_rows(count, side.shape[0], what)
+            if count is not None and is_selected(side):
+                raise ValueError(f"{what}={count}: this side selects features, which have no order; calibrate anew")
         U = self.U if self.U is None or c is None else self.U[:c].clone()
         V = self.V if self.V is None or r is None else self.V[:r].clone()
-        return Basis(U, V, spectrum_in=self.spectrum_in, spectrum_out=self.spectrum_out, layers=self.layers)
+        scale_in, scale_out = (
+            None if scale is None else scale[:count].clone()
+            for scale, count in ((self.scale_in, c), (self.scale_out, r))
+        )
+        return Basis(
+            U, V, in_features=self.in_features, out_features=self.out_features, scale_in=scale_in, scale_out=scale_out,
+            spectrum_in=self.spectrum_in, spectrum_out=self.spectrum_out, layers=self.layers,
+        )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Basis:
         # Every cast and move of a module comes through here. Follow moves, ignore casts.
@@ -141,8 +227,9 @@ class Basis(nn.Module):
 
     def extra_repr(self) -> str:
         """Shapes of both sides, for `print(model)`."""
-        sides: list[Any] = ["identity" if side is None else tuple(side.shape) for side in (self.U, self.V)]
-        return f"U={sides[0]}, V={sides[1]}, layers={len(self.layers)}"
+        sides = ["identity" if side is None else str(tuple(side.shape)) for side in (self.U, self.V)]
+        scaled = ", scaled" if self.is_scaled else ""
+        return f"U={sides[0]}, V={sides[1]}{scaled}, layers={len(self.layers)}"
 
 
 class HoldsBasis(nn.Module):
@@ -173,6 +260,29 @@ class HoldsBasis(nn.Module):
         if recurse and not self.registers_basis:
             self.basis._apply(fn)
         return self
+
+
+def _check_side(side: Tensor | None, features: int | None, name: str) -> int | None:
+    """Check one side; return its number of features, None for the identity without one."""
+    if side is None:
+        return features
+    if side.dim() == 1 and is_selected(side):
+        if features is None:
+            raise ValueError(f"{name} selects features: expected their total number as well, found None")
+        check_selected(side, features, name)
+        return features
+    check_orthonormal(side, name)
+    return side.shape[1]
+
+
+def _check_scale(scale: Tensor | None, side: Tensor | None, name: str) -> None:
+    if scale is None:
+        return
+    expected = None if side is None else (len(side),)
+    if scale.dim() != 1 or (expected is not None and tuple(scale.shape) != expected):
+        raise ValueError(f"{name}: expected a vector of shape {expected}, found {tuple(scale.shape)}")
+    if not bool((scale > 0).all() and scale.isfinite().all()):
+        raise ValueError(f"{name}: expected positive, finite numbers, found {int((~(scale > 0)).sum())} others")
 
 
 def check_orthonormal(matrix: Float[Tensor, "rows n"], side: str) -> None:

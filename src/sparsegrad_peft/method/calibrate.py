@@ -37,6 +37,7 @@ class Calibration:
         c: Rows = "full",
         r: Rows = "full",
         sizes: Sizes | None = None,
+        exponent: float = 0.0,
         dtype: torch.dtype = torch.float32,
         progress: bool = False,
     ) -> dict[str, Basis]:
@@ -48,6 +49,7 @@ class Calibration:
             c: rows of `U`, the input side, of every group.
             r: rows of `V`, the output side, of every group.
             sizes: in place of both, by the shape of each group's layers.
+            exponent: of the spectrum in the scales of the core, see `GramStatistics.basis`.
             dtype: of the bases.
             progress: show a progress bar, for bases of every single layer of a large model.
         """
@@ -55,8 +57,11 @@ class Calibration:
         bases: dict[str, Basis] = {}
         notes: list[str] = []
         for name, gram in progress_bar(list(self.groups.items()), "Making bases" if progress else None):
-            r, c = sizes.check(len(gram.gram_out), len(gram.gram_in), f"group {name}")
-            bases[name] = basis = gram.basis(c=c, r=r, dtype=dtype, notes=notes)
+            shape = len(gram.gram_out), len(gram.gram_in)
+            r, c = sizes.check(*shape, f"group {name}")
+            selected = sizes.selected(*shape)
+            basis = gram.basis(c=c, r=r, selected=selected, exponent=exponent, dtype=dtype, notes=notes)
+            bases[name] = basis
             # Machines may differ in the eigensolver, and nearly equal eigenvalues then give other vectors and, for a
             # share of energy, another number of them. So every process takes rank 0's.
             for side, buffer in list(basis.named_buffers()):
@@ -133,7 +138,9 @@ def _empty_statistics(
     modules = dict(model.named_modules())
     probes: dict[tuple[int, int, torch.device], Tensor] = {}  # sides of one size use the same random vectors
 
-    def allocate(n: int, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    def allocate(n: int, rows: Rows, selected: bool, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        if selected:
+            return torch.zeros(n, dtype=config.gram_dtype, device=device), None
         width = sketch_width(rows, n)
         sums = torch.zeros(n, n if width is None else width, dtype=config.gram_dtype, device=device)
         if width is None:
@@ -153,9 +160,10 @@ def _empty_statistics(
             raise ValueError(f"group {name!r}: the layers of a group share a shape, found (out, in) = {shapes}")
         out_features, in_features = next(iter(shapes.values()))
         r, c = sizes.check(out_features, in_features, f"group {name}") if sizes is not None else ("full", "full")
+        select_out, select_in = (False, False) if sizes is None else sizes.selected(out_features, in_features)
         device = torch.device(config.gram_device or modules[layers[0]].weight.device)
-        gram_in, probe_in = allocate(in_features, c, device)
-        gram_out, probe_out = allocate(out_features, r, device)
+        gram_in, probe_in = allocate(in_features, c, select_in, device)
+        gram_out, probe_out = allocate(out_features, r, select_out, device)
         statistics[name] = GramStatistics(
             name, tuple(layers), gram_in, gram_out, probe_in=probe_in, probe_out=probe_out
         )

@@ -11,6 +11,7 @@ The file needs no torch, so that the command line and the benchmarks can count w
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 Prefer = Literal["memory", "speed"]
@@ -38,70 +39,90 @@ def cheapest_cut(dims: tuple[int, ...]) -> tuple[int, int]:
     return best, cut
 
 
-def saves_input(tokens: int, core_shape: tuple[int, int], shape: tuple[int, int], prefer: Prefer) -> bool:
+@dataclass(frozen=True)
+class LayerShape:
+    """Shape of a layer and its basis, and which sides of the basis are rotations.
+
+    Taking coordinates along a selected side or the identity multiplies nothing (see `sides.py`).
+    """
+
+    out: int
+    in_: int
+    r: int
+    c: int
+    rotates_out: bool = True
+    "V is a matrix (r, out)"
+    rotates_in: bool = True
+    "U is a matrix (c, in)"
+
+    @property
+    def dims_out(self) -> tuple[int, ...]:
+        """Sizes along a chain that passes through `Vᵀ`."""
+        return (self.out, self.r) if self.rotates_out else (self.r,)
+
+    @property
+    def dims_in(self) -> tuple[int, ...]:
+        """Sizes along a chain that passes through `U`."""
+        return (self.c, self.in_) if self.rotates_in else (self.c,)
+
+
+def saves_input(tokens: int, layer: LayerShape, prefer: Prefer) -> bool:
     """True if backward gets the input `x` (T, in), False if it gets the projected input `x Uᵀ` (T, c)."""
-    (r, c), (out, in_) = core_shape, shape
-    if c == in_:  # the projected input is no smaller, and `x` may be kept for another layer anyway
+    if layer.c == layer.in_:  # the projected input is no smaller, and `x` may be kept for another layer anyway
         return True
-    if prefer == "memory":
+    if prefer == "memory" or not layer.rotates_in:
         return False
-    return chain_cost(r, out, tokens, in_, c) < tokens * in_ * c + chain_cost(r, out, tokens, c)
+    project = chain_cost(tokens, *layer.dims_in[::-1])
+    from_input = chain_cost(*layer.dims_out[::-1], tokens, *layer.dims_in[::-1])
+    return from_input < project + chain_cost(*layer.dims_out[::-1], tokens, layer.c)
 
 
-def backward_through_factors(
-    tokens: int, core_shape: tuple[int, int], shape: tuple[int, int], *, from_input: bool = False
-) -> tuple[int, bool]:
+def backward_through_factors(tokens: int, layer: LayerShape, *, from_input: bool = False) -> tuple[int, bool]:
     """Multiply-adds of the products `δ Vᵀ S U` and `V δᵀ x̃` in backward.
 
     Both need `δ Vᵀ` (T, r). The second value is True if it is cheapest to compute `δ Vᵀ` once for both.
 
     Args:
         tokens: rows of `δ`.
-        core_shape: (r, c).
-        shape: (out, in).
+        layer: shape of the layer.
         from_input: `x̃ = x Uᵀ` still has to be computed from the input `x`.
     """
-    (r, c), (out, in_) = core_shape, shape
-    x_tilde = (in_, c) if from_input else (c,)
-    apart = chain_cost(tokens, out, r, c, in_) + chain_cost(r, out, tokens, *x_tilde)
-    together = tokens * out * r + chain_cost(tokens, r, c, in_) + chain_cost(r, tokens, *x_tilde)
-    return min(apart, together), together < apart
+    x_tilde = layer.dims_in[::-1] if from_input else (layer.c,)
+    apart = chain_cost(tokens, *layer.dims_out, *layer.dims_in) + chain_cost(*layer.dims_out[::-1], tokens, *x_tilde)
+    project = chain_cost(tokens, *layer.dims_out)
+    together = project + chain_cost(tokens, layer.r, *layer.dims_in) + chain_cost(layer.r, tokens, *x_tilde)
+    return min(apart, together), together < apart or not layer.rotates_out
 
 
-def forms_update(tokens: int, core_shape: tuple[int, int], shape: tuple[int, int], prefer: Prefer) -> bool:
+def forms_update(tokens: int, layer: LayerShape, prefer: Prefer) -> bool:
     """True if forming `W + Vᵀ S U` needs fewer multiply-adds, forward and backward, than applying its factors."""
-    costs = [_update_cost(formed, tokens, tokens, core_shape, shape, prefer) for formed in (True, False)]
-    return costs[0] < costs[1]
+    return _update_cost(True, tokens, tokens, layer, prefer) < _update_cost(False, tokens, tokens, layer, prefer)
 
 
-def step_cost(
-    out: int, in_: int, r: int, c: int, tokens: int, live_tokens: int | None = None, prefer: Prefer = "memory"
-) -> int:
+def step_cost(layer: LayerShape, tokens: int, live_tokens: int | None = None, prefer: Prefer = "memory") -> int:
     """Multiply-adds of one layer in one step: forward, gradient of the input, gradient of `S`.
 
     Args:
-        out: output features.
-        in_: input features.
-        r: rows of `V`.
-        c: rows of `U`.
+        layer: shape of the layer.
         tokens: tokens in the batch, padding included.
         live_tokens: tokens with a gradient; backward leaves the others out. None: all of them.
         prefer: see `Prefer`.
     """
-    live, core_shape, shape = tokens if live_tokens is None else live_tokens, (r, c), (out, in_)
-    formed = forms_update(tokens, core_shape, shape, prefer)
-    return (tokens + live) * out * in_ + _update_cost(formed, tokens, live, core_shape, shape, prefer)
+    live = tokens if live_tokens is None else live_tokens
+    formed = forms_update(tokens, layer, prefer)
+    return (tokens + live) * layer.out * layer.in_ + _update_cost(formed, tokens, live, layer, prefer)
 
 
-def _update_cost(
-    formed: bool, tokens: int, live: int, core_shape: tuple[int, int], shape: tuple[int, int], prefer: Prefer
-) -> int:
+def _update_cost(formed: bool, tokens: int, live: int, layer: LayerShape, prefer: Prefer) -> int:
     """Multiply-adds of one step that a frozen linear layer would not have."""
-    (r, c), (out, in_) = core_shape, shape
-    from_input = saves_input(tokens, core_shape, shape, prefer)
-    project = tokens * in_ * c
+    from_input = saves_input(tokens, layer, prefer)
+    project = chain_cost(tokens, *layer.dims_in[::-1])
     if formed:
-        forming = chain_cost(out, r, c, in_) * (1 if prefer == "speed" else 2)  # "speed" keeps it for backward
-        return forming + (chain_cost(r, out, live, in_, c) if from_input else project + chain_cost(r, out, live, c))
-    forward = project + chain_cost(tokens, c, r, out)
-    return forward + backward_through_factors(live, core_shape, shape, from_input=from_input)[0]
+        forming = chain_cost(*layer.dims_out, *layer.dims_in) * (
+            1 if prefer == "speed" else 2
+        )  # "speed" keeps it for backward
+        if from_input:
+            return forming + chain_cost(*layer.dims_out[::-1], live, *layer.dims_in[::-1])
+        return forming + project + chain_cost(*layer.dims_out[::-1], live, layer.c)
+    forward = project + chain_cost(tokens, layer.c, *layer.dims_out[::-1])
+    return forward + backward_through_factors(live, layer, from_input=from_input)[0]

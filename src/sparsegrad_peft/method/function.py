@@ -16,6 +16,9 @@ alone, and are made by counting multiply-adds (`costs.py`):
 Rows of `δ` that are exactly zero are left out of backward's products where it is cheap to find them (`live_rows.py`).
 These are padding and, in the last block of a classifier, every token that is not read.
 
+`S` stands for the scaled core: entry (i, j) of the trained core times `scale_out[i] · scale_in[j]` (`basis.py`). A
+side of the basis may be a matrix, a vector of selected features, or the identity (`sides.py`).
+
 The optimizer's step and the selection are not here. `W` gets a gradient only if it asks for one, as in calibration.
 """
 
@@ -27,24 +30,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .costs import Prefer, backward_through_factors, forms_update, saves_input
+from .costs import LayerShape, Prefer, backward_through_factors, forms_update, saves_input
 from .live_rows import live_rows
 from .precision import HALF_PRECISION, without_autocast
 from .products import add_chain, chain
+from .sides import Scales, Side, cast, is_selected, row_count, scaled, take
 
 
-def dense_core(core: Tensor, positions: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    """Return `S` (r, c): the block itself, or packed values (k) at their flat positions (k, int32) among zeros."""
-    if positions is None:
-        return core
-    return core.new_zeros(shape[0] * shape[1]).index_copy_(0, positions.long(), core).view(shape)
+def dense_core(core: Tensor, positions: Tensor | None, shape: tuple[int, int], scales: Scales = (None, None)) -> Tensor:
+    """Return `S` (r, c), scaled: the block, or packed values (k) at their flat positions (k, int32) among zeros."""
+    if positions is not None:
+        core = core.new_zeros(shape[0] * shape[1]).index_copy_(0, positions.long(), core).view(shape)
+    return scaled(core, scales)
 
 
-def form_weight(weight: Tensor, S: Tensor, U: Tensor | None, V: Tensor | None) -> Tensor:
-    """Return `W + Vᵀ S U` (out, in), computed in the wider of the two types and rounded once to the type of `W`."""
+def form_weight(weight: Tensor, S: Tensor, U: Side, V: Side) -> Tensor:
+    """Return `W + Vᵀ S U` (out, in), computed in the wider of the two types and rounded once to the type of `W`.
+
+    `S` (r, c) is the scaled core.
+    """
     wide = torch.promote_types(weight.dtype, S.dtype)
-    U, V = _cast(U, wide), _cast(V, wide)
-    return add_chain(weight.to(wide), _transposed(V), S.to(wide), U).to(weight.dtype)
+    return _add_update_to_weight(weight.to(wide), S.to(wide), cast(U, wide), cast(V, wide)).to(weight.dtype)
 
 
 def refuse_double_backward() -> None:
@@ -74,20 +80,22 @@ class SparseGradFunction(torch.autograd.Function):
         bias: Tensor | None,  # (out,), in the type to compute in
         core: Tensor,  # S (r, c), or packed values (k)
         positions: Tensor | None,  # (k,) int32, flat positions in (r, c); None: core is S
-        U: Tensor | None,  # (c, in); None: identity
-        V: Tensor | None,  # (r, out); None: identity
-        core_shape: tuple[int, int],  # (r, c)
+        U: Side,  # (c, in); (c,) int32: selected; None: identity
+        V: Side,  # (r, out); (r,) int32: selected; None: identity
+        scale_out: Tensor | None,  # (r,), scales the rows of S
+        scale_in: Tensor | None,  # (c,), scales the columns of S
         prefer: Prefer,
     ) -> Tensor:  # (T, out)
-        S = dense_core(core, positions, core_shape)
+        layer = _layer_shape(weight, U, V)
+        S = dense_core(core, positions, (layer.r, layer.c), (scale_out, scale_in))
         train_weight, train_core = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        formed = _forms(x.shape[0], core_shape, weight, prefer)
+        formed = _forms(x.shape[0], layer, weight, prefer)
         y, x_tilde, W_formed = _output(x, weight, bias, S, U, V, formed)
 
-        save_input = train_weight or saves_input(x.shape[0], core_shape, _shape(weight), prefer)
+        save_input = train_weight or saves_input(x.shape[0], layer, prefer)
         save_projected = train_core and not save_input
         if save_projected and x_tilde is None:
-            x_tilde = _project(x, U)
+            x_tilde = take(x, cast(U, x.dtype))
         ctx.save_for_backward(
             x if save_input and (train_core or train_weight) else None,  # (T, in), original space
             x_tilde if save_projected else None,  # (T, c), basis
@@ -97,8 +105,10 @@ class SparseGradFunction(torch.autograd.Function):
             positions,
             U,
             V,
+            scale_out,
+            scale_in,
         )
-        ctx.core_shape, ctx.formed = core_shape, formed
+        ctx.layer, ctx.formed = layer, formed
         return y
 
     @staticmethod
@@ -106,27 +116,26 @@ class SparseGradFunction(torch.autograd.Function):
         refuse_double_backward()
         (delta,) = grads  # δ (T, out)
         with without_autocast(delta.device):  # backward may be called inside an autocast that forward was not in
-            x, x_tilde, weight, W_formed, core, positions, U, V = ctx.saved_tensors
-            tokens = delta.shape[0]
+            x, x_tilde, weight, W_formed, core, positions, U, V, *scales = ctx.saved_tensors
+            layer, tokens = ctx.layer, delta.shape[0]
             live = live_rows(delta)
             if live is not None:
                 delta = delta[live]
                 x, x_tilde = (None if saved is None else saved[live] for saved in (x, x_tilde))
-            U_c, V_c = _cast(U, delta.dtype), _cast(V, delta.dtype)
+            U_c, V_c = cast(U, delta.dtype), cast(V, delta.dtype)
             grad_x = grad_weight = grad_bias = grad_core = None
             delta_tilde = None  # δ Vᵀ (T, r), basis
             if ctx.needs_input_grad[0]:
-                S = dense_core(core, positions, ctx.core_shape)
+                S = dense_core(core, positions, (layer.r, layer.c), tuple(scales))
                 if W_formed is None and ctx.formed:
                     W_formed = _form(weight, S, U, V, delta.dtype)
                 if W_formed is not None:
                     grad_x = delta @ W_formed
                 else:
-                    if ctx.needs_input_grad[3] and _shares_delta_tilde(ctx, delta, weight, x_tilde):
-                        delta_tilde = _project(delta, V)
-                    in_basis = (delta, _transposed(V_c)) if delta_tilde is None else (delta_tilde,)
+                    if ctx.needs_input_grad[3] and _shares_delta_tilde(layer, delta, x_tilde):
+                        delta_tilde = take(delta, V_c)
                     plain = delta @ weight.to(delta.dtype)
-                    grad_x = add_chain(plain, *in_basis, S.to(delta.dtype), U_c, in_place=True)
+                    grad_x = _add_update(plain, _through(delta, delta_tilde, V_c), S.to(delta.dtype), U_c)
                 if live is not None:
                     grad_x = grad_x.new_zeros(tokens, grad_x.shape[1]).index_copy_(0, live, grad_x)
             if ctx.needs_input_grad[1]:
@@ -134,12 +143,12 @@ class SparseGradFunction(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 grad_bias = delta.sum(0)  # of δ, not of δ_tilde
             if ctx.needs_input_grad[3]:
-                left = (V_c, delta.T) if delta_tilde is None else (delta_tilde.T,)
-                right = (x, _transposed(U_c)) if x_tilde is None else (x_tilde,)
-                grad_core = chain(*left, *right).to(core.dtype)  # G_tilde
+                left = [factor.T for factor in reversed(_through(delta, delta_tilde, V_c))]
+                right = _through(x, x_tilde, U_c)
+                grad_core = scaled(chain(*left, *right), tuple(scales)).to(core.dtype)  # G_tilde
                 if positions is not None:
                     grad_core = grad_core.reshape(-1)[positions.long()]
-        return grad_x, grad_weight, grad_bias, grad_core, None, None, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_core, *[None] * 6
 
 
 def output_without_grad(
@@ -148,26 +157,34 @@ def output_without_grad(
     bias: Tensor | None,
     core: Tensor,
     positions: Tensor | None,
-    U: Tensor | None,
-    V: Tensor | None,
-    core_shape: tuple[int, int],
+    U: Side,
+    V: Side,
+    scale_out: Tensor | None,
+    scale_in: Tensor | None,
     prefer: Prefer,
 ) -> Tensor:
     """Return the output (T, out) and save nothing. Arguments as in `SparseGradFunction.forward`."""
-    formed = _forms(x.shape[0], core_shape, weight, prefer)
-    return _output(x, weight, bias, dense_core(core, positions, core_shape), U, V, formed)[0]
+    layer = _layer_shape(weight, U, V)
+    S = dense_core(core, positions, (layer.r, layer.c), (scale_out, scale_in))
+    return _output(x, weight, bias, S, U, V, _forms(x.shape[0], layer, weight, prefer))[0]
 
 
-def _forms(tokens: int, core_shape: tuple[int, int], weight: Tensor, prefer: Prefer) -> bool:
+def _layer_shape(weight: Tensor, U: Side, V: Side) -> LayerShape:
+    out, in_ = weight.shape
+    rotates_out, rotates_in = (side is not None and not is_selected(side) for side in (V, U))
+    return LayerShape(out, in_, row_count(V, out), row_count(U, in_), rotates_out, rotates_in)
+
+
+def _forms(tokens: int, layer: LayerShape, weight: Tensor, prefer: Prefer) -> bool:
     """True if `W + Vᵀ S U` is formed. It does not depend on gradient mode, so the output has the same bits in both."""
     if weight.dtype in HALF_PRECISION:
         # A sum with `W` would round the update away. (Under autocast `W` is float32, and the sum is rounded only after
         # the update has been added, as in any mixed-precision training.)
         return False
-    return forms_update(tokens, core_shape, _shape(weight), prefer)
+    return forms_update(tokens, layer, prefer)
 
 
-def _form(weight: Tensor, S: Tensor, U: Tensor | None, V: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _form(weight: Tensor, S: Tensor, U: Side, V: Side, dtype: torch.dtype) -> Tensor:
     """Return `W + Vᵀ S U` (out, in) in the type to compute in.
 
     If that type is narrower than `W` (autocast), the products are computed in it and the sum is not: `W` rounded on its
@@ -175,8 +192,23 @@ def _form(weight: Tensor, S: Tensor, U: Tensor | None, V: Tensor | None, dtype: 
     """
     if dtype == weight.dtype:
         return form_weight(weight, S, U, V)
-    update = chain(_transposed(_cast(V, dtype)), S.to(dtype), _cast(U, dtype))
-    return (weight + update).to(dtype)
+    return _add_update_to_weight(weight, S.to(dtype), cast(U, dtype), cast(V, dtype)).to(dtype)
+
+
+def _add_update_to_weight(weight: Tensor, S: Tensor, U: Side, V: Side) -> Tensor:
+    """Return `W + Vᵀ S U` in the type of `weight`; the products are computed in the type of `S`."""
+    if not is_selected(U) and not is_selected(V):
+        if S.dtype == weight.dtype:
+            return add_chain(weight, None if V is None else V.T, S, U)
+        return weight + chain(None if V is None else V.T, S, U)
+    rows = chain(None if V is None or is_selected(V) else V.T, S, None if is_selected(U) else U).to(weight.dtype)
+    formed = weight.clone(memory_format=torch.contiguous_format)
+    if is_selected(U) and is_selected(V):
+        return formed.index_put_((V.long()[:, None], U.long()), rows, accumulate=True)  # (r, c)
+    if is_selected(U):
+        return formed.index_add_(1, U, rows)  # (out, c)
+    assert V is not None
+    return formed.index_add_(0, V, rows)  # (r, in)
 
 
 def _output(
@@ -184,35 +216,35 @@ def _output(
     weight: Tensor,
     bias: Tensor | None,
     S: Tensor,
-    U: Tensor | None,
-    V: Tensor | None,
+    U: Side,
+    V: Side,
     formed: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return `y` (T, out), and either `x_tilde` (T, c) or `W + Vᵀ S U` (out, in), in the type of `x`."""
     if formed:
         W_formed = _form(weight, S, U, V, x.dtype)
         return functional.linear(x, W_formed, bias), None, W_formed
-    x_tilde = _project(x, U)
+    x_tilde = take(x, cast(U, x.dtype))
     y = functional.linear(x, weight.to(x.dtype), bias)
-    return add_chain(y, x_tilde, S.T.to(x.dtype), _cast(V, x.dtype), in_place=True), x_tilde, None
+    return _add_update(y, (x_tilde,), S.T.to(x.dtype), cast(V, x.dtype)), x_tilde, None
 
 
-def _shares_delta_tilde(ctx: Any, delta: Tensor, weight: Tensor, x_tilde: Tensor | None) -> bool:
-    return backward_through_factors(len(delta), ctx.core_shape, _shape(weight), from_input=x_tilde is None)[1]
+def _add_update(y: Tensor, factors: tuple[Tensor, ...], S: Tensor, side: Side) -> Tensor:
+    """Add `factors S side` to `y` (T, n) in place: along a selected side, to its columns only."""
+    if is_selected(side):
+        update = chain(*factors, S)  # (T, k)
+        return y.scatter_add_(1, side.long().expand(update.shape), update)
+    return add_chain(y, *factors, S, side, in_place=True)
 
 
-def _project(x: Tensor, side: Tensor | None) -> Tensor:
-    """Return `x Uᵀ`, or `x` itself if the side is the identity."""
-    return x if side is None else x @ side.T.to(x.dtype)
+def _through(z: Tensor, z_tilde: Tensor | None, side: Side) -> tuple[Tensor, ...]:
+    """The factors of `z sideᵀ`: (z_tilde,) if it is there or costs no product, else (z, sideᵀ)."""
+    if z_tilde is not None:
+        return (z_tilde,)
+    if side is None or is_selected(side):
+        return (take(z, side),)
+    return (z, side.T)
 
 
-def _cast(side: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if side is None else side.to(dtype)
-
-
-def _transposed(side: Tensor | None) -> Tensor | None:
-    return None if side is None else side.T
-
-
-def _shape(weight: Tensor) -> tuple[int, int]:
-    return weight.shape[0], weight.shape[1]
+def _shares_delta_tilde(layer: LayerShape, delta: Tensor, x_tilde: Tensor | None) -> bool:
+    return backward_through_factors(len(delta), layer, from_input=x_tilde is None)[1]

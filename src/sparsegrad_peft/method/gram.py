@@ -3,7 +3,8 @@
     G of a layer ──► gram_in  += GᵀG   (in, in)     eigenvectors: U
                  └─► gram_out += GGᵀ   (out, out)   eigenvectors: V
 
-`hosvd.py` decomposes the sums. If a large side needs few directions, `sketch.py` replaces its Gram matrix.
+`hosvd.py` decomposes the sums. If a large side needs few directions, `sketch.py` replaces its Gram matrix. For a
+side that selects features instead of rotating, the diagonal is enough.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .hosvd import Eigenbasis, eigenbasis
+from .hosvd import Eigenbasis, StrongestFeatures, eigenbasis, strongest_features
 from .precision import unit_norm_, without_autocast
 from .processes import sum_over_processes
 from .sizes import Rows, check_rows
 from .sketch import eigenbasis_of_sketch
 
 logger = logging.getLogger(__name__)
+
+_LEAST_ENERGY = 1e-12  # of the strongest direction: below it an energy is rounding
 
 
 @dataclass
@@ -34,9 +37,9 @@ class GramStatistics:
     layers: tuple[str, ...]
     "the layers whose gradients are in the sums"
     gram_in: Tensor
-    "`Σ GᵀG` (in, in); with `probe_in`, its product with that (in, width)"
+    "`Σ GᵀG` (in, in); with `probe_in`, its product with that (in, width); for a selected side, its diagonal (in,)"
     gram_out: Tensor
-    "`Σ GGᵀ` (out, out); with `probe_out`, its product with that (out, width)"
+    "`Σ GGᵀ` (out, out); with `probe_out`, its product with that (out, width); for a selected side, its diagonal (out,)"
     n_gradients: int = 0
     "number of gradients summed, over layers, steps and processes"
     probe_in: Tensor | None = None
@@ -53,8 +56,8 @@ class GramStatistics:
         if normalize:
             G = unit_norm_(G.clone() if G is given else G)
         with without_autocast(G.device):
-            self.gram_in.addmm_(G.T, G if self.probe_in is None else G @ self.probe_in)
-            self.gram_out.addmm_(G, G.T if self.probe_out is None else G.T @ self.probe_out)
+            _add_side(self.gram_in, G, self.probe_in)
+            _add_side(self.gram_out, G.T, self.probe_out)
         if self.probe_in is not None or self.probe_out is not None:
             self.energy += float(G.square().sum())
         self.n_gradients += 1
@@ -71,14 +74,22 @@ class GramStatistics:
         *,
         c: Rows = "full",
         r: Rows = "full",
+        selected: tuple[bool, bool] = (False, False),
+        exponent: float = 0.0,
         dtype: torch.dtype = torch.float32,
         notes: list[str] | None = None,
     ) -> Basis:
-        """Make the group's basis, its HOSVD factors (see `hosvd.eigenbasis`).
+        """Make the group's basis: its HOSVD factors (see `hosvd.eigenbasis`), or its strongest features.
+
+        With an exponent `q`, the entries of the core are scaled by `(σ_i τ_j)^q`, where `σ_i²` and `τ_j²` are the
+        gradient energies of direction (or feature) i of the output side and j of the input side. The scales of each
+        side have a root mean square of 1. Weak directions then move less in a step of Adam: q = 0 moves all alike.
 
         Args:
             c: rows of `U` to keep: "full", a count, a fraction of `in`, or "energy:SHARE".
             r: rows of `V` to keep, likewise.
+            selected: True for a side (output, input) whose strongest features are selected and not rotated.
+            exponent: `q`.
             dtype: of the bases. The decomposition itself is computed in the type of the statistics.
             notes: gets one sentence for each side with more rows than the gradients have directions. None logs a
                 warning, see `warn_of_completed`.
@@ -89,28 +100,42 @@ class GramStatistics:
         """
         check_rows(c, self.gram_in.shape[0], f"c, {self}")
         check_rows(r, self.gram_out.shape[0], f"r, {self}")
-        side_in = self._side(self.gram_in, self.probe_in, c, "input")
-        side_out = self._side(self.gram_out, self.probe_out, r, "output")
+        side_in = self._side(self.gram_in, self.probe_in, c, selected[1], "input")
+        side_out = self._side(self.gram_out, self.probe_out, r, selected[0], "output")
         completed = [
             f"{self}, {which} side: the calibration gradients stand above rounding in {side.rank} of the "
             f"{len(side.vectors)} directions asked for"
             for which, side in (("input", side_in), ("output", side_out))
-            if len(side.vectors) > side.rank
+            if isinstance(side, Eigenbasis) and len(side.vectors) > side.rank
         ]
         if notes is None:
             warn_of_completed(completed)
         else:
             notes += completed
         return Basis(
-            _cast_orthonormal(side_in.vectors, dtype),
-            _cast_orthonormal(side_out.vectors, dtype),
+            _rows_of(side_in, dtype),
+            _rows_of(side_out, dtype),
+            in_features=len(self.gram_in),
+            out_features=len(self.gram_out),
+            scale_in=_scale(side_in, exponent),
+            scale_out=_scale(side_out, exponent),
             spectrum_in=side_in.spectrum,
             spectrum_out=side_out.spectrum,
             layers=self.layers,
         )
 
-    def _side(self, gram: Tensor, probe: Tensor | None, rows: Rows, which: str) -> Eigenbasis:
+    def _side(
+        self, gram: Tensor, probe: Tensor | None, rows: Rows, selected: bool, which: str
+    ) -> Eigenbasis | StrongestFeatures:
         name = f"{self}, {which} side"
+        if selected and probe is None:
+            return strongest_features(gram if gram.dim() == 1 else gram.diagonal(), rows, name=name)
+        if selected or gram.dim() == 1:
+            found, expected = ("directions", "features") if selected else ("features", "directions")
+            raise ValueError(
+                f"{name}: the statistics were collected for {found}, expected {expected}; calibrate with the sizes of "
+                "the bases"
+            )
         if probe is None:
             return eigenbasis(gram, rows, name=name)
         return eigenbasis_of_sketch(gram, probe, rows, self.energy, name=name)
@@ -120,6 +145,29 @@ class GramStatistics:
         first = ", ".join(self.layers[:3])
         more = f" and {len(self.layers) - 3} more" if len(self.layers) > 3 else ""
         return f"group {self.name!r} ({first}{more})"
+
+
+@torch.no_grad()
+def _add_side(sums: Tensor, G: Tensor, probe: Tensor | None) -> None:
+    """Add `GᵀG` (n, n) for a gradient (m, n), its product with the random vectors (n, width), or its diagonal (n,)."""
+    if sums.dim() == 1:
+        sums.add_(G.square().sum(0))
+    else:
+        sums.addmm_(G.T, G if probe is None else G @ probe)
+
+
+def _rows_of(side: Eigenbasis | StrongestFeatures, dtype: torch.dtype) -> Tensor:
+    return side.features if isinstance(side, StrongestFeatures) else _cast_orthonormal(side.vectors, dtype)
+
+
+def _scale(side: Eigenbasis | StrongestFeatures, exponent: float) -> Tensor | None:
+    """`σ^q`, scaled to a root mean square of 1; None for q = 0. Energies that are 0 count as the least above it."""
+    if exponent == 0:
+        return None
+    kept = side.spectrum[: len(side.vectors)] if isinstance(side, Eigenbasis) else side.energies
+    energies = kept.double().clamp_min(float(kept.max()) * _LEAST_ENERGY)
+    scale = energies ** (exponent / 2)
+    return (scale / scale.square().mean().sqrt()).float()
 
 
 def warn_of_completed(completed: Sequence[str]) -> None:

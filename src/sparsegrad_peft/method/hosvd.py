@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .precision import without_autocast
@@ -71,14 +71,8 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
     n = gram.shape[0]
     check_rows(rows, n, name)
     diagonal = gram.diagonal()
-    if not bool(gram.isfinite().all()):
-        raise ValueError(
-            f"{name} holds {int((~gram.isfinite()).sum())} entries that are not finite: a calibration gradient or its "
-            "square overflowed; calibrate in float32 or bfloat16, with normalize=True"
-        )
     energy = float(diagonal.sum())
-    if energy <= 0:
-        raise ValueError(no_energy(name, energy))
+    _check_energy(gram, energy, name)
     asymmetry = float((gram - gram.T).abs().max())
     if asymmetry > 1e-3 * float(diagonal.max()):
         raise ValueError(
@@ -96,11 +90,45 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
     # Rounding in the sums and in the eigensolver is of the order of √n eps of the strongest eigenvalue.
     rank = int((spectrum > math.sqrt(n) * torch.finfo(gram.dtype).eps * spectrum[0]).sum())
     if count is None:
-        share = energy_share(str(rows)) or 1.0
-        cumulated = spectrum.double().cumsum(0)
-        count = min(int((cumulated < share * cumulated[-1]).sum()) + 1, n)
+        count = _count_by_energy(spectrum, str(rows))
     vectors = vectors[:count].contiguous()
     return Eigenbasis(fix_signs(vectors), spectrum, energy, rank)
+
+
+@dataclass(frozen=True)
+class StrongestFeatures:
+    """The features of one side that hold the most gradient energy: the other way to choose `k` coordinates.
+
+    Attributes:
+        features: (k,) int32 indices, ascending.
+        energies: (k,) their gradient energies, in the same order.
+        spectrum: (n,) the energies of all features, descending.
+    """
+
+    features: Int[Tensor, " k"]
+    energies: Float[Tensor, " k"]
+    spectrum: Float[Tensor, " n"]
+
+
+def strongest_features(energies: Float[Tensor, " n"], rows: Rows, *, name: str = "the side") -> StrongestFeatures:
+    """Return the features with the most gradient energy. Of equal ones the first is taken.
+
+    Args:
+        energies: (n,) sums of squared gradients over each feature: the diagonal of the Gram matrix.
+        rows: how many to keep, see `Rows`.
+        name: what to call the side in messages.
+
+    Raises:
+        ValueError: the energies are not finite, or all zero.
+    """
+    check_rows(rows, len(energies), name)
+    _check_energy(energies, float(energies.sum()), name)
+    order = energies.argsort(descending=True, stable=True)
+    count = row_count(rows, len(energies))
+    if count is None:
+        count = _count_by_energy(energies[order], str(rows))
+    kept = order[:count].sort().values  # ascending: neighbours in memory are read together
+    return StrongestFeatures(kept.int(), energies[kept], energies[order])
 
 
 def fix_signs(vectors: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
@@ -116,6 +144,23 @@ def no_energy(name: str, energy: float) -> str:
         "gradients underflowed; check that the layers take part in the loss and that nothing before it is detached, or "
         "calibrate with normalize=True"
     )
+
+
+def _check_energy(sums: Tensor, energy: float, name: str) -> None:
+    if not bool(sums.isfinite().all()):
+        raise ValueError(
+            f"{name} holds {int((~sums.isfinite()).sum())} entries that are not finite: a calibration gradient or its "
+            "square overflowed; calibrate in float32 or bfloat16, with normalize=True"
+        )
+    if energy <= 0:
+        raise ValueError(no_energy(name, energy))
+
+
+def _count_by_energy(spectrum: Tensor, rows: str) -> int:
+    """How many of the strongest energies hold the share in "energy:SHARE"."""
+    share = energy_share(rows) or 1.0
+    cumulated = spectrum.double().cumsum(0)
+    return min(int((cumulated < share * cumulated[-1]).sum()) + 1, len(spectrum))
 
 
 def _leading(gram: Float[Tensor, "n n"], count: int) -> tuple[Float[Tensor, " count"], Float[Tensor, "count n"]]:

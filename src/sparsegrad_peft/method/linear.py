@@ -20,6 +20,7 @@ from .costs import Prefer
 from .function import SparseGradFunction, dense_core, form_weight, output_without_grad
 from .plain import check_replaceable, is_conv1d, plain_linear, weight_and_bias
 from .precision import at_least_float32, autocast_kind, compute_dtype, without_autocast
+from .sides import scaled
 
 
 def apply_core(
@@ -50,9 +51,8 @@ def apply_core(
     flat = x.reshape(-1, in_features)  # (T, in)
     if torch.is_autocast_enabled(autocast_kind(x.device)):
         flat = flat.to(dtype)
-    U, V = basis.U, basis.V
-    core_shape = (out_features if V is None else V.shape[0], in_features if U is None else U.shape[0])
-    operands = (flat, weight, None if bias is None else bias.to(dtype), core, positions, U, V, core_shape, prefer)
+    bias = None if bias is None else bias.to(dtype)
+    operands = (flat, weight, bias, core, positions, basis.U, basis.V, *basis.scales, prefer)
     with without_autocast(x.device):
         compute = SparseGradFunction.apply if torch.is_grad_enabled() else output_without_grad
         y = compute(*operands)  # (T, out)
@@ -167,7 +167,7 @@ class SparseGradLinear(HoldsBasis):
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """Return a plain `nn.Linear` with the weight `W + Vᵀ S U`; this layer does not change."""
-        weight = form_weight(self.weight, self.dense_core(), self.basis.U, self.basis.V)
+        weight = form_weight(self.weight, scaled(self.dense_core(), self.basis.scales), self.basis.U, self.basis.V)
         return plain_linear(weight, self.bias).train(self.training)
 
     @torch.no_grad()
@@ -208,7 +208,7 @@ class SparseGradLinear(HoldsBasis):
         The weight gets new storage, so a model that shares the old one does not change. Afterwards the core alone is no
         longer the difference from the original layer.
         """
-        folded = form_weight(self.weight, self.dense_core(), self.basis.U, self.basis.V)
+        folded = form_weight(self.weight, scaled(self.dense_core(), self.basis.scales), self.basis.U, self.basis.V)
         self.weight = nn.Parameter(folded.clone(), requires_grad=self.weight.requires_grad)
         self.core.zero_()
 

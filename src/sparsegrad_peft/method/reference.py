@@ -51,6 +51,33 @@ def hosvd(
     return left_in.T, left_out.T, singular_in**2, singular_out**2
 
 
+# 2b. Coordinates in place of directions, and scales  (not in the paper)
+
+
+def strongest_features(gram: Float[Tensor, "n n"], k: int) -> Float[Tensor, "k n"]:
+    """The `k` features with the most gradient energy as rows of the identity, in ascending order."""
+    energies = gram.diagonal().tolist()
+    order = sorted(range(len(energies)), key=lambda i: (-energies[i], i))
+    return torch.eye(len(energies), dtype=gram.dtype)[sorted(order[:k])]
+
+
+def scales(energies: Float[Tensor, " k"], exponent: float) -> Float[Tensor, " k"]:
+    """`σ^q` for energies `σ²`, with a root mean square of 1."""
+    sigma = energies.sqrt()
+    return sigma**exponent / (sigma**exponent).square().mean().sqrt()
+
+
+def scaled_update(
+    S: Float[Tensor, "r c"],
+    U: Float[Tensor, "c in"],
+    V: Float[Tensor, "r out"],
+    scale_in: Float[Tensor, " c"],
+    scale_out: Float[Tensor, " r"],
+) -> Float[Tensor, "out in"]:
+    """`Vᵀ diag(scale_out) S diag(scale_in) U`."""
+    return V.T @ torch.diag(scale_out) @ S @ torch.diag(scale_in) @ U
+
+
 # 3. Selection  (paper: top-k of the gradient; sparse-by-dense product)
 
 

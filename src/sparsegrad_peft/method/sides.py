@@ -13,15 +13,20 @@ the most gradient energy).
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
 Side = Tensor | None
 
+Scales = tuple[Tensor | None, Tensor | None]
+"""Scales of a core's rows (r,) and columns (c,); None is 1."""
 
-def is_selected(side: Side) -> bool:
+
+def is_selected(side: Side) -> TypeGuard[Tensor]:
     """True for a side that is a vector of feature indices."""
-    return side is not None and side.dim() == 1
+    return side is not None and not side.is_floating_point()
 
 
 def row_count(side: Side, features: int) -> int:
@@ -48,6 +53,13 @@ def put(z: Tensor, side: Side, features: int) -> Tensor:
     if is_selected(side):
         return z.new_zeros(*z.shape[:-1], features).index_copy_(-1, side.long(), z)
     return z @ side
+
+
+def scaled(S: Tensor, scales: Scales) -> Tensor:
+    """Return `S` (r, c) with its rows and columns scaled."""
+    scale_out, scale_in = scales
+    S = S if scale_out is None else S * scale_out.to(S.dtype)[:, None]
+    return S if scale_in is None else S * scale_in.to(S.dtype)
 
 
 def as_matrix(side: Side, features: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:

@@ -11,10 +11,12 @@ Rows = int | float | str
 A fraction gives the nearest multiple of 8 rows, if that is 16 or more: 0.1 of 768 directions is 80, of 3072 it is 304.
 """
 
-DEFAULT_NARROW = 0.33
-"""Default rows for a layer's smaller side, the hidden size."""
-DEFAULT_WIDE = 0.03
-"""Default rows for a layer's larger side. Together they train 1 % of a layer's entries."""
+DEFAULT_SHARE = 0.01
+"""Default share of a layer's entries that train."""
+DEFAULT_EXPONENT = 0.25
+"""Default exponent of the spectrum in the scales of the core's entries, see `gram.py`."""
+_DIRECTIONS = 128  # default rows for a layer's smaller side, the hidden size
+_LARGEST_NARROW = 0.33  # but at most this share of it
 
 _ALIGN = 8  # a size that the matrix units of CPUs and GPUs are made for
 
@@ -68,18 +70,39 @@ class Sizes:
     two sides have separate sizes.
     """
 
-    narrow: Rows = "full"
-    "rows for a layer's smaller side, the hidden size; the input side if both are equal"
-    wide: Rows = "full"
-    "rows for its larger side"
+    narrow: Rows | None = "full"
+    "rows for a layer's smaller side, the hidden size; the input side if both are equal. None: 128, at most a third"
+    wide: Rows | None = "full"
+    "rows for its larger side. None: as many as make `share` of the layer's entries"
     c: Rows | None = None
     "rows for the input side (`U`) of every layer, in place of the two above"
     r: Rows | None = None
     "rows for the output side (`V`) of every layer, likewise"
+    share: float = DEFAULT_SHARE
+    "share of a layer's entries that train, where `wide` is None"
+    neurons: bool = False
+    "the larger side selects features (an MLP's neurons) and rotates nothing"
+
+    def selected(self, out_features: int, in_features: int) -> tuple[bool, bool]:
+        """Return whether (the output side, the input side) of a layer of that shape selects features."""
+        return self.neurons and in_features <= out_features, self.neurons and in_features > out_features
 
     def of(self, out_features: int, in_features: int) -> tuple[Rows, Rows]:
-        """Return (r, c) for a layer of that shape, as given."""
-        r, c = (self.wide, self.narrow) if in_features <= out_features else (self.narrow, self.wide)
+        """Return (r, c) for a layer of that shape, with the defaults in place of None.
+
+        Raises:
+            ValueError: `wide` is None and `narrow` a share of energy, so that the default of `wide` is unknown.
+        """
+        small, narrow, wide = min(out_features, in_features), self.narrow, self.wide
+        if narrow is None:
+            narrow = min(_DIRECTIONS, row_count(_LARGEST_NARROW, small) or small)
+        if wide is None:
+            count = row_count(narrow, small)
+            if count is None:
+                raise ValueError(f"narrow={narrow!r} depends on the gradients: expected a size for wide, found None")
+            fraction = self.share * small / count
+            wide = fraction if fraction < 1 else "full"
+        r, c = (wide, narrow) if in_features <= out_features else (narrow, wide)
         return (r if self.r is None else self.r, c if self.c is None else self.c)
 
     @property
@@ -107,7 +130,9 @@ class Sizes:
         return row_count(r, out_features), row_count(c, in_features)
 
     def __str__(self) -> str:
-        given = {"narrow": self.narrow, "wide": self.wide, "c": self.c, "r": self.r}
+        narrow = f"{_DIRECTIONS} or {_LARGEST_NARROW:g}" if self.narrow is None else self.narrow
+        wide = f"{self.share:g} of the entries" if self.wide is None else self.wide
+        given = {"narrow": narrow, "wide": wide, "c": self.c, "r": self.r}
         if self.c is not None and self.r is not None:
             given = {"c": self.c, "r": self.r}
         return ", ".join(f"{name} = {value}" for name, value in given.items() if value is not None)
