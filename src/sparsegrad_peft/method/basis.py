@@ -135,6 +135,11 @@ class Basis(nn.Module):
         """True if the core's entries are scaled."""
         return self.scale_in is not None or self.scale_out is not None
 
+    @property
+    def is_rotation(self) -> bool:
+        """True if the basis is the paper's: directions or the identity on both sides, no scales."""
+        return not (self.is_scaled or is_selected(self.U) or is_selected(self.V))
+
     def to_basis(self, G: Float[Tensor, "out in"]) -> Float[Tensor, "r c"]:
         """Return the gradient of the core, `scale_out · V G Uᵀ · scale_in`, from the gradient of the weight."""
         return scaled(self._project(G), self.scales)

@@ -98,7 +98,7 @@ class LiteralSparseGradLinear(HoldsBasis):
             raise ValueError(f'products must be "regular" or "sparse", found {products!r}')
         self.out_features, self.in_features = weight.shape
         basis.core_shape(self.out_features, self.in_features)
-        if basis.U is None or basis.V is None or not basis.is_complete:
+        if basis.U is None or basis.V is None or not basis.is_complete or not basis.is_rotation:
             raise ValueError(
                 f"the published form needs a complete basis, U ({self.in_features}, {self.in_features}) and V "
                 f"({self.out_features}, {self.out_features}), found {basis.extra_repr()}; use SparseGradLinear for it"
