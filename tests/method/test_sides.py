@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from helpers import F64, multiply_adds_done, orthogonal
-from sparsegrad_peft import Basis, Sizes, SparseGradLinear, calibrate
+from sparsegrad_peft import (
+    Basis,
+    LiteralSparseGradLinear,
+    Sizes,
+    SparseGradAdamW,
+    SparseGradLinear,
+    calibrate,
+    param_groups,
+    refresh,
+)
 from sparsegrad_peft.method import function, reference
 from sparsegrad_peft.method.costs import LayerShape, step_cost
 from sparsegrad_peft.method.hosvd import strongest_features
@@ -252,3 +261,47 @@ def test_default_sizes() -> None:
     assert Sizes(narrow=1, wide=None, share=0.5).counts(6, 6) == (6, 1)
     with pytest.raises(ValueError, match="expected a size for wide"):
         Sizes(narrow="energy:0.5", wide=None).counts(6, 4)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    ("old_kind", "new_kind"), [("rotated", "selected"), ("selected", "rotated"), ("identity", "selected")]
+)
+def test_refresh_between_kinds_of_sides(old_kind: str, new_kind: str, sparse: bool) -> None:
+    """Into a complete basis, where all of the update and of the moments fits."""
+
+    def complete(kind: str, n: int) -> Tensor | None:
+        return side(kind, n, n)
+
+    def basis_of(kind: str) -> Basis:
+        return Basis(
+            complete(kind, IN), complete(kind, OUT), in_features=IN, out_features=OUT,
+            scale_in=torch.rand(IN, dtype=F64) + 0.5, scale_out=torch.rand(OUT, dtype=F64) + 0.5,
+        )  # fmt: skip
+
+    old, new = basis_of(old_kind), basis_of(new_kind)
+    layer = SparseGradLinear.from_linear(nn.Linear(IN, OUT, dtype=F64), old)
+    groups = param_groups(layer, density=1.0 if sparse else None)
+    optimizer = SparseGradAdamW(groups, lr=0.1)
+    x = torch.randn(5, IN, dtype=F64)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    gradient = layer.S.grad.clone()  # one step: the first moment is a tenth of it
+    before = layer(x)
+    refresh([layer], new, optimizer)
+    torch.testing.assert_close(layer(x), before)
+    U, V, scale_in, scale_out = matrices(old)
+    plain = V.T @ (gradient / scale_out[:, None] / scale_in) @ U
+    expected = new.to_basis(plain) * 0.1
+    found = optimizer.state[layer.S]["exp_avg"]
+    torch.testing.assert_close(found.reshape(expected.shape), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_forms_that_need_the_papers_basis_refuse_others() -> None:
+    weight = nn.Parameter(torch.zeros(OUT, IN, dtype=F64))
+    for basis in (make_basis("rotated", "rotated"), make_basis("rotated", "selected", scales=False)):
+        with pytest.raises(ValueError, match="basis of directions without scales"):
+            SparseGradAdamW([{"params": [weight], "sparse": True, "k": 1}], bases={weight: basis})
+    scaled = Basis(orthogonal(IN, IN), orthogonal(OUT, OUT), scale_in=torch.ones(IN))
+    with pytest.raises(ValueError, match="needs a complete basis"):
+        LiteralSparseGradLinear.from_linear(nn.Linear(IN, OUT, dtype=F64), scaled, k=1)

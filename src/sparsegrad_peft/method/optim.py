@@ -108,6 +108,11 @@ class SparseGradAdamW(Optimizer):
             )
         for parameter in group["params"]:
             basis = self.bases.get(parameter)
+            if basis is not None and not basis.is_rotation:
+                raise ValueError(
+                    f"{where}: a weight needs a basis of directions without scales, found {basis.extra_repr()}; "
+                    "calibrate with neurons=False and exponent=0, or use SparseGradLinear"
+                )
             if basis is not None and not group["sparse"]:
                 raise ValueError(f'{where}: a parameter with a basis needs "sparse": True')
             if basis is not None and parameter.dtype in HALF_PRECISION:

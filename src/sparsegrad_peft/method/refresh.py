@@ -24,6 +24,7 @@ from .linear import SparseGradLinear, check_positions
 from .optim import SparseGradAdamW
 from .precision import at_least_float32
 from .selection import resolve_k, topk_positions
+from .sides import Side, as_matrix, cast, scaled, take
 
 
 @torch.no_grad()
@@ -101,10 +102,12 @@ def coordinates(update: Tensor, basis: Basis) -> Tensor:
     A basis stored in half precision is only nearly orthogonal: `V (Vᵀ S U) Uᵀ` differs from `S` by up to a percent. So
     a complete basis is inverted by iterative refinement. Each round shrinks the error by more than a factor of ten.
     """
-    S = basis.to_basis(update)
-    if basis.is_complete and any(buffer.dtype.itemsize < update.dtype.itemsize for buffer in _sides(basis)):
+    S = basis.coordinates(update)
+    if basis.is_complete and any(
+        side.is_floating_point() and side.dtype.itemsize < update.dtype.itemsize for side in _sides(basis)
+    ):
         for _ in range(6):
-            S = S + basis.to_basis(update - basis.from_basis(S))
+            S = S + basis.coordinates(update - basis.from_basis(S))
     return S
 
 
@@ -143,17 +146,19 @@ def rotate_moments(
     if not state:
         return
     (r, c), (r_new, c_new) = old.core_shape(*shape), new.core_shape(*shape)
-    R_U, R_V = _rotation(old.U, new.U), _rotation(old.V, new.V)
+    R_U = _rotation(old.U, new.U, shape[1])
+    R_V = _rotation(old.V, new.V, shape[0])
     sparse = "positions" in state
 
     def rotated(moment: Tensor, squared: bool) -> Tensor:
         if sparse:
             moment = moment.new_zeros(r * c).index_copy_(0, state["positions"].long(), moment).view(r, c)
+        moment = _scale_moment(moment, old, squared, inverse=True)
         for R, side in ((R_V, 0), (R_U, 1)):
             if R is not None:
                 R = (R.square() if squared else R).to(moment.dtype)
                 moment = R @ moment if side == 0 else moment @ R.T
-        return moment
+        return _scale_moment(moment, new, squared)
 
     exp_avg, exp_avg_sq = rotated(state["exp_avg"], False), rotated(state["exp_avg_sq"], True)
     if sparse:
@@ -231,12 +236,21 @@ def _check_k(optimizer: SparseGradAdamW, S: nn.Parameter, shape: tuple[int, int]
             resolve_k(shape[0] * shape[1], group["k"])
 
 
-def _rotation(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """Return `new oldᵀ`, where None is the identity."""
-    if old is None or new is None:
-        return new if old is None else old.T
-    wide = torch.promote_types(old.dtype, new.dtype)
-    return new.to(wide) @ old.to(wide).T
+def _rotation(old: Side, new: Side, features: int) -> Tensor | None:
+    """`new oldᵀ` (k', k), with None for the identity."""
+    if old is None and new is None:
+        return None
+    dtype = torch.float32
+    for side in (old, new):
+        dtype = torch.promote_types(dtype, side.dtype) if side is not None and side.is_floating_point() else dtype
+    return take(as_matrix(new, features, dtype), cast(old, dtype))
+
+
+def _scale_moment(moment: Tensor, basis: Basis, squared: bool, *, inverse: bool = False) -> Tensor:
+    """Take a moment of the scaled gradient of a core from (`inverse`) or to one of `V G Uᵀ`."""
+    power = (2 if squared else 1) * (-1 if inverse else 1)
+    scale_out, scale_in = (None if scale is None else scale.double() ** power for scale in basis.scales)
+    return scaled(moment, (scale_out, scale_in))
 
 
 def _set_core(core: nn.Parameter, value: Tensor) -> None:
