@@ -11,6 +11,10 @@ Rows = int | float | str
 A fraction gives the nearest multiple of 8 rows, if that is 16 or more: 0.1 of 768 directions is 80, of 3072 it is 304.
 """
 
+DEFAULT_NARROW = 0.33
+"""Default rows for a layer's smaller side, the hidden size."""
+DEFAULT_WIDE = 0.03
+"""Default rows for a layer's larger side. Together they train 1 % of a layer's entries."""
 DEFAULT_SHARE = 0.01
 """Default share of a layer's entries that train."""
 DEFAULT_EXPONENT = 0.25
