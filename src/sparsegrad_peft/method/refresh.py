@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from .basis import Basis
+from .function import dense_core
 from .linear import SparseGradLinear, check_positions
 from .optim import SparseGradAdamW
-from .precision import at_least_float32
+from .precision import HALF_PRECISION, at_least_float32
 from .selection import resolve_k, topk_positions
 from .sides import Side, as_matrix, cast, scaled, take
 
@@ -103,9 +104,7 @@ def coordinates(update: Tensor, basis: Basis) -> Tensor:
     a complete basis is inverted by iterative refinement. Each round shrinks the error by more than a factor of ten.
     """
     S = basis.coordinates(update)
-    if basis.is_complete and any(
-        side.is_floating_point() and side.dtype.itemsize < update.dtype.itemsize for side in _sides(basis)
-    ):
+    if basis.is_complete and any(side.dtype in HALF_PRECISION for side in (basis.U, basis.V) if side is not None):
         for _ in range(6):
             S = S + basis.coordinates(update - basis.from_basis(S))
     return S
@@ -200,34 +199,29 @@ def renew_positions(
                 f"in place of {layer.positions.numel()}"
             )
         check_moments(optimizer, layer.values)
-    old = layer.positions.long()
     stays = torch.isin(layer.positions, positions)
+    slots = torch.searchsorted(positions, layer.positions)  # of each old position among the new ones, if it stays
 
-    def dense(values: Tensor, where: Tensor) -> Tensor:
-        return values.new_zeros(r * c).index_copy_(0, old[where], values[where])
+    def moved(per_value: Tensor) -> Tensor:
+        return per_value.new_zeros(positions.numel()).index_copy_(0, slots[stays], per_value[stays])
 
-    if fold and layer.values[~stays].any():
-        dropped = dense(layer.values.detach(), ~stays).view(r, c)
+    values = layer.values.detach()
+    if fold and values[~stays].any():
+        dropped = dense_core(torch.where(stays, 0, values), layer.positions, layer.core_shape)
         update = layer.basis.from_basis(dropped.to(at_least_float32(dropped.dtype)))
         weight = (layer.weight + update).to(layer.weight.dtype)
         layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
     state = {} if optimizer is None else optimizer.state.get(layer.values, {})
     if "positions" in state:  # of a `sparse` group: moments of some of the values, at their places in `values`
-        slots = state["positions"].long()
-        kept = stays[slots]
-        state["positions"] = torch.searchsorted(positions, layer.positions[slots[kept]]).to(torch.int32)
+        touched = state["positions"].long()
+        kept = stays[touched]
+        state["positions"] = slots[touched[kept]].to(torch.int32)
         state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"][kept], state["exp_avg_sq"][kept]
     elif state:
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = dense(state[name], stays)[positions.long()]
-    _set_core(layer.values, dense(layer.values.detach(), stays)[positions.long()])
-    new = int((~torch.isin(positions, layer.positions)).sum())
+        state["exp_avg"], state["exp_avg_sq"] = moved(state["exp_avg"]), moved(state["exp_avg_sq"])
+    _set_core(layer.values, moved(values))
     layer.positions = positions
-    return new
-
-
-def _sides(basis: Basis) -> list[Tensor]:
-    return [side for side in (basis.U, basis.V) if side is not None]
+    return int(positions.numel() - stays.sum())
 
 
 def _check_k(optimizer: SparseGradAdamW, S: nn.Parameter, shape: tuple[int, int]) -> None:
