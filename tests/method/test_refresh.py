@@ -1,4 +1,5 @@
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -734,6 +735,29 @@ def test_the_new_basis_of_a_part_of_a_group_is_saved() -> None:
     saved = set(model.state_dict())
     assert {name for name in saved if name.endswith(".U")} == {"0.basis.U", "1.basis.U"}
     assert model[2].basis is model[1].basis
+
+
+@pytest.mark.parametrize("moved", ["0", "01", "12", "012"])
+@pytest.mark.parametrize("how", ["as made", "copied", "pickled"])
+def test_each_basis_of_a_divided_group_is_saved_once(moved: str, how: str) -> None:
+    """Also where the layer that saved the old basis for the others is among those that leave it."""
+    model = nn.Sequential(*(nn.Linear(IN, OUT, dtype=F64) for _ in range(3)))
+    replace_linears(model, {"all": ["0", "1", "2"]}, {"all": a_basis()})
+    if how == "copied":
+        model = copy.deepcopy(model)
+    elif how == "pickled":
+        model = pickle.loads(pickle.dumps(model))
+    old, new = model[0].basis, a_basis()
+    refresh([model[int(i)] for i in moved], new)
+    bases = [new if str(i) in moved else old for i in range(3)]
+    assert [layer.basis for layer in model] == bases
+    state = model.state_dict()
+    saved = {name: value for name, value in state.items() if name.endswith(".U")}
+    first = [bases.index(basis) for basis in dict.fromkeys(bases)]
+    assert set(saved) == {f"{i}.basis.U" for i in first}
+    assert all(torch.equal(saved[f"{i}.basis.U"], bases[i].U) for i in first)
+    refresh(list(model), new)  # the divided group is whole again
+    assert sum(name.endswith(".U") for name in model.state_dict()) == 1
 
 
 def test_a_weight_in_half_precision_is_rounded_once() -> None:

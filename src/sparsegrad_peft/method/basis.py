@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -230,6 +232,16 @@ class Basis(nn.Module):
         super()._apply(move_only, recurse)
         return self
 
+    @property
+    def holders(self) -> WeakKeyDictionary[HoldsBasis, None]:
+        """The layers that use this basis, in the order in which they began to."""
+        holders: WeakKeyDictionary[HoldsBasis, None] = self.__dict__.setdefault("_holders", WeakKeyDictionary())
+        return holders
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the holders, which cannot be pickled; copied layers enter themselves again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_holders"}
+
     def extra_repr(self) -> str:
         """Shapes of both sides, for `print(model)`."""
         sides = ["identity" if side is None else str(tuple(side.shape)) for side in (self.U, self.V)]
@@ -248,8 +260,10 @@ class HoldsBasis(nn.Module):
 
     def hold_basis(self, basis: Basis, *, register: bool) -> None:
         """Use this basis from now on, as a registered child or only as a reference."""
-        self._modules.pop("basis", None)
-        self.__dict__.pop("basis", None)
+        for old in (self._modules.pop("basis", None), self.__dict__.pop("basis", None)):
+            if old is not None:
+                old.holders.pop(self, None)
+        basis.holders[self] = None
         if register:
             self.basis = basis
         else:
@@ -259,6 +273,11 @@ class HoldsBasis(nn.Module):
     def registers_basis(self) -> bool:
         """True if the basis is a registered child."""
         return "basis" in self._modules
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Enter a copy among the holders of its basis."""
+        super().__setstate__(state)
+        self.basis.holders[self] = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HoldsBasis:
         super()._apply(fn, recurse)

@@ -20,7 +20,9 @@ from torch.optim.adamw import adamw
 
 from .basis import Basis
 from .precision import HALF_PRECISION, at_least_float32
-from .selection import flat_from_coo, resolve_k, topk_positions
+from .products import add_chain
+from .selection import coo_from_flat, flat_from_coo, resolve_k, topk_positions
+from .sides import cast
 from .sparse_adam import match_dtype, step_selected
 
 
@@ -285,17 +287,11 @@ def _selection_shape(parameter: Tensor, basis: Basis | None) -> tuple[int, ...]:
 
 def _add_from_basis(weight: Tensor, basis: Basis, positions: Tensor, change: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return `W + Vᵀ Δ U` for a `Δ` (r, c) of few entries. The first product is sparse by dense, the second dense."""
-    r, c = shape
-    U, V = (None if side is None else side.to(weight.dtype) for side in (basis.U, basis.V))
-    index = torch.stack([torch.div(positions, c, rounding_mode="floor"), positions % c])
-    delta = torch.sparse_coo_tensor(index, change, (r, c), is_coalesced=True, check_invariants=False)
-    if V is None and U is None:
-        return weight.index_put_((index[0], index[1]), change, accumulate=True)
-    if V is None:
-        return weight.add_(torch.sparse.mm(delta, U))
-    if U is None:
-        return weight.add_(torch.sparse.mm(delta.T, V).T)
-    # The remaining dense product costs out·c·in after Vᵀ Δ, and out·r·in after Δ U.
-    if c <= r:
-        return weight.addmm_(torch.sparse.mm(delta.T, V).T, U)
-    return weight.addmm_(V.T, torch.sparse.mm(delta, U))
+    (r, c), U, V = shape, cast(basis.U, weight.dtype), cast(basis.V, weight.dtype)
+    delta = coo_from_flat(positions, change, (r, c))
+    # The dense product costs out·c·in after Vᵀ Δ, and out·r·in after Δ U.
+    if V is not None and (U is None or c <= r):
+        return add_chain(weight, torch.sparse.mm(delta.T, V).T, U, in_place=True)
+    if U is not None:
+        return add_chain(weight, None if V is None else V.T, torch.sparse.mm(delta, U), in_place=True)
+    return weight.add_(delta)

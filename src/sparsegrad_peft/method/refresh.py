@@ -33,8 +33,7 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
     """Give layers that share a basis a new one. Their output and what they learnt stay.
 
     Args:
-        layers: SparseGrad layers of one group, not packed: all of it, or a part without its first layer, which saves
-            the basis for the others.
+        layers: SparseGrad layers of one group, not packed. If some of the group are left out, they keep the old basis.
         basis: the new basis, for layers of the same shape; its size may differ from the old one's.
         optimizer: its moments for these layers are carried over. If the core changes its shape, so does the parameter,
             and the moments follow.
@@ -57,8 +56,7 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
         if optimizer is not None:
             check_moments(optimizer, layer.S)
             _check_k(optimizer, layer.S, shape)
-    if not any(layer.registers_basis for layer in layers):
-        layers[0].hold_basis(layers[0].basis, register=True)  # a part of a group: its new basis is saved here
+    old_bases = {layer.basis for layer in layers}
     outside = []
     for layer in layers:
         assert layer.S is not None
@@ -74,9 +72,14 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
         outside.append(share)
         if optimizer is not None:
             rotate_moments(optimizer, S, old, basis, update.shape)
-        layer.hold_basis(basis, register=layer.registers_basis)
+        saved = any(holder.registers_basis for holder in basis.holders if holder is not layer)
+        layer.hold_basis(basis, register=not saved)
         layer.core_shape = (S_new.shape[0], S_new.shape[1])
         _set_core(S, S_new.to(S.dtype).contiguous())
+    for old in old_bases:
+        left = list(old.holders)
+        if left and not any(holder.registers_basis for holder in left):  # the layer that saved it has moved away
+            left[0].hold_basis(old, register=True)
     return outside
 
 
