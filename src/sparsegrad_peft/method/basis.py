@@ -261,7 +261,7 @@ class HoldsBasis(nn.Module):
     def hold_basis(self, basis: Basis, *, register: bool) -> None:
         """Use this basis from now on, as a registered child or only as a reference."""
         for old in (self._modules.pop("basis", None), self.__dict__.pop("basis", None)):
-            if old is not None:
+            if isinstance(old, Basis):
                 old.holders.pop(self, None)
         basis.holders[self] = None
         if register:
