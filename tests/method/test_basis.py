@@ -109,46 +109,6 @@ def test_rows_are_stored_one_after_the_other() -> None:
     assert basis.V.is_contiguous()
 
 
-# From Gram matrices
-
-
-@pytest.mark.parametrize("sums", [torch.float32, F64])
-@pytest.mark.parametrize("dtype", list(ORTHOGONALITY_TOLERANCE))
-def test_type_of_the_bases(sums: torch.dtype, dtype: torch.dtype) -> None:
-    """Any type from either type of sums: float64 bases, for a float64 model, from the default float32 sums too."""
-    gram = statistics(60, 90, sums)
-    basis = gram.basis(c=40, r=40, dtype=dtype)
-    expected = gram.basis(c=40, r=40, dtype=sums)
-    for name in ("U", "V"):
-        found = getattr(basis, name)
-        assert found.dtype == dtype
-        assert float((found.double() - getattr(expected, name).double()).abs().max()) < 1e-2
-        if dtype == F64:
-            assert float((found @ found.T - torch.eye(40)).abs().max()) < 1e-13
-            assert float((found - getattr(expected, name)).abs().max()) < 1e-5
-    assert basis.spectrum_in.dtype == basis.spectrum_out.dtype == sums
-
-
-def test_sizes_and_spectra_of_both_sides() -> None:
-    basis = statistics().basis(c=5, r="full")
-    assert basis.U.shape == (5, 9)
-    assert basis.V.shape == (6, 6)
-    assert basis.spectrum_in.shape == (9,)
-    assert basis.spectrum_out.shape == (6,)
-    assert float(basis.spectrum_in.sum()) == pytest.approx(float(basis.spectrum_out.sum()), rel=1e-5)  # one energy
-    assert bool((basis.spectrum_in.diff() <= 0).all())
-    assert basis.layers == ("layer.0", "layer.1")
-
-
-def test_sizes_out_of_range_name_group_and_side() -> None:
-    with pytest.raises(ValueError, match=r"c, group 'mlp' \(layer\.0, layer\.1\): expected .*from 1 to 9, .*found 10"):
-        statistics().basis(c=10)
-    with pytest.raises(ValueError, match=r"r, group 'mlp' \(layer\.0\): expected .*from 1 to 6, .*found 'half'"):
-        statistics(layers=1).basis(r="half")
-    with pytest.raises(TypeError, match=r"c, group 'mlp' \(layer\.0, layer\.1, layer\.2 and 9 more\): .*found True"):
-        statistics(layers=12).basis(c=True)
-
-
 # Into the basis and back
 
 

@@ -12,9 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from calibration import peak_bytes
 from helpers import F64
-from sparsegrad_peft import CalibrationConfig, GramStatistics, SparseGradLinear, Trajectory, calibrate, group_linears
+from sparsegrad_peft import CalibrationConfig, SparseGradLinear, Trajectory, calibrate, group_linears
 from sparsegrad_peft.method import reference
-from sparsegrad_peft.method.calibrate import Calibration
 from sparsegrad_peft.method.gradients import stream_gradients
 
 
@@ -209,69 +208,6 @@ def test_under_autocast_the_sums_stay_accurate() -> None:
     torch.testing.assert_close(calibration.groups["up"].gram_out, expected_out)
 
 
-# One gradient at a time
-
-
-def empty(out: int, in_: int, dtype: torch.dtype = F64) -> GramStatistics:
-    return GramStatistics("g", ("a",), torch.zeros(in_, in_, dtype=dtype), torch.zeros(out, out, dtype=dtype))
-
-
-@pytest.mark.parametrize(
-    ("scale", "tolerance"),
-    [(1e-25, 1e-5), (1e-20, 1e-5), (1e-12, 1e-5), (1.0, 1e-5), (1e12, 1e-5), (1e18, 1e-5), (1e37, 1e-5)],
-)
-def test_normalized_gradients_count_alike_whatever_their_size(scale: float, tolerance: float) -> None:
-    """Far down, squares lose bits and their reciprocals leave the range of float32."""
-    gradients = torch.randn(3, 4, 6, dtype=F64)
-    gram = empty(4, 6, torch.float32)
-    for G in gradients:
-        gram.add(G.float() * scale, normalize=True)
-    expected_in, expected_out = reference.grams(gradients, normalize=True)
-    torch.testing.assert_close(gram.gram_in.double(), expected_in, rtol=tolerance, atol=tolerance / 10)
-    torch.testing.assert_close(gram.gram_out.double(), expected_out, rtol=tolerance, atol=tolerance / 10)
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_a_zero_gradient_adds_nothing(normalize: bool) -> None:
-    gram = empty(4, 6)
-    G = torch.randn(4, 6, dtype=F64)
-    gram.add(G, normalize=normalize)
-    before = gram.gram_in.clone(), gram.gram_out.clone()
-    gram.add(torch.zeros(4, 6, dtype=F64), normalize=normalize)
-    assert torch.equal(gram.gram_in, before[0])
-    assert torch.equal(gram.gram_out, before[1])
-    assert gram.n_gradients == 2
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_add_leaves_the_gradient_alone(normalize: bool) -> None:
-    """A trajectory's update comes after it and takes the gradient as it is."""
-    gram = empty(4, 6)
-    for dtype in (torch.float32, F64):
-        G = torch.randn(4, 6, dtype=dtype)
-        before = G.clone()
-        gram.add(G, normalize=normalize)
-        assert torch.equal(G, before)
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_a_gradient_that_is_not_finite_is_not_swallowed(normalize: bool) -> None:
-    """Statistics can be made by hand; the decomposition then says what is wrong."""
-    gram, G = empty(4, 6), torch.randn(4, 6, dtype=F64)
-    gram.add(G, normalize=normalize)
-    G[1, 2] = float("nan")
-    gram.add(G, normalize=normalize)
-    with pytest.raises(ValueError, match="entries that are not finite"):
-        Calibration({"g": gram}).bases()
-
-
-def test_half_precision_gradients_are_summed_in_float32() -> None:
-    """10000 squared is beyond float16."""
-    gram = empty(2, 3, torch.float32)
-    gram.add(torch.full((2, 3), 1e4, dtype=torch.float16))
-    torch.testing.assert_close(gram.gram_in, torch.full((3, 3), 2e8))
-
-
 # Memory
 
 
@@ -311,21 +247,6 @@ def test_config_or_single_fields() -> None:
         calibrate(model, batches, loss_fn=call, config=config, n_steps=2, normalize=True)
     with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
         calibrate(model, batches, loss_fn=call, steps=2)
-
-
-def test_defaults_are_the_papers() -> None:
-    model, batches = Blocks(1), some_batches()
-    calibration = calibrate(model, batches, loss_fn=call, progress=False)
-    assert calibration.config == CalibrationConfig(
-        n_steps=30, trajectory=None, normalize=False, training=True, gram_device=None, gram_dtype=torch.float32
-    )
-    assert all(gram.n_gradients == 30 for gram in calibration.groups.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
-def test_gram_dtype(dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=rf"gram_dtype must be torch\.float32 or torch\.float64, found {dtype}"):
-        calibrate(Blocks(), some_batches(), loss_fn=call, gram_dtype=dtype)
 
 
 def test_layers_of_a_group_share_a_shape() -> None:

@@ -351,23 +351,6 @@ def test_trajectory_walks_as_the_update_says(update: Callable[[Tensor, Tensor, f
     assert all(torch.equal(p, start[n]) for n, p in net.named_parameters())
 
 
-def test_step_lengths() -> None:
-    """`normalized_step` is as long as `sign_step`, along the gradient; a zero gradient moves nothing."""
-    start, gradient = torch.randn(3, 5, dtype=F64), torch.randn(3, 5, dtype=F64)
-    steps = []
-    for update in (sign_step, normalized_step):
-        parameter = start.clone()
-        update(parameter, gradient.clone(), 0.1)
-        steps.append(start - parameter)
-    torch.testing.assert_close(steps[0], 0.1 * gradient.sign())
-    torch.testing.assert_close(steps[1], 0.1 * 15**0.5 * gradient / gradient.norm())
-    torch.testing.assert_close(steps[0].norm(), steps[1].norm())
-    for update in (sign_step, normalized_step):
-        parameter = start.clone()
-        update(parameter, torch.zeros(3, 5, dtype=F64), 0.1)
-        assert torch.equal(parameter, start)
-
-
 # The model is afterwards what it was
 
 
@@ -488,12 +471,6 @@ def test_exactly_one_source_of_losses() -> None:
         run(net, TARGETS)
     with pytest.raises(ValueError, match="exactly one of batches and step"):
         run(net, TARGETS, some_batches(), step=lambda: torch.zeros(()))
-
-
-@pytest.mark.parametrize("n_steps", [0, -1, 2.0, None, "3"])
-def test_number_of_steps(n_steps: Any) -> None:
-    with pytest.raises(ValueError, match=f"n_steps must be an integer of at least 1, found {n_steps!r}"):
-        run(a_net(), TARGETS, some_batches(), n_steps=n_steps)
 
 
 def test_targets_that_are_not_there() -> None:
@@ -620,9 +597,3 @@ def test_output_without_loss() -> None:
         run(Outputs(torch.ones(2)), ["layer"], batches)
     with pytest.raises(TypeError, match=words.format("SimpleNamespace")):
         run(Outputs(SimpleNamespace(loss=None)), ["layer"], batches)
-
-
-@pytest.mark.parametrize("lr", [0, -1e-4, float("nan")])
-def test_trajectory_learning_rate(lr: float) -> None:
-    with pytest.raises(ValueError, match=r"Trajectory\.lr must be above 0, found"):
-        Trajectory(lr=lr)

@@ -284,39 +284,11 @@ def test_iteration_on_few_gradients() -> None:
 # Too few directions
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_completed_orthogonally_with_a_warning(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
-    gradients = torch.stack([torch.outer(torch.randn(4, dtype=F64), torch.randn(6, dtype=F64)) for _ in range(2)])
-    basis = statistics(gradients, dtype, "encoder.*.fc1").basis(dtype=dtype)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "group 'encoder.*.fc1' (layer.0, layer.1), input side" in caplog.messages[0]
-    assert "in 2 of the 6 directions asked for (also in 1 other side). The other rows" in caplog.messages[0]
-    for side in (basis.U, basis.V):
-        torch.testing.assert_close(side @ side.T, torch.eye(len(side), dtype=dtype), rtol=0, atol=1e-5)
-    inside = gradients.to(dtype) @ basis.U[:2].T @ basis.U[:2]
-    torch.testing.assert_close(inside, gradients.to(dtype), rtol=1e-3, atol=1e-3 if dtype == torch.float32 else 1e-8)
-
-
-def test_no_warning_where_the_rows_asked_for_are_there(caplog: pytest.LogCaptureFixture) -> None:
-    gradients = torch.stack([torch.outer(torch.randn(4, dtype=F64), torch.randn(6, dtype=F64)) for _ in range(2)])
-    statistics(gradients).basis(c=2, r=2)
-    statistics(gradients).basis(c="energy:0.99", r=1)
-    statistics(torch.randn(9, 4, 6, dtype=F64)).basis()
-    assert not caplog.records
-    statistics(gradients).basis(c=3, r=2)
-    assert len(caplog.records) == 1
-
-
 def test_rank_by_the_type_of_the_sums() -> None:
     """Squares of a direction 10⁻⁵ as strong as another are lost in float32 sums, and seen in float64 sums."""
     gradients = torch.diag(torch.tensor([1.0, 0.1, 1e-5], dtype=F64))[None]
     assert eigenbasis(statistics(gradients, F64).gram_in).rank == 3
     assert eigenbasis(statistics(gradients, torch.float32).gram_in).rank == 2
-
-
-def test_zero_gradients_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"group 'fc' \(layer\.0, layer\.1\), input side has energy 0: no gradient"):
-        statistics(torch.zeros(3, 4, 6, dtype=F64), name="fc").basis()
 
 
 # What is refused, and in which words

@@ -1,0 +1,72 @@
+"""Settings of calibration: the paper's defaults, the range of each, and the two updates of a trajectory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import F64
+from sparsegrad_peft import CalibrationConfig, Trajectory
+from sparsegrad_peft.method.config import normalized_step, resolve_config, sign_step
+
+
+def test_defaults_are_those_of_the_paper() -> None:
+    assert resolve_config(None, {}) == CalibrationConfig(
+        n_steps=30, trajectory=None, normalize=False, training=True, gram_device=None, gram_dtype=torch.float32
+    )
+
+
+def test_single_fields_replace_those_of_the_default() -> None:
+    config = CalibrationConfig(n_steps=7, normalize=True)
+    assert resolve_config(None, {"n_steps": 3}, config) == CalibrationConfig(n_steps=3, normalize=True)
+    assert resolve_config(config, {}) is config
+    with pytest.raises(ValueError, match="either config or single fields, found both: config and n_steps, normalize"):
+        resolve_config(config, {"n_steps": 3, "normalize": False})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
+        resolve_config(None, {"steps": 3})
+
+
+@pytest.mark.parametrize("n_steps", [0, -1, 2.0, None, "3", True])
+def test_number_of_steps(n_steps: Any) -> None:
+    with pytest.raises(ValueError, match=f"n_steps must be an integer of at least 1, found {n_steps!r}"):
+        CalibrationConfig(n_steps=n_steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_gram_dtype(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"gram_dtype must be torch\.float32 or torch\.float64, found {dtype}"):
+        CalibrationConfig(gram_dtype=dtype)
+
+
+@pytest.mark.parametrize("lr", [0, -1e-4, float("nan")])
+def test_trajectory_learning_rate(lr: float) -> None:
+    with pytest.raises(ValueError, match=r"Trajectory\.lr must be above 0, found"):
+        Trajectory(lr=lr)
+
+
+def test_step_lengths() -> None:
+    """`normalized_step` is as long as `sign_step`, along the gradient; a zero gradient moves nothing."""
+    start, gradient = torch.randn(3, 5, dtype=F64), torch.randn(3, 5, dtype=F64)
+    steps = []
+    for update in (sign_step, normalized_step):
+        parameter = start.clone()
+        update(parameter, gradient.clone(), 0.1)
+        steps.append(start - parameter)
+    torch.testing.assert_close(steps[0], 0.1 * gradient.sign())
+    torch.testing.assert_close(steps[1], 0.1 * 15**0.5 * gradient / gradient.norm())
+    torch.testing.assert_close(steps[0].norm(), steps[1].norm())
+    for update in (sign_step, normalized_step):
+        parameter = start.clone()
+        update(parameter, torch.zeros(3, 5, dtype=F64), 0.1)
+        assert torch.equal(parameter, start)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e18])
+def test_a_normalized_step_of_a_tiny_or_huge_gradient(scale: float) -> None:
+    """In float32 the squares of these entries underflow or overflow."""
+    gradient = torch.randn(3, 5)
+    moved = torch.zeros(3, 5)
+    normalized_step(moved, gradient * scale, 0.1)
+    torch.testing.assert_close(moved, -0.1 * 15**0.5 * gradient / gradient.norm())
