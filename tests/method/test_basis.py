@@ -1,4 +1,4 @@
-"""Basis: orthonormal or refused, shared by module, in its own type whatever the model is cast to."""
+"""Basis: orthonormality is checked, layers share the module, and casts of the model leave its type alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TwoLayers(nn.Module):
 
 @pytest.fixture
 def _shapes_unchecked() -> Iterator[None]:
-    """The test run checks shapes at each call; users meet the library's own messages."""
+    """Turn off the test run's shape checks, so that the library's own messages are reached."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -49,7 +49,7 @@ def _shapes_unchecked() -> Iterator[None]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), list(ORTHOGONALITY_TOLERANCE.items()))
 def test_orthonormal_within_the_types_tolerance(dtype: torch.dtype, tolerance: float) -> None:
-    """Rounding an accurate basis to the type is well inside; an error of twice the tolerance is refused."""
+    """Rounding an accurate basis to the type passes; an error of twice the tolerance is refused."""
     assert tolerance == {F64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
     for rows in (1, 40, 64):
         check_orthonormal(orthogonal(64, rows, dtype), "U")
@@ -64,7 +64,7 @@ def test_orthonormal_within_the_types_tolerance(dtype: torch.dtype, tolerance: f
 
 
 def test_not_orthonormal() -> None:
-    """The message names the side, how far off it is, what is allowed, and the usual reason."""
+    """The message names the side, the error, the tolerance, and the usual reason."""
     with pytest.raises(
         ValueError,
         match=r"V: rows are not orthonormal, .* is 3 and may be 0\.0001 in torch\.float32; .*transpose",
@@ -94,14 +94,14 @@ def test_not_floating_point(dtype: torch.dtype) -> None:
 
 
 def test_orthonormality_is_checked_in_full_precision() -> None:
-    """Under autocast the check's own product would be rounded to bfloat16, and refuse every basis."""
+    """Under autocast the check's own product would be rounded to bfloat16, and every basis refused."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         Basis(orthogonal(64, 40, torch.float32), orthogonal(64))
         statistics().basis(c=5)
 
 
 def test_rows_are_stored_one_after_the_other() -> None:
-    """Selection gathers rows, which is many times faster so."""
+    """Selection gathers rows, which is many times faster if they are contiguous."""
     U, V = orthogonal(5).contiguous().T, orthogonal(7).contiguous().T[:3]
     assert not U.is_contiguous()
     basis = Basis(U, V)
@@ -171,7 +171,7 @@ def test_core_shape() -> None:
 
 
 def test_truncated() -> None:
-    """The leading rows, as a basis of its own: without the memory of the whole."""
+    """The leading rows, in storage of their own."""
     whole = statistics().basis()
     part = whole.truncated(c=4, r=2)
     assert torch.equal(part.U, whole.U[:4])
@@ -217,7 +217,7 @@ def test_truncated_out_of_range() -> None:
 )
 @pytest.mark.parametrize("basis_dtype", [torch.float32, F64])
 def test_casts_leave_the_basis(cast: Callable[[nn.Module], nn.Module], basis_dtype: torch.dtype) -> None:
-    """A rounded basis is no longer orthogonal; the layers beside it follow the cast."""
+    """A rounded basis would no longer be orthogonal. Layers beside it follow the cast."""
     model = TwoLayers(basis_dtype)
     before = {name: buffer.clone() for name, buffer in model.first.basis.named_buffers()}
     assert len(before) == 4
@@ -231,7 +231,7 @@ def test_casts_leave_the_basis(cast: Callable[[nn.Module], nn.Module], basis_dty
 
 
 def test_moves_are_followed() -> None:
-    """With a cast in the same call, too; `meta` is the other device that every machine has."""
+    """Also with a cast in the same call. The device is `meta`, which every machine has."""
     for move in (lambda b: b.to("meta"), lambda b: b.to("meta", torch.bfloat16)):
         basis = move(statistics().basis(c=5, r=4))
         assert {(str(b.device), b.dtype) for b in basis.buffers()} == {("meta", torch.float32)}
@@ -265,7 +265,7 @@ def test_copies_are_of_their_own() -> None:
 
 
 def test_state_dict() -> None:
-    """The directions are saved, the spectra are not; loading fills the one basis that is shared."""
+    """The directions are saved, the spectra are not. Loading fills the one shared basis."""
     model, twin = TwoLayers(), TwoLayers()
     assert not torch.equal(model.first.basis.U, twin.first.basis.U)
     state = model.state_dict()

@@ -1,4 +1,4 @@
-"""Gram matrices against the plain sums of `reference.grams`, and what calibration holds in memory."""
+"""calibrate: Gram matrices equal the plain sums of `reference.grams`; peak memory is bounded."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def some_batches(n: int = 4, width: int = 5) -> list[Tensor]:
 
 
 def collected(model: nn.Module, groups: dict[str, list[str]], batches: Any, **options: Any) -> dict[str, Tensor]:
-    """Group name -> the stack of gradients (n, out, in) that the paper decomposes."""
+    """Return, for each group, the stack of gradients (n, out, in) that the paper decomposes."""
     found: dict[str, list[Tensor]] = {name: [] for names in groups.values() for name in names}
     stream_gradients(
         model, list(found), lambda name, G: found[name].append(G.clone()), batches, loss_fn=call, **options
@@ -68,7 +68,7 @@ def collected(model: nn.Module, groups: dict[str, list[str]], batches: Any, **op
 @pytest.mark.parametrize(("gram_dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("shared", [True, False])
 def test_sums_of_all_groups(normalize: bool, gram_dtype: torch.dtype, tolerance: float, shared: bool) -> None:
-    """Each (out, in), over layers and steps: 1-dimensional sides and GPT-2's storage included."""
+    """Sums over layers and steps, also for sides of size 1 and for GPT-2's layout."""
     model, batches = Blocks(), some_batches()
     groups = group_linears(model, shared=shared)
     assert len(groups) == (4 if shared else 12)
@@ -96,7 +96,7 @@ def test_sums_of_all_groups(normalize: bool, gram_dtype: torch.dtype, tolerance:
     ids=["eval", "train", "trajectory", "batches again"],
 )
 def test_options_reach_the_stream(options: dict[str, Any]) -> None:
-    """Dropout acts in train mode, from the same random numbers in both runs; 6 steps take 4 batches anew."""
+    """In train mode dropout uses the same random numbers in both runs. Six steps start the four batches again."""
     model, batches = Blocks(), some_batches()
     groups = group_linears(model, ["up", "down"])
     options = {"n_steps": 4, **options}
@@ -127,7 +127,7 @@ def test_step_in_place_of_batches() -> None:
 
 
 def test_sparsegrad_layers_give_the_gradient_of_the_whole_weight() -> None:
-    """A refresh calibrates the model in training: same sums as for plain layers with the trained weights."""
+    """As a refresh needs it: the sums equal those of plain layers with the trained weights."""
     model, batches = Blocks(), some_batches()
     groups = group_linears(model, ["up"])
     basis = calibrate(model, batches, groups=groups, loss_fn=call, n_steps=4, progress=False, gram_dtype=F64).bases(
@@ -147,7 +147,7 @@ def test_sparsegrad_layers_give_the_gradient_of_the_whole_weight() -> None:
 
 
 def test_gram_device() -> None:
-    """On another device than the layers'; `meta`, which holds no values, shows that the argument is followed."""
+    """On another device than the layers'. The device is `meta`, which every machine has."""
     model, batches = Blocks(1), some_batches(1)
     options: dict[str, Any] = {"loss_fn": call, "n_steps": 1, "progress": False}
     default = calibrate(model, batches, **options)
@@ -161,7 +161,7 @@ def test_gram_device() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_two_runs_agree_to_the_bit(training: bool) -> None:
-    """With dropout too: the random numbers are put back after the first run."""
+    """Also with dropout: the random number generators are restored after the first run."""
     model, batches = Blocks(), some_batches()
     one, two = (calibrate(model, batches, loss_fn=call, n_steps=5, training=training, progress=False) for _ in range(2))
     torch.rand(1)
@@ -188,7 +188,7 @@ def test_called_where_gradients_are_off(mode: Callable[[], Any]) -> None:
 
 
 def test_under_autocast_the_sums_stay_accurate() -> None:
-    """The model's products are made in bfloat16, the sums of its gradients are not, and neither are the bases."""
+    """The model computes in bfloat16; the sums of its gradients and the bases do not."""
     model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2))
     batches = [torch.randn(8, 6) for _ in range(3)]
     groups = {"up": ["0"]}
@@ -214,7 +214,7 @@ def test_under_autocast_the_sums_stay_accurate() -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
 def test_extra_memory_is_the_gram_matrices_and_one_gradient(normalize: bool, gram_dtype: torch.dtype) -> None:
-    """Over the same backward passes with every gradient dropped. The number of steps does not come into it."""
+    """Compared with the same backward passes with every gradient dropped. It does not depend on the number of steps."""
     model = Blocks(blocks=3, width=96, inner=160).float()
     groups = group_linears(model, ["up", "down"])
     names = [name for layers in groups.values() for name in layers]
@@ -265,14 +265,14 @@ def test_groups_of_layers_that_are_not_there() -> None:
 
 @pytest.mark.parametrize("groups", [{"a": ["0"], "b": ["0"]}, {"a": ["0", "0"]}])
 def test_a_layer_belongs_to_one_group(groups: dict[str, list[str]]) -> None:
-    """Its gradients would be in the sums of the last group alone."""
+    """Otherwise its gradients would be in the sums of the last group only."""
     model = nn.Sequential(nn.Linear(3, 4))
     with pytest.raises(ValueError, match=r"0 is named twice, in groups 'a' and '[ab]'"):
         calibrate(model, groups=groups, step=lambda: model(torch.ones(1, 3)).sum(), progress=False)
 
 
 def test_a_group_without_gradient_is_refused_by_name() -> None:
-    """A gradient that is 0 everywhere has no directions; the message names the group and its layers."""
+    """A gradient that is zero everywhere has no directions. The message names the group and its layers."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     calibration = calibrate(
         model, groups={"first": ["0"], "second": ["1"]}, step=lambda: 0 * model(torch.ones(1, 3)).sum(), n_steps=2,
@@ -300,7 +300,7 @@ def test_bases_take_sizes_and_type() -> None:
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_progress_bar(progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """On stderr: stdout is for what a program prints."""
+    """The bar goes to stderr; stdout belongs to the program."""
     calibrate(Blocks(), some_batches(), loss_fn=call, n_steps=2, progress=progress).bases(c=1, r=1, progress=progress)
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -1,4 +1,4 @@
-"""Counted multiply-adds: the least for a chain, and those that a layer computes in a step."""
+"""Counted multiply-adds: the minimum for a chain, and the number that a layer computes in a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = [(12, 5), (5, 12), (8, 8)]
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5])
 def test_chain_cost_is_the_least_over_all_parenthesizations(length: int) -> None:
-    """All chains of up to three matrices over five sizes; of four, over three sizes."""
+    """All chains of up to three matrices over five sizes, and of four matrices over three sizes."""
     sizes = SIZES if length < 5 else (1, 3, 40)
     for dims in product(sizes, repeat=length):
         costs = all_chain_costs(dims)
@@ -39,7 +39,7 @@ def test_chain_cost_is_not_left_to_right() -> None:
 
 
 def test_chain_cost_agrees_with_dynamic_programming_on_longer_chains() -> None:
-    """By the textbook's recursion over (first, last) pairs, which no part of the library uses."""
+    """Checked by the textbook's recursion over (first, last) pairs, which the library does not use."""
     dims = (30, 35, 15, 5, 10, 20, 25)  # Cormen et al., section 15.2: 15,125
 
     @cache
@@ -54,7 +54,7 @@ def test_chain_cost_agrees_with_dynamic_programming_on_longer_chains() -> None:
 
 
 def one_step(layer: SparseGradLinear, tokens: int, live: int) -> None:
-    """Forward and backward of a batch whose last rows have no gradient."""
+    """Run forward and backward on a batch whose last rows have no gradient."""
     x = torch.randn(tokens, layer.in_features, dtype=F64, requires_grad=True)
     delta = torch.randn(tokens, layer.out_features, dtype=F64)
     delta[live:] = 0
@@ -80,7 +80,7 @@ def test_the_layer_computes_what_is_counted(
 @pytest.mark.parametrize("prefer", ["memory", "speed"])
 @pytest.mark.parametrize(("out", "in_"), SHAPES)
 def test_the_cheaper_way_is_taken(out: int, in_: int, prefer: Prefer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forced to form the update, or to apply its factors, a step never computes less than with the layer's choice."""
+    """A step forced to form the update, or to apply its factors, never computes less than the layer's choice."""
     taken = set()
     for (r, c), tokens in product([(2, 3), (5, 5), (1, 1)], (1, 3, 9, 40, 200)):
         basis = Basis(orthogonal(in_, c), orthogonal(out, r))

@@ -1,4 +1,4 @@
-"""Two processes with DistributedDataParallel: one selection on the averaged gradient, the same on both."""
+"""DistributedDataParallel with two processes: one selection from the averaged gradient, the same on both."""
 
 from __future__ import annotations
 

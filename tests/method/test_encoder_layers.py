@@ -1,4 +1,4 @@
-"""PyTorch's own encoder layers, which in eval mode read weights and do not call layers."""
+"""PyTorch's own encoder layers: in eval mode they read weights and do not call the layers inside them."""
 
 from __future__ import annotations
 

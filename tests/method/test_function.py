@@ -1,4 +1,4 @@
-"""The choices inside the layer's forward and backward, and what backward refuses."""
+"""The layer's forward and backward: the choice to form the update, and what backward refuses."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sparsegrad_peft.method.costs import forms_update
 @pytest.mark.parametrize("prefer", ["memory", "speed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_update_is_never_added_to_a_half_precision_weight(dtype: torch.dtype, prefer: str) -> None:
-    """Against a weight of ones, an update of 2⁻¹² is below the weight's rounding. It still arrives in full.
+    """An update of 2⁻¹² arrives in full, though a weight of 1 in half precision would round it away.
 
-    The shapes are such that a float32 weight would be summed with the update: there are many tokens. The two inputs
-    differ along one column, so that the product with `W` cancels and what is left is the update's.
+    With so many tokens a float32 weight would be summed with the update. The inputs 1 and -1 cancel the product with
+    `W`, so that the output is the update's alone.
     """
     tokens, out, in_ = 512, 6, 8
     assert forms_update(tokens, (1, 1), (out, in_), prefer)
@@ -45,7 +45,7 @@ def gradient_penalty(layer: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("form", ["block", "packed", "literal"])
 def test_double_backward_is_refused(form: str) -> None:
-    """The incoming gradient is constant, so a backward that may be used once only would give zeros in silence."""
+    """The incoming gradient is constant, so `once_differentiable` would give a second derivative of zero in silence."""
     linear, basis = nn.Linear(2, 2, bias=False, dtype=F64), Basis(orthogonal(2), orthogonal(2))
     if form == "literal":
         layer: nn.Module = LiteralSparseGradLinear.from_linear(linear, basis, k=1)
@@ -66,7 +66,7 @@ def test_double_backward_is_refused(form: str) -> None:
 @pytest.mark.parametrize("prefer", ["memory", "speed"])
 @pytest.mark.parametrize("tokens", [1, 3, 200])
 def test_backward_inside_an_autocast_that_forward_was_not_in(tokens: int, prefer: str, form: str) -> None:
-    """A float32 island within a model under autocast, or `loss.backward()` called inside the block."""
+    """As in a float32 island in a model under autocast, or with `loss.backward()` called inside the block."""
     linear, basis = nn.Linear(8, 6), Basis(orthogonal(8).float(), orthogonal(6).float())
     if form == "literal":
         layer: nn.Module = LiteralSparseGradLinear.from_linear(linear, basis, k=48)

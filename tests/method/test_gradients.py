@@ -1,4 +1,4 @@
-"""Gradients are autograd's, one is held at a time, and the model is afterwards what it was, to the bit."""
+"""stream_gradients: gradients equal autograd's, one is held at a time, and the model is restored to the bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TARGETS = ["up", "down"]
 
 
 class Net(nn.Module):
-    """What a forward pass can change: running statistics, a buffer that is replaced, three random number generators."""
+    """A model whose forward changes state: running statistics, a replaced buffer, three random number generators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Net(nn.Module):
 
 
 def a_net() -> Net:
-    """Part trained and part frozen, part in train mode, with gradients already there."""
+    """Make a model that is partly frozen, partly in train mode, and has gradients already."""
     net = Net()
     net.frozen.requires_grad_(False)
     net.down.weight.requires_grad_(False)  # a target that did not train before
@@ -66,7 +66,7 @@ def some_batches(n: int = 2) -> list[dict[str, Tensor]]:
 
 
 class Before:
-    """All there is to know of a model and of the random generators, to be compared to the bit."""
+    """The state of a model and of the random number generators, for comparison to the bit."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -107,7 +107,7 @@ class Before:
 
 @pytest.mark.parametrize("batch_shape", [(1,), (40,), (3, 5)])
 def test_gradients_of_plain_layers(batch_shape: tuple[int, ...]) -> None:
-    """(out, in) for GPT-2's Conv1D too, whose own gradient is (in, out)."""
+    """(out, in) also for GPT-2's Conv1D, whose own gradient is (in, out)."""
     model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), Conv1D(4, 10), nn.Tanh(), nn.Linear(4, 1, bias=False)).double()
     batches = [torch.randn(*batch_shape, 6, dtype=F64) for _ in range(3)]
     collected: list[tuple[str, Tensor]] = []
@@ -130,7 +130,7 @@ def test_gradients_of_plain_layers(batch_shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("prefer", ["memory", "speed"])
 @pytest.mark.parametrize("tokens", [2, 200])
 def test_gradient_of_a_sparsegrad_layer(complete: bool, packed: bool, prefer: str, tokens: int) -> None:
-    """With respect to the weight it acts with, `W + Vᵀ S U`; for a refresh of bases in mid-training."""
+    """The gradient is that of the effective weight `W + Vᵀ S U`, as a refresh during training needs it."""
     U, V = orthogonal(7), orthogonal(11)
     layer = SparseGradLinear.from_linear(
         nn.Linear(7, 11, dtype=F64), Basis(U, V) if complete else Basis(U[:3], V[:5]), prefer=prefer
@@ -154,7 +154,7 @@ def test_gradient_of_a_sparsegrad_layer(complete: bool, packed: bool, prefer: st
 
 
 class GradientSized(LiveBytes):
-    """Counts the live tensors of exactly so many bytes, the model's own left out."""
+    """Count the live tensors of one size in bytes, without the model's own."""
 
     def __init__(self, nbytes: int, model: nn.Module) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class GradientSized(LiveBytes):
     "trajectory", [None, Trajectory(), Trajectory(update=normalized_step)], ids=["fixed", "sign", "normalized"]
 )
 def test_never_more_than_one_gradient(trajectory: Trajectory | None) -> None:
-    """Each is gone when the next one arrives, and no copy of it is left; the test sees one that is kept."""
+    """Each gradient is freed before the next one arrives. The test would see one that is kept."""
     model = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), Conv1D(6, 7), nn.Tanh(), nn.Linear(6, 7)).double()
     x = torch.randn(4, 6, dtype=F64)
     passed: list[StorageWeakRef] = []
@@ -203,7 +203,7 @@ def test_never_more_than_one_gradient(trajectory: Trajectory | None) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("trajectory", [None, Trajectory(lr=0.05)])
 def test_gradient_checkpointing(reentrant: bool, trajectory: Trajectory | None) -> None:
-    """Both kinds run parts of forward again in the backward pass, the older kind in a backward pass of its own."""
+    """Both kinds run parts of forward again during backward; the reentrant kind in a backward pass of its own."""
     layers = [nn.Linear(5, 5, dtype=F64) for _ in range(3)]
     model = nn.ModuleList(layers)
     x = torch.randn(4, 5, dtype=F64)
@@ -235,7 +235,7 @@ def _block(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def test_reentrant_checkpointing_without_gradient_at_its_input() -> None:
-    """Everything before the first target is frozen, so this kind of checkpointing passes no gradient; said in words."""
+    """Everything before the first target is frozen, so reentrant checkpointing passes no gradient."""
     model = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 2)])
 
     def loss() -> Tensor:
@@ -314,7 +314,7 @@ def test_batches_start_again_when_they_run_out() -> None:
     "update", [sign_step, normalized_step, lambda p, g, lr: p.sub_(lr * g)], ids=["sign", "normalized", "sgd"]
 )
 def test_trajectory_walks_as_the_update_says(update: Callable[[Tensor, Tensor, float], None]) -> None:
-    """Against the same walk made by hand: what trains and the targets move, the rest stays, later gradients follow."""
+    """Equal to the same steps made by hand: trained parameters and targets move, the rest does not."""
     lr = 0.05
     net = a_net()
     net.drop.p = 0.0
@@ -363,7 +363,7 @@ def interrupted(batches: list[Any], after: int) -> Iterator[Any]:
 @pytest.mark.parametrize("training", [True, False, None])
 @pytest.mark.parametrize("how", ["to the end", "batches", "on_gradient", "loss_fn", "NaN loss"])
 def test_all_is_put_back(trajectory: Trajectory | None, training: bool | None, how: str) -> None:
-    """To the end, or stopped in the middle of the second step; meanwhile, all that is put back has really changed."""
+    """After the last step, and after an exception in the second; meanwhile the state did change."""
     net = a_net()
     batches = some_batches(3)
     start = {n: t.detach().clone() for n, t in (*net.named_parameters(), *net.named_buffers())}
@@ -434,7 +434,7 @@ def test_called_where_gradients_are_off(mode: Callable[[], Any], trajectory: Tra
 
 
 def test_an_interrupted_progress_bar_is_taken_down() -> None:
-    """Its thread must not draw on while a notebook keeps the traceback of the interrupt."""
+    """Its thread must not go on drawing while a notebook keeps the traceback of the interrupt."""
     model = nn.Linear(2, 2)
     started: list[threading.Thread] = []
 
@@ -456,7 +456,7 @@ def test_an_interrupted_progress_bar_is_taken_down() -> None:
 
 
 def run(model: nn.Module, targets: list[str], batches: Any = None, **options: Any) -> None:
-    """With what every test of an error would repeat; the model is left as it was by each of them."""
+    """Call stream_gradients with defaults, and check that the model is restored after every error."""
     options.setdefault("n_steps", 2)
     before = Before(model)
     try:
@@ -553,7 +553,7 @@ def test_loss_without_gradient() -> None:
 
 
 def test_gradient_that_is_not_finite() -> None:
-    """The layer and the step are named, where the loss itself is finite: √0 has an infinite slope."""
+    """The loss is finite, and √0 has an infinite slope. The message names the layer and the step."""
     net = a_net()
     batch = some_batches(1)[0]
     slopes = iter([False, True])

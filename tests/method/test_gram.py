@@ -21,7 +21,7 @@ def empty(out: int, in_: int, dtype: torch.dtype = F64) -> GramStatistics:
     [(1e-25, 1e-5), (1e-20, 1e-5), (1e-12, 1e-5), (1.0, 1e-5), (1e12, 1e-5), (1e18, 1e-5), (1e37, 1e-5)],
 )
 def test_normalized_gradients_count_alike_whatever_their_size(scale: float, tolerance: float) -> None:
-    """Far down, squares lose bits and their reciprocals leave the range of float32."""
+    """In float32 the squares of the smallest and largest of these gradients underflow or overflow."""
     gradients = torch.randn(3, 4, 6, dtype=F64)
     gram = empty(4, 6, torch.float32)
     for G in gradients:
@@ -45,7 +45,7 @@ def test_a_zero_gradient_adds_nothing(normalize: bool) -> None:
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_add_leaves_the_gradient_alone(normalize: bool) -> None:
-    """A trajectory's update comes after it and takes the gradient as it is."""
+    """A trajectory's update uses the same gradient afterwards."""
     gram = empty(4, 6)
     for dtype in (torch.float32, F64):
         G = torch.randn(4, 6, dtype=dtype)
@@ -56,7 +56,7 @@ def test_add_leaves_the_gradient_alone(normalize: bool) -> None:
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_gradient_that_is_not_finite_is_not_swallowed(normalize: bool) -> None:
-    """Statistics can be made by hand; the decomposition then says what is wrong."""
+    """Statistics may be filled by hand. The decomposition then reports the entries."""
     gram, G = empty(4, 6), torch.randn(4, 6, dtype=F64)
     gram.add(G, normalize=normalize)
     G[1, 2] = float("nan")
@@ -66,7 +66,7 @@ def test_a_gradient_that_is_not_finite_is_not_swallowed(normalize: bool) -> None
 
 
 def test_half_precision_gradients_are_summed_in_float32() -> None:
-    """10000 squared is beyond float16."""
+    """10000 squared overflows float16."""
     gram = empty(2, 3, torch.float32)
     gram.add(torch.full((2, 3), 1e4, dtype=torch.float16))
     torch.testing.assert_close(gram.gram_in, torch.full((3, 3), 2e8))
@@ -83,7 +83,7 @@ def statistics(out: int = 6, in_: int = 9, dtype: torch.dtype = torch.float32, l
 @pytest.mark.parametrize("sums", [torch.float32, F64])
 @pytest.mark.parametrize("dtype", list(ORTHOGONALITY_TOLERANCE))
 def test_type_of_the_bases(sums: torch.dtype, dtype: torch.dtype) -> None:
-    """Any type from either type of sums: float64 bases, for a float64 model, from the default float32 sums too."""
+    """Bases of any type from sums of either type, also float64 bases from the default float32 sums."""
     gram = statistics(60, 90, sums)
     basis = gram.basis(c=40, r=40, dtype=dtype)
     expected = gram.basis(c=40, r=40, dtype=sums)

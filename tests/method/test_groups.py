@@ -1,4 +1,4 @@
-"""Which layers are taken and which of them share a basis, on the layer names of real transformers models."""
+"""Which layers are targets and which share a basis, on the layer names of real transformers models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def gpt2() -> GPT2Model:
 
 
 def test_a_regular_expression_is_for_the_whole_name(bert: BertModel) -> None:
-    """`attention.output.dense` ends like the MLP's `output.dense`, and a regular expression can tell them apart."""
+    """`attention.output.dense` ends like the MLP's `output.dense`. A regular expression can tell them apart."""
     groups = group_linears(bert, r"encoder\.layer\.\d+\.(intermediate|output)\.dense")
     assert groups == MLP
     assert list(groups) == list(MLP)
@@ -71,7 +71,7 @@ def test_not_shared_is_a_group_a_layer_in_the_order_of_the_model(bert: BertModel
 
 
 def test_conv1d_is_out_in(gpt2: GPT2Model) -> None:
-    """GPT-2 stores (in, out); its shape is (out, in) all the same."""
+    """GPT-2 stores (in, out); the shape is still given as (out, in)."""
     groups = group_linears(gpt2, ["mlp.c_fc", "mlp.c_proj"])
     assert groups == {f"h.*.mlp.{part}": [f"h.{i}.mlp.{part}" for i in range(2)] for part in ("c_fc", "c_proj")}
     fc, proj = gpt2.get_submodule("h.0.mlp.c_fc"), gpt2.get_submodule("h.0.mlp.c_proj")
@@ -82,7 +82,7 @@ def test_conv1d_is_out_in(gpt2: GPT2Model) -> None:
 
 
 def test_one_role_of_two_shapes_is_two_groups() -> None:
-    """A basis fits one shape; models with blocks of growing width have the same role in several."""
+    """A basis fits one shape. Models whose blocks grow in width have one role in several shapes."""
     blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(in_, 8)}) for in_ in (4, 6, 4)])
     model = nn.ModuleDict({"blocks": blocks, "head": nn.Linear(8, 2)})
     assert group_linears(model) == {
@@ -96,7 +96,7 @@ def test_one_role_of_two_shapes_is_two_groups() -> None:
 
 
 def test_only_whole_numbers_are_block_numbers() -> None:
-    """`fc1` and `fc2` are two roles, not one with a number in it."""
+    """`fc1` and `fc2` are two roles: a digit inside a name is no block number."""
     model = nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(4, 4), "fc2": nn.Linear(4, 4)}) for _ in range(11)])
     groups = group_linears(model)
     assert list(groups) == ["*.fc1", "*.fc2"]
@@ -104,7 +104,7 @@ def test_only_whole_numbers_are_block_numbers() -> None:
 
 
 def test_sparsegrad_layers_are_linear_layers() -> None:
-    """Calibration for a refresh looks at a model whose layers have been replaced."""
+    """A refresh calibrates a model whose layers have been replaced."""
     layer = SparseGradLinear.from_linear(nn.Linear(3, 5), Basis.identity())
     model = nn.Sequential(layer, nn.ReLU(), nn.Linear(5, 3))
     assert group_linears(model) == {"0": ["0"], "2": ["2"]}
@@ -127,7 +127,7 @@ def test_shape_of_what_is_not_linear() -> None:
 
 
 def test_numbers_inside_a_sequential_are_no_block_numbers() -> None:
-    """Two square layers of one `Sequential` have different roles; layers listed in a `ModuleList` have one."""
+    """Two square layers of one `Sequential` have different roles; two layers in a `ModuleList` have the same."""
     model = nn.ModuleDict({
         "blocks": nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)) for _ in range(2)),
         "experts": nn.ModuleList(nn.Linear(4, 4) for _ in range(3)),

@@ -1,4 +1,4 @@
-"""Eigenvectors of Gram matrices against SVDs of the unfolded stack of gradients: the oracle's, and tensorly's."""
+"""Eigenvectors of Gram matrices equal the singular vectors of the unfolded gradients (the oracle's and tensorly's)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPES = [(4, 5, 7), (3, 9, 2), (2, 12, 30), (5, 8, 8), (6, 1, 6), (6, 6, 1), (1
 
 
 def stack(n: int, out: int, in_: int) -> Tensor:
-    """Gradients whose directions have energies of their own, as real ones have."""
+    """Make gradients whose directions have different energies, as real ones have."""
     return torch.randn(n, out, in_, dtype=F64) * torch.linspace(1, 3, out, dtype=F64)[:, None]
 
 
@@ -43,7 +43,7 @@ def largest_angle(A: Tensor, B: Tensor) -> float:
 
 
 def with_spectrum(spectrum: Tensor) -> Tensor:
-    """A Gram matrix of that spectrum, in random directions."""
+    """Make a Gram matrix with this spectrum, in random directions."""
     n = len(spectrum)
     Q = orthogonal(n)
     gram = (Q * spectrum.to(F64)) @ Q.T
@@ -52,7 +52,7 @@ def with_spectrum(spectrum: Tensor) -> Tensor:
 
 @pytest.fixture
 def _shapes_unchecked() -> Iterator[None]:
-    """The test run checks shapes at each call; users meet the library's own messages."""
+    """Turn off the test run's shape checks, so that the library's own messages are reached."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -63,7 +63,7 @@ def _shapes_unchecked() -> Iterator[None]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_factors_are_singular_vectors_of_the_unfoldings(shape: tuple[int, int, int]) -> None:
-    """Every leading subspace, for all sizes up to the rank; beyond it any completion is as good."""
+    """Every leading subspace up to the rank. Beyond the rank any completion is right."""
     gradients = stack(*shape)
     gram = statistics(gradients)
     U, V, energy_in, energy_out = reference.hosvd(gradients)
@@ -86,7 +86,7 @@ def test_factors_are_singular_vectors_of_the_unfoldings(shape: tuple[int, int, i
 
 @pytest.mark.parametrize("shape", [(4, 5, 7), (3, 9, 4), (5, 8, 8)])
 def test_factors_are_tensorlys(shape: tuple[int, int, int]) -> None:
-    """Tucker factors at complete rank, and truncated SVDs of unfoldings, from the library the authors used."""
+    """Tucker factors at full rank, and truncated SVDs of the unfoldings, from the library that the authors used."""
     gradients = stack(*shape)
     n, out, in_ = shape
     factors = tucker(gradients.numpy(), rank=[n, out, in_], init="svd", svd="truncated_svd", n_iter_max=3).factors
@@ -106,7 +106,7 @@ def test_factors_are_tensorlys(shape: tuple[int, int, int]) -> None:
 
 
 def test_input_side_is_u_and_output_side_is_v() -> None:
-    """Gradients with one input direction and one output direction: the first rows of `U` and `V`."""
+    """Gradients with one input direction and one output direction: these are the first rows of `U` and `V`."""
     x, y = torch.randn(6, dtype=F64), torch.randn(9, dtype=F64)
     basis = statistics(torch.stack([torch.outer(y, x), -2 * torch.outer(y, x)])).basis(c=1, r=1, dtype=F64)
     assert basis.U.shape == (1, 6)
@@ -120,7 +120,7 @@ def test_input_side_is_u_and_output_side_is_v() -> None:
 
 @pytest.mark.parametrize("n", [5, 1100])
 def test_signs(n: int) -> None:
-    """The largest entry of each row is positive, by both ways of decomposing; all gradients turned about, the same."""
+    """The largest entry of each row is positive with both decompositions, also for negated gradients."""
     gradients = torch.randn(3, 2, n, dtype=F64)
     gram, turned = statistics(gradients), statistics(-gradients)
     rows: Rows = "full" if n == 5 else 8
@@ -193,7 +193,7 @@ def test_rows_are_the_leading_ones(rows: Rows, count: int) -> None:
 @pytest.mark.parametrize("shape", [(3, 50, 40), (2, 3, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_share_of_energy(share: float, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """As many rows as it takes, and no more."""
+    """The smallest number of rows that holds the share."""
     gram = statistics(stack(*shape), dtype).gram_in
     some = eigenbasis(gram, f"energy:{share}")
     rows = some.vectors.shape[0]
@@ -204,7 +204,7 @@ def test_share_of_energy(share: float, shape: tuple[int, int, int], dtype: torch
 
 
 def test_all_of_the_energy() -> None:
-    """ "energy:1" keeps what the gradients reach; rows that would only complete the basis are not needed."""
+    """ "energy:1" keeps the directions that the gradients reach, without rows that only complete the basis."""
     gram = with_spectrum(torch.tensor([5.0, 3.0, 1.0, 0.5, 0.0, 0.0, 0.0]))
     rows = eigenbasis(gram, "energy:1").vectors.shape[0]
     exact = torch.diag(torch.tensor([5.0, 3.0, 1.0, 0.5, 0.0, 0.0, 0.0]))
@@ -229,7 +229,7 @@ def test_all_of_the_energy() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_leading_rows_by_iteration(decay: Any, dtype: torch.dtype) -> None:
-    """From 1024 directions on, few rows are found without decomposing the whole; they hold the energy all the same."""
+    """From 1024 directions on, few rows are found without a full decomposition, with the same energy."""
     n, count = 1024, 104
     spectrum = decay(torch.arange(n, dtype=F64))
     gram = with_spectrum(spectrum).to(dtype)
@@ -251,7 +251,7 @@ def test_leading_rows_by_iteration(decay: Any, dtype: torch.dtype) -> None:
 
 
 def test_iteration_only_where_it_pays() -> None:
-    """Below 1024 directions, or for more than 0.15 of them, the whole spectrum comes along."""
+    """Below 1024 directions, or for more than 0.15 of them, the full decomposition gives the whole spectrum."""
     gram = with_spectrum(1 / (torch.arange(1024) + 1.0)).float()
     assert len(eigenbasis(gram, 160).spectrum) == 1024
     assert len(eigenbasis(gram, 153).spectrum) == 153
@@ -271,7 +271,7 @@ def test_iteration_takes_no_random_numbers_and_no_autocast() -> None:
 
 
 def test_iteration_on_few_gradients() -> None:
-    """Fewer directions than rows asked for: what is there comes first, and the rest completes it."""
+    """More rows than the gradients have directions: real directions come first, the others complete the basis."""
     gradients = torch.randn(4, 5, 1024, dtype=F64)  # 20 directions
     found = eigenbasis(statistics(gradients).gram_in, 64)
     assert found.rank == 20
@@ -285,7 +285,7 @@ def test_iteration_on_few_gradients() -> None:
 
 
 def test_rank_by_the_type_of_the_sums() -> None:
-    """Squares of a direction 10⁻⁵ as strong as another are lost in float32 sums, and seen in float64 sums."""
+    """Squares of a direction 10⁻⁵ as strong as another are lost in float32 sums, and kept in float64 sums."""
     gradients = torch.diag(torch.tensor([1.0, 0.1, 1e-5], dtype=F64))[None]
     assert eigenbasis(statistics(gradients, F64).gram_in).rank == 3
     assert eigenbasis(statistics(gradients, torch.float32).gram_in).rank == 2
@@ -329,7 +329,7 @@ def test_not_symmetric() -> None:
 
 @pytest.mark.parametrize("rows", [True, False, None, [1], (0.5,), torch.tensor(2)])
 def test_rows_of_a_wrong_type(rows: Any) -> None:
-    """A bool is an int in Python; `c=True` means nothing here."""
+    """A bool is an int in Python, but `c=True` has no meaning here."""
     with pytest.raises(
         TypeError, match=r'side A: expected "full", a count from 1 to 4, a fraction in \(0, 1\], or "en'
     ):

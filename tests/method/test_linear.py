@@ -1,4 +1,4 @@
-"""SparseGradLinear: output and gradients of the layer it replaces, in every setting that layers are used in."""
+"""SparseGradLinear: the output and gradients of the layer that it replaces, in every setting."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def a_layer(
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3), (2, 1, 3)])
 def test_replaces_without_a_trace(dtype: torch.dtype, bias: bool, lead: tuple[int, ...]) -> None:
-    """Untrained, the layer gives the original's output and gradients; in full precision to the bit of the product."""
+    """An untrained layer gives the original's output and gradients."""
     linear = nn.Linear(7, 11, bias=bias, dtype=dtype)
     layer = SparseGradLinear.from_linear(linear, Basis(orthogonal(7, 3).float(), orthogonal(11, 5).float()))
     inputs = torch.randn(*lead, 7, dtype=dtype)
@@ -57,7 +57,7 @@ def test_replaces_without_a_trace(dtype: torch.dtype, bias: bool, lead: tuple[in
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 def test_gradcheck(tokens: int, complete: bool, packed: bool, prefer: str) -> None:
-    """The custom backward against finite differences: input, core and bias; few tokens and many, both ways inside."""
+    """Input, core and bias against finite differences, with few tokens (factors) and many (formed weight)."""
     r, c = (4, 5) if complete else (2, 3)
     layer = a_layer(4, 5, r, c, prefer=prefer)
     if packed:
@@ -75,7 +75,7 @@ def test_gradcheck(tokens: int, complete: bool, packed: bool, prefer: str) -> No
 
 
 def test_gradcheck_with_a_trained_weight() -> None:
-    """If the frozen weight asks for a gradient, it gets the right one: calibration relies on it."""
+    """Calibration relies on it: a weight that asks for a gradient gets the right one."""
     layer = a_layer(4, 5, 2, 3)
     layer.weight.requires_grad_(True)
     x = torch.randn(6, 5, dtype=F64, requires_grad=True)
@@ -95,9 +95,9 @@ def test_frozen_weight_gets_no_gradient() -> None:
 
 
 def test_sgd_in_a_complete_basis_is_sgd() -> None:
-    """Rotations keep plain gradient descent: with k = all and square bases it walks the same weights.
+    """With all entries selected and square bases, gradient descent gives the same weights.
 
-    (Adam is not kept: it scales entry by entry, so it is Adam on `W_tilde`; see the next test.)
+    Adam does not: it scales entry by entry, so it is Adam on `W_tilde` (next test).
     """
     layer, plain = a_layer(6, 5, 6, 5, learnt=False), nn.Linear(5, 6, dtype=F64)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_sgd_in_a_complete_basis_is_sgd() -> None:
 
 
 def test_all_entries_selected_is_sparse_adam_on_w_tilde() -> None:
-    """With k = all and square bases the method is Adam on `W_tilde`: torch's SparseAdam there, on every coordinate."""
+    """With all entries selected and square bases, the method is torch's SparseAdam on every entry of `W_tilde`."""
     layer = a_layer(6, 5, 6, 5, learnt=False)
     U, V = layer.basis.U, layer.basis.V
     W_tilde = nn.Parameter(V @ layer.weight.detach() @ U.T)
@@ -135,7 +135,7 @@ def test_all_entries_selected_is_sparse_adam_on_w_tilde() -> None:
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [2, 200])
 def test_autocast(weights: torch.dtype, to: torch.dtype, tokens: int) -> None:
-    """Under autocast the layer computes in autocast's type and its parameters get gradients in their own."""
+    """The layer computes in the type of autocast. Parameters get gradients in their own type."""
     layer = a_layer(48, 32, 12, 8, dtype=weights)
     x = torch.randn(tokens, 32, dtype=weights, requires_grad=True)
     exact = copy.deepcopy(layer).double()
@@ -156,7 +156,7 @@ def test_autocast(weights: torch.dtype, to: torch.dtype, tokens: int) -> None:
 
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])
 def test_a_small_update_is_not_swallowed_under_autocast(to: torch.dtype) -> None:
-    """An update of a sixteenth of a rounding of `W` is there in the mean; added to a rounded `W` it would be gone."""
+    """An update of a sixteenth of a rounding of `W` is present in the mean. Added to a rounded `W` it would be lost."""
     torch.manual_seed(0)
     weight = 1 + torch.rand(200, 300)
     basis = Basis(orthogonal(300).float(), orthogonal(200).float())
@@ -219,7 +219,7 @@ def test_compiles_without_graph_breaks(tokens: int, packed: bool) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_from_conv1d(bias: bool) -> None:
-    """GPT-2's layers hold their weight as (in, out); the storage is shared here too."""
+    """GPT-2's layers store their weight as (in, out). The storage is shared here too."""
     conv = Conv1D(11, 7).double()
     if not bias:  # Conv1D's own forward needs one; ours does not
         conv.bias = None
@@ -254,7 +254,7 @@ def test_to_linear(dtype: torch.dtype) -> None:
 
 
 def saved(forward: partial[Tensor], parameters: list[Tensor]) -> list[tuple[int, ...]]:
-    """Shapes that autograd keeps for backward, the layer's own tensors aside."""
+    """Return the shapes that autograd saves for backward, without the layer's own tensors."""
     own = {p.untyped_storage().data_ptr() for p in parameters}
     shapes: list[tuple[int, ...]] = []
 
@@ -270,7 +270,7 @@ def saved(forward: partial[Tensor], parameters: list[Tensor]) -> list[tuple[int,
 
 
 def test_saves_the_projected_input() -> None:
-    """What is kept for backward is (T, c), not (T, in): the memory that the method is for."""
+    """Backward keeps (T, c), not (T, in). This is where the method saves memory."""
     layer = a_layer(48, 32, 12, 8)
     own = [*layer.parameters(), *layer.buffers()]
     for tokens in (3, 200):
@@ -288,7 +288,7 @@ def test_saves_the_projected_input() -> None:
 
 
 def test_holds_nothing_else() -> None:
-    """No optimizer state, no captured activations: after a step the layer has the attributes it was made with."""
+    """After a step the layer has the attributes that it was made with: no optimizer state, no activations."""
     layer = a_layer()
     before = set(vars(layer))
     x = torch.randn(4, 7, dtype=F64, requires_grad=True)
@@ -379,7 +379,7 @@ def test_wrong_input_type_is_an_error_as_for_linear() -> None:
 
 
 def test_copies_and_moves() -> None:
-    """deepcopy keeps the sharing of a basis; a cast casts the weight and not the basis; training mode is taken over."""
+    """deepcopy keeps the sharing of a basis; a cast does not cast the basis; train mode is taken over."""
     linear = nn.Linear(7, 7).eval()
     basis = Basis(orthogonal(7).float(), orthogonal(7).float())
     model = nn.Sequential(SparseGradLinear.from_linear(linear, basis), SparseGradLinear.from_linear(linear, basis))
@@ -405,7 +405,7 @@ def test_one_dimensional_and_empty_inputs() -> None:
 
 
 def test_shared_basis_is_saved_once_and_moves_with_any_layer() -> None:
-    """One layer registers the basis, the others refer to it: a state dict holds it once and loads strictly."""
+    """One layer registers the basis, the others refer to it. A state dict holds it once and loads strictly."""
     basis = Basis(orthogonal(7).float(), orthogonal(7).float())
     model = nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 7), nn.Linear(7, 7))
     layers = list(replace_linears(model, {"all": ["0", "1", "2"]}, {"all": basis}).values())
@@ -434,7 +434,7 @@ def test_shared_basis_is_saved_once_and_moves_with_any_layer() -> None:
 
 @pytest.mark.parametrize("tokens", [2, 300])
 def test_narrow_core_on_a_wide_weight(tokens: int) -> None:
-    """`core_dtype` may be narrower than the weight's type; sums are made in the wider of the two."""
+    """`core_dtype` may be narrower than the weight's type. Sums are computed in the wider type."""
     basis = Basis(orthogonal(32, 8).float(), orthogonal(48, 12).float())
     layer = SparseGradLinear.from_linear(nn.Linear(32, 48), basis, core_dtype=torch.bfloat16)
     with torch.no_grad():

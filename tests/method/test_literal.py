@@ -29,7 +29,7 @@ def complete_basis(out: int, in_: int, dtype: torch.dtype = F64) -> Basis:
 def pair(
     out: int, in_: int, *, bias: bool = True, dtype: torch.dtype = F64, **options: Any
 ) -> tuple[nn.Linear, LiteralSparseGradLinear]:
-    """A linear layer, and the literal form of an equal one."""
+    """Make a linear layer, and the literal form of an equal one."""
     linear = nn.Linear(in_, out, bias=bias, dtype=dtype)
     basis = complete_basis(out, in_, F64 if dtype == F64 else torch.float32)
     options = options if "density" in options else {"k": 3, **options}
@@ -130,7 +130,7 @@ def test_the_weight_s_gradient_is_the_selection_of_the_dense_one(
 
 
 def test_backward_is_the_paper_s() -> None:
-    """Against the dense layer of reference.py, which is written in the order of the equations."""
+    """Equal to the dense layer of reference.py, which follows the order of the equations."""
     linear, literal = pair(6, 9, k=54)
     oracle = reference.Layer.from_weight(linear.weight.detach(), linear.bias.detach(), literal.basis.U, literal.basis.V)
     x, delta = torch.randn(7, 9, dtype=F64).requires_grad_(), torch.randn(7, 6, dtype=F64)
@@ -145,7 +145,7 @@ def test_backward_is_the_paper_s() -> None:
 
 
 def test_micro_batches_add_up_to_the_union_of_their_selections() -> None:
-    """Why this form is not for accumulation."""
+    """The reason why this form does not suit gradient accumulation."""
     _, literal = pair(6, 9, k=5)
     dense = torch.zeros(6, 9, dtype=F64)
     for _ in range(2):
@@ -181,9 +181,9 @@ def test_no_tokens() -> None:
 @BOTH
 @pytest.mark.parametrize(("out", "in_"), [(1, 1), (5, 123), (123, 5), (7, 7)])
 def test_training_is_the_oracle_s(out: int, in_: int, products: Products) -> None:
-    """20 steps, weights, moments and the set of entries ever touched compared after each; the bias by AdamW.
+    """Weights, moments and touched entries are compared after each of 20 steps; AdamW trains the bias.
 
-    `torch.optim.SparseAdam` is stepped beside with the same COO gradients: an optimizer that nobody here wrote.
+    `torch.optim.SparseAdam` takes the same COO gradients, as an independent implementation.
     """
     k = max(1, out * in_ // 10)
     linear, literal = pair(out, in_, k=k, products=products)
@@ -229,7 +229,7 @@ def test_training_is_the_oracle_s(out: int, in_: int, products: Products) -> Non
 
 
 def test_sparse_adam_of_torch_trains_it() -> None:
-    """Without the library's optimizer, 20 steps in float64."""
+    """20 steps in float64 without the library's optimizer."""
     _, literal = pair(7, 9, k=6)
     twin = copy.deepcopy(literal)
     optimizers = [
@@ -249,7 +249,7 @@ def test_sparse_adam_of_torch_trains_it() -> None:
 
 @BOTH
 def test_autocast_in_bfloat16(products: Products) -> None:
-    """Computed in bfloat16 like the linear layer, gradients in the types of what they belong to."""
+    """Computed in bfloat16 like the linear layer. Gradients have the types of their parameters."""
     linear, literal = pair(24, 32, dtype=torch.float32, k=40, products=products)
     x = torch.randn(3, 5, 32)
     given = [x.clone().requires_grad_() for _ in range(2)]
@@ -273,7 +273,7 @@ def test_autocast_in_bfloat16(products: Products) -> None:
 
 
 def test_the_published_rule_of_selection() -> None:
-    """Kept for comparison: a threshold on signed entries that lets more than `k` through."""
+    """Kept for comparison: a threshold on signed entries keeps more than `k`."""
     linear, literal = pair(20, 30, k=12, select=topk_signed_threshold_as_published)
     x, delta = torch.randn(9, 30, dtype=F64), torch.randn(9, 20, dtype=F64)
     literal(x).backward(delta)
@@ -341,7 +341,7 @@ def test_to_linear_computes_what_was_learnt() -> None:
 
 
 def test_making_one_leaves_the_linear_layer_alone() -> None:
-    """The weight is copied into the basis; the bias is the layer's own parameter and goes on being trained."""
+    """The weight is copied into the basis. The bias stays the linear layer's own parameter."""
     linear = nn.Linear(5, 4, dtype=F64).eval()
     weight = linear.weight.detach().clone()
     literal = LiteralSparseGradLinear.from_linear(linear, complete_basis(4, 5), k=3)

@@ -1,4 +1,4 @@
-"""Rows of the output's gradient that are exactly zero are left out of backward, and nothing else is."""
+"""Backward leaves out rows of the output's gradient that are exactly zero, and no others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_few_rows_are_not_worth_it(dead: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("value", [1e-320, -1e-320, math.nan, math.inf])
 def test_a_row_with_anything_in_it_is_alive(value: float) -> None:
-    """Also the smallest number there is, in a column that the quick look does not see."""
+    """Also for the smallest number above zero, in a column that the quick check does not read."""
     delta = rows(8, dead=(1, 2, 3))
     delta[2, 10] = value
     found = live_rows(delta)
@@ -84,7 +84,7 @@ def test_gradients_are_those_of_the_plain_products(
 
 
 def test_padding_of_a_classifier_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In BERT, whatever is padded has no gradient in any block, and in the last one only the first token has one."""
+    """In BERT a padded token has no gradient in any block, and in the last block only the first token has one."""
     from transformers import BertConfig, BertForSequenceClassification
 
     from sparsegrad_peft import calibrate, group_linears, replace_linears

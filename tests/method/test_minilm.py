@@ -1,6 +1,6 @@
-"""A real pretrained BERT (6 layers, 384/1536): replacing its MLP layers changes nothing, and its gradients are sparse.
+"""A real pretrained BERT (6 layers, 384/1536): replaced MLP layers change nothing, and its gradients are sparse.
 
-GLUE rows are used where `SPARSEGRAD_DATA` names a folder with them; elsewhere two tests are skipped, and say so.
+GLUE rows are used if `SPARSEGRAD_DATA` names a folder with them. Otherwise two tests are skipped.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def test_replacing_the_mlp_changes_the_logits_by_less_than_1e_5(minilm: tuple[nn
 
 
 def test_literal_exact_and_adapter_forms_train_alike(minilm: tuple[nn.Module, Any]) -> None:
-    """Five steps on the same batches with the same complete bases: the three forms give the same losses."""
+    """Five steps on the same batches with the same complete bases give the same losses in all three forms."""
     model, tokenizer = minilm
     batch = encoded(tokenizer)
     groups = group_linears(model, energy.MLP)
@@ -130,7 +130,7 @@ def test_literal_exact_and_adapter_forms_train_alike(minilm: tuple[nn.Module, An
     reason="SPARSEGRAD_DATA names no folder with glue/SST-2/train.tsv",
 )
 def test_gradient_energy_on_real_sst2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ways to calibrate at a cut-down size: the order that the full run (benchmarks/results/energy.json) shows too."""
+    """Ways to calibrate, at a reduced size: their order is that of the full run (benchmarks/results/energy.json)."""
     chosen = ("paper, shared", "sign walk, per layer")
     all_ways = energy.calibrations
     monkeypatch.setattr(energy, "calibrations", lambda *sizes: {way: all_ways(*sizes)[way] for way in chosen})
@@ -150,7 +150,7 @@ def test_gradient_energy_on_real_sst2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif("SPARSEGRAD_DATA" not in os.environ, reason="SPARSEGRAD_DATA names no folder with GLUE")
 def test_a_sketch_finds_nearly_the_best_directions_of_real_gradients(minilm: tuple[nn.Module, Any]) -> None:
-    """Of each layer's wide side, at the size of the study, along a trajectory."""
+    """Of each layer's wide side, at the size used in the studies, along a trajectory."""
     model, tokenizer = minilm
     rows, sizes = energy.sst2(400), Sizes(narrow=128, wide=45)
     groups = group_linears(model, energy.MLP, shared=False)

@@ -1,4 +1,4 @@
-"""SparseGradAdamW: torch's own rules on the same gradients, exact resumption, and what surrounds an optimizer."""
+"""SparseGradAdamW: torch's update rules, exact resumption, refused gradients, schedulers and scalers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sparse(p: nn.Parameter, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9), (0.0, 0.99)])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 123), (123, 5), (30, 40)])
 def test_rule_is_torchs_sparse_adam(shape: tuple[int, int], betas: tuple[float, float]) -> None:
-    """The same COO gradients, three ways: torch's SparseAdam, ours from COO, ours selecting from the dense gradient."""
+    """torch's SparseAdam, ours from COO gradients, and ours selecting from dense gradients give the same weights."""
     k = max(1, math.prod(shape) // 7)
     start = torch.randn(*shape, dtype=F64)
     theirs, from_coo, from_dense = (nn.Parameter(start.clone()) for _ in range(3))
@@ -72,7 +72,7 @@ def test_rest_is_torchs_adamw_to_the_bit(dtype: torch.dtype) -> None:
 
 
 def a_model() -> tuple[nn.Module, list[dict[str, Any]], dict[nn.Parameter, Basis]]:
-    """A layer of each kind: block, packed, plain weight with a basis, literal; and a head."""
+    """Make a model with a layer of each kind (block, packed, plain weight with a basis, literal) and a head."""
     torch.manual_seed(2)
     basis = Basis(orthogonal(8, 6).float(), orthogonal(8, 5).float())
     complete = Basis(orthogonal(8).float(), orthogonal(8).float())
@@ -105,7 +105,7 @@ def setup() -> tuple[nn.Module, SparseGradAdamW, Any]:
 
 
 def test_stop_and_resume_equals_no_stop_to_the_bit(tmp_path: Path) -> None:
-    """Through a file, read with `weights_only`: the state holds tensors and numbers, nothing else."""
+    """Through a file read with `weights_only`, since the state holds only tensors and numbers."""
     straight, optimizer, scheduler = setup()
     train(straight, optimizer, inputs(range(12)), mean_square, scheduler)
 
@@ -160,7 +160,7 @@ def test_half_precision_parameter_keeps_wide_moments_through_a_resume() -> None:
 
 
 def test_selection_is_made_once_on_the_accumulated_gradient() -> None:
-    """Micro-batches add up first. Selecting in each and adding the selections touches more, and other, entries."""
+    """Micro-batches are added up first. Selecting in each one would touch more entries, and other ones."""
     linear, basis = nn.Linear(20, 30, bias=False, dtype=F64), Basis(orthogonal(20), orthogonal(30))
     x, delta, k = torch.randn(32, 20, dtype=F64), torch.randn(32, 30, dtype=F64), 12
     parts = list(zip(x.chunk(4), delta.chunk(4), strict=True))
@@ -217,7 +217,7 @@ def test_state_costs_twelve_bytes_for_each_touched_entry() -> None:
 
 
 def test_vector_and_transposed_parameters() -> None:
-    """A vector may be selected from; a parameter that is a view with other strides is written where it is."""
+    """A vector may be selected from. A parameter that is a view with other strides is written in place."""
     vector, matrix = parameter(50), nn.Parameter(torch.randn(6, 4, dtype=F64).T)
     assert not matrix.is_contiguous()
     before, storage = matrix.detach().clone(), matrix.data_ptr()
@@ -261,7 +261,7 @@ def test_closure() -> None:
 
 
 def test_clipping_and_grad_scaler() -> None:
-    """Gradients are dense, so clipping sees them, and a step with an overflow is skipped and changes nothing."""
+    """Gradients are dense, so clipping sees them. A step with an overflow is skipped and changes nothing."""
     model, optimizer, _ = setup()
     model = nn.Sequential(*list(model)[:5], model[6])  # without the literal layer: clipping refuses COO gradients
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -299,7 +299,7 @@ def test_schedulers_see_one_optimizer() -> None:
 
 
 def test_learning_rate_as_a_tensor() -> None:
-    """Some schedulers and compiled training keep the rate in a tensor."""
+    """Some schedulers and compiled training keep the learning rate in a tensor."""
     p, q = parameter(5, 5), parameter(5, 5)
     q.data.copy_(p.data)
     for value, lr in ((p, 0.01), (q, torch.tensor(0.01, dtype=F64))):
@@ -381,7 +381,7 @@ def test_a_step_that_is_refused_moves_nothing(bad: float) -> None:
 
 
 def refused(last: nn.Parameter, gradient: Tensor, words: str, *, options: dict[str, Any], bases: Any = None) -> None:
-    """The step raises, and has moved neither a sparse nor a dense parameter of the groups before, nor any state."""
+    """Check that the step raises and changes no parameter of the earlier groups and no state."""
     first, plain = parameter(4, 5), parameter(3, 3)
     optimizer = SparseGradAdamW([sparse(first, k=3), {"params": [plain]}, {"params": [last], **options}], bases=bases)
     before = [p.detach().clone() for p in (first, plain, last)]
@@ -393,7 +393,7 @@ def refused(last: nn.Parameter, gradient: Tensor, words: str, *, options: dict[s
 
 
 def test_a_gradient_that_overflows_in_the_basis_moves_nothing() -> None:
-    """Every entry is finite in float32; their sums along a direction of the basis are not."""
+    """Every entry is finite in float32, but sums along a direction of the basis are not."""
     last = parameter(2, 2, dtype=torch.float32)
     basis = Basis(torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2), None)
     gradient = torch.full((2, 2), 3e38)
@@ -408,7 +408,7 @@ def test_a_coo_gradient_that_is_not_finite_moves_nothing(bad: float) -> None:
 
 
 def test_sparse_gradients_of_other_layouts_move_nothing() -> None:
-    """Whole rows, as of an embedding; a vector; and COO in a group that selects nothing."""
+    """Whole rows, as from an embedding; a vector; and COO in a group that does not select."""
     embedding = nn.Embedding(5, 3, sparse=True, dtype=F64)
     embedding(torch.tensor([1, 4])).sum().backward()
     rows = embedding.weight.grad
@@ -421,7 +421,7 @@ def test_sparse_gradients_of_other_layouts_move_nothing() -> None:
 
 @pytest.mark.parametrize("kind", [{"sparse": True, "k": 3}, {}], ids=["sparse", "dense"])
 def test_state_of_another_type(kind: dict[str, Any]) -> None:
-    """A run in float64 goes on in float32, by a cast of the model or from its saved state, and the other way round."""
+    """A float64 run goes on in float32, after a cast of the model or from its saved state, and the other way round."""
     for before, after in ((F64, torch.float32), (torch.float32, F64)):
         module = nn.Linear(4, 5, bias=False, dtype=before)
         optimizer = SparseGradAdamW([{"params": [module.weight], **kind}], lr=0.1)
@@ -452,7 +452,7 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
 
 
 def test_copies_and_pickles_are_whole() -> None:
-    """Also those of the parameters that have a basis: they are looked up by the parameter, which is copied along."""
+    """Also for parameters with a basis: the basis is found by the parameter, which is copied too."""
     torch.manual_seed(0)
     linear = nn.Linear(8, 6)
     basis = Basis(torch.linalg.qr(torch.randn(8, 8)).Q, torch.linalg.qr(torch.randn(6, 6)).Q)

@@ -53,7 +53,7 @@ def test_positions_are_those_of_the_largest_sum_of_squares() -> None:
 
 
 def test_training_packed_and_renewing_the_positions() -> None:
-    """The whole way of a packed adapter: choose, pack, train, choose anew with what was learnt in place, train on."""
+    """A packed adapter from start to end: choose, pack, train, choose again while keeping what was learnt, train on."""
     model, batches, groups = problem()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Two processes, each with batches of its own: one sum, and bases equal to the bit."""
+"""Two processes with different batches: one sum, and bases equal to the bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build() -> tuple[nn.Module, dict[str, list[str]]]:
 
 
 def own_calibration(rank: int, dtype: torch.dtype) -> Calibration:
-    """Of the batches and the dropout of one process, on whichever process this runs."""
+    """Calibrate on one process's batches and dropout, on whichever process this runs."""
     model, groups = build()
     torch.manual_seed(100 + rank)
     batches = [torch.randn(5, 9) for _ in range(N_STEPS[rank])]
@@ -43,7 +43,7 @@ def own_calibration(rank: int, dtype: torch.dtype) -> Calibration:
 
 
 def disagreeing(rank: int) -> Calibration:
-    """Statistics that differ between the processes, as eigenvalues do between machines, only more so.
+    """Return statistics that differ between the processes, as eigenvectors may between machines.
 
     For a share of energy one process would keep 47 of 1024 directions and the other 139.
     """
@@ -102,7 +102,7 @@ def test_the_sum_of_both(results: list[dict[str, Any]], dtype: torch.dtype, tole
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("size", range(len(SIZES)))
 def test_bases_are_equal_to_the_bit(results: list[dict[str, Any]], dtype: torch.dtype, size: int) -> None:
-    """And they are the bases of the sum."""
+    """They are the bases of the sum."""
     first, second = (result[str(dtype)]["bases"][size] for result in results)
     for name, (gram_in, gram_out, n_gradients) in results[0][str(dtype)]["grams"].items():
         assert list(first[name]) == ["U", "V", "spectrum_in", "spectrum_out"]
@@ -117,7 +117,7 @@ def test_bases_are_equal_to_the_bit(results: list[dict[str, Any]], dtype: torch.
 
 
 def test_bases_agree_where_the_eigenvalues_do_not(results: list[dict[str, Any]]) -> None:
-    """The first process's, the numbers of rows included; also where it would take another way of decomposing."""
+    """Every process gets rank 0's bases and number of rows, also where it would decompose in another way."""
     first, second = (result["disagreeing"]["g"] for result in results)
     own = [buffers(disagreeing(rank), c="energy:0.9", r="energy:0.9", dtype=F64)["g"] for rank in range(2)]
     assert [(len(one["U"]), len(one["V"])) for one in own] == [(47, 2), (139, 3)]

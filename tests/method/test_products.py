@@ -41,7 +41,7 @@ def test_chain_is_the_product(dims: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dims", CHAINS)
 def test_chain_does_no_more_than_the_cheapest_multiply_adds_done(dims: tuple[int, ...]) -> None:
-    """The order counted is the order done."""
+    """The order counted is the order computed."""
     factors = matrices(*dims)
     assert multiply_adds_done(chain, *factors) == chain_cost(*dims) == min(all_chain_costs(dims))
     out = torch.zeros(dims[0], dims[-1], dtype=torch.float64)

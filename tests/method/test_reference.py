@@ -1,4 +1,4 @@
-"""Every fast form against `reference.py`: twenty steps, float64, weights and moments compared after each."""
+"""Every fast form against `reference.py`: twenty steps in float64, with weights and moments compared after each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
 def check_moments(
     optimizer: SparseGradAdamW, parameter: nn.Parameter, oracle: reference.SparseAdam, tol: float
 ) -> None:
-    """Compact moments are the oracle's dense ones at the touched entries, and the oracle's others are zero."""
+    """Check that compact moments equal the oracle's at the touched entries, and that the oracle's others are zero."""
     state = optimizer.state[parameter]
     assert oracle.exp_avg is not None
     assert oracle.exp_avg_sq is not None
@@ -63,7 +63,7 @@ CASES = [(7, "dense"), (1, "dense"), (7, "zero gradient"), (8, "padding")]
 def test_block_with_complete_basis_is_the_published_method(
     shape: tuple[int, int], bias: bool, tokens: int, case: str
 ) -> None:
-    """`S` trained in a complete basis: `W_tilde` of the paper is `V W Uᵀ + S`, at every step, for every k."""
+    """With a complete basis, the paper's `W_tilde` is `V W Uᵀ + S` at every step, for every k."""
     torch.manual_seed(0)
     out, in_ = shape
     for k in counts(out * in_):
@@ -106,7 +106,7 @@ def test_block_with_complete_basis_is_the_published_method(
 @pytest.mark.parametrize("tokens", [1, 3, 200])
 @pytest.mark.parametrize(("out", "in_", "r", "c"), [(123, 5, 9, 2), (5, 123, 2, 9), (40, 30, 4, 30), (40, 30, 40, 3)])
 def test_truncated_block_against_the_oracle(out: int, in_: int, r: int, c: int, tokens: int, prefer: str) -> None:
-    """Few and many tokens take both ways, through the factors and through the formed weight."""
+    """Few tokens take the way through the factors, and many tokens through the formed weight."""
     torch.manual_seed(1)
     linear, basis = a_linear(out, in_, True), Basis(orthogonal(in_, c), orthogonal(out, r))
     linear.bias.requires_grad_(False)
@@ -136,7 +136,7 @@ def test_truncated_block_against_the_oracle(out: int, in_: int, r: int, c: int, 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("truncate", [False, True])
 def test_plain_weight_with_basis_in_the_optimizer(shape: tuple[int, int], truncate: bool) -> None:
-    """The exact form on an `nn.Linear`: the weight stays in its own space, only the gradient is taken to the basis."""
+    """The exact form on an `nn.Linear`: only the gradient is taken into the basis."""
     torch.manual_seed(2)
     out, in_ = shape
     r, c = (max(1, out // 3), max(1, in_ // 2)) if truncate else (out, in_)
@@ -161,7 +161,7 @@ def test_plain_weight_with_basis_in_the_optimizer(shape: tuple[int, int], trunca
 
 @pytest.mark.parametrize("side", ["neither", "U", "V"])
 def test_identity_sides(side: str) -> None:
-    """None is the identity: same numbers as the identity matrix, in the layer and in the optimizer (MeProp's rule)."""
+    """None gives the numbers of an identity matrix, in the layer and in the optimizer (MeProp's rule)."""
     torch.manual_seed(3)
     out, in_, k = 6, 9, 5
     U = orthogonal(in_) if side == "U" else None
@@ -187,7 +187,7 @@ def test_identity_sides(side: str) -> None:
 
 
 def test_packed_core_is_the_block_at_its_positions() -> None:
-    """Packed values under AdamW move as the block's entries do under dense AdamW whose other gradients are cut."""
+    """Packed values under AdamW move like a block's entries under AdamW with all other gradients set to zero."""
     torch.manual_seed(4)
     out, in_, r, c = 10, 14, 6, 8
     basis = Basis(orthogonal(in_, c), orthogonal(out, r))
@@ -214,7 +214,7 @@ def test_packed_core_is_the_block_at_its_positions() -> None:
 
 
 def test_two_groups_in_one_optimizer() -> None:
-    """Layers of two shapes and the rest of a model, one optimizer: each follows its own oracle."""
+    """Layers of two shapes and the rest of a model in one optimizer: each follows its own oracle."""
     torch.manual_seed(5)
     up, down, head = a_linear(20, 8, True), a_linear(8, 20, True), a_linear(2, 8, True)
     bases = [Basis(orthogonal(8), orthogonal(20)), Basis(orthogonal(20), orthogonal(8))]
@@ -250,7 +250,7 @@ def test_two_groups_in_one_optimizer() -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 @pytest.mark.parametrize("tokens", [2, 300])
 def test_lower_precision_against_the_float64_oracle(dtype: torch.dtype, tolerance: float, tokens: int) -> None:
-    """One pass from the same (rounded) numbers; tolerances are a few roundings of the type, relative to the largest."""
+    """One pass from the same rounded numbers. Tolerances are a few roundings, relative to the largest value."""
     torch.manual_seed(6)
     out, in_, r, c = 48, 32, 12, 8
     linear = a_linear(out, in_, True, dtype)
@@ -276,7 +276,7 @@ def test_lower_precision_against_the_float64_oracle(dtype: torch.dtype, toleranc
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
 def test_twenty_steps_in_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
-    """The core stays in float32 whatever the weight's type; only the products round."""
+    """The core stays in float32 whatever the weight's type. Only the products are rounded."""
     torch.manual_seed(7)
     out, in_, r, c, k = 48, 32, 12, 8, 20
     linear = a_linear(out, in_, True, dtype)

@@ -36,7 +36,7 @@ def batches(steps: int, count: int, seed: int = 1) -> list[list[tuple[Tensor, Te
 def train(
     layers: list[SparseGradLinear], optimizer: torch.optim.Optimizer, steps: int = 5, seed: int = 1
 ) -> list[Tensor]:
-    """Each layer towards targets of its own; the losses are handed back, and with them the graphs they hold."""
+    """Train each layer towards its own targets. The returned losses keep their graphs alive."""
     losses = []
     for batch in batches(steps, len(layers), seed):
         optimizer.zero_grad()
@@ -56,7 +56,7 @@ def optimizer_for(layers: list[SparseGradLinear], lr: float = 1e-2, **how: Any) 
 
 
 def dense_moment(optimizer: SparseGradAdamW, parameter: nn.Parameter, name: str) -> Tensor:
-    """A moment as a matrix, whichever way it is kept."""
+    """Return a moment as a matrix, in whichever form it is stored."""
     state = optimizer.state[parameter]
     if "positions" not in state:
         return state[name].clone()
@@ -74,7 +74,7 @@ def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("old", [(None, None), (5, 4), (5, None), (1, 1)])
 @pytest.mark.parametrize("new", [(None, None), (5, 4), (3, 7), (8, 8), (1, None)])
 def test_the_output_stays(old: tuple[int | None, int | None], new: tuple[int | None, int | None]) -> None:
-    """From any size to any other; what the new directions cannot hold goes into the weight, and its share is told."""
+    """From any size to any other. What the new directions cannot hold goes into the weight."""
     layers = layers_on(a_basis(*old))
     train(layers, optimizer_for(layers))
     x = torch.randn(5, IN, dtype=F64)
@@ -102,7 +102,7 @@ def test_the_output_stays(old: tuple[int | None, int | None], new: tuple[int | N
 
 
 def test_a_basis_that_holds_everything_leaves_the_weight() -> None:
-    """Truncated, but with the old directions among its own: nothing is outside them."""
+    """The new basis is truncated but contains the old directions, so nothing is left over."""
     U, V = orthogonal(IN), orthogonal(OUT)
     (layer,) = layers_on(Basis(U[:3], V[:2]), 1)
     train([layer], optimizer_for([layer]))
@@ -130,7 +130,7 @@ def test_an_untrained_layer_has_nothing_outside() -> None:
 
 @pytest.mark.parametrize("new", [(None, None), (4, 6)])
 def test_the_core_is_the_old_one_rotated(new: tuple[int | None, int | None]) -> None:
-    """As reference.py rotates it."""
+    """As `reference.rotate` computes it."""
     old, basis = a_basis(), a_basis(*new)
     layers = layers_on(old)
     train(layers, optimizer_for(layers))
@@ -166,9 +166,9 @@ def test_an_identity_side_is_a_basis_like_others(sides: str) -> None:
 @HOW
 @pytest.mark.parametrize("new", [(None, None), (5, 3), (2, 6)])
 def test_training_goes_on(how: dict[str, Any], new: tuple[int | None, int | None]) -> None:
-    """In other sizes as well, the same parameters, and with the last loss still held as training loops do.
+    """Also in other sizes, with the same parameter objects, and with the last loss still alive.
 
-    That loss keeps autograd's record of the parameters' old shape alive.
+    That loss keeps autograd's record of the parameters' old shape.
     """
     layers = layers_on(a_basis(6, 6))
     optimizer = optimizer_for(layers, **how)
@@ -220,7 +220,7 @@ def test_gradients_after_a_refresh_are_those_of_a_new_layer() -> None:
 def test_mixed_types(
     weight: torch.dtype, core: torch.dtype | None, old: torch.dtype, new: torch.dtype, tolerance: float, how: Any
 ) -> None:
-    """Bases, weights and cores need not be of one type."""
+    """Bases, weights and cores may have different types."""
     layers = layers_on(a_basis(6, 5, old), dtype=weight, core_dtype=core, prefer="memory")
     optimizer = optimizer_for(layers, **how)
     for layer in layers:
@@ -245,7 +245,7 @@ def test_mixed_types(
 
 
 def test_a_core_of_half_precision_is_rounded_once() -> None:
-    """The update is rotated in float32 and rounded at the end, not at each product on the way."""
+    """The update is rotated in float32 and rounded once at the end."""
     layers = layers_on(a_basis(dtype=torch.float32), 1, torch.float32, core_dtype=torch.bfloat16)
     layers[0].S.data.normal_()
     old, new = layers[0].basis, a_basis(dtype=torch.float32)
@@ -260,7 +260,7 @@ def test_a_core_of_half_precision_is_rounded_once() -> None:
 
 @pytest.mark.parametrize("new", [(None, None), (5, 4), (1, 1)])
 def test_first_moments_are_those_of_training_in_the_new_basis(new: tuple[int | None, int | None]) -> None:
-    """Gradients of a layer that does not move turn with the basis, and so does any sum of them."""
+    """Gradients of a layer that does not move rotate with the basis, and so does any sum of them."""
     basis = a_basis(*new)
     layers = layers_on(a_basis())
     for layer in layers:
@@ -280,7 +280,7 @@ def test_first_moments_are_those_of_training_in_the_new_basis(new: tuple[int | N
 
 
 def test_moments_are_rotated_side_by_side() -> None:
-    """By the formulas, written out with dense matrices."""
+    """By the formulas, written with dense matrices."""
     old, new = a_basis(), a_basis(7, 5)
     layers = layers_on(old)
     optimizer = optimizer_for(layers)
@@ -298,7 +298,7 @@ def test_moments_are_rotated_side_by_side() -> None:
 
 
 def test_second_moments_keep_their_total() -> None:
-    """In complete bases; and none is below zero, in any."""
+    """With complete bases the total stays. With any bases, none is negative."""
     layers = layers_on(a_basis())
     optimizer = optimizer_for(layers)
     train(layers, optimizer)
@@ -317,7 +317,7 @@ def test_second_moments_keep_their_total() -> None:
 
 
 def test_second_moments_of_uncorrelated_entries_are_those_of_the_new_basis() -> None:
-    """What `R_V² exp_avg_sq (R_U²)ᵀ` stands for: independent entries of these variances, looked at in the new basis."""
+    """The meaning of `R_V² exp_avg_sq (R_U²)ᵀ`: variances of independent entries, seen in the new basis."""
     old, new = a_basis(), a_basis(4, 6)
     (layer,) = layers_on(old, 1)
     optimizer = optimizer_for([layer])
@@ -334,7 +334,7 @@ def test_second_moments_of_uncorrelated_entries_are_those_of_the_new_basis() -> 
 
 @pytest.mark.parametrize("new", [(None, None), (5, 4), (3, 3)])
 def test_as_many_sparse_moments_are_kept_as_there_were(new: tuple[int | None, int | None]) -> None:
-    """Those of the largest second moments, each with both of its rotated values; fewer only where there is no room."""
+    """Those with the largest second moments, with both rotated values; fewer only if the new core is smaller."""
     old, basis = a_basis(), a_basis(*new)
     layers = layers_on(old)
     optimizer = optimizer_for(layers, sparse=True, k=7)
@@ -383,7 +383,7 @@ def test_the_same_basis_changes_nothing(how: dict[str, Any], size: tuple[int | N
 
 
 def test_training_after_a_refresh_to_the_same_basis_is_the_same() -> None:
-    """Step by step beside a run without it."""
+    """Compared step by step with a run without the refresh."""
     basis = a_basis()
     layers = layers_on(basis)
     twins = copy.deepcopy(layers)
@@ -446,7 +446,7 @@ def test_a_packed_layer_is_refused() -> None:
 
 
 def test_the_way_out_for_a_packed_layer() -> None:
-    """What the message says: fold, unpack, refresh, pack."""
+    """The remedy in the message: fold, unpack, refresh, pack."""
     (layer,) = layers_on(a_basis(), 1)
     layer.pack(torch.arange(10))
     train([layer], optimizer_for([layer]))
@@ -471,7 +471,7 @@ def test_a_basis_of_another_shape_is_refused() -> None:
 
 
 def test_layers_without_moments_yet() -> None:
-    """Before the first step there is nothing to carry over."""
+    """Before the first step there are no moments to carry over."""
     layers = layers_on(a_basis())
     optimizer = optimizer_for(layers, sparse=True, k=7)
     refresh(layers, a_basis(5, 5), optimizer)
@@ -507,7 +507,7 @@ def folded(basis: Basis, k: int = 7) -> tuple[nn.Linear, SparseGradAdamW]:
 
 @pytest.mark.parametrize("new", [(None, None), (6, 4)])
 def test_refresh_of_plain_weights(new: tuple[int | None, int | None]) -> None:
-    """Beside a SparseGrad layer that gets the same new basis; both go on to the same weight."""
+    """Compared with a SparseGrad layer that gets the same new basis: both train to the same weight."""
     old, basis = a_basis(), a_basis(*new)
     linear, optimizer = folded(old)
     layer = SparseGradLinear.from_linear(copy.deepcopy(linear), old)
@@ -569,7 +569,7 @@ TRUNCATED = pytest.mark.parametrize("size", [(None, None), (11, 8)], ids=["compl
 
 
 def packed(positions: Tensor = OLD, basis: Basis | None = None, **how: Any) -> tuple[SparseGradLinear, SparseGradAdamW]:
-    """Trained for a few steps."""
+    """Make a packed layer, trained for a few steps."""
     (layer,) = layers_on(basis or a_basis(), 1, positions=positions)
     optimizer = optimizer_for([layer], **how)
     train([layer], optimizer)
@@ -603,7 +603,7 @@ def test_entries_that_stay_keep_values_and_moments(fold: bool, size: tuple[int |
 @TRUNCATED
 @pytest.mark.parametrize("with_optimizer", [True, False])
 def test_folding_keeps_the_output(with_optimizer: bool, size: tuple[int | None, int | None]) -> None:
-    """What leaves goes into the frozen weight, whose old storage is left alone: others may hold it."""
+    """Dropped entries go into the frozen weight. Its old storage, which others may hold, does not change."""
     layer, optimizer = packed(OLD, a_basis(*size))
     x = torch.randn(5, IN, dtype=F64)
     output, weight = layer(x).detach(), layer.weight
@@ -645,7 +645,7 @@ def test_the_weight_stays_where_nothing_learnt_leaves() -> None:
 
 @pytest.mark.parametrize("count", [3, 8, 20])
 def test_training_goes_on_at_other_positions(count: int) -> None:
-    """As many as before, or, with another optimizer, fewer or more; the last loss still held."""
+    """With as many positions as before, or, with another optimizer, fewer or more. The last loss is still alive."""
     layer, optimizer = packed()
     losses = train([layer], optimizer)
     positions = torch.randperm(OUT * IN)[:count]
@@ -661,7 +661,7 @@ def test_training_goes_on_at_other_positions(count: int) -> None:
 
 
 def test_moments_of_selected_values_move_too() -> None:
-    """Packed values may themselves be selected from: then moments are kept for those ever selected."""
+    """Packed values may themselves be selected from. Moments then exist only for values ever selected."""
     layer, optimizer = packed(torch.arange(30), sparse=True, k=2)
     at = layer.positions[optimizer.state[layer.values]["positions"].long()].tolist()
     assert 2 < len(at) < 30
@@ -740,7 +740,7 @@ def test_the_new_basis_of_a_part_of_a_group_is_saved() -> None:
 @pytest.mark.parametrize("moved", ["0", "01", "12", "012"])
 @pytest.mark.parametrize("how", ["as made", "copied", "pickled"])
 def test_each_basis_of_a_divided_group_is_saved_once(moved: str, how: str) -> None:
-    """Also where the layer that saved the old basis for the others is among those that leave it."""
+    """Also if the layer that saved the old basis for the others is among those that leave it."""
     model = nn.Sequential(*(nn.Linear(IN, OUT, dtype=F64) for _ in range(3)))
     replace_linears(model, {"all": ["0", "1", "2"]}, {"all": a_basis()})
     if how == "copied":
@@ -761,7 +761,7 @@ def test_each_basis_of_a_divided_group_is_saved_once(moved: str, how: str) -> No
 
 
 def test_a_weight_in_half_precision_is_rounded_once() -> None:
-    """The sum is made in float32: rounding what is added by itself would lose more."""
+    """The sum is computed in float32. Rounding the added part on its own would lose more."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64, bias=False)).to(torch.bfloat16)
     old, new = (Basis(orthogonal(64, 16, torch.float32), orthogonal(64, 16, torch.float32)) for _ in range(2))
@@ -780,7 +780,7 @@ def test_a_weight_in_half_precision_is_rounded_once() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_complete_bases_in_half_precision_lose_nothing(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
-    """Rounded bases are only nearly orthogonal: `V Vᵀ S U Uᵀ` is up to a percent from `S`, so `S` is solved for."""
+    """Rounded bases are only nearly orthogonal: `V Vᵀ S U Uᵀ` is up to a percent from `S`."""
 
     def rounded() -> Basis:
         return Basis(orthogonal(IN).to(dtype), orthogonal(OUT).to(dtype))
@@ -798,7 +798,7 @@ def test_complete_bases_in_half_precision_lose_nothing(dtype: torch.dtype, weigh
 
 
 def test_amsgrad_is_refused_before_anything_changes() -> None:
-    """Its running maximum of second moments has no meaning in another basis."""
+    """A running maximum of second moments has no meaning in another basis."""
     layers = layers_on(a_basis(), 2)
     optimizer = torch.optim.AdamW([layers[1].S], amsgrad=True)
     train(layers, optimizer, 2)

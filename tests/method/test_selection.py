@@ -27,13 +27,13 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 def bare(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function without the tests' check of its annotations, which would speak before the function can."""
+    """Return the function without the test run's check of its annotations, which would raise first."""
     return inspect.unwrap(function)
 
 
 @st.composite
 def matrices(draw: st.DrawFn, least: int = 1, most: int = 9, values: st.SearchStrategy[float] | None = None) -> Tensor:
-    """Small matrices, of few different magnitudes (ties, both signs, many zeros) unless `values` says otherwise."""
+    """Small matrices with few different magnitudes (ties, both signs, many zeros) unless `values` says otherwise."""
     r, c = draw(st.integers(least, most)), draw(st.integers(least, most))
     entry = st.integers(-3, 3).map(float) if values is None else values
     entries = draw(st.lists(entry, min_size=r * c, max_size=r * c))
@@ -49,7 +49,7 @@ def of_bfloat16() -> st.SearchStrategy[float]:
 
 
 def stable_order(magnitude: Tensor, k: int) -> Tensor:
-    """The `k` largest by a stable sort of everything."""
+    """Return the positions of the `k` largest by a stable sort of all entries."""
     return magnitude.sort(descending=True, stable=True).indices[:k].sort().values
 
 
@@ -58,7 +58,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def assert_coalesced_truthfully(matrix: Tensor) -> None:
-    """A tensor that only calls itself coalesced would give wrong sums later, silently: the flag is checked here."""
+    """Check the flag: a tensor that wrongly claims to be coalesced gives wrong sums later, in silence."""
     assert matrix.is_coalesced()
     index, values = matrix._indices(), matrix._values()
     again = torch.sparse_coo_tensor(index.clone(), values.clone(), matrix.shape, check_invariants=True)
@@ -94,7 +94,7 @@ def test_topk_magnitude_agrees_with_the_oracle(data: st.DataObject, grad: Tensor
 
 @pytest.mark.parametrize("k", range(1, 13))
 def test_ties_are_taken_in_row_major_order(k: int) -> None:
-    """All equal, among them all zero: the first `k`."""
+    """If all entries are equal, or all zero, the first `k` are taken."""
     for value in (0.0, -2.0):
         kept = topk_magnitude(torch.full((3, 4), value), k)
         assert flat_from_coo(kept)[0].tolist() == list(range(k))
@@ -115,7 +115,7 @@ def test_rows_are_the_matrix_s_own_whatever_its_storage() -> None:
 
 
 def test_the_gradient_is_left_alone() -> None:
-    """The selection takes no part in autograd and copies what it keeps."""
+    """The selection is no part of the autograd graph and copies what it keeps."""
     grad = normal(4, 6).requires_grad_()
     before = grad.detach().clone()
     kept = topk_magnitude(grad, 24)
@@ -254,7 +254,7 @@ KINDS = [
 @pytest.mark.parametrize("k", [1023, 1024, 1025, 1600, N // 8, N // 8 + 1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_selections_are_exact(kind: str, k: int, dtype: torch.dtype) -> None:
-    """Equal, position by position, to a stable sort: whether the sampled bound is good, bad, or not tried."""
+    """Equal to a stable sort, position by position, whether the sampled bound is good, bad, or not tried."""
     magnitude = large(kind).to(dtype)
     expected = stable_order(magnitude, k)
     assert torch.equal(topk_positions(magnitude, k), expected)
@@ -278,7 +278,7 @@ def test_large_selections_agree_with_the_oracle() -> None:
      ("sample is largest", 1024, False), ("sample is smallest", 1024, False), ("constant", 1024, False)],
 )  # fmt: skip
 def test_the_shortcut_is_taken_where_it_helps(kind: str, k: int, used: bool) -> None:
-    """So that the tests above are known to compare two ways of selecting, and not one with itself."""
+    """Otherwise the tests above would compare one way of selecting with itself."""
     assert selection._SAMPLE_STRIDE == 61
     candidates = selection._candidates(large(kind), k)
     assert (candidates is not None) == used
@@ -308,7 +308,7 @@ def test_large_selections_are_exact_for_random_sizes(
 
 @pytest.mark.parametrize("seed", range(10))
 def test_the_published_rule_keeps_more_than_it_is_asked_for(seed: int) -> None:
-    """Asked for 100 of 4,800: about 200 of a normal gradient, for the negative ones come on top, and all below zero."""
+    """Asked for 100 of 4,800 it keeps about 200 of a normal gradient, and all of one below zero."""
     grad = normal(60, 80, seed=seed, dtype=torch.float32)
     kept = topk_signed_threshold_as_published(grad, 100)
     assert 140 <= kept._nnz() <= 260  # 200 and four standard deviations of 14
@@ -366,7 +366,7 @@ def test_flat_from_coo_sums_repeated_coordinates() -> None:
 
 @st.composite
 def sparse_pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """A (b, c) with many zeros, some of its rows and columns zero throughout, and B (c, d); any size may be 0."""
+    """A (b, c) with many zeros, some of its rows and columns all zero, and B (c, d); any size may be 0."""
     b, c, d = (draw(st.integers(0, 6)) for _ in range(3))
     A = torch.tensor(
         draw(st.lists(st.sampled_from([0.0, 0.0, 1.0, -2.0, 0.5]), min_size=b * c, max_size=b * c)), dtype=torch.float64
@@ -402,7 +402,7 @@ def test_sparse_dense_product(pair: tuple[Tensor, Tensor]) -> None:
 @property_test
 @given(sparse_pairs())
 def test_compressed_product(pair: tuple[Tensor, Tensor]) -> None:
-    """The numbers of the rows with a nonzero, ascending, and those rows of the product; from dense and from COO."""
+    """The indices of the rows with a nonzero, ascending, and those rows of the product, from dense and from COO."""
     A, B = pair
     expected = (A != 0).any(dim=1).nonzero().squeeze(1)
     for given_A in (A, as_coo(A)):
@@ -412,7 +412,7 @@ def test_compressed_product(pair: tuple[Tensor, Tensor]) -> None:
 
 
 def test_uncoalesced_input() -> None:
-    """As sums of COO gradients are: coordinates in any order, some of them twice, some of them adding up to zero."""
+    """As in sums of COO gradients: coordinates in any order, some of them twice, some adding up to zero."""
     index = torch.tensor([[3, 1, 3, 1, 0, 0], [0, 2, 0, 1, 1, 1]])
     values = torch.tensor([1.0, 2.0, 10.0, 3.0, 7.0, -7.0], dtype=torch.float64)
     A = torch.sparse_coo_tensor(index, values, (5, 3), check_invariants=True)
@@ -425,7 +425,7 @@ def test_uncoalesced_input() -> None:
 
 
 def test_stored_zeros_are_no_nonzeros() -> None:
-    """COO may store zeros, and `topk_magnitude` does where a gradient has fewer than `k` entries."""
+    """COO may store zeros, as `topk_magnitude` does if a gradient has fewer than `k` nonzero entries."""
     grad = torch.zeros(4, 3, dtype=torch.float64)
     grad[2, 1] = 5.0
     B = normal(3, 2)
@@ -437,7 +437,7 @@ def test_stored_zeros_are_no_nonzeros() -> None:
 
 
 def test_dense_input_in_which_only_rows_are_zero() -> None:
-    """Padded tokens: the rows left are multiplied by `B` itself."""
+    """As with padded tokens: the remaining rows are multiplied by `B` itself."""
     A, B = normal(6, 4), normal(4, 3, seed=1)
     A[[0, 3]] = 0
     rows, C = compressed_product(A, B)

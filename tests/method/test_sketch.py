@@ -1,4 +1,4 @@
-"""Leading directions from a sketch, against those of the whole Gram matrix."""
+"""Leading directions from a sketch, compared with those of the whole Gram matrix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparsegrad_peft.method.sketch import eigenbasis_of_sketch, random_vectors, 
 
 
 def gradients(n: int, out: int, in_: int, rank: int, dtype: torch.dtype = F64) -> Tensor:
-    """(n, out, in), all within `rank` directions of either side, weaker and weaker."""
+    """Make gradients (n, out, in) within `rank` directions of either side, of falling strength."""
     strength = torch.logspace(0, -1.5, rank, dtype=F64)
     left = torch.linalg.qr(torch.randn(out, rank, dtype=F64)).Q
     right = torch.linalg.qr(torch.randn(in_, rank, dtype=F64)).Q
@@ -58,7 +58,7 @@ def test_exact_where_it_is_wide_enough(dtype: torch.dtype, tolerance: float) -> 
 
 
 def test_nearly_the_best_directions_where_it_is_not() -> None:
-    """Twice as wide as asked for, of a spectrum with a long tail."""
+    """A sketch twice as wide as the rows asked for, of a spectrum with a long tail."""
     stack = torch.randn(40, 200, 40, dtype=F64) * torch.logspace(0, -1.5, 200, dtype=F64)[:, None]
     gram = sketched(stack, 40, 2 * 20 + 16)
     assert gram.probe_out is not None
@@ -78,7 +78,7 @@ def test_more_rows_than_there_are_directions_complete_the_basis() -> None:
 
 
 def test_directions_below_rounding_are_not_counted() -> None:
-    """Of a gradient `diag(1, s)` the second direction has `s²` of the energy; √n eps, for n = 1,024, is 7e-15."""
+    """Of a gradient `diag(1, s)`, the second direction has `s²` of the energy. For n = 1,024, √n eps is 7e-15."""
     n = 1024
     for energy, rank in ((5e-14, 2), (1e-15, 1)):
         gram = sketched(torch.zeros(1, n, n, dtype=F64), 6, 6)
@@ -146,7 +146,7 @@ def test_calibration_of_a_large_side(shared: bool) -> None:
 
 
 def test_under_a_callers_autocast() -> None:
-    """The model computes in its type, the sums are made in float32."""
+    """The model computes in the type of autocast; the sums are float32."""
     model, options = blocks()
     with torch.autocast("cpu", torch.bfloat16):
         found = calibrate(model, sizes=Sizes(narrow=16, wide=20), **options)

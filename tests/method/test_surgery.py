@@ -31,7 +31,7 @@ KINDS = pytest.mark.parametrize("kind", ["complete", "truncated", "packed", "lit
 
 @pytest.fixture
 def bert() -> BertForSequenceClassification:
-    """Random weights, dropout off."""
+    """A small BERT with random weights and no dropout."""
     config = BertConfig(
         vocab_size=50, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=2, intermediate_size=INNER,
         max_position_embeddings=16, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
@@ -58,7 +58,7 @@ def surgery(model: nn.Module, kind: str, layers: str = MLP) -> dict[str, nn.Modu
 
 
 def batch(size: int = 4) -> dict[str, Tensor]:
-    """With padding in half of the rows."""
+    """A batch with padding in half of the rows."""
     mask = torch.ones(size, 7, dtype=torch.long)
     mask[::2, 5:] = 0
     return {
@@ -78,7 +78,7 @@ def logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
 
 
 def picture(model: nn.Module) -> dict[str, tuple[int, type, bool]]:
-    """Which module and parameter objects a model is made of."""
+    """Return the identities of the modules and parameters that a model consists of."""
     objects: dict[str, Any] = dict(model.named_modules()) | dict(model.named_parameters())
     return {name: (id(what), type(what), getattr(what, "requires_grad", False)) for name, what in objects.items()}
 
@@ -88,7 +88,7 @@ def picture(model: nn.Module) -> dict[str, tuple[int, type, bool]]:
 
 @KINDS
 def test_replacing_leaves_the_output(bert: nn.Module, kind: str) -> None:
-    """To the bit where a core of zeros is added to the layer's own weight; the literal form turns the weight twice."""
+    """Equal to the bit, except for the literal form, which rotates the weight there and back."""
     given = batch()
     before = logits(bert, given)
     surgery(bert, kind)
@@ -124,7 +124,7 @@ def test_a_shared_basis_stays_shared_when_the_model_is_moved_or_copied(bert: nn.
 
 
 def test_a_shared_basis_is_saved_once(bert: nn.Module) -> None:
-    """And what was saved is all there is: a model of other weights and bases becomes the same by loading it."""
+    """The state dict is complete: a model with other weights and bases becomes equal by loading it."""
     config, given = bert.config, batch()
     surgery(bert, "complete")
     train(bert, SparseGradAdamW(param_groups(bert, k=9), lr=1e-2), batches())
@@ -210,7 +210,7 @@ def test_a_make_that_fails_leaves_the_model_as_it_was(bert: nn.Module, fails_at:
 def test_a_layer_that_cannot_be_made_leaves_the_model_as_it_was(
     bert: nn.Module, layer: str, options: dict[str, Any], error: type[Exception], words: str
 ) -> None:
-    """The first of the two can be made."""
+    """The first of the two layers can be made."""
     names = ["classifier", f"bert.encoder.layer.0.output.{layer}"]
     before = picture(bert)
     with pytest.raises(error, match=words):
@@ -234,7 +234,7 @@ class Doubled(nn.Linear):
 
 
 class SameForward(nn.Linear):
-    """A subclass that computes what its parent does, as PyTorch's and other libraries' have it."""
+    """A subclass with the forward of its parent, as other libraries have it."""
 
 
 def unusual(kind: str) -> nn.Linear:
@@ -282,7 +282,7 @@ def test_a_subclass_with_its_parents_forward_is_replaced() -> None:
 
 
 def test_hooks_of_a_replaced_layer_stay() -> None:
-    """Forward, forward-pre and backward hooks, with keywords and always called; their handles still remove them."""
+    """Forward, forward-pre and backward hooks, with keywords and always called. Their handles still remove them."""
     model = nn.Sequential(nn.Linear(4, 3))
     called: list[str] = []
     handles = [
@@ -319,7 +319,7 @@ def test_hooks_of_a_replaced_layer_stay() -> None:
 
 
 def test_a_model_that_is_itself_the_layer() -> None:
-    """There is no module to hold the new layer, so it is said and not put anywhere."""
+    """No module holds the layer, so it cannot be replaced in place."""
     linear = nn.Linear(4, 3)
     with pytest.raises(ValueError, match="the model is itself the layer"):
         replace_linears(linear, group_linears(linear), {"": Basis.identity()})
@@ -335,7 +335,7 @@ def test_a_model_that_is_itself_the_layer() -> None:
 
 @KINDS
 def test_restoring_gives_the_plain_model_back(bert: nn.Module, kind: str) -> None:
-    """After training: the trained model's output, the original's classes, names, and shapes."""
+    """After training: the trained model's output, and the original's classes, names and shapes."""
     original = copy.deepcopy(bert)
     surgery(bert, kind)
     given = batch()
@@ -366,7 +366,7 @@ def test_restoring_keeps_train_and_eval_mode(bert: nn.Module) -> None:
 
 @KINDS
 def test_restoring_gives_gpt2_its_own_layers_back(kind: str, tmp_path: Path) -> None:
-    """Plain linear layers in their place would be saved with weights as (out, in), which GPT-2 cannot load."""
+    """Plain linear layers would be saved with weights as (out, in), which GPT-2 cannot load."""
     torch.manual_seed(0)
     config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, n_positions=16, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config).eval()
@@ -397,7 +397,7 @@ class Tied(nn.Module):
 
 
 def test_a_layer_under_two_names_stays_one_layer() -> None:
-    """Replaced under one name only, its other use would go on with the frozen weight and miss all training."""
+    """Replaced under one name only, its other use would keep the frozen weight."""
     model = Tied()
     linear = model.first
     x = torch.randn(3, 4)
@@ -448,7 +448,7 @@ def cores(model: nn.Module) -> list[nn.Parameter]:
 def test_two_groups(
     bert: nn.Module, kind: str, how: dict[str, Any], expected: dict[str, Any], lr: float | None
 ) -> None:
-    """The cores with the flags of their kind, and the rest of what trains; each trainable parameter in one of them."""
+    """The cores with the flags of their kind, and the other trained parameters. Each is in exactly one group."""
     bert.bert.embeddings.requires_grad_(False)
     surgery(bert, kind)
     core_group, rest = param_groups(bert, lr=lr, **how)
@@ -493,7 +493,7 @@ def test_all_kinds_in_one_model() -> None:
 
 
 def test_without_a_rest() -> None:
-    """No empty groups."""
+    """There are no empty groups."""
     model = nn.Sequential(nn.Linear(4, 3))
     model.requires_grad_(False)
     replace_linears(model, {"g": ["0"]}, {"g": Basis.identity()})
@@ -503,7 +503,7 @@ def test_without_a_rest() -> None:
 
 @KINDS
 def test_a_step_moves_what_the_groups_say(bert: nn.Module, kind: str) -> None:
-    """Exactly `k` entries of each core, every other trainable parameter, and nothing frozen."""
+    """Exactly `k` entries of each core and every other trainable parameter move; nothing frozen does."""
     bert.bert.pooler.requires_grad_(False)
     surgery(bert, kind)
     optimizer = SparseGradAdamW(param_groups(bert, **({} if kind in ("packed", "literal") else {"k": 11})), lr=1e-2)
