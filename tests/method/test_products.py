@@ -1,3 +1,7 @@
+"""Chains of matrices: the product is right, and computed in the cheapest order."""
+
+from __future__ import annotations
+
 from functools import reduce
 from itertools import pairwise, product
 

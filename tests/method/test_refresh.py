@@ -1,3 +1,7 @@
+"""Refresh: new bases or positions keep the output, what was learnt, and the moments; refusals change nothing."""
+
+from __future__ import annotations
+
 import copy
 import pickle
 from typing import Any

@@ -1,3 +1,7 @@
+"""Top-k selection against the oracle and a stable sort, and the sparse-by-dense products of the paper."""
+
+from __future__ import annotations
+
 import inspect
 import math
 from collections.abc import Callable

@@ -1,3 +1,7 @@
+"""Layers of a model are replaced and restored; refusals leave the model as it was; the optimizer gets its groups."""
+
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
