@@ -42,7 +42,7 @@ LONGEST = 60
 CYCLES_LEFT = True
 IMPORTS_UP_LEFT = {"sparsegrad_lab.methods", "sparsegrad_lab.study"}
 LONG_FUNCTIONS_LEFT = {
-    "sparsegrad_peft.method", "sparsegrad_peft.tuner", "sparsegrad_lab.run",
+    "sparsegrad_peft.method", "sparsegrad_lab.run",
     "sparsegrad_lab.bench",
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ _HOME = {
     "LiteralSparseGradLinear": "method.literal",
     "Sizes": "method.sizes",
     "SparseGradAdamW": "method.optim",
-    "SparseGradCalibration": "tuner.trainer",
+    "SparseGradCalibration": "tuner.trainer_callbacks",
     "SparseGradConfig": "tuner.config",
     "SparseGradLinear": "method.linear",
     "SparseGradTrainer": "tuner.trainer",
@@ -65,9 +65,9 @@ if TYPE_CHECKING:
     from .tuner.config import SparseGradConfig as SparseGradConfig
     from .tuner.export import export_lora as export_lora
     from .tuner.refresh import refresh_adapter as refresh_adapter
-    from .tuner.trainer import SparseGradCalibration as SparseGradCalibration
     from .tuner.trainer import SparseGradTrainer as SparseGradTrainer
     from .tuner.trainer import SparseGradTrainerMixin as SparseGradTrainerMixin
+    from .tuner.trainer_callbacks import SparseGradCalibration as SparseGradCalibration
 
 
 def __getattr__(name: str) -> Any:

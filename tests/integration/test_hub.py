@@ -124,7 +124,7 @@ def test_inspect_fetches_the_config_alone(served: tuple[str, list[str]], tmp_pat
     ("words", "said"),
     [
         (["--model", "someone/none", "--task", "glue/rte"], "someone/none"),
-        (["--model", "someone/tiny-bert", "--task", "glue/sst2"], "glue/sst2 could not be taken from the hub"),
+        (["--model", "someone/tiny-bert", "--task", "glue/sst2"], "glue/sst2 could not be loaded from the hub"),
     ],
 )
 def test_what_the_hub_does_not_have(words: list[str], said: str, served: tuple[str, list[str]], tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_deleting_an_adapter_leaves_nothing_behind() -> None:
     for layer in layers.values():
         containers = [value for value in (*vars(layer).values(), *layer.children()) if hasattr(value, "keys")]
         assert not [container for container in containers if "one" in container]
-        assert [*layer.sparsegrad_prefer] == ["two"]
+        assert [*layer.sparsegrad_status] == [*layer.sparsegrad_checked] == ["two"]
 
 
 @pytest.mark.parametrize("names", [["one"], ["one"] * 5])

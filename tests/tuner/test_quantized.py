@@ -292,7 +292,7 @@ def test_training_after_inference_in_4_bit(adapter: PeftModel, tmp_path: Path) -
     logits(model.eval(), batch("llama"))
     state = tuner_layers(model)[0].get_base_layer().weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
-        with pytest.raises(RuntimeError, match=r"bitsandbytes on a CPU: after inference, model\.state_dict\(\) puts"):
+        with pytest.raises(RuntimeError, match=r"bitsandbytes on a CPU: after inference, model\.state_dict\(\) rest"):
             train(model, 1)
     model.state_dict()
     losses += train(model, 3)

@@ -118,7 +118,7 @@ def test_uncalibrated_weights_into_a_calibrated_adapter(tmp_path: Path) -> None:
         ({}, r"no bases for the layers bert.encoder.layer.1.intermediate.dense, .* with shared=True"),
         (
             {"target_modules": r".*layer\.[01]\.(intermediate|output)\.dense"},
-            r"made for 6 layers, such as bert.encoder.layer.0.intermediate.dense, and this one with 4 adapted layers "
+            r"S for 6 layers, such as bert.encoder.layer.0.intermediate.dense, and this model with 4 adapted layers "
             r"has no bert.encoder.layer.2.intermediate.dense \(its core there: \(8, 8\)\)",
         ),
         (
@@ -173,7 +173,7 @@ def test_calibrated_adapters_that_share_their_bases_otherwise(shared: bool, tmp_
         (
             {"num_hidden_layers": 4},
             r"6 layers, .* 8 adapted layers also has bert.encoder.layer.3.intermediate.dense",
-            r"calibrated for bert.encoder.layer.0.intermediate.dense, .* and not for bert.encoder.layer.3.inter",
+            r"made for bert.encoder.layer.0.intermediate.dense, .* and not for bert.encoder.layer.3.inter",
         ),
     ],
 )
@@ -194,7 +194,7 @@ def test_an_adapter_of_another_base(
 def test_an_adapter_of_another_architecture(tmp_path: Path) -> None:
     adapted("bert")[0].save_pretrained(tmp_path)
     model = get_peft_model(make("llama"), SparseGradConfig())
-    with pytest.raises(ValueError, match=r"6 layers, such as bert.*, and this one with 9 adapted layers has no bert"):
+    with pytest.raises(ValueError, match=r"6 layers, such as bert.*, and this model with 9 adapted layers has no bert"):
         model.load_adapter(str(tmp_path), "default")
     with pytest.raises(ValueError, match=r"Target modules .*intermediate.* not found in the base model"):
         PeftModel.from_pretrained(make("llama"), str(tmp_path))

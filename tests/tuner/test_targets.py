@@ -124,14 +124,85 @@ def test_unknown_architecture(caplog: pytest.LogCaptureFixture) -> None:
         "1.1.wide",
         "1.1.narrow",
     ]
-    assert "by structure" in caplog.text
+    assert "found by structure" in caplog.text
     assert "1.0.narrow" in caplog.text
-    with pytest.raises(ValueError, match="none found by structure; please specify `target_modules`"):
+    with pytest.raises(ValueError, match="none found by structure in this Sequential; please specify `target_mod"):
         get_peft_model(nn.Sequential(nn.Linear(4, 4)), SparseGradConfig())
 
 
 def test_chosen_layers_are_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="sparsegrad_peft"):
         model = get_peft_model(make("bert"), SparseGradConfig())
-    assert "target_modules, known" in caplog.text
+    assert "target_modules of the model's family" in caplog.text
+    assert "adapts 6 layers with 100.0 % of the MLP weights" in caplog.text
     assert model(**batch("bert")).loss > 0
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 24), nn.Linear(8, 24), nn.Linear(24, 8)
+
+
+class SparseBlock(nn.Module):
+    """A mixture whose routed experts are linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 4)
+        self.experts = nn.ModuleList(Expert() for _ in range(4))
+
+
+def test_routed_experts_that_are_linear_layers_are_adapted(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList(SparseBlock() for _ in range(2))
+    with caplog.at_level(logging.INFO, logger="sparsegrad_peft"):
+        adapted = get_peft_model(model, SparseGradConfig())
+    names = [name for name, module in adapted.named_modules() if isinstance(module, SparseGradLayer)]
+    assert len(names) == 2 * 4 * 3
+    assert not any("gate" in name and "gate_proj" not in name for name in names)
+    assert "adapts 24 layers with 100.0 % of the MLP weights" in caplog.text
+
+
+MOE = {**DECODER, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "share"),
+    [
+        ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 24}, 20.0),  # one shared expert beside four
+        ("deepseek_v3", {**DECODER, "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                         "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+                         "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+                         "qk_nope_head_dim": 8, "head_dim": 4}, None),
+    ],
+)  # fmt: skip
+def test_what_is_adapted_beside_fused_experts_is_in_the_log(
+    kind: str, sizes: dict[str, Any], share: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = get_peft_model(AutoModel.from_config(AutoConfig.for_model(kind, **sizes)), SparseGradConfig())
+    names = [name for name, module in model.named_modules() if isinstance(module, SparseGradLayer)]
+    assert names
+    if share is not None:
+        assert all("shared_expert" in name for name in names)
+        assert f"{share:.1f} % of the MLP weights" in caplog.text
+    assert "fused expert parameters such as layers." in caplog.text
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+@pytest.mark.parametrize(("kind", "key"), [("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts")])
+def test_a_model_of_fused_experts_is_refused_with_what_works(kind: str, key: str) -> None:
+    base = AutoModel.from_config(AutoConfig.for_model(kind, **{**MOE, key: 4}))
+    with pytest.raises(ValueError, match=r"fused expert parameters, such as layers.*of shape \(4, .*target_modules"):
+        get_peft_model(base, SparseGradConfig())
+    assert get_peft_model(base, SparseGradConfig(target_modules=["q_proj", "v_proj"]))  # what the message says
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
+def test_the_mixers_of_mamba_are_no_mlp(kind: str) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 50, "state_size": 4}
+    sizes |= {"num_heads": 4, "head_dim": 8, "n_groups": 1} if kind == "mamba2" else {}
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **sizes))
+    assert find_mlp_linears(model) == []
+    with pytest.raises(ValueError, match=f"no MLP layers known for model_type '{kind}', and none found by structure"):
+        get_peft_model(model, SparseGradConfig())

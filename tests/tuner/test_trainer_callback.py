@@ -65,7 +65,7 @@ def test_too_late_in_a_wrapped_model(wrapped: dict[str, Any]) -> None:
     before = saved(model)
     args: Any = SimpleNamespace(**{"world_size": 1, "fsdp": "", "deepspeed": None, "disable_tqdm": True, **wrapped})
     given = {"model": model, "optimizer": torch.optim.AdamW(model.parameters()), "train_dataloader": None}
-    with pytest.raises(ValueError, match=r"'default' has no bases yet, and the model is already wrapped for \d proc"):
+    with pytest.raises(ValueError, match=r"'default' is not calibrated, and the model is already wrapped for \d proc"):
         SparseGradCalibration().on_train_begin(args, None, None, **given)
     check_equal(saved(model), before)
 
@@ -73,7 +73,7 @@ def test_too_late_in_a_wrapped_model(wrapped: dict[str, Any]) -> None:
 def test_too_late_for_an_optimizer_that_has_trained(tmp_path: Path) -> None:
     model = adapted(init_weights=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    with pytest.warns(UserWarning, match="trains without bases"):
+    with pytest.warns(UserWarning, match="trains in data-free bases"):
         Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(optimizer, None)).train()
     again = Trainer(
         model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(optimizer, None),

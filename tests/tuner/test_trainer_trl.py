@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from models import make
+from models import batch, logits, make
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trainers import CALIBRATION, adapted, check_equal, saved
 from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
 from sparsegrad_peft.tuner.trainer import SparseGradCalibration, SparseGradTrainerMixin
@@ -104,3 +104,44 @@ def test_the_trainer_makes_the_adapter_itself(kind: type, tmp_path: Path) -> Non
     assert {n for n, p in trainer.model.named_parameters() if p.requires_grad} == set(cores)
     torch.manual_seed(0)
     check_equal(saved(PeftModel.from_pretrained(make("llama"), tmp_path / "checkpoint-6")), saved(trainer.model))
+
+
+class DPO(SparseGradTrainerMixin, DPOTrainer):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:adapter .* trains in data-free bases:UserWarning")
+@pytest.mark.parametrize("start", ["trained", "new", "data-free"])
+def test_the_reference_adapter_of_dpo_is_the_adapter_at_the_start(start: str, tmp_path: Path) -> None:
+    """TRL adds a second adapter with the first one's config, and copies parameters by name; rewards start at 0."""
+    model = adapted("llama")
+    if start == "trained":
+        calibrate_adapter(model, [batch("llama")], n_steps=2, progress=False)
+    if start != "new":
+        for name, parameter in model.named_parameters():
+            if "sparsegrad_S" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+    base = make("llama").eval()
+    row = batch("llama")
+    assert (start == "new") == torch.equal(logits(model.eval(), row), logits(base, row))
+    args = DPOConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=2,
+        logging_steps=1, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, seed=0, max_length=16,
+        gradient_checkpointing=False, disable_dropout=True,
+    )  # fmt: skip
+    words = [" ".join(f"w{(i * j) % 57}" for j in range(1, 5)) for i in range(12)]
+    data = Dataset.from_dict({"prompt": words, "chosen": words[::-1], "rejected": [f"w{i}" for i in range(12)]})
+    kind = DPO if start == "new" else DPOTrainer
+    trainer = kind(model=model, args=args, train_dataset=data, processing_class=tokenizer())
+    assert "ref" in trainer.model.peft_config
+    trainer.train()
+    first, second = [entry for entry in trainer.state.log_history if "rewards/margins" in entry][:2]
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert abs(second["rewards/margins"]) > 1e-5
+    trainer.model.set_adapter("ref")
+    expected = base if start == "new" else None
+    if expected is not None:
+        assert torch.equal(logits(trainer.model.eval(), row), logits(expected, row))
+    loaded = PeftModel.from_pretrained(make("llama"), tmp_path / "checkpoint-2" / "ref").eval()
+    assert torch.equal(logits(loaded, row), logits(trainer.model.eval(), row))

@@ -117,7 +117,7 @@ def _from_file(model: nn.Module, arguments: RunArguments) -> Adapted:
         config.modules_to_save = _rest(model, targets, heads) if targets else heads
     ours = isinstance(config, SparseGradConfig)
     if isinstance(config, SparseGradConfig):
-        config.core_shapes = {}  # those of the adapter that was saved with it
+        config.forget_bases()  # those of the adapter that was saved with it
     adapted = get_peft_model(model, config)
     return Adapted(adapted, calibration_config(arguments.calibration) if ours else None)
 

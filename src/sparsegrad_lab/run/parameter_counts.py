@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsegrad_peft.tuner.trainer import adapter_parameters
+from sparsegrad_peft.tuner.adapters import adapter_parameters
 
 
 def trained_entries(model: nn.Module, targets: Sequence[str]) -> dict[str, Any]:

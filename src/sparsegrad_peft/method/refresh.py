@@ -75,7 +75,7 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
         saved = any(holder.registers_basis for holder in basis.holders if holder is not layer)
         layer.hold_basis(basis, register=not saved)
         layer.core_shape = (S_new.shape[0], S_new.shape[1])
-        _set_core(S, S_new.to(S.dtype).contiguous())
+        set_core(S, S_new.to(S.dtype).contiguous())
     for old in old_bases:
         left = list(old.holders)
         if left and not any(holder.registers_basis for holder in left):  # the layer that saved it has moved away
@@ -222,7 +222,7 @@ def renew_positions(
         state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"][kept], state["exp_avg_sq"][kept]
     elif state:
         state["exp_avg"], state["exp_avg_sq"] = moved(state["exp_avg"]), moved(state["exp_avg_sq"])
-    _set_core(layer.values, moved(values))
+    set_core(layer.values, moved(values))
     layer.positions = positions
     return int(positions.numel() - stays.sum())
 
@@ -250,7 +250,7 @@ def _scale_moment(moment: Tensor, basis: Basis, squared: bool, *, inverse: bool 
     return scaled(moment, (scale_out, scale_in))
 
 
-def _set_core(core: nn.Parameter, value: Tensor) -> None:
+def set_core(core: nn.Parameter, value: Tensor) -> None:
     """Write a value of any shape into a core. The parameter object stays the same."""
     core.grad = None
     if value.shape != core.shape:

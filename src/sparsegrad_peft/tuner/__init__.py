@@ -1,18 +1,21 @@
-"""SparseGrad as a PEFT adapter: importing this registers the method with PEFT.
+"""SparseGrad as a PEFT adapter. Importing this package registers the method with PEFT.
 
-    config       SparseGradConfig
-    targets      which layers are the MLP's, by architecture or by structure
-    layer        one adapted layer: any number of adapters, merge, unmerge, mixed batches
-    model        which module is replaced by what; saving and loading of shared bases
-    bases        which layers share a basis, and how they get it
-    calibration  bases for an adapter, after get_peft_model
-    refresh      new bases for it in mid-training
-    offload      adapters of models whose weights wait on the CPU or on disk
-    trainer      calibration and optimizer inside transformers.Trainer
-    combine      a weighted sum of adapters
-    export       an adapter as a LoRA adapter
-    peft_private everything private of PEFT that the adapter relies on
-    versions     the supported versions of PEFT and transformers
+    config             SparseGradConfig
+    targets            which layers are the MLP's, by family or by structure
+    layer              one adapted layer: any number of adapters, merge, unmerge, mixed batches
+    decoding           updates prepared for one call of generate
+    model              which module is replaced by what; saving and loading
+    adapters           find an adapter in a model, and the names of its layers
+    bases, loading     how bases come into an adapter: from calibration, or from a file
+    checks             damaged numbers and impossible names are refused
+    calibration        calibrate_adapter: bases for a new adapter
+    refresh            refresh_adapter: new bases during training
+    trainer            calibration and optimizer inside transformers.Trainer (trainer_batches, trainer_callbacks)
+    combine            a weighted sum of adapters
+    export             an adapter as a LoRA adapter
+    quantized, offload base layers that are quantized, or wait on the CPU or on disk
+    peft_private       everything private of PEFT that the adapter relies on
+    versions           the supported versions of PEFT and transformers
 
 The mathematics is in `sparsegrad_peft.method`.
 """

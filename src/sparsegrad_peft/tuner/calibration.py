@@ -1,28 +1,29 @@
-"""Bases for a PEFT adapter: after `get_peft_model`, before the optimizer is made."""
+"""Calibrated bases for a PEFT adapter: after `get_peft_model`, before training."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
 
 from ..method.calibrate import Calibration, calibrate
-from ..method.config import CalibrationConfig, Trajectory, sign_step
-from .bases import layers_of, set_bases, wrapped_groups
+from ..method.config import CalibrationConfig, Trajectory, resolve_config, sign_step
+from .adapters import config_of, layers_of, wrapped_groups
+from .bases import set_bases
 from .config import SparseGradConfig
 from .layer import SparseGradLayer
 
 logger = logging.getLogger(__name__)
 
 LARGE_BASES = 1e9
-"Bytes of a model's bases above which calibration says how to have smaller ones."
+"""Bytes of a model's bases from which on calibration says how to make them smaller."""
 
 RECOMMENDED = CalibrationConfig(n_steps=30, normalize=True, trajectory=Trajectory(1e-4, sign_step))
-"""Gradients along a short training run, which is undone afterwards, each scaled to norm 1: such bases hold more of the
+"""Gradients along a short training run, which is undone afterwards, each scaled to norm 1. Such bases hold more of the
 later gradients than the paper's, and need no optimizer state (docs/method.md, "How bases age")."""
 
 
@@ -35,60 +36,36 @@ def calibrate_adapter(
     config: CalibrationConfig | None = None,
     **options: Any,
 ) -> Calibration:
-    """Give an adapter that has learnt nothing its bases, from a few steps of backpropagation.
+    """Replace an adapter's data-free bases by bases of the model's gradients, from a few steps of backpropagation.
 
-    The core of each layer is then a new parameter of the size that the adapter's `c` and `r` ask for: make the
-    optimizer afterwards. What is saved with the adapter is enough to load it; calibration is never needed again.
-
-    An adapter made with `get_peft_model(..., low_cpu_mem_usage=True)` takes no memory before this: worth it for large
-    models, where the cores of the original space are as large as the weights.
+    The adapter must not have learnt anything yet. Its cores stay zero and stay the same parameters, so an optimizer may
+    exist already. The saved adapter includes the bases; calibration is never needed again.
 
     Args:
-        model: from `get_peft_model`, or any model with a SparseGrad adapter in it.
-        batches: what the model takes, with labels: `model(**batch).loss`. See `sparsegrad_peft.calibrate`.
+        model: from `get_peft_model`, or any model with a SparseGrad adapter in it or in a part of it.
+        batches: inputs of the model with labels: `model(**batch).loss`. See `sparsegrad_peft.calibrate`.
         adapter_name: which adapter.
-        calibration: ready statistics, the result of an earlier call for the same layers, in place of batches.
-        config: how to calibrate; None: `RECOMMENDED`, with single fields of it among the options. The paper's way is
+        calibration: ready statistics in place of batches: the result of an earlier call for the same layers.
+        config: how to calibrate. None: `RECOMMENDED`, with single fields of it among the options. The paper's way is
             `CalibrationConfig()`.
         options: for `sparsegrad_peft.calibrate`: `n_steps`, `step`, `loss_fn`, `progress`, ...
 
     Returns:
-        The statistics, to be used again for adapters of this size or smaller (see `sizes` of `calibrate`).
+        The statistics. They can be used again for adapters of this size or smaller (see `sizes` of `calibrate`).
 
     Raises:
         ValueError: the model has no such adapter, the adapter trains in the original space or has already learnt
             something, the statistics are of other layers, and whatever `calibrate` refuses.
         TypeError: the layers are quantized, and no ready statistics were given.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile, whose names of layers are its own
-    layers = layers_of(model, adapter_name)
-    if not layers:
-        raise ValueError(f"the model has no SparseGrad adapter named {adapter_name!r}; make one with get_peft_model")
-    peft_config: SparseGradConfig = model.peft_config[adapter_name]  # type: ignore[index, assignment]
-    if peft_config.original_space:
-        raise ValueError(
-            f"adapter {adapter_name!r} trains in the original space (original_space=True) and takes no bases; make it "
-            "with original_space=False to calibrate it"
-        )
-    quantized = {n: backend.backend_name for n, layer in layers.items() if (backend := layer.quantization_backend)}
-    if quantized and calibration is None:
-        name, kind = next(iter(quantized.items()))
-        raise TypeError(
-            f"{name} is quantized ({kind}), and a quantized weight has no gradient. Calibrate the adapter on the "
-            "unquantized model, save it, and load it onto the quantized one; or pass ready statistics, calibration=..."
-        )
-    cores = {name: layer.sparsegrad_S[adapter_name] for name, layer in layers.items()}
-    learnt = [name for name, core in cores.items() if not core.is_meta and bool(core.any())]
-    if learnt:
-        raise ValueError(
-            f"adapter {adapter_name!r} has already learnt something ({len(learnt)} of {len(layers)} layers, such as "
-            f"{learnt[0]}); calibrate before training, or merge it and add a new adapter"
-        )
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, which renames the layers
+    peft_config, layers = config_of(model, adapter_name), layers_of(model, adapter_name)
+    _check_can_calibrate(adapter_name, peft_config, layers, has_statistics=calibration is not None)
     groups = wrapped_groups(model, layers, shared=peft_config.shared)
     if not peft_config.shared:
         _warn_of_large_bases(layers, wrapped_groups(model, layers, shared=True), peft_config)
     if calibration is None:
-        config = config_from(config, options)
+        config = adapter_calibration(config, options)
         with _left_out(adapter_name, layers.values()):
             calibration = calibrate(model, batches, groups=groups, sizes=peft_config.sizes, config=config, **options)
     else:
@@ -100,24 +77,47 @@ def calibrate_adapter(
     return calibration
 
 
-def config_from(config: CalibrationConfig | None, options: dict[str, Any]) -> CalibrationConfig:
-    """`config`; where there is none, `RECOMMENDED` with the fields of it that are taken out of `options`."""
-    if config is not None:
-        return config
+def adapter_calibration(config: CalibrationConfig | None, options: dict[str, Any]) -> CalibrationConfig:
+    """Return `config`, or `RECOMMENDED` with the fields of it that are taken out of `options`."""
     names = {field.name for field in fields(CalibrationConfig)} & set(options)
-    return replace(RECOMMENDED, **{name: options.pop(name) for name in names})
+    return resolve_config(config, {name: options.pop(name) for name in names}, RECOMMENDED)
 
 
 def check_groups(calibration: Calibration, groups: Mapping[str, list[str]]) -> None:
-    """Raise unless ready statistics are of these groups of layers."""
+    """Raise `ValueError` unless ready statistics are of these groups of layers."""
     if {name: tuple(names) for name, names in groups.items()} != {n: g.layers for n, g in calibration.groups.items()}:
         raise ValueError(f"the statistics are of groups {list(calibration.groups)}, the adapter has {list(groups)}")
+
+
+def _check_can_calibrate(
+    adapter_name: str, config: SparseGradConfig, layers: Mapping[str, SparseGradLayer], *, has_statistics: bool
+) -> None:
+    if config.original_space:
+        raise ValueError(
+            f"adapter {adapter_name!r} trains in the original space (original_space=True) and takes no bases; make it "
+            "with original_space=False to calibrate it"
+        )
+    quantized = {n: backend.backend_name for n, layer in layers.items() if (backend := layer.quantization_backend)}
+    if quantized and not has_statistics:
+        name, kind = next(iter(quantized.items()))
+        raise TypeError(
+            f"{name} is quantized ({kind}), and a quantized weight has no gradient. Calibrate the adapter on the "
+            "unquantized model, save it, and load it onto the quantized one; or pass ready statistics, calibration=..."
+        )
+    cores = {name: layer.sparsegrad_S[adapter_name] for name, layer in layers.items()}
+    learnt = [name for name, core in cores.items() if not core.is_meta and bool(core.any())]
+    if learnt:
+        layers[learnt[0]].check_numbers(adapter_name)  # not learnt, but not loaded
+        raise ValueError(
+            f"adapter {adapter_name!r} has already learnt something ({len(learnt)} of {len(layers)} layers, such as "
+            f"{learnt[0]}); calibrate before training, or merge it and add a new adapter"
+        )
 
 
 def _warn_of_large_bases(
     layers: Mapping[str, SparseGradLayer], shared: Mapping[str, list[str]], config: SparseGradConfig
 ) -> None:
-    """Before the work: for large models a pair of bases for each layer is gigabytes."""
+    """Warn before the work starts if a pair of bases for each layer takes gigabytes."""
 
     def size(layer: SparseGradLayer) -> int:
         r, c = config.sizes.counts(layer.out_features, layer.in_features)
@@ -127,8 +127,8 @@ def _warn_of_large_bases(
     together = sum(size(layers[names[0].removesuffix(".base_layer")]) for names in shared.values())
     if own > LARGE_BASES and len(shared) < len(layers):
         logger.warning(
-            "the bases of %d layers take %.1f GB; with SparseGradConfig(shared=True) the layers of a role share a pair "
-            "of them, and they take %.2f GB", len(layers), own / 1e9, together / 1e9,
+            "the bases of %d layers take %.1f GB. With SparseGradConfig(shared=True) the layers of a role share a pair "
+            "of bases, and they take %.2f GB.", len(layers), own / 1e9, together / 1e9,
         )  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def _left_out(adapter_name: str, layers: Iterable[SparseGradLayer]) -> Iterator[
 
 @contextmanager
 def frozen(cores: Iterable[nn.Parameter]) -> Iterator[None]:
-    """A `Trajectory` then neither walks with them nor keeps a copy of them; it walks with the weights themselves."""
+    """Freeze cores, so that a `Trajectory` moves the weights themselves and keeps no copy of the cores."""
     before = [(core, core.requires_grad) for core in cores]
     try:
         for core, _ in before:

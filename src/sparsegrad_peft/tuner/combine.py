@@ -1,6 +1,6 @@
 """The weighted sum of adapters as a new one.
 
-    linear   Σ wᵢ Vᵀ Sᵢ U = Vᵀ (Σ wᵢ Sᵢ) U                   where they have the same bases: no larger than each of them
+    linear   Σ wᵢ Vᵀ Sᵢ U = Vᵀ (Σ wᵢ Sᵢ) U                   for adapters with the same bases: as large as one of them
     cat      Σ wᵢ Vᵢᵀ Sᵢ Uᵢ = Yᵀ (Σ wᵢ Rᵢ Sᵢ Tᵢᵀ) X          for any bases: as large as all of them together
 
 `X` and `Y` are orthonormal bases of the rows of all `Uᵢ` and of all `Vᵢ` (QR): `Uᵢ = Tᵢᵀ X`, `Vᵢ = Rᵢᵀ Y`.
@@ -20,20 +20,21 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..method.basis import Basis
-from .bases import layer_key, layers_of
+from ..method.precision import at_least_float32
+from .adapters import layer_key, layers_of
 from .config import SparseGradConfig
 from .layer import SparseGradLayer
 
 _REMEDY = (
-    'combination_type="linear" is for adapters with the same bases (one calibration for both: calibrate_adapter(..., '
-    'calibration=...)). combination_type="cat" takes any calibrated ones of the same layers, and gives one as large as '
-    "all of them together"
+    'combination_type="linear" needs adapters with the same bases (one calibration for both: calibrate_adapter(..., '
+    'calibration=...)). combination_type="cat" takes adapters of the same layers with any bases; the new adapter is as '
+    "large as all of them together"
 )
 
 
 @dataclass(frozen=True)
 class _Joined:
-    """The basis of a group in the new adapter, and how the old cores are written in it."""
+    """The basis of a group in the new adapter, and the factors that take the old cores into it."""
 
     basis: Basis
     left: list[Tensor]
@@ -46,9 +47,9 @@ class _Joined:
 def add_weighted_sum(
     tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *, joined: bool
 ) -> None:
-    """See `SparseGradModel.add_weighted_adapter`; `joined` is its "cat"."""
+    """Add the weighted sum of adapters; see `SparseGradModel.add_weighted_adapter`. `joined` is its "cat"."""
     if adapter_name in tuner.peft_config:
-        raise ValueError(f"there is an adapter named {adapter_name!r} already")
+        raise ValueError(f"the model already has an adapter named {adapter_name!r}")
     if not adapters or len(adapters) != len(weights) or not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"expected adapters and as many finite weights, found {list(adapters)} and {list(weights)}")
     unknown = [name for name in adapters if name not in tuner.peft_config]
@@ -61,16 +62,18 @@ def add_weighted_sum(
     config = deepcopy(tuner.peft_config[adapters[0]])
     assert isinstance(config, SparseGradConfig)
     config.init_weights = True
-    made = (_join if joined else _add)(tuner, adapters, weights, layers, config)
+    sums = (_join if joined else _add)(tuner, adapters, weights, layers, config)
     tuner.peft_config[adapter_name] = config
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
     except Exception:
         del tuner.peft_config[adapter_name]
         raise
-    for name, (basis, core) in made.items():
-        layers[name].sparsegrad_basis[adapter_name] = basis
-        layers[name].sparsegrad_S[adapter_name] = nn.Parameter(core, requires_grad=False)  # not active yet
+    for name, (basis, core) in sums.items():
+        layer = layers[name]
+        layer.sparsegrad_basis[adapter_name] = basis
+        layer.sparsegrad_S[adapter_name] = nn.Parameter(core, requires_grad=False)  # not active yet
+        layer.sparsegrad_checked[adapter_name] = True
 
 
 def _check_layers(tuner: BaseTuner, adapters: Sequence[str], first: dict[str, SparseGradLayer], joined: bool) -> None:
@@ -78,20 +81,21 @@ def _check_layers(tuner: BaseTuner, adapters: Sequence[str], first: dict[str, Sp
         different = set(first) ^ set(layers_of(tuner, name))
         if different:
             raise ValueError(
-                f"{adapters[0]!r} and {name!r} adapt other layers, such as {min(different)}; merge one after the other "
-                "into the model"
+                f"{adapters[0]!r} and {name!r} adapt different layers, such as {min(different)}; merge one after the "
+                "other into the model"
             )
     for layer_name, layer in first.items():
         for name in adapters:
+            layer.check_numbers(name)
             mine, theirs = layer.core_and_basis(adapters[0])[1], layer.core_and_basis(name)[1]
             if not joined and not _same(mine, theirs):
-                raise ValueError(f"{adapters[0]!r} and {name!r} have other bases in {layer_name}; {_REMEDY}")
+                raise ValueError(f"{adapters[0]!r} and {name!r} have different bases in {layer_name}. {_REMEDY}")
             if joined and (theirs.U is None or theirs.V is None):
-                raise ValueError(f"{name!r} has no bases, its cores are as large as the layers; {_REMEDY}")
+                raise ValueError(f"{name!r} has no bases, its cores are as large as the layers. {_REMEDY}")
 
 
 def _same(one: Basis, other: Basis) -> bool:
-    """Whether two bases hold the same numbers."""
+    """True if two bases hold the same numbers."""
     pairs = ((one.U, other.U), (one.V, other.V))
     return one is other or all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
@@ -99,14 +103,14 @@ def _same(one: Basis, other: Basis) -> bool:
 def _add(
     tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], layers: dict[str, SparseGradLayer], config: Any
 ) -> dict[str, tuple[Basis, Tensor]]:
-    """Layer -> copy of the basis, and the sum of the cores."""
-    copies: dict[int, Basis] = {}  # of its own: loading weights into the one adapter must not change the other
-    made = {}
+    """Return layer -> copy of the basis, and the sum of the cores."""
+    copies: dict[int, Basis] = {}  # loading weights into one adapter must not change another
+    sums = {}
     for name, layer in layers.items():
         basis = layer.core_and_basis(adapters[0])[1]
         parts = [weight * layer.core_and_basis(a)[0] for a, weight in zip(adapters, weights, strict=True)]
-        made[name] = copies.setdefault(id(basis), deepcopy(basis)), torch.stack(parts).sum(0)
-    return made
+        sums[name] = copies.setdefault(id(basis), deepcopy(basis)), torch.stack(parts).sum(0)
+    return sums
 
 
 def _join(
@@ -116,28 +120,29 @@ def _join(
     layers: dict[str, SparseGradLayer],
     config: SparseGradConfig,
 ) -> dict[str, tuple[Basis, Tensor]]:
-    """Layer -> basis of all rows, and the sum of the cores in it; the sizes are written into `config`."""
+    """Return layer -> basis of all rows, and the sum of the cores in it. Writes the sizes into `config`."""
     configs: list[Any] = [tuner.peft_config[name] for name in adapters]
     found: dict[tuple[int, ...], _Joined] = {}
-    made = {}
+    sums = {}
+    config.core_shapes, config.data_free = {}, False
     for name, layer in layers.items():
         pairs = [layer.core_and_basis(adapter) for adapter in adapters]
         key = tuple(id(basis) for _, basis in pairs)
         if key not in found:
-            found[key] = _joined([basis for _, basis in pairs], torch.promote_types(pairs[0][0].dtype, torch.float32))
+            found[key] = _joined([basis for _, basis in pairs], at_least_float32(pairs[0][0].dtype))
         group = found[key]
         parts = [
             weight * (R @ S.double() @ T.T)
             for weight, R, (S, _), T in zip(weights, group.left, pairs, group.right, strict=True)
         ]
         core = torch.stack(parts).sum(0).to(pairs[0][0].dtype)
-        made[name] = group.basis, core
+        sums[name] = group.basis, core
         in_model = layer_key(tuner, name)
         whole = " + ".join(dict.fromkeys(str(c.core_shapes[in_model][0]) for c in configs))
         config.core_shapes[in_model] = [whole, *core.shape, layer.out_features, layer.in_features]
     config.shared = all(c.shared for c in configs)
     config.basis_dtype = str(next(iter(found.values())).basis.U.dtype).removeprefix("torch.")  # type: ignore[union-attr]
-    return made
+    return sums
 
 
 def _joined(bases: Sequence[Basis], dtype: torch.dtype) -> _Joined:
@@ -147,7 +152,7 @@ def _joined(bases: Sequence[Basis], dtype: torch.dtype) -> _Joined:
 
 
 def _rows(sides: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """An orthonormal basis (m, n) of the rows of all matrices, and each of these in it, (m, its rows)."""
+    """Return an orthonormal basis (m, n) of the rows of all matrices, and each matrix in it, (m, its rows)."""
     X, T = torch.linalg.qr(torch.cat([side.double() for side in sides]).T)  # (n, m), (m, rows of all)
     return X.T.to(dtype).contiguous(), list(T.split([len(side) for side in sides], dim=1))
 
@@ -158,6 +163,6 @@ def _check_nothing_else(tuner: BaseTuner, adapters: Sequence[str]) -> None:
         if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
             wrapped = [key for key, module in tuner.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
             raise ValueError(
-                f"{name!r} holds modules trained whole ({', '.join(wrapped)}), which cannot be summed; make the "
+                f"{name!r} holds modules that are trained whole ({', '.join(wrapped)}) and cannot be summed. Make the "
                 "adapters without modules_to_save, trainable_token_indices and task_type, or merge one after the other"
             )

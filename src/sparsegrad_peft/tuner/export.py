@@ -1,10 +1,10 @@
-"""A saved SparseGrad adapter as a LoRA adapter, for servers that know nothing else (vLLM, llama.cpp, TGI).
+"""Export a saved SparseGrad adapter as a LoRA adapter, for servers that know only LoRA (vLLM, llama.cpp, TGI).
 
     Vᵀ S U = Y (R S Tᵀ) Xᵀ = (Y P √s) (√s Qᵀ Xᵀ) = B A        R S Tᵀ = P diag(s) Qᵀ, an SVD of the size of the core
 
-`X` and `Y` have orthonormal columns (`Uᵀ = X T` and `Vᵀ = Y R` by QR), so this is the SVD of the update: its leading
-terms are the best approximation of their rank there is, and the error is known exactly. `U` and `V` alone would not do:
-kept in bfloat16 they are orthonormal to rounding only. The adapter's folder is enough, no model is needed.
+`X` and `Y` have orthonormal columns (`Uᵀ = X T` and `Vᵀ = Y R` by QR), so this is the SVD of the update. Its leading
+terms are the best approximation of their rank, and the error is known exactly. (`U` and `V` themselves are orthonormal
+only to the rounding of bfloat16.) The adapter's folder is enough; no model is needed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..method.products import chain
-from .bases import BASIS, CORE, ROOT
+from .adapters import ROOT
+from .loading import AdapterWeights
 from .peft_private import NAME, PREFIX
 
 logger = logging.getLogger(__name__)
 
-_MADE_BY = {"format": "pt", "made_by": "sparsegrad_peft.export_lora"}  # metadata of the file: tells a former export
+_MADE_BY = {"format": "pt", "made_by": "sparsegrad_peft.export_lora"}  # metadata that marks an earlier export
 _CARRIED = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save",
             "trainable_token_indices")  # fmt: skip
 
@@ -51,14 +53,14 @@ class _Factors:
     "of the LoRA matrices: the core's, at least float32"
 
     def error(self, rank: int) -> float:
-        """`|update - its best approximation of this rank| / |update|`, Frobenius norms."""
+        """Return `‖update - best approximation of this rank‖ / ‖update‖` (Frobenius norms)."""
         total = float(self.s.norm())
         return float(self.s[min(rank, self.rank) :].norm()) / total if total else 0.0
 
     def lora(self, rank: int) -> tuple[Tensor, Tensor]:
-        """`B` (out, rank) and `A` (rank, in), with zeros where the update has not as many directions."""
+        """Return `B` (out, rank) and `A` (rank, in), padded with zeros if the update has fewer directions."""
         kept = min(rank, self.rank)
-        root = self.s[:kept].sqrt()  # half to each side: their entries are of one size, which suits half precision
+        root = self.s[:kept].sqrt()  # half to each side: entries of one size suit half precision
         B, A = self.B.new_zeros(len(self.B), rank), self.A.new_zeros(rank, self.A.shape[1])
         B[:, :kept], A[:kept] = self.B[:, :kept] * root, root[:, None] * self.A[:kept]
         return B.to(self.dtype), A.to(self.dtype)
@@ -67,20 +69,20 @@ class _Factors:
 def export_lora(
     adapter: str | Path, out: str | Path, rank: int | Literal["full"], *, fan_in_fan_out: bool = False
 ) -> dict[str, float]:
-    """Write a LoRA adapter that computes what a saved SparseGrad adapter does, or the nearest of a given rank.
+    """Write a LoRA adapter that computes what a saved SparseGrad adapter does, or its best approximation of a rank.
 
-    All layers get one rank and a scaling of 1, which every server takes. What the adapter holds besides is carried over
-    as it is: `modules_to_save` such as a new head, and trained tokens. (PEFT loads them; vLLM refuses them.)
+    All layers get one rank and a scaling of 1, which every server accepts. The adapter's other tensors are copied:
+    `modules_to_save` such as a new head, and trained tokens. (PEFT loads them; vLLM refuses them.)
 
     Args:
         adapter: folder of a SparseGrad adapter, as `save_pretrained` wrote it.
-        out: folder to be written. It may exist if it is empty or an earlier export, which is replaced.
-        rank: of the LoRA adapter, for all layers; "full" takes the largest that an update has, and loses nothing.
-        fan_in_fan_out: what PEFT calls a model of `Conv1D` layers (GPT-2). The adapter does not know its layers' kind,
-            the matrices are the same for both, and PEFT corrects the flag with a warning when it loads the adapter.
+        out: folder to write. It may exist if it is empty or an earlier export, which is replaced.
+        rank: of all layers; "full" takes the largest rank of an update, and loses nothing.
+        fan_in_fan_out: PEFT's flag for models of `Conv1D` layers (GPT-2). The matrices are the same for both, and PEFT
+            corrects the flag with a warning when it loads the adapter.
 
     Returns:
-        Layer name -> relative error of its update in the Frobenius norm: 0.1 says that a tenth of it is lost.
+        Layer name -> relative error of its update in the Frobenius norm: 0.1 means that a tenth of it is lost.
 
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
@@ -92,12 +94,12 @@ def export_lora(
     out = Path(out).resolve()
     _check_replaceable(out)
     config, tensors = _read(Path(adapter))
-    factors = _factors(config.get("core_shapes") or {}, tensors)
+    factors = _factors(config, AdapterWeights.read(tensors))
     carried = {name: value for name, value in tensors.items() if f".{PREFIX}" not in name}
 
     largest = max(1, *(layer.rank for layer in factors.values()))  # a rank of 0 is no LoRA adapter
     if rank != "full" and rank > largest:
-        logger.warning("no layer's update has a rank above %d: exported at that rank, and not at %d", largest, rank)
+        logger.warning("no layer's update has a rank above %d; exported at that rank instead of %d", largest, rank)
     chosen = largest if rank == "full" else min(rank, largest)
     lora = {}
     for name, layer in factors.items():
@@ -105,70 +107,74 @@ def export_lora(
     options: dict[str, Any] = {key: config.get(key) for key in _CARRIED}
     options |= {"r": chosen, "lora_alpha": chosen, "fan_in_fan_out": fan_in_fan_out, "inference_mode": True}
     lora_config = LoraConfig(**options)
-    # Whole names, as a list. Bare endings (`down_proj`) may match layers that were not adapted, which cannot be told
-    # without the model. A regular expression would do for PEFT, but not for servers, which read a list and go by the
-    # last part of each name or by the tensors' names. Sorted and no set: the same adapter gives the same names.
+    # Whole names: bare endings (`down_proj`) may match layers that are not adapted. A list: servers do not read regular
+    # expressions. Sorted: the same adapter gives the same file.
     lora_config.target_modules = sorted(factors)
     if carried:
         logger.warning(
-            "the adapter holds %d tensors besides its updates (modules_to_save, trained tokens), such as %s; PEFT "
-            "loads them with the LoRA adapter, a server may not", len(carried), next(iter(carried)),
+            "the adapter also holds %d tensors of modules_to_save or trained tokens, such as %s; PEFT loads them with "
+            "the LoRA adapter, a server may not", len(carried), next(iter(carried)),
         )  # fmt: skip
     _write(out, lora_config, lora | carried)
     return {name: layer.error(chosen) for name, layer in factors.items()}
 
 
 def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of a SparseGrad adapter."""
+    """Read configuration and tensors of a SparseGrad adapter, and check the numbers."""
     config_path, weights_path = adapter / CONFIG_NAME, adapter / SAFETENSORS_WEIGHTS_NAME
     for path in (config_path, weights_path):
         if not path.is_file():
-            raise FileNotFoundError(f"{adapter} is no saved adapter: it has no {path.name}")
+            raise FileNotFoundError(f"{adapter} is not a saved adapter: it has no {path.name}")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config_path} is damaged: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != NAME:
-        raise ValueError(f"{adapter} is no SparseGrad adapter: its peft_type is {kind!r}, expected {NAME!r}")
+        raise ValueError(f"{adapter} is not a SparseGrad adapter: its peft_type is {kind!r}, expected {NAME!r}")
     try:
-        return config, load_file(weights_path)
+        tensors = load_file(weights_path)
     except SafetensorError as error:
         raise ValueError(f"{weights_path} is damaged or cut off ({error}); save or copy the adapter again") from error
+    try:
+        AdapterWeights.read(tensors)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{weights_path}: {error}") from error
+    return config, tensors
 
 
 @torch.no_grad()
-def _factors(core_shapes: dict[str, list[Any]], tensors: dict[str, Tensor]) -> dict[str, _Factors]:
-    """Layer name -> SVD of its update."""
-    group_of = {layer: shape[0] for layer, shape in core_shapes.items()}
-    bases = {}  # a basis is saved with the first layer of its group
-    for key, value in tensors.items():
-        if BASIS in key:
-            layer, _, side = key.removeprefix(ROOT).partition(BASIS)
-            bases[group_of.get(layer, layer), side] = value
-    cores = {k.removeprefix(ROOT).removesuffix(CORE): v for k, v in tensors.items() if k.endswith(CORE)}
-    missing = sorted(set(core_shapes) - set(cores))
-    if missing or not cores:
-        raise ValueError(
-            f"the adapter has no core S for {', '.join(missing[:3]) or 'any layer'}; its files are damaged"
-        )
+def _factors(config: dict[str, Any], weights: AdapterWeights) -> dict[str, _Factors]:
+    """Return layer name -> SVD of its update."""
+    core_shapes: dict[str, list[Any]] = config.get("core_shapes") or {}
+    for what, which in (
+        ("no core S", set(core_shapes) - set(weights.cores) or (set() if weights.cores else {"any layer"})),
+        ("no entry in its configuration", set(weights.cores) - set(core_shapes) if core_shapes else set()),
+    ):
+        if which:
+            raise ValueError(f"the adapter has {what} for {', '.join(sorted(which)[:3])}; its two files do not fit")
+    groups: dict[str, list[str]] = defaultdict(list)
+    for layer in weights.cores:
+        groups[core_shapes[layer][0] if core_shapes else layer].append(layer)
     factors = {}
-    for layer, S in cores.items():
-        group = group_of.get(layer, layer)
-        U, V = bases.get((group, "U")), bases.get((group, "V"))  # both None before calibration: the original space
-        if layer in core_shapes:
-            _, r, c, out_features, in_features = core_shapes[layer]
-            found = [None if tensor is None else tuple(tensor.shape) for tensor in (S, U, V)]
-            if found != [(r, c), (c, in_features), (r, out_features)]:
-                raise ValueError(
-                    f"{layer}: expected S, U and V of shapes {(r, c)}, {(c, in_features)} and {(r, out_features)}, "
-                    f"found {found}; the adapter's two files do not belong together"
-                )
-        elif core_shapes:
-            raise ValueError(f"{layer} is not among the layers of the configuration; the two files do not fit")
-        if not bool(S.isfinite().all()):
-            raise ValueError(f"{layer}: the core S holds values that are not finite")
-        factors[layer] = _decompose(S, U, V)
+    for members in groups.values():
+        sides = weights.basis_of(members, shared=bool(config.get("shared")))
+        for layer in members:
+            S, U, V = weights.cores[layer], sides.get("U"), sides.get("V")  # None is the identity
+            if core_shapes:
+                _, r, c, out_features, in_features = core_shapes[layer]
+                expected = [(r, c), (c, in_features), (r, out_features)]
+                found = [None if tensor is None else tuple(tensor.shape) for tensor in (S, U, V)]
+                if config.get("data_free"):
+                    found[1:] = [
+                        shape or (n, n) for shape, n in zip(found[1:], (in_features, out_features), strict=True)
+                    ]
+                if found != expected:
+                    raise ValueError(
+                        f"{layer}: expected S, U and V of shapes {expected}, found {found}; the adapter's two files do "
+                        "not belong together"
+                    )
+            factors[layer] = _decompose(S, U, V)
     return factors
 
 
@@ -189,14 +195,16 @@ def _decompose(S: Tensor, U: Tensor | None, V: Tensor | None) -> _Factors:
 
 
 def _check_replaceable(out: Path) -> None:
-    """Raise unless nothing is lost if `out` is replaced: it does not exist, is empty, or is an earlier export."""
+    """Raise unless `out` does not exist, is empty, or is an earlier export."""
     if not out.exists():
         return
     if not out.is_dir():
         raise FileExistsError(f"{out} is a file; name a folder that does not exist")
     files = {path.name for path in out.iterdir()}
     if files and not (files == {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME} and _was_exported(out)):
-        raise FileExistsError(f"{out} holds {', '.join(sorted(files)[:3])}, and is no earlier export; name another one")
+        raise FileExistsError(
+            f"{out} holds {', '.join(sorted(files)[:3])}, and is no earlier export; name another folder"
+        )
 
 
 def _was_exported(out: Path) -> bool:
@@ -208,7 +216,7 @@ def _was_exported(out: Path) -> bool:
 
 
 def _write(out: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
-    """Write to a folder beside `out`, and put it in its place when it is complete."""
+    """Write to a folder beside `out`, and move it into place when it is complete."""
     new, old = (out.with_name(f".{out.name}.{os.getpid()}.{age}") for age in ("new", "old"))
     new.mkdir(parents=True)
     try:

@@ -17,11 +17,11 @@ import logging
 
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.tuners.tuners_utils import _get_in_out_features as in_out_features
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include_all_linear_layers
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
+from torch import nn
 
 __all__ = ["HOOKS", "NAME", "PREFIX", "ensure_peft_type", "in_out_features", "include_all_linear_layers", "register"]
 
@@ -51,6 +51,18 @@ HOOKS: dict[type, dict[str, tuple[str, ...]]] = {
     },
 }  # fmt: skip
 """Class -> underscored method that the tuner overrides or calls -> its parameters."""
+
+
+def in_out_features(layer: nn.Module) -> tuple[int, int]:
+    """Return (in, out) of any linear layer, quantized ones included.
+
+    Raises:
+        TypeError: PEFT does not know the layer's size.
+    """
+    in_features, out_features = _get_in_out_features(layer)
+    if in_features is None or out_features is None:
+        raise TypeError(f"the size of a {type(layer).__name__} is not known")
+    return in_features, out_features
 
 
 def ensure_peft_type() -> PeftType:

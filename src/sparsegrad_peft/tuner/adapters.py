@@ -1,0 +1,103 @@
+"""Finding an adapter: the module that holds it, its layers, and their names in the model and in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from ..method.groups import group_linears
+from .config import SparseGradConfig
+from .layer import SparseGradLayer
+from .peft_private import PREFIX
+
+ROOT = "base_model.model."
+"""What PEFT puts before the names of a model's layers, in a `PeftModel` and in files."""
+
+BASIS, CORE = f".{PREFIX}basis.", f".{PREFIX}S"
+"""How the names of bases' and cores' tensors go on after the layer's name, in files."""
+
+
+def holder_of(model: nn.Module) -> tuple[str, Any] | None:
+    """Return name and module of the first part of a model that holds PEFT adapters, such as a `PeftModel`.
+
+    This is the model itself, or a part of a wrapper such as a `SentenceTransformer`. None if there is none.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "peft_config", None):
+            return name, module
+    return None
+
+
+def config_of(model: nn.Module, adapter_name: str) -> SparseGradConfig:
+    """Return the configuration of a SparseGrad adapter of the model, or of a part of it.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    holder = holder_of(model)
+    config = holder[1].peft_config.get(adapter_name) if holder else None
+    if not isinstance(config, SparseGradConfig):
+        raise ValueError(f"the model has no SparseGrad adapter named {adapter_name!r}; make one with get_peft_model")
+    return config
+
+
+def layers_of(model: nn.Module, adapter_name: str) -> dict[str, SparseGradLayer]:
+    """Return the layers of an adapter, by their names in `model`."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SparseGradLayer) and adapter_name in module.sparsegrad_S
+    }
+
+
+def layer_key(model: nn.Module, name: str) -> str:
+    """Return the name of a layer in the model that was adapted, without the prefixes of wrappers, PEFT and FSDP."""
+    holder = holder_of(model)
+    if holder is not None and holder[0]:
+        return layer_key(holder[1], name.removeprefix(f"{holder[0]}."))
+    name = name.removeprefix("_fsdp_wrapped_module.")
+    return name.removeprefix("model." if isinstance(model, BaseTuner) else ROOT)
+
+
+def wrapped_groups(model: nn.Module, layers: Mapping[str, SparseGradLayer], *, shared: bool) -> dict[str, list[str]]:
+    """Return group -> names of the base layers within the adapted ones; their weights are calibrated."""
+    return group_linears(model, [f"{name}.base_layer" for name in layers], shared=shared)
+
+
+def active_configs(model: nn.Module) -> dict[str, SparseGradConfig]:
+    """Return the configurations of the active SparseGrad adapters, by name."""
+    layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
+    active = dict.fromkeys(name for layer in layers for name in layer.active_adapters if name in layer.sparsegrad_S)
+    return {name: config_of(model, name) for name in active}
+
+
+def calibrated(model: nn.Module) -> list[str]:
+    """Return the names of the active SparseGrad adapters that are calibrated."""
+    return [name for name, config in active_configs(model).items() if config.calibrated]
+
+
+def uncalibrated(model: nn.Module) -> list[str]:
+    """Return the names of the active SparseGrad adapters that are still to be calibrated."""
+    configs = active_configs(model).items()
+    return [name for name, config in configs if not config.calibrated and not config.original_space]
+
+
+def adapter_parameters(model: nn.Module) -> tuple[set[int], bool]:
+    """Return the ids of an adapter's parameters, and whether they are SparseGrad cores.
+
+    Modules that are trained whole beside the adapter, such as a head, are not included.
+    """
+    cores = {id(core) for module in model.modules() for _, core in getattr(module, "trained_cores", tuple)()}
+    if cores:
+        return cores, True
+    prompts = getattr(model, "prompt_encoder", None)  # prefix tuning and other prompt-learning methods
+    if isinstance(prompts, nn.Module):
+        return {id(parameter) for parameter in prompts.parameters()}, False
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    names = {name for layer in layers for name in layer.adapter_layer_names}
+    children = [getattr(layer, name, None) for layer in layers for name in names]
+    modules = [child for child in children if isinstance(child, nn.Module)]
+    return {id(parameter) for child in modules for parameter in child.parameters()}, False

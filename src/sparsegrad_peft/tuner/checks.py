@@ -1,0 +1,66 @@
+"""Checks of an adapter's numbers and name: what comes from a file is not trusted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..method.basis import ORTHOGONALITY_TOLERANCE
+from ..method.precision import at_least_float32, without_autocast
+from ..method.sides import check_selected, is_selected
+
+_PROBES = 16
+
+
+def check_core(S: Tensor, name: str) -> None:
+    """Check the core of a layer.
+
+    Raises:
+        TypeError: it is no matrix of floating-point numbers.
+        ValueError: a number is not finite.
+    """
+    if S.dtype not in ORTHOGONALITY_TOLERANCE or S.dim() != 2:
+        raise TypeError(
+            f"{name} is damaged: expected a floating-point matrix, found {S.dtype} of shape {tuple(S.shape)}"
+        )
+    if not bool(S.isfinite().all()):
+        bad = int((~S.isfinite()).sum())
+        raise ValueError(f"{name} is damaged: {bad} of its {S.numel()} numbers are not finite")
+
+
+@torch.no_grad()
+def check_side(side: Tensor, name: str) -> None:
+    """Check one side of a basis: indices of features, or rows (r, n), at the cost of a few products with vectors.
+
+    `‖E_i‖` for the rows of `E = M Mᵀ - I` is estimated by `E z` for random vectors z.
+
+    Raises:
+        TypeError, ValueError: as in `check_core`, or the rows are not orthonormal within `ORTHOGONALITY_TOLERANCE`.
+    """
+    if is_selected(side):
+        check_selected(side, None, name)
+        return
+    check_core(side, name)
+    rows = side.to(at_least_float32(side.dtype))
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(len(rows), _PROBES, generator=generator).to(rows)
+    with without_autocast(rows.device):
+        residual = rows @ (rows.T @ z) - z
+    error, tolerance = float(residual.square().mean(1).sqrt().max()), ORTHOGONALITY_TOLERANCE[side.dtype]
+    if not error <= tolerance:
+        raise ValueError(
+            f"{name} is damaged: its rows are not orthonormal, by {error:.2g} where {side.dtype} allows {tolerance:g}"
+        )
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuse a name that PyTorch's containers cannot hold.
+
+    Raises:
+        ValueError: the name has a dot, or is an attribute of `torch.nn.ModuleDict` or `ParameterDict`.
+    """
+    if "." in name or any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict())):
+        raise ValueError(
+            f"{name!r} cannot be the name of an adapter: PyTorch's ModuleDict and ParameterDict use it for themselves, "
+            "or it has a dot. Choose another adapter_name"
+        )

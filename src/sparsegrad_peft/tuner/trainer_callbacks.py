@@ -1,0 +1,69 @@
+"""Callbacks for any `transformers.Trainer`: calibration when training begins, and new bases during training."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..method.config import CalibrationConfig
+from .adapters import calibrated, uncalibrated
+from .calibration import calibrate_adapter
+from .trainer_batches import Batches
+
+
+class SparseGradCalibration(TrainerCallback):
+    """Calibrate the adapters of a model when training begins, in any trainer that has callbacks.
+
+    The loss is the model's own, `model(**batch).loss`; `SparseGradTrainerMixin` uses the trainer's. The cores stay the
+    same parameters, so the trainer's optimizer stays right.
+
+    Args:
+        config: how to calibrate; None: as `calibrate_adapter` does.
+    """
+
+    def __init__(self, config: CalibrationConfig | None = None) -> None:
+        self.config = config
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Calibrate the adapters that are not, such as all but those of a resumed run.
+
+        Raises:
+            ValueError: the model is wrapped for several processes or the optimizer has trained; and whatever
+                calibration refuses.
+        """
+        model, optimizer, loader = kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"]
+        names = uncalibrated(model)
+        if names and (args.world_size > 1 or args.fsdp or args.deepspeed):
+            raise ValueError(
+                f"adapter {names[0]!r} is not calibrated, and the model is already wrapped for {args.world_size} "
+                "processes, FSDP or DeepSpeed; use SparseGradTrainerMixin, or call calibrate_adapter before the "
+                "trainer is made"
+            )
+        check_untrained(names, optimizer)
+        for name in names:
+            with closing(Batches(lambda: loader)) as batches:
+                calibrate_adapter(model, batches, adapter_name=name, config=self.config, progress=not args.disable_tqdm)
+
+
+def check_untrained(names: list[str], optimizer: Any) -> None:
+    """Raise `ValueError` if adapters are to be calibrated and the optimizer already has state of other bases."""
+    if names and optimizer is not None and optimizer.state:
+        raise ValueError(
+            f"adapter {names[0]!r} is not calibrated, and the optimizer has already trained; call calibrate_adapter "
+            "before training"
+        )
+
+
+class Refreshing(TrainerCallback):
+    """Give adapters new bases every few steps, before the step's checkpoint is written."""
+
+    def __init__(self, trainer: Any, every: int) -> None:
+        self.trainer, self.every = trainer, every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refresh the bases if it is time, but not after the last step."""
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            for name in calibrated(self.trainer.model):
+                self.trainer.refresh_bases(name)

@@ -1,0 +1,86 @@
+"""Adapters inside another model: found, calibrated and trained wherever they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import cores
+from datasets import Dataset
+from models import batch, make
+from peft import PeftModel, get_peft_model
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from test_trainer_trl import tokenizer
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from sparsegrad_peft import CalibrationConfig, SparseGradConfig, SparseGradTrainerMixin, calibrate_adapter
+from sparsegrad_peft.tuner.adapters import config_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.scale = inner, nn.Parameter(torch.ones(()))
+
+    def forward(self, **data: Tensor) -> Tensor:
+        return self.inner(**data).loss * self.scale
+
+
+@pytest.mark.parametrize("injected", [False, True])
+def test_calibration_of_a_wrapper(injected: bool, tmp_path: Path) -> None:
+    inner = make("llama")
+    if injected:
+        inner.add_adapter(SparseGradConfig())
+    else:
+        inner = get_peft_model(inner, SparseGradConfig())
+    model = Wrapper(inner)
+    calibrate_adapter(model, [batch("llama")], loss_fn=lambda m, data: m(**data), n_steps=2, progress=False)
+    assert model.scale.grad is None
+    assert inner.peft_config["default"].calibrated
+    assert config_of(model, "default") is inner.peft_config["default"]
+    assert next(iter(inner.peft_config["default"].core_shapes)) == "model.layers.0.mlp.gate_proj"
+    inner.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(make("llama"), tmp_path).peft_config["default"].calibrated
+
+
+def test_a_model_without_an_adapter() -> None:
+    with pytest.raises(ValueError, match="no SparseGrad adapter named 'default'; make one with get_peft_model"):
+        calibrate_adapter(Wrapper(make("llama")), [batch("llama")])
+
+
+class SentenceTrainer(SparseGradTrainerMixin, SentenceTransformerTrainer):
+    pass
+
+
+def test_sentence_transformers(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=60, max_position_embeddings=32, **sizes)).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    model = SentenceTransformer(modules=[Transformer(str(tmp_path / "base")), Pooling(16)], device="cpu")
+    model.add_adapter(SparseGradConfig(c=0.5, r=0.5))
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[],
+        use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    first, second = [f"w{i} w{i + 1}" for i in range(24)], [f"w{i + 2} w{i}" for i in range(24)]
+    data = Dataset.from_dict({"first": first, "second": second, "score": [float(i % 2) for i in range(24)]})
+    trainer = SentenceTrainer(
+        model=model, args=args, train_dataset=data, loss=CosineSimilarityLoss(model),
+        calibration=CalibrationConfig(n_steps=4),
+    )  # fmt: skip
+    trainer.train()
+    config = config_of(model, "default")
+    assert config.calibrated
+    assert set(config.core_shapes or {}) == {
+        f"encoder.layer.{i}.{part}.dense" for i in (0, 1) for part in ("intermediate", "output")
+    }
+    assert all(bool(core.any()) for core in cores(model))
