@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sparsegrad_lab.run.environment import processor
+from sparsegrad_lab.run.machine import processor
 
 
 def environment(seed: int) -> dict[str, Any]:

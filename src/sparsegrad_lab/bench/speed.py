@@ -13,7 +13,7 @@ import torch
 from sparsegrad_peft.method.groups import linear_shape
 from sparsegrad_peft.method.sizes import Sizes
 
-from ..run.environment import environment
+from ..run.machine import environment
 from .arguments import DEFAULT_METHODS, BenchArguments
 from .counts import multiply_adds
 from .methods import METHODS

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..bench.arguments import BenchArguments
-from .parsing import make_parser
+from ..run.parsing import make_parser
 
 EXAMPLE = (
     "sparsegrad bench --workload mlp --tokens 512 --json bench.json; prints a row for each method: time of a step, its "
@@ -33,15 +33,15 @@ def main(argv: list[str]) -> None:
     arguments = BenchArguments(**vars(found))
     from ..bench.speed import measure
     from ..run.folder import check_file, write_whole
-    from ..run.precision import slow_precision
+    from ..run.machine import slow_precision_warning
 
     if path is not None and not path.parent.is_dir():
         raise FileNotFoundError(f"--json: there is no folder {path.parent}")
     if path is not None:
         check_file(path)
     console = Console(stderr=True, highlight=False)
-    if slow := slow_precision(arguments.precision):
-        console.print(slow, soft_wrap=True)
+    if warning := slow_precision_warning(arguments.precision):
+        console.print(warning, soft_wrap=True)
     with console.status("starting") as status:
         result = measure(arguments, say=status.update)
     screen = Console(highlight=False)

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..run.parsing import make_parser
 from ..run.settings import RunArguments
-from .parsing import make_parser
 
 EXAMPLE = "sparsegrad demo; prints a table with the scores, times and sizes of both, and the next command to type."
 

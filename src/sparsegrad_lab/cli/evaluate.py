@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from .parsing import make_parser
+from ..run.parsing import make_parser
 
 EXAMPLE = "sparsegrad evaluate runs/glue-rte/sparsegrad; prints {'validation': {'accuracy': 0.5632}}, as JSON."
 

@@ -8,7 +8,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from .parsing import make_parser
+from ..run.parsing import make_parser
 
 EXAMPLE = (
     "sparsegrad export runs/glue-rte/sparsegrad --to lora --rank 8 --output runs/glue-rte/lora; prints the relative "

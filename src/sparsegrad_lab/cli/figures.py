@@ -7,7 +7,7 @@ import shlex
 from rich.console import Console
 
 from ..figures.settings import FiguresArguments
-from .train import run_arguments, run_parser
+from ..run.parsing import run_arguments, run_parser
 
 EXAMPLE = (
     "sparsegrad figures --model minilm --task glue/rte --output figures/rte; writes an SVG for each figure, index.md "

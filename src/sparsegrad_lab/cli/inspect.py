@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from .parsing import make_parser
+from ..run.parsing import make_parser
 
 EXAMPLE = "sparsegrad inspect bert-base; prints three tables: parameters by part, layers to adapt, and memory."
 

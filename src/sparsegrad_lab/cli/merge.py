@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .parsing import make_parser
+from ..run.parsing import make_parser
 
 EXAMPLE = "sparsegrad merge runs/glue-rte/sparsegrad; prints: merged: runs/glue-rte/sparsegrad/merged"
 

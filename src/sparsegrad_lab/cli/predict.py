@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .parsing import make_parser
+from ..run.parsing import make_parser
 
 EXAMPLE = (
     "sparsegrad predict runs/acceptability/sparsegrad --text 'The keys are here.'; prints the sentence with its class "

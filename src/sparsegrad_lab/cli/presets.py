@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import yaml
 
+from ..run.parsing import make_parser
 from ..run.presets import preset, preset_names
-from .parsing import make_parser
 
 EXAMPLE = "sparsegrad presets --show paper/bert-base/rte; prints the settings as YAML."
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .parsing import make_parser
+from ..run.parsing import make_parser
 
 EXAMPLE = (
     "sparsegrad report runs --output report; prints the verdict, and writes report/index.html (open it in a browser, "

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .parsing import make_parser
+from ..run.parsing import make_parser
 
 EXAMPLE = (
     "sparsegrad reproduce comparison --tasks glue/rte --methods sparsegrad,lora; prints a line for each run and writes "
@@ -58,15 +58,15 @@ def main(argv: list[str]) -> None:
         own = "" if found.folder is None else f" --folder {found.folder}"
         console.print(f"\nnext:   sparsegrad reproduce {names[0]} --scale {found.scale}{own}")
         return
-    from ..run.precision import slow_precision
+    from ..run.machine import slow_precision_warning
     from ..study.grid import Places, reproduce
     from ..study.progress import GridProgress
 
     keep = _filter(found, experiments)
     cells = [cell for experiment in experiments for cell in experiment.cells() if keep(cell)]
     for precision in {cell.settings(cell.trial).get("training", {}).get("precision", "fp32") for cell in cells}:
-        if slow := slow_precision(precision):
-            console.print(f"{slow}. It is a setting of the experiments; --folder takes some of your own")
+        if warning := slow_precision_warning(precision):
+            console.print(f"{warning}. It is a setting of the experiments; --folder takes some of your own")
     places = Places(Path(found.results), Path(found.runs), found.storage)
     with GridProgress(console) as reporter:
         results = reproduce(experiments, places, keep=keep, threads=found.threads, retry=found.retry, reporter=reporter)

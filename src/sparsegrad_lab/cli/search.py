@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from ..run.parsing import run_arguments, run_parser
 from ..run.settings import SearchArguments
-from .train import run_arguments, run_parser
 
 EXAMPLE = (
     "sparsegrad search --task glue/rte --method lora --search.trials 12 --output runs/search-rte-lora; prints a line "

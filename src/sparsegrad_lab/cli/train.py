@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentError
-from argparse import ArgumentParser as PlainParser
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
-from ..run.presets import preset
-from ..run.settings import WHOLE, RunArguments, flat
-from .parsing import VerbParser, make_parser
+from ..methods.registry import find_method
+from ..run.parsing import run_arguments, run_parser
+from ..run.settings import RunArguments
 
 EXAMPLE = (
     "sparsegrad train --task glue/rte --method lora --training.epochs 3 --output runs/rte-lora; prints a line for each "
@@ -26,44 +21,6 @@ def parse(argv: list[str]) -> RunArguments:
     """Words -> arguments: preset, then config file, then the command line, the later one first."""
     parser = run_parser("train", RunArguments.__doc__ or "", EXAMPLE, argv)
     return run_arguments(vars(parser.instantiate(parser.parse_args(argv))))
-
-
-def run_parser(verb: str, description: str, example: str, argv: list[str]) -> VerbParser:
-    """A parser of everything that a run has, with the preset that `argv` names as its defaults."""
-    parser = make_parser(verb, description, example)
-    parser.usage = "%(prog)s [--OPTION VALUE ...]"  # spelt out, it would hide an error's one line
-    parser.add_argument("--config", action="config", help="YAML file with any of these")
-    parser.add_argument("--preset", type=str, default=None, help="settings to start from, see: sparsegrad presets")
-    parser.add_class_arguments(RunArguments)
-    name = _preset_name(argv)
-    if name is not None:
-        parser.set_defaults(flat(preset(name)))
-    return parser
-
-
-def run_arguments(found: dict[str, Any]) -> RunArguments:
-    """What a parser of `run_parser` found."""
-    return RunArguments(**{key: value for key, value in found.items() if key not in ("config", "preset")})
-
-
-def as_arguments(settings: dict[str, Any]) -> RunArguments:
-    """Nested settings, as a file for `--config` has them.
-
-    Raises:
-        ValueError: there is no such setting, or it has another type.
-    """
-    parser = _settings_parser()
-    try:
-        return run_arguments(vars(parser.instantiate(parser.parse_object(settings))))
-    except ArgumentError as error:
-        raise ValueError(str(error)) from error
-
-
-@cache  # a study reads hundreds of settings, and a parser takes longer to make than they take to read
-def _settings_parser() -> VerbParser:
-    parser = run_parser("train", "", "", [])
-    parser.exit_on_error = False
-    return parser
 
 
 def main(argv: list[str]) -> None:
@@ -91,7 +48,7 @@ def report(results: list[dict[str, Any]], output: str) -> None:
         )
         console.print(
             f"  trained entries: {result['trained_entries']['adapter']:,} in the "
-            f"{'adapted layers' if result['method'] in WHOLE else 'adapter'}, "
+            f"{'adapter' if find_method(result['method']).leaves == 'adapter' else 'adapted layers'}, "
             f"{result['trained_entries']['all']:,} in all; saved: {result['weights_bytes'] / 1e6:.1f} MB"
         )
         if calibration is not None:
@@ -106,18 +63,3 @@ def report(results: list[dict[str, Any]], output: str) -> None:
 
 def _took(phase: dict[str, Any]) -> str:
     return f"{phase['seconds']:.0f} s, {phase['extra_memory_bytes'] / 1e6:,.0f} MB at most above its start"
-
-
-def _preset_name(argv: list[str]) -> str | None:
-    plain = PlainParser(add_help=False, allow_abbrev=False)
-    plain.add_argument("--preset")
-    plain.add_argument("--config")
-    known, _ = plain.parse_known_args(argv)
-    name: str | None = known.preset
-    if name is None and known.config is not None and Path(known.config).is_file():
-        try:
-            found = yaml.safe_load(Path(known.config).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{known.config}: expected YAML ({error})") from error
-        name = found.get("preset") if isinstance(found, dict) else None
-    return name if isinstance(name, str) else None  # the parser refuses what is no name

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sparsegrad_peft.method.basis import Basis
 from sparsegrad_peft.method.calibrate import Calibration, calibrate
 from sparsegrad_peft.method.config import CalibrationConfig, Trajectory, sign_step
 from sparsegrad_peft.method.groups import group_linears
 
-from ..methods.by_name import calibration_config, sizes_of
-from ..run.environment import environment
+from ..methods.sparsegrad import calibration_config
+from ..run.console import make_progress_bar
+from ..run.machine import environment
 from ..run.settings import RunArguments
 from . import gradient_before_after, spectrum
 from .ageing import energy_shares
@@ -67,11 +67,7 @@ def collect(
     own, ways = calibration_ways(arguments)
     measured_batches = 2 * len(settings.measured_steps) * settings.batches
     total = (len(ways) + 1) * arguments.calibration.n_steps + 1 + 2 * settings.steps + measured_batches
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), disable=not progress,
-    )  # fmt: skip
-    with bar:
+    with make_progress_bar(Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("calibrating", total=total)
 
         def advance(*_: Any) -> None:
@@ -84,7 +80,7 @@ def collect(
             bases[name] = {layer: by_layer[layer] for layer in setup.measured_layers}
             if name == own:
                 own_bases, own_calibration = by_layer, calibration
-        spectra = spectrum.measure(setup, own_calibration, own_bases, sizes_of(arguments))
+        spectra = spectrum.measure(setup, own_calibration, own_bases, arguments.adapter.sizes)
         bar.update(task, description="gradient of one block")
         gradient = gradient_before_after.measure(setup, own_bases, advance)
         bar.update(task, description=FINE_TUNING)

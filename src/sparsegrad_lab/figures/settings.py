@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..run.exit_codes import RefusedError
-from ..run.settings import RunArguments
+from ..methods.registry import METHODS
+from ..run.settings import RunArguments, refuse
 
 
 @dataclass
@@ -48,7 +48,7 @@ class FiguresArguments:
                 f"figures.points must be at most {self.steps + 1} with {self.steps} training steps, found "
                 f"{self.points}; lower figures.points or raise figures.steps"
             )
-        if run.method != "sparsegrad":
+        if METHODS.get(run.method) is not METHODS["sparsegrad"]:
             problems.append(f"method: figures show SparseGrad only, found {run.method!r}; remove the setting")
         if len(run.seeds) > 1:
             problems.append(f"seeds: figures show one run, found {run.seeds}; give one seed")
@@ -57,8 +57,7 @@ class FiguresArguments:
                 f"training.precision: figures measure gradients in fp32, found {run.training.precision!r}; remove the "
                 "setting"
             )
-        if problems:
-            raise RefusedError("\n".join(["cannot make these figures:", *(f"  - {problem}" for problem in problems)]))
+        refuse("cannot make these figures", problems)
 
     @property
     def half_time(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from sparsegrad_peft.method.basis import Basis
 from sparsegrad_peft.method.gradients import Step, default_loss
 from sparsegrad_peft.method.groups import group_linears, linear_shape
 
-from ..methods.by_name import adapt, check_layers
-from ..run.base import load_model, load_run_task
+from ..methods.registry import METHODS, find_method
 from ..run.exit_codes import RefusedError
+from ..run.inputs import load_run_task
 from ..run.settings import RunArguments
 from ..tasks.kinds import KINDS
 from ..tasks.library_logs import suppress_library_logs
@@ -118,17 +118,17 @@ def load_setup(arguments: RunArguments, block: int | None) -> Setup:
             tells, it is raised before the weights are loaded.
     """
     task, shapes = load_run_task(arguments)
-    kind = KINDS[task.kind]
+    kind, method = KINDS[task.kind], find_method(arguments.method)
     if shapes is not None:
-        choose_block(group_linears(shapes, check_layers(shapes, arguments)), block)
+        choose_block(group_linears(shapes, method.target_layers(shapes, arguments.adapter)), block)
     set_seed(arguments.seeds[0])
     processor = kind.processor(arguments.model)
     with suppress_library_logs():
-        model = load_model(arguments.model, task, processor)
+        model = kind.load_model(arguments.model, task, processor)
         # The gradients of the plain layers are measured, so there is no adapter; only what trains is chosen.
-        adapt(model, replace(arguments, method="full"))
+        METHODS["full"].adapt(model, arguments.setup())
         rows = kind.features(task, "train", processor, arguments.data)
-    groups = group_linears(model, check_layers(model, arguments))
+    groups = group_linears(model, method.target_layers(model, arguments.adapter))
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     return Setup(

@@ -15,7 +15,8 @@ from sparsegrad_peft.method.plain import is_conv1d
 from sparsegrad_peft.method.restored_state import restored_state
 from sparsegrad_peft.tuner.trainer import TrainingDivergedError
 
-from ..run.settings import LEARNING_RATES, RunArguments
+from ..methods.registry import METHODS
+from ..run.settings import RunArguments
 from .cells import share_of_cell
 from .setup import DENSITY, TRAINING_BATCHES, Setup
 
@@ -25,7 +26,7 @@ FINE_TUNING, SPARSEGRAD = "regular fine-tuning", "SparseGrad"
 
 def fine_tune(setup: Setup, steps: int, visit: Callable[[int], None], advance: Callable[[], None]) -> dict[str, Any]:
     """Train all weights with AdamW and restore the model. Returns `train`'s result and "learning_rate"."""
-    rate = LEARNING_RATES["full"]
+    rate = METHODS["full"].learning_rate
     with restored_state(setup.model, keep_values_of=setup.trained):
         optimizer = torch.optim.AdamW(setup.trained, lr=rate, weight_decay=0.0)
         return {"learning_rate": rate, **train(setup, optimizer, steps, visit, advance)}
@@ -41,7 +42,7 @@ def train_sparsegrad(
         that were ever selected, at each step from 0, and "images": role -> the share in each cell.
     """
     # The default rate of the method that selects 1 % of all entries too; SparseGrad's is for a small core.
-    rate = arguments.training.learning_rate or LEARNING_RATES["meprop"]
+    rate = arguments.training.learning_rate or METHODS["meprop"].learning_rate
     k, density = arguments.adapter.k, arguments.adapter.density
     selection = {"k": k} if k is not None else {"density": DENSITY if density is None else density}
     weights = {name: setup.weight(name) for name in setup.layers}

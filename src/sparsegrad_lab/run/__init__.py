@@ -1,13 +1,18 @@
-"""A run: model + task + method -> `transformers.Trainer` -> a folder with the adapter and what is to be known of it.
+"""A run: model + task + method -> `transformers.Trainer` -> run folder.
 
-arguments    what can be set, checked before any work
-presets      settings that come with the package
-kinds        in which a run of one kind of task differs from one of another
-methods      a method's name -> adapted model and what the trainer has to know
-train        the run itself
-meter        time and peak memory of a phase
-environment  commit, versions, machine
-folder       the files of a run: written whole or not at all
-picture      loss and score as an image
-use          a finished run: evaluate, predict, merge
+settings      what can be set, and its checks
+parsing       settings from the command line and from YAML
+presets       settings that come with the package
+inputs        task and model, checked before weights are loaded
+train         the run itself
+trainer       creates the trainer
+sampler       batches of rows of similar length
+console       output and progress bar
+folder        the files of a run, each written completely or not at all
+checkpoints   which checkpoints are complete
+card, plots   model card and plots
+finished_run  evaluate, predict and merge
+search        learning rate and batch size by Optuna
+machine       versions, time and memory, processes
+exit_codes    how the command ends
 """

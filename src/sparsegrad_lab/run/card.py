@@ -1,33 +1,35 @@
-"""The README beside a run's adapter or model: what it is, how it scores, how to load it."""
+"""The model card beside a run's adapter or model."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
 
 from sparsegrad_peft.tuner.config import SparseGradConfig
 
 
-def card(result: dict[str, Any], config: PeftConfig | None, auto: str, base: str) -> str:
-    """Model card in Markdown, with the header that the Hugging Face Hub reads.
+def make_card(result: dict[str, Any], config: PeftConfig | None, auto: str, base: str) -> str:
+    """Model card in Markdown, with the metadata that the Hugging Face Hub reads.
 
     Args:
-        result: of the run, as in `result.json`.
+        result: content of the run's `result.json`.
         config: of the adapter; None for a run that trained the weights themselves.
-        auto: class of `transformers` that loads the model with its head.
+        auto: Auto class of transformers that loads the model with its head.
         base: name or folder of the pretrained model.
     """
+    what, library = ("Model", "transformers") if config is None else ("Adapter", "peft")
+    tag = result["method"] if result["method"].isidentifier() else library
+    metadata = ModelCardData(library_name=library, base_model=base, tags=[tag])
     scores = "\n".join(
         f"| {split} | {metric.replace('_', ' ')} | {value:.4f} |"
-        for split, found in result["scores"].items() for metric, value in found.items() if metric != "loss"
-    )  # fmt: skip
-    what = "Adapter" if config is not None else "Model"
-    library = "peft" if config is not None else "transformers"
-    return f"""---
-library_name: {library}
-base_model: {base}
-tags: [{result["method"] if result["method"].isidentifier() else library}]
+        for split, metrics in result["scores"].items()
+        for metric, value in metrics.items()
+        if metric != "loss"
+    )
+    content = f"""---
+{metadata.to_yaml()}
 ---
 
 # {what} for {result["task"]}, trained with {result["method"]}
@@ -39,26 +41,27 @@ tags: [{result["method"] if result["method"].isidentifier() else library}]
 | --- | --- | --- |
 {scores}
 
-## Load it
+## Usage
 
 ```python
-{_loading(result, config, auto, base)}
+{_usage(result, config, auto, base)}
 ```
 """
+    return str(ModelCard(content))
 
 
-def _loading(result: dict[str, Any], config: PeftConfig | None, auto: str, base: str) -> str:
-    labels = result["labels"]
-    count = f", num_labels={1 if labels is None else len(labels)}" if auto.endswith("SequenceClassification") else ""
+def _usage(result: dict[str, Any], config: PeftConfig | None, auto: str, base: str) -> str:
+    """Code that loads the model."""
     if config is None:
         return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH")  # this folder'
-    ours = isinstance(config, SparseGradConfig)
+    labels = result["labels"]
+    count = f", num_labels={1 if labels is None else len(labels)}" if auto.endswith("SequenceClassification") else ""
+    register = "import sparsegrad_peft.tuner  # registers SparseGrad with PEFT: pip install 'sparsegrad-peft[peft]'"
     return "\n".join([
-        *(["import sparsegrad_peft.tuner  # pip install 'sparsegrad-peft[peft]'; PEFT knows the method from here on"]
-          if ours else []),
+        *([register] if isinstance(config, SparseGradConfig) else []),
         "from peft import PeftModel",
         f"from transformers import {auto}",
         "",
         f'base = {auto}.from_pretrained("{base}"{count})',
-        'model = PeftModel.from_pretrained(base, "PATH")  # this folder; merge_and_unload() for speed',
+        'model = PeftModel.from_pretrained(base, "PATH")  # this folder; merge_and_unload() makes it faster',
     ])  # fmt: skip

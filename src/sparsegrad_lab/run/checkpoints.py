@@ -1,4 +1,4 @@
-"""Which checkpoints are whole, and errors of writing one in plain words."""
+"""Which checkpoints are complete, and write errors that name the file."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-_NO_ROOM = re.compile(r"os error (\d+)|PytorchStreamWriter failed|file write failed|unexpected pos|iostream error")
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_NO_SPACE = re.compile(r"os error (\d+)|PytorchStreamWriter failed|file write failed|unexpected pos|iostream error")
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether all that the trainer needs to go on is there, and no file was cut off by a kill or a full disk.
+def is_complete(checkpoint: Path) -> bool:
+    """True if a run can resume from the checkpoint: no file is missing or truncated.
 
-    A zip file (PyTorch's format) has checksums and its table of contents at its end. safetensors says its size in its
-    head and has no checksums: numbers that a failing disk has changed are not found.
+    PyTorch's zip files have checksums. Safetensors files store their size but no checksum, so that values changed by a
+    failing disk are not found.
     """
     weights = list(checkpoint.glob("*.safetensors"))
     states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
@@ -40,29 +41,29 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def best_step(checkpoint: Path) -> int | None:
-    """The step of the best evaluation so far, which has a checkpoint of its own; None before the first."""
+    """Step of the best evaluation up to this checkpoint; None before the first evaluation."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    found: int | None = state.get("best_global_step")
-    return found
+    step: int | None = state.get("best_global_step")
+    return step
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """An error of writing a file becomes an OSError that names the place.
+def writing(path: Path) -> Iterator[None]:
+    """Turn errors of writing to a disk into an OSError that names the path.
 
-    safetensors and PyTorch raise errors of their own kinds, and Python names a file that cannot be opened, but not one
-    that cannot be written to.
+    Safetensors, tokenizers and PyTorch raise errors of their own types. Python names a file that cannot be opened, but
+    not one that cannot be written to.
     """
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno not in _WRITE_ERRORS or error.filename is not None:
             raise
-        raise OSError(error.errno, error.strerror, str(place)) from error
-    except (SafetensorError, RuntimeError) as error:
-        found = _NO_ROOM.search(str(error))
-        if found is None:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except Exception as error:  # tokenizers raise a plain Exception
+        match = _NO_SPACE.search(str(error))
+        if match is None:
             raise
-        number = int(found[1]) if found[1] else errno.ENOSPC
+        number = int(match[1]) if match[1] else errno.ENOSPC
         first_line = str(error).splitlines()[0]
-        raise OSError(number, f"a file could not be written ({first_line})", str(place)) from error
+        raise OSError(number, f"a file could not be written ({first_line})", str(path)) from error

@@ -1,41 +1,56 @@
-"""What a run shows while it goes on, and the log that it keeps."""
+"""What a run prints, its progress bar, and the log that it keeps."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from ..tasks.task import higher_is_better
 from .folder import RunFolder
 
 
-class Progress(TrainerCallback):
-    """A bar over the steps, a line for each evaluation, and `metrics.json` kept up to date."""
+def make_progress_bar(console: Console, *, disable: bool = False) -> Progress:
+    """A progress bar with the columns that all commands use: description, bar, count, elapsed and remaining time."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=disable,
+    )
+
+
+class ProgressCallback(TrainerCallback):
+    """Shows a bar over the steps and a line per evaluation, and keeps `metrics.json` up to date.
+
+    Args:
+        folder: of the run.
+        metric: the score to print, without "eval_".
+        show: print and show the bar.
+    """
 
     def __init__(self, folder: RunFolder, metric: str = "loss", show: bool = True) -> None:
         self.folder, self.metric, self.show = folder, metric, show
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.bar: Bar | None = None
+        self.bar: Progress | None = None
         self.best: float | None = None
 
-    def say(self, words: str) -> None:
-        """A line."""
+    def say(self, line: str) -> None:
+        """Print a line."""
         if self.show:
-            self.console.print(words, markup=False)
+            self.console.print(line, markup=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the bar, where a resumed run had got to."""
+        """Start the bar, at the step that a resumed run has reached."""
         self.best = state.best_metric
         if self.show and state.is_world_process_zero:
-            self.bar = Bar(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-                TextColumn("{task.description}"), console=self.console,
-            )  # fmt: skip
-            self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self.bar = make_progress_bar(self.console)
+            self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
             self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -46,28 +61,28 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Show the loss."""
         if self.bar is not None and logs and "loss" in logs:
-            self.bar.update(self.bar.task_ids[0], description=f"loss {float(logs['loss']):.3f}")
+            self.bar.update(self.bar.task_ids[0], description=f"training, loss {float(logs['loss']):.3f}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
-        """A line for the score, and the log to disk."""
-        found = metrics.get(f"eval_{self.metric}")
-        if found is None or not state.is_world_process_zero:
+        """Print the score, and write the log."""
+        score = metrics.get(f"eval_{self.metric}")
+        if score is None or not state.is_world_process_zero:
             return
-        is_best = self.best is None or (found > self.best if higher_is_better(self.metric) else found < self.best)
-        self.best = found if is_best else self.best
+        is_best = self.best is None or (score > self.best if higher_is_better(self.metric) else score < self.best)
+        self.best = score if is_best else self.best
         if self.bar is not None:
             name = self.metric.replace("_", " ")
-            mark = "  best so far" if is_best else ""
+            best = "  best so far" if is_best else ""
             loss = "" if self.metric == "loss" else f", loss {metrics['eval_loss']:.4f}"
-            self.say(f"epoch {state.epoch:.2f}, step {state.global_step}: {name} {found:.4f}{loss}{mark}")
+            self.say(f"epoch {state.epoch:.2f}, step {state.global_step}: {name} {score:.4f}{loss}{best}")
         self.folder.write_json("metrics.json", state.log_history)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.stop()
 
     def stop(self) -> None:
-        """Take the bar away, also after an error."""
+        """Remove the bar, also after an error."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

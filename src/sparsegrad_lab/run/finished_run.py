@@ -1,4 +1,4 @@
-"""A finished run, put to use: evaluate, predict, merge."""
+"""Use a finished run: evaluate, predict, merge."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 
-import sparsegrad_peft.tuner  # noqa: F401  # registers the method, so that PEFT can load its adapters
+import sparsegrad_peft.tuner  # noqa: F401  # registers SparseGrad, so that PEFT can load its adapters
 
 from ..tasks.kinds import KINDS
 from ..tasks.kinds.text import text_logits
@@ -25,31 +25,30 @@ from ..tasks.pretrained import load_config, model_path
 from ..tasks.read import Row, read_rows
 from ..tasks.registry import kind_of
 from ..tasks.task import Task
-from .base import load_model
 from .folder import RunFolder, save_whole, write_whole
 from .settings import RunArguments
 from .train import save_weights
 
 
 @dataclass
-class Finished:
-    """A run's model, with its adapter, its tokenizer (or what reads images) and its task, without rows."""
+class FinishedRun:
+    """Model with its adapter, tokenizer or image processor, and task (without rows) of a finished run."""
 
     folder: RunFolder
-    config: dict[str, Any]
+    arguments: RunArguments
     task: Task
     model: nn.Module
-    tokenizer: Any
+    processor: Any
 
     def logits(self, rows: Iterable[tuple[str, ...]]) -> np.ndarray[Any, Any]:
-        """(rows, classes), for rows of one text or two."""
-        return text_logits(self.model, self.tokenizer, list(rows), self.config["data"]["max_length"])
+        """Logits (rows, classes) for rows of one or two texts."""
+        return text_logits(self.model, self.processor, list(rows), self.arguments.data.max_length)
 
     @torch.inference_mode()
     def outputs(self, features: Dataset, arguments: RunArguments) -> np.ndarray[Any, Any]:
-        """(rows, ...), what the kind of task keeps of the model's outputs; features: with "labels"."""
+        """Outputs (rows, ...) for features with "labels", as `Kind.reduced` keeps them."""
         kind = KINDS[self.task.kind]
-        collate = kind.collator(self.tokenizer, arguments.padded_length)
+        collate = kind.collator(self.processor, arguments.padded_length)
         size = kind.evaluation_batch_size(arguments.training.batch_size)
         device = next(self.model.parameters()).device
         kept = []
@@ -61,69 +60,75 @@ class Finished:
         return torch.cat(kept).numpy()
 
 
-def open_run(path: str | Path) -> Finished:
+def open_run(path: str | Path) -> FinishedRun:
     """Load a finished run.
 
     Raises:
-        FileNotFoundError: no run folder, a run that did not come to its end, or its pretrained model is gone.
+        FileNotFoundError: this is not the folder of a finished run, or its pretrained model is gone.
     """
-    folder, config, task = read_run(path)
+    folder, arguments, task = read_run(path)
     kind = KINDS[task.kind]
-    tokenizer = kind.processor(folder.path / kind.processor_folder)
+    processor = kind.processor(folder.path / kind.processor_folder)
     adapter = folder.path / "adapter"
     if adapter.is_dir():
-        load_config(model_path(config["model"]))  # whether there still is such a model, in plain words
-        # The head's numbers are the adapter's; those of the new head that is made here are written over.
-        base = load_model(config["model"], task, tokenizer)
+        load_config(model_path(arguments.model))  # a clear error if the pretrained model is gone
+        base = kind.load_model(arguments.model, task, processor)  # the adapter overwrites the new head
         with suppress_library_logs():
             model: nn.Module = PeftModel.from_pretrained(base, str(adapter))
     else:
-        model = load_model(config["model"], task, tokenizer, folder.path / "model")
+        model = kind.load_model(arguments.model, task, processor, folder.path / "model")
     if torch.cuda.is_available():
         model.cuda()
-    return Finished(folder, config, task, model.eval(), tokenizer)
+    return FinishedRun(folder, arguments, task, model.eval(), processor)
 
 
-def read_run(path: str | Path) -> tuple[RunFolder, dict[str, Any], Task]:
-    """A finished run without its model: what was asked for, and the task, without rows.
+def read_run(path: str | Path) -> tuple[RunFolder, RunArguments, Task]:
+    """Read a finished run without its model: folder, settings, and the task without rows.
 
     Raises:
-        FileNotFoundError: no run folder, or a run that did not come to its end.
+        FileNotFoundError: this is not a run folder, or the run is not finished.
     """
     folder = RunFolder(path)
-    config = folder.read_arguments()
+    arguments = RunArguments.from_dict(folder.read_arguments())
     if not folder.finished:
         raise FileNotFoundError(
-            f"{folder} holds a run that is not finished; go on with it by sparsegrad train "
+            f"{folder} holds a run that is not finished; resume it: sparsegrad train "
             f"--config {folder.path / 'config.yaml'}"
         )
     result = folder.read_result()
     labels = None if result["labels"] is None else tuple(result["labels"])
-    kind = kind_of(config["task"])
-    return folder, config, Task(result["task"], tuple(result["text"]), labels, tuple(result["metrics"]), {}, kind=kind)
+    kind = kind_of(arguments.task)
+    task = Task(result["task"], tuple(result["text"]), labels, tuple(result["metrics"]), {}, kind=kind)
+    return folder, arguments, task
 
 
 def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, float]]:
-    """Scores of a finished run on its task's evaluation rows: split -> metric -> score.
+    """Evaluate a finished run on its task.
+
+    Args:
+        path: folder of the run.
+        split: the split; None: all except "train".
+
+    Returns:
+        Split -> metric -> score.
 
     Raises:
-        ValueError: the task has no such split; and what `open_run` raises.
+        ValueError: the task has no such split, or other labels than the run was trained with.
+        FileNotFoundError: see `open_run`.
     """
-    _, config, learnt = read_run(path)
-    arguments = RunArguments.from_dict(config)
-    task = load_task(arguments.task, arguments.data)
-    task = task.with_label_order(learnt.labels or ())
-    if task.labels != learnt.labels:
+    _, arguments, trained = read_run(path)
+    task = load_task(arguments.task, arguments.data).with_label_order(trained.labels or ())
+    if task.labels != trained.labels:
         raise ValueError(
-            f"{task.source}: expected the labels that the run learnt, {learnt.labels}; found {task.labels}"
+            f"{task.source}: expected the labels that the run was trained with, {trained.labels}; found {task.labels}"
         )
     if split is not None and split not in task.splits:
         raise ValueError(f"{task.name} has splits {', '.join(task.splits)}; found {split!r}")
     run, kind, scores = open_run(path), KINDS[task.kind], {}
     for name in [split] if split else task.evaluation_splits:
         with suppress_library_logs():
-            features = kind.features(task, name, run.tokenizer, arguments.data)
-            kind.check_features(features, run.model, run.tokenizer)
+            features = kind.features(task, name, run.processor, arguments.data)
+            kind.check_features(features, run.model, run.processor)
             scores[name] = kind.score(task, run.outputs(features, arguments), features["labels"][:])
     return scores
 
@@ -131,19 +136,23 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
 def predict(
     path: str | Path, file: str | Path | None = None, texts: Iterable[str] = (), *, max_new_tokens: int = 128
 ) -> list[dict[str, Any]]:
-    """What a finished run says of new rows: their columns and "prediction"; of classes the probability of each as well.
+    """Predict with a finished run.
 
     Args:
-        path: the run.
-        file: CSV, TSV, JSON or JSON lines with the task's text columns; for a language model, the first is enough.
-        texts: rows in place of a file: one string per row, or two for tasks with two text columns.
-        max_new_tokens: where a language model stops at the latest.
+        path: folder of the run.
+        file: CSV, TSV, JSON or JSON lines with the task's text columns; a language model needs only the first one.
+        texts: rows in place of a file: one text per row, or two for tasks with two text columns.
+        max_new_tokens: largest number of tokens that a language model generates.
+
+    Returns:
+        The rows with their columns and "prediction"; for classes, the probability of each as well.
 
     Raises:
-        ValueError: neither or both are given, a column is missing, a row has the wrong number of texts.
+        ValueError: not exactly one of `file` and `texts` is given, a column is missing, or a row has the wrong number
+            of texts.
+        FileNotFoundError: see `open_run`.
     """
-    _, config, task = read_run(path)
-    data = RunArguments.from_dict(config).data
+    _, arguments, task = read_run(path)
     kind = KINDS[task.kind]
     columns, given = kind.prompt_columns(task), list(texts)
     if (file is None) == (not given):
@@ -153,17 +162,17 @@ def predict(
     if file is None:
         if len(given) % len(columns):
             raise ValueError(f"{task.name} takes two texts per row ({', '.join(columns)}), found {len(given)} texts")
-        pairs = [given[start : start + len(columns)] for start in range(0, len(given), len(columns))]
-        rows = [Row(zip(columns, texts, strict=True)) for texts in pairs]
+        starts = range(0, len(given), len(columns))
+        rows = [Row(zip(columns, given[start : start + len(columns)], strict=True)) for start in starts]
     else:
-        rows = read_rows(Path(file), quoting=data.quoting)
+        rows = read_rows(Path(file), quoting=arguments.data.quoting)
         kind.check_rows(task, rows, str(file))
     run = open_run(path)
-    return kind.predict(run.model, run.tokenizer, run.task, rows, data, max_new_tokens)
+    return kind.predict(run.model, run.processor, task, rows, arguments.data, max_new_tokens)
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Predictions as a CSV file."""
+    """Write predictions as a CSV file."""
     buffer = io.StringIO(newline="")
     names = list(dict.fromkeys(name for row in rows for name in row))  # objects of a JSON file may differ
     writer = csv.DictWriter(buffer, fieldnames=names)
@@ -173,13 +182,14 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def merge(path: str | Path) -> tuple[Path, bool]:
-    """The model with what was learnt in its weights, as a plain `transformers` folder `merged/` of the run.
+    """Write the model with the adapter merged into its weights, as a plain transformers folder `merged/` in the run.
 
     Returns:
-        The folder, and whether it was made now: False if it was there already.
+        The folder, and True if it was written now, False if it was there before.
 
     Raises:
-        ValueError: the run has no adapter: its `model/` is already plain.
+        ValueError: the run has no adapter; its `model/` is plain already.
+        FileNotFoundError: see `open_run`.
     """
     folder = RunFolder(path)
     folder.read_arguments()
@@ -187,14 +197,14 @@ def merge(path: str | Path) -> tuple[Path, bool]:
     if (target / "config.json").is_file():
         return target, False
     if (folder.path / "model").is_dir():
-        raise ValueError(f"{folder} trained the weights themselves, there is nothing to merge: {folder.path / 'model'}")
+        raise ValueError(f"{folder} has no adapter to merge; {folder.path / 'model'} is a plain model already")
     run = open_run(path)
     assert isinstance(run.model, PeftModel)
-    plain = run.model.merge_and_unload(safe_merge=True)
+    merged_model = run.model.merge_and_unload(safe_merge=True)
 
     def save(draft: Path) -> None:
-        save_weights(plain, draft)
-        run.tokenizer.save_pretrained(draft)
+        save_weights(merged_model, draft)
+        run.processor.save_pretrained(draft)
 
     save_whole(target, save)
     return target, True

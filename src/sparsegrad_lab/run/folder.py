@@ -1,4 +1,4 @@
-"""The files of a run. Each is written whole or not at all, so that a kill or a full disk leaves the former one."""
+"""The files of a run. Each is written completely or not at all: a kill or a full disk leaves the previous version."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from uuid import uuid4
 
 import yaml
 
-from .checkpoints import best_step, is_whole, writing
+from ..tasks.parse_files import read_json, read_yaml
+from .checkpoints import best_step, is_complete, writing
 from .settings import RunArguments
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place, then put it there: readers see an old one or a new one, whole."""
+    """Write a file under a draft name, then rename it: readers see the old file or the new one, both complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}.draft")
     try:
@@ -28,12 +29,63 @@ def write_whole(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
+        _sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
 
+def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
+    """Let `save` fill a draft folder, then rename it. A previous folder stays complete until then.
+
+    The files are on the disk when this returns, so that a file written later may say so.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.draft")
+    former = folder.with_name(f".{folder.name}.former")
+    shutil.rmtree(draft, ignore_errors=True)
+    if former.exists() and not folder.exists():  # killed between the two renames below
+        os.replace(former, folder)
+    shutil.rmtree(former, ignore_errors=True)
+    try:
+        with writing(folder):
+            save(draft)
+            for path in (*draft.rglob("*"), draft):
+                _sync(path)
+        if folder.exists():
+            os.replace(folder, former)
+        os.replace(draft, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if former.exists() and not folder.exists():
+            os.replace(former, folder)
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def content_of(folder: Path) -> list[Path]:
+    """Files and folders in a folder, without the drafts that a killed process may have left."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if not _is_draft(path))
+
+
+def _is_draft(path: Path) -> bool:
+    return path.name.startswith(".") and path.suffix in (".draft", ".former")
+
+
 def check_file(path: Path) -> None:
-    """Raise before any work where a file cannot be written.
+    """Raise before any work if a file cannot be written.
 
     Raises:
         IsADirectoryError, NotADirectoryError, PermissionError: see the message.
@@ -43,41 +95,19 @@ def check_file(path: Path) -> None:
     RunFolder(path.parent).check_writable()
 
 
-def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` fill a folder beside its place, then put it there; a former one is whole until then, or comes back."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.draft")
-    former = folder.with_name(f".{folder.name}.former")
-    shutil.rmtree(draft, ignore_errors=True)
-    if former.exists() and not folder.exists():  # a kill between the two steps below
-        os.replace(former, folder)
-    shutil.rmtree(former, ignore_errors=True)
-    try:
-        with writing(folder):
-            save(draft)
-        if folder.exists():
-            os.replace(folder, former)
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        if former.exists() and not folder.exists():
-            os.replace(former, folder)
-        shutil.rmtree(former, ignore_errors=True)
-
-
 class RunFolder:
-    """Where a run is kept.
+    """The folder of a run.
 
-    config.yaml       what was asked for, as run
-    method.json       the PEFT config that was named as the method, where one was
+    config.yaml       the settings
+    method.json       the PEFT config, if it was given as the method
     environment.json  commit, versions, device, seed
-    calibration.json  its time and memory, where there was one; a run that was interrupted does not calibrate again
-    metrics.json      the trainer's log: loss, learning rate, scores
-    adapter/          the best evaluation's adapter; or model/, where the method trains the weights themselves
-    tokenizer/        with which the model was trained; or processor/, which reads images
-    result.json       scores, times, memory: written last, so it says that the run is finished
+    calibration.json  time and memory of the calibration, if there was one; a resumed run does not calibrate again
+    metrics.json      the trainer's log: losses, learning rates, scores
+    adapter/          adapter of the best evaluation; model/ for a method that trains the weights themselves
+    tokenizer/        tokenizer; processor/ for images
     curves.png        loss and score
-    checkpoints/      while it runs
+    result.json       scores, times, memory; written last: the run is finished if it is there
+    checkpoints/      while the run is not finished
     merged/           after `sparsegrad merge`
     """
 
@@ -94,45 +124,52 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """True if the run is finished."""
         return (self.path / "result.json").is_file()
 
     @property
     def weights(self) -> Path:
-        """The adapter, or the model."""
+        """Folder of the adapter or the model."""
         adapter = self.path / "adapter"
         return adapter if adapter.is_dir() else self.path / "model"
 
     def check(self, arguments: RunArguments) -> None:
-        """Whether this run may have the folder: it is empty, or holds this very run.
+        """Check that this run may use the folder: it is empty, or holds this very run.
 
         Raises:
-            FileExistsError: the folder holds something else; the message says in what it differs.
+            FileExistsError: the folder holds something else; the message says what differs.
             NotADirectoryError, PermissionError: it cannot be written.
         """
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"{self}: expected a folder to write, found a file; choose another output folder")
         if (self.path / "config.yaml").is_file():
-            there, here = _with_defaults(self.read_arguments()), arguments.as_dict()
-            there["output"] = here["output"]  # another name for the same folder
-            found = {name: pair for name, pair in _differences(there, here).items() if pair[0] != pair[1]}
-            if "method" not in found and (former := self.read_json("method.json")) is not None:
-                now = json.loads(Path(arguments.method).read_text(encoding="utf-8"))
-                found |= {n: pair for n, pair in _differences(former, now, "method").items() if pair[0] != pair[1]}
-            if found:
-                words = ", ".join(f"{name} ({found[name][0]} there, {found[name][1]} here)" for name in sorted(found))
+            if differences := self._differences(arguments):
+                found = ", ".join(f"{name} ({there} there, {here} here)" for name, there, here in differences)
                 raise FileExistsError(
-                    f"{self} holds another run, which differs in {words}; choose another output folder, or remove it"
+                    f"{self} holds another run, which differs in {found}; choose another output folder, or remove it"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif content_of(self.path):
             raise FileExistsError(
                 f"{self} is not empty and holds no run (no config.yaml); choose another output folder"
             )
         if not self.finished:
             self.check_writable()
 
+    def _differences(self, arguments: RunArguments) -> list[tuple[str, Any, Any]]:
+        """Settings that differ: name, value in the folder, value in `arguments`."""
+        there, here = _with_defaults(self.read_arguments()), arguments.as_dict()
+        there["output"] = here["output"]  # another name for the same folder
+        found = _leaves(there, here)
+        if there["method"] == here["method"] and (former := self.read_json("method.json")) is not None:
+            found |= _leaves(former, read_json(Path(arguments.method)), "method")
+        return [(name, *found[name]) for name in sorted(found) if found[name][0] != found[name][1]]
+
     def check_writable(self) -> None:
-        """By writing, in the nearest folder that there is: permissions alone do not say it, and nothing is left."""
+        """Check by writing a temporary file in the nearest folder that exists; permissions alone do not tell.
+
+        Raises:
+            NotADirectoryError, PermissionError: see the message.
+        """
         near = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not near.is_dir():
             raise NotADirectoryError(f"{self}: {near} is a file, not a folder; choose another output folder")
@@ -141,61 +178,73 @@ class RunFolder:
                 pass
         except OSError as error:
             raise PermissionError(
-                f"{self}: nothing can be written in {near} ({error.strerror}); choose another output folder"
+                f"{self}: cannot write in {near} ({error.strerror}); choose another output folder"
             ) from error
 
     def start(self, arguments: RunArguments) -> None:
-        """Write down what was asked for, so that the folder is this run's."""
+        """Write the settings, so that the folder belongs to this run, and remove drafts of a killed process."""
+        for path in self.path.glob(".*") if self.path.is_dir() else ():
+            if _is_draft(path) and path.is_file():
+                path.unlink(missing_ok=True)
         if not (self.path / "config.yaml").is_file():
-            if arguments.method.endswith(".json"):  # a PEFT config, which may be edited meanwhile
-                self.write_json("method.json", json.loads(Path(arguments.method).read_text(encoding="utf-8")))
+            if arguments.method.endswith(".json"):  # the file may be edited before the run is resumed
+                self.write_json("method.json", read_json(Path(arguments.method)))
             self.write_yaml("config.yaml", arguments.as_dict())
 
     def read_arguments(self) -> dict[str, Any]:
-        """What the run was asked for.
+        """The settings of the run.
 
         Raises:
-            FileNotFoundError: this is no run folder.
+            FileNotFoundError: this is not a run folder.
+            ValueError: config.yaml is damaged.
         """
         path = self.path / "config.yaml"
         if not path.is_file():
             several = sorted(self.path.glob("seed-*"))
-            hint = f"; it holds several runs, name one of them, such as {several[0]}" if several else ""
-            raise FileNotFoundError(f"{self} is no run folder (no config.yaml){hint}")
-        found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return found
+            hint = f"; it holds several runs, give one of them, such as {several[0]}" if several else ""
+            raise FileNotFoundError(f"{self} is not a run folder (no config.yaml){hint}")
+        settings = read_yaml(path)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: expected the settings of a run, found {type(settings).__name__}")
+        return settings
 
     def read_result(self) -> dict[str, Any]:
-        """Scores, times and memory of a finished run."""
-        found: dict[str, Any] = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
-        return found
+        """Scores, times and memory of a finished run.
+
+        Raises:
+            ValueError: result.json is damaged.
+        """
+        result: dict[str, Any] = read_json(self.path / "result.json")
+        return result
 
     def read_json(self, name: str) -> Any:
-        """A JSON file's content; None where it is not there."""
+        """Content of a JSON file; None if there is no such file."""
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_json(path) if path.is_file() else None
 
     def write_yaml(self, name: str, content: Any) -> None:
         """Write a YAML file."""
         write_whole(self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write a JSON file; NaN and infinity, such as a gradient's norm may be, become null."""
+        """Write a JSON file. NaN and infinity, which JSON does not have, become null."""
         write_whole(self.path / name, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint; `drop_broken_checkpoints` leaves none but those that a run can go on from."""
+        """The newest checkpoint. Call `drop_broken_checkpoints` first."""
         return max(self.checkpoints.glob("checkpoint-*"), key=_step, default=None)
 
     def drop_broken_checkpoints(self) -> list[str]:
-        """Remove what a run cannot go on from, so that the trainer does not count it; returns the names.
+        """Remove checkpoints that a run cannot resume from, and return their names.
 
-        That is a checkpoint that a kill or a full disk has cut off, and one without the best checkpoint before it: the
-        trainer ends with the best one's weights, and would quietly take its last where that is gone.
+        These are incomplete checkpoints, and those whose best checkpoint before them is gone: the trainer loads the
+        best one's weights at the end, and without it would silently keep the last ones.
         """
         found = sorted(self.checkpoints.glob("checkpoint-*"), key=_step)
-        whole = {_step(path) for path in found if is_whole(path)}
-        broken = [path for path in found if _step(path) not in whole or (best_step(path) or _step(path)) not in whole]
+        complete = {_step(path) for path in found if is_complete(path)}
+        broken = [
+            path for path in found if _step(path) not in complete or (best_step(path) or _step(path)) not in complete
+        ]
         for path in broken:
             shutil.rmtree(path)
         return [path.name for path in broken]
@@ -206,7 +255,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _without_nan(content: Any) -> Any:
-    """NaN and infinity, which JSON has not, as null."""
+    """The content with null in place of NaN and infinity."""
     if isinstance(content, dict):
         return {name: _without_nan(value) for name, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -215,17 +264,18 @@ def _without_nan(content: Any) -> Any:
 
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run that an earlier version began, with those that it did not know."""
+    """The settings, with the defaults of those that an earlier version did not have."""
     known = RunArguments().as_dict()
     groups = {name: {**group, **settings.get(name, {})} for name, group in known.items() if isinstance(group, dict)}
     return {**known, **settings, **groups}
 
 
-def _differences(there: Any, here: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+def _leaves(there: Any, here: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> both values, for all values of two nested dictionaries."""
     if not (isinstance(there, dict) and isinstance(here, dict)):
         return {prefix: (there, here)}
     return {
         name: pair
         for key in {*there, *here}
-        for name, pair in _differences(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else key).items()
+        for name, pair in _leaves(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else key).items()
     }

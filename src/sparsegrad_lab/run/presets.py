@@ -12,12 +12,12 @@ import yaml
 @cache
 def _paper() -> dict[str, Any]:
     text = files(__package__).joinpath("paper.yaml").read_text(encoding="utf-8")
-    found: dict[str, Any] = yaml.safe_load(text)
-    return found
+    content: dict[str, Any] = yaml.safe_load(text)
+    return content
 
 
 def preset_names() -> list[str]:
-    """All names."""
+    """Names of all presets."""
     glue = [f"paper/{model}/{task}" for model, entry in _paper()["models"].items() for task in entry["tasks"]]
     return [*glue, *_paper()["others"]]
 
@@ -30,10 +30,10 @@ def preset(name: str) -> dict[str, Any]:
     """
     if name not in preset_names():
         near = [known for known in preset_names() if set(known.split("/")) & set(name.split("/")[1:])]
-        raise ValueError(f"no preset {name!r}; there are {', '.join(near or preset_names())}")
+        raise ValueError(f"no preset {name!r}; expected one of {', '.join(near or preset_names())}")
     if name in _paper()["others"]:
-        whole: dict[str, Any] = _paper()["others"][name]
-        return whole
+        settings: dict[str, Any] = _paper()["others"][name]
+        return settings
     _, model, task = name.split("/")
     entry = _paper()["models"][model]
     batch_size, learning_rate = entry["tasks"][task]

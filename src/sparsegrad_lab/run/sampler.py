@@ -1,18 +1,19 @@
-"""Rows of a batch with about the same length, so that little of it is padding."""
+"""Batches of rows of similar length, which need little padding."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
-class ByLength(LengthGroupedSampler):
-    """The sampler of `transformers`, with an order that depends on seed and epoch alone: a resumed run has it again.
+class LengthSampler(LengthGroupedSampler):
+    """`LengthGroupedSampler` whose order depends only on seed and epoch, so that a resumed run repeats it.
 
     Args:
-        batch_size: rows of a step.
+        batch_size: rows per step.
         lengths: of the rows, in tokens.
         seed: of the run.
     """
@@ -21,8 +22,13 @@ class ByLength(LengthGroupedSampler):
         super().__init__(batch_size, lengths=list(lengths))
         self.seed, self.epoch = seed, 0
 
+    @classmethod
+    def of_dataset(cls, batch_size: int, seed: int, dataset: Any) -> LengthSampler:
+        """A sampler for a data set with "input_ids"."""
+        return cls(batch_size, [len(tokens) for tokens in dataset["input_ids"]], seed)
+
     def set_epoch(self, epoch: int) -> None:
-        """Called by the loader before each epoch."""
+        """Called by the data loader before each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

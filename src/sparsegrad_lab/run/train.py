@@ -1,57 +1,60 @@
-"""The run: model + task + method -> `transformers.Trainer` -> a folder."""
+"""Train: model + task + method -> `transformers.Trainer` -> run folder."""
 
 from __future__ import annotations
 
 import copy
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback, set_seed
-from transformers.trainer_callback import PrinterCallback
 
-from ..methods.by_name import adapt
+from ..methods.method import Adapted
+from ..methods.registry import find_method
+from ..methods.training.trainer import MethodTrainer
 from ..tasks.kinds import KINDS
 from ..tasks.library_logs import suppress_library_logs
 from ..tasks.pretrained import model_path
-from .base import load_model, load_run_task
-from .card import card
-from .console import Progress
-from .environment import environment
+from ..tasks.task import Task
+from .card import make_card
+from .console import ProgressCallback
 from .folder import RunFolder, save_whole, write_whole
-from .picture import write_curves
-from .precision import slow_precision
-from .settings import WHOLE, RunArguments
-from .trainer import MeasureTraining, scorer, stopping, trainer_arguments
+from .inputs import load_run_task
+from .machine import environment, slow_precision_warning
+from .plots import plot_curves
+from .settings import RunArguments
+from .trainer import MeasureTraining, make_trainer
 
 
 def train(
     arguments: RunArguments, *, progress: bool = True, callbacks: Sequence[TrainerCallback] = ()
 ) -> list[dict[str, Any]]:
-    """One run for each seed; a finished one is not run again, an interrupted one goes on from its last checkpoint.
+    """Train once per seed. Finished runs are skipped, interrupted ones are resumed from their last checkpoint.
 
     Args:
-        arguments: what to train.
-        progress: show it.
-        callbacks: for the Trainer, besides the run's own.
+        arguments: the settings.
+        progress: print and show a progress bar.
+        callbacks: more callbacks for the Trainer.
 
     Returns:
-        The results, as in `result.json`.
+        The content of `result.json`, one per seed.
 
     Raises:
-        ValueError: what `RunArguments.check` found, all of it at once; a task without training rows; sizes that the
-            model's layers do not have.
+        RefusedError: the settings are not valid; the message lists every problem.
+        ValueError: the task has no training rows, or it, the model and the method do not fit.
         FileExistsError: the folder holds another run.
-        TrainingDivergedError: the loss is no longer finite.
-        OSError: something could not be written; what was saved before is whole.
+        TrainingDivergedError: the loss is not finite.
+        OSError: a file could not be written. The files written before are complete.
     """
     arguments.check()
     several = len(arguments.seeds) > 1
     output = output_folder(arguments)
     if several and (output / "config.yaml").is_file():
-        raise FileExistsError(f"{output} holds the run of one seed; choose another output folder for several")
+        raise FileExistsError(f"{output} holds the run of one seed; choose another output folder for several seeds")
     results = []
     for seed in arguments.seeds:
         single = copy.deepcopy(arguments)
@@ -62,128 +65,164 @@ def train(
 
 
 def output_folder(arguments: RunArguments) -> Path:
-    """The folder that the arguments name, with the task's and method's names put in."""
-    method = Path(arguments.method).stem if Path(arguments.method).is_file() else arguments.method
-    return Path(arguments.output.replace("{task}", arguments.task.replace("/", "-")).replace("{method}", method))
+    """The output folder, with the names of the task and the method filled in."""
+    task, method = arguments.task.replace("/", "-"), find_method(arguments.method).name
+    return Path(arguments.output.replace("{task}", task).replace("{method}", method))
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """All that a trainer is made of."""
+
+    task: Task
+    processor: Any
+    adapted: Adapted
+    features: dict[str, Dataset]
 
 
 def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
-    folder, seed = RunFolder(arguments.output), arguments.seeds[0]
-    reporter = Progress(folder, show=progress)
+    folder = RunFolder(arguments.output)
+    reporter = ProgressCallback(folder, show=progress)
     folder.check(arguments)
     if folder.finished:
-        reporter.say(f"{folder}: this run is finished already, nothing is done")
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)  # a kill may have left some
+        reporter.say(f"{folder}: this run is finished; nothing to do")
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)  # left behind if the run was killed while it ended
         return folder.read_result()
-    task, _ = load_run_task(arguments)
-    kind = KINDS[task.kind]
-    set_seed(seed)
-    processor = kind.processor(arguments.model)
-    with suppress_library_logs():
-        adapted = adapt(load_model(arguments.model, task, processor), arguments)
-        features = {split: kind.features(task, split, processor, arguments.data) for split in task.splits}
-    for data in features.values():
-        kind.check_features(data, adapted.model, processor)
-    # Nothing is refused any more by what was asked for: from here on the folder is this run's.
-    folder.start(arguments)
-    folder.write_json("environment.json", {**environment(), "seed": seed})
-    broken = folder.drop_broken_checkpoints()
-    checkpoint = folder.last_checkpoint()
-    main_split = task.evaluation_splits[0]
-    sizes = ", ".join(f"{len(data):,} {split}" for split, data in features.items())
-    reporter.say(f"{task.name} ({sizes} rows), {arguments.method} on {arguments.model}, seed {seed}: {folder}")
-    if slow := slow_precision(arguments.training.precision):
-        reporter.say(slow)
-    if broken:
-        reporter.say(f"passed over, since it was cut off or damaged, or the best one before it: {', '.join(broken)}")
-    if checkpoint is not None:
-        reporter.say(f"going on from step {checkpoint.name.rpartition('-')[2]}")
-
-    training = MeasureTraining()
-    reporter.metric = task.main_metric
-    trainer = adapted.trainer(
-        model=adapted.model,
-        args=trainer_arguments(arguments, folder, task, len(features["train"]), adapted.optimizer),
-        train_dataset=features["train"],
-        eval_dataset=features[main_split],
-        data_collator=kind.collator(processor, arguments.padded_length),
-        compute_metrics=scorer(task),
-        preprocess_logits_for_metrics=kind.reduced,
-        callbacks=[reporter, training, *stopping(arguments), *callbacks],
-        calibration=adapted.calibration,
-        refresh_every=arguments.calibration.refresh,
-        density=adapted.density,
-        k=adapted.k,
-        rest_learning_rate=arguments.training.rest_learning_rate,
-        own_optimizer=not adapted.optimizer,
-        calibrated=lambda phase: folder.write_json("calibration.json", phase.as_dict()),
-    )
-    trainer.remove_callback(PrinterCallback)  # the reporter says it
+    inputs = _load(arguments)
+    folder.start(arguments)  # the inputs were accepted: from here on, the folder belongs to this run
+    folder.write_json("environment.json", {**environment(), "seed": arguments.seeds[0]})
+    checkpoint = _find_checkpoint(folder, inputs, arguments, reporter)
+    reporter.metric = inputs.task.main_metric
+    measure = MeasureTraining()
+    trainer = make_trainer(
+        arguments, folder, inputs.task, inputs.processor, inputs.adapted, inputs.features,
+        [reporter, measure, *callbacks],
+    )  # fmt: skip
     with suppress_library_logs():
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except OSError:
-            folder.drop_broken_checkpoints()  # a disk that is full: what was being written is of no use
+            folder.drop_broken_checkpoints()  # the disk is full: the checkpoint being written is of no use
             raise
         finally:
             reporter.stop()
-            training.stop()
-        entries = trainer.trained_entries(adapted.targets)
+            measure.stop()
+        parameter_counts = trainer.parameter_counts(inputs.adapted.targets)
         trainer.make_plain()
         scores = {
-            split: trainer.evaluate(features[split], metric_key_prefix=split) for split in task.evaluation_splits
-        }  # of the best evaluation's weights, which the trainer has loaded
-
-    save_whole(folder.path / ("model" if arguments.method in WHOLE else "adapter"),
-               lambda path: save_weights(trainer.model, path))  # fmt: skip
-    save_whole(folder.path / kind.processor_folder, lambda path: processor.save_pretrained(path))
-    log = trainer.state.log_history
-    folder.write_json("metrics.json", log)
-    write_curves(folder.path / "curves.png", log, task.main_metric, f"{task.name}, {arguments.method}, seed {seed}")
+            split: _without_prefix(trainer.evaluate(inputs.features[split], metric_key_prefix=split), split)
+            for split in inputs.task.evaluation_splits
+        }  # with the weights of the best evaluation, which the trainer has loaded
+    _save(trainer, arguments, inputs, folder)
     result = {
-        "task": task.name, "method": arguments.method, "model": arguments.model, "seed": seed,
-        "text": task.text, "labels": task.labels, "metrics": task.metrics,
-        "rows": {split: len(data) for split, data in features.items()},
-        "metric": task.main_metric,
-        "score": scores[main_split][f"{main_split}_{task.main_metric}"],
-        "scores": {split: _named(found, split) for split, found in scores.items()},
-        "trained_entries": entries,
-        "steps": trainer.state.global_step,
-        "evaluations": [
-            {"step": entry["step"], **_named(entry, "eval")} for entry in log if f"eval_{task.main_metric}" in entry
-        ],
-        "best_step": trainer.state.best_global_step,
-        "learning_rate": arguments.learning_rate,
-        "training_loss_last_sixth": last_sixth(log),
+        **_describe(arguments, inputs, scores, trainer.state),
+        "trained_entries": parameter_counts,
         "weights_bytes": sum(file.stat().st_size for file in folder.weights.iterdir() if file.suffix != ".md"),
         "calibration": folder.read_json("calibration.json"),
-        "training": training.phase.as_dict(),
+        "training": measure.phase.as_dict(),
         "resumed": checkpoint is not None,
         "config": arguments.as_dict(),
-        "environment": {**environment(), "seed": seed},
-    }  # fmt: skip
-    base, config = model_path(arguments.model), getattr(trainer.model, "peft_config", {}).get("default")
-    write_whole(folder.weights / "README.md", card(result, config, kind.auto.__name__, base))
+        "environment": {**environment(), "seed": arguments.seeds[0]},
+    }
+    adapter_config = getattr(trainer.model, "peft_config", {}).get("default")
+    card = make_card(result, adapter_config, KINDS[inputs.task.kind].auto.__name__, model_path(arguments.model))
+    write_whole(folder.weights / "README.md", card)
     folder.write_json("result.json", result)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return folder.read_result()
 
 
+def _load(arguments: RunArguments) -> _Inputs:
+    """Load task, tokenizer and model, add the adapter, and tokenize."""
+    task, _ = load_run_task(arguments)
+    kind = KINDS[task.kind]
+    set_seed(arguments.seeds[0])
+    processor = kind.processor(arguments.model)
+    with suppress_library_logs():
+        model = kind.load_model(arguments.model, task, processor)
+        adapted = find_method(arguments.method).adapt(model, arguments.setup())
+        features = {split: kind.features(task, split, processor, arguments.data) for split in task.splits}
+    for rows in features.values():
+        kind.check_features(rows, adapted.model, processor)
+    return _Inputs(task, processor, adapted, features)
+
+
+def _find_checkpoint(
+    folder: RunFolder, inputs: _Inputs, arguments: RunArguments, reporter: ProgressCallback
+) -> Path | None:
+    """The checkpoint to resume from. Tells the user what is about to run."""
+    skipped = folder.drop_broken_checkpoints()
+    checkpoint = folder.last_checkpoint()
+    sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in inputs.features.items())
+    reporter.say(
+        f"{inputs.task.name} ({sizes} rows), {arguments.method} on {arguments.model}, seed {arguments.seeds[0]}: "
+        f"{folder}"
+    )
+    if warning := slow_precision_warning(arguments.training.precision):
+        reporter.say(warning)
+    if skipped:
+        reporter.say(f"Skipped damaged checkpoints: {', '.join(skipped)}")
+    if checkpoint is not None:
+        reporter.say(f"Resuming from step {checkpoint.name.rpartition('-')[2]}")
+    return checkpoint
+
+
+def _save(trainer: MethodTrainer, arguments: RunArguments, inputs: _Inputs, folder: RunFolder) -> None:
+    """Write the weights, the tokenizer or image processor, the log and the plot."""
+    task, log = inputs.task, trainer.state.log_history
+    method = find_method(arguments.method)
+    save_whole(folder.path / method.leaves, lambda path: save_weights(trainer.model, path))
+    save_whole(folder.path / KINDS[task.kind].processor_folder, lambda path: inputs.processor.save_pretrained(path))
+    folder.write_json("metrics.json", log)
+    title = f"{task.name}, {arguments.method}, seed {arguments.seeds[0]}"
+    write_whole(folder.path / "curves.png", plot_curves(log, task.main_metric, title))
+
+
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Adapter or model, in safetensors."""
+    """Write an adapter or a model as safetensors."""
     with suppress_library_logs():
         model.save_pretrained(path)  # type: ignore[operator]
 
 
+def _describe(
+    arguments: RunArguments, inputs: _Inputs, scores: dict[str, dict[str, float]], state: Any
+) -> dict[str, Any]:
+    """The first part of `result.json`: what was trained, and how well."""
+    task, log = inputs.task, state.log_history
+    return {
+        "task": task.name,
+        "method": arguments.method,
+        "model": arguments.model,
+        "seed": arguments.seeds[0],
+        "text": task.text,
+        "labels": task.labels,
+        "metrics": task.metrics,
+        "rows": {split: len(rows) for split, rows in inputs.features.items()},
+        "metric": task.main_metric,
+        "score": scores[task.evaluation_splits[0]][task.main_metric],
+        "scores": scores,
+        "steps": state.global_step,
+        "evaluations": [
+            {"step": entry["step"], **_without_prefix(entry, "eval")}
+            for entry in log
+            if f"eval_{task.main_metric}" in entry
+        ],
+        "best_step": state.best_global_step,
+        "learning_rate": arguments.learning_rate,
+        "training_loss_last_sixth": last_sixth(log),
+    }
+
+
 def last_sixth(log: list[dict[str, Any]]) -> float | None:
-    """Mean training loss over the last sixth of the steps: steadier than a score."""
+    """Mean training loss over the last sixth of the steps; it varies less between seeds than a score."""
     points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
     end = max((step for step, _ in points), default=0)
     late = [loss for step, loss in points if step > end * 5 / 6]
     return sum(late) / len(late) if late else None
 
 
-def _named(found: dict[str, float], split: str) -> dict[str, float]:
-    skipped = ("runtime", "samples_per_second", "steps_per_second", "epoch")
-    names = {name.removeprefix(f"{split}_"): value for name, value in found.items()}
-    return {name: value for name, value in names.items() if name not in skipped}
+def _without_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """Metrics under their plain names, without the Trainer's timings."""
+    timings = ("runtime", "samples_per_second", "steps_per_second", "epoch")
+    plain = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
+    return {name: value for name, value in plain.items() if name not in timings}

@@ -1,30 +1,31 @@
-"""`transformers.Trainer`, set up for a run."""
+"""Create the trainer of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 
-from sparsegrad_peft.tuner.trainer import SparseGradTrainer
-
+from ..methods.method import Adapted
+from ..methods.training.trainer import MethodTrainer
 from ..tasks.kinds import KINDS
 from ..tasks.task import Task, higher_is_better
 from .checkpoints import writing
 from .folder import RunFolder
-from .meter import Phase, measured
-from .parameter_counts import trained_entries
-from .sampler import ByLength
+from .machine import Phase, measured
+from .sampler import LengthSampler
 from .settings import RunArguments
 
 
 class MeasureTraining(TrainerCallback):
-    """Time and peak memory of the steps and evaluations, without calibration and the making of the optimizer."""
+    """Time and peak memory of the steps and evaluations, without calibration and optimizer creation."""
 
     def __init__(self) -> None:
         self.phase = Phase()
@@ -39,59 +40,74 @@ class MeasureTraining(TrainerCallback):
         self.stop()
 
     def stop(self) -> None:
-        """Also after an error."""
+        """Stop, also after an error."""
         self._stack.close()
 
 
-class RunTrainer(SparseGradTrainer):
+def make_trainer(
+    arguments: RunArguments,
+    folder: RunFolder,
+    task: Task,
+    processor: Any,
+    adapted: Adapted,
+    features: dict[str, Dataset],
+    callbacks: Sequence[TrainerCallback],
+) -> MethodTrainer:
     """The trainer of a run.
 
     Args:
-        calibrated: is told what calibration took, apart from training.
+        arguments: the run's settings.
+        folder: the run's folder.
+        task: the task.
+        processor: tokenizer or image processor.
+        adapted: the model, as the method has prepared it.
+        features: split -> model inputs.
+        callbacks: for the trainer. Early stopping is added if the settings ask for it.
     """
+    kind, training = KINDS[task.kind], arguments.training
+    stopping = [] if training.patience is None else [EarlyStoppingCallback(early_stopping_patience=training.patience)]
+    rows_per_step = training.batch_size * training.gradient_accumulation
+    by_length = partial(LengthSampler.of_dataset, rows_per_step, arguments.seeds[0])
+    trainer: MethodTrainer = (adapted.trainer or MethodTrainer)(
+        model=adapted.model,
+        args=_trainer_arguments(arguments, folder, task, len(features["train"]), adapted.optimizer),
+        train_dataset=features["train"],
+        eval_dataset=features[task.evaluation_splits[0]],
+        data_collator=kind.collator(processor, arguments.padded_length),
+        compute_metrics=_scorer(task),
+        preprocess_logits_for_metrics=kind.reduced,
+        callbacks=[*callbacks, *stopping],
+        calibration=adapted.calibration,
+        refresh_every=arguments.calibration.refresh,
+        density=adapted.density,
+        k=adapted.k,
+        rest_learning_rate=training.rest_learning_rate,
+        own_optimizer=not adapted.optimizer,
+        measuring=_measure_into(folder),
+        saving=partial(writing, folder.checkpoints),
+        sampler=by_length if training.batches == "by_length" else None,
+    )
+    trainer.remove_callback(PrinterCallback)  # `ProgressCallback` prints
+    return trainer
 
-    def __init__(self, *args: Any, calibrated: Callable[[Phase], None], **kwargs: Any) -> None:
-        self.calibrated = calibrated
-        super().__init__(*args, **kwargs)
 
-    def _calibrate(self, adapter_name: str) -> None:
+def _measure_into(folder: RunFolder) -> Callable[[], AbstractContextManager[None]]:
+    @contextmanager
+    def measure() -> Any:
         with measured() as phase:
-            super()._calibrate(adapter_name)
-        self.calibrated(phase)
+            yield
+        folder.write_json("calibration.json", phase.as_dict())
 
-    def trained_entries(self, targets: Sequence[str]) -> dict[str, Any]:
-        """How many numbers the run trains, in the layers `targets` above all; before `make_plain`."""
-        return trained_entries(self.model, targets)
-
-    def make_plain(self) -> None:
-        """Give the model the form that is saved: for an adapter, or weights of its own, the one that it has."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.train_sampling_strategy != "group_by_length" or self.args.world_size > 1:
-            return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(tokens) for tokens in rows["input_ids"]]
-        return ByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths, self.args.seed)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with writing(Path(self.args.output_dir)):
-            super()._save_checkpoint(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        name = Path(self.state.best_model_checkpoint).name
-        # The run's folder may have been moved or copied since: the checkpoint went with it.
-        self.state.best_model_checkpoint = str(Path(self.args.output_dir) / name)
-        super()._load_best_model()
+    return measure
 
 
-def trainer_arguments(
+def _trainer_arguments(
     arguments: RunArguments, folder: RunFolder, task: Task, n_train: int, optimizer: dict[str, Any]
 ) -> transformers.TrainingArguments:
-    """Ours in the Trainer's words."""
+    """The run's settings as `transformers.TrainingArguments`."""
     training = arguments.training
     steps_per_epoch = -(-n_train // (training.batch_size * training.gradient_accumulation))
-    # A whole number of evaluations an epoch is a share of all steps; at least one step lies between two.
-    every = max(1, steps_per_epoch // training.evaluations)
+    evaluation_steps = max(1, steps_per_epoch // training.evaluations)
     total = max(1, round(steps_per_epoch * training.epochs))
     return transformers.TrainingArguments(
         output_dir=str(folder.checkpoints),
@@ -106,36 +122,27 @@ def trainer_arguments(
         max_grad_norm=training.max_grad_norm,
         eval_strategy="steps",
         save_strategy="steps",
-        eval_steps=every,
-        save_steps=every,
-        save_total_limit=2,  # the last, and the best or the one before: it stands in where the last is damaged
+        eval_steps=evaluation_steps,
+        save_steps=evaluation_steps,
+        save_total_limit=2,  # the last one, and the best or the one before it: a substitute if the last is damaged
         load_best_model_at_end=True,
-        restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
+        restore_callback_states_from_checkpoint=True,  # early stopping continues its count
         metric_for_best_model=task.main_metric,
         greater_is_better=higher_is_better(task.main_metric),
-        label_names=["labels"],  # PEFT has no class of its own for some kinds, where the Trainer would find none
-        logging_steps=max(1, min(every, total // 20)),
+        label_names=["labels"],  # for some kinds PEFT has no model class from which the Trainer could read it
+        logging_steps=max(1, min(evaluation_steps, total // 20)),
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
-        use_cpu=not torch.accelerator.is_available(),  # without it, the Trainer refuses bf16 there
+        use_cpu=not torch.accelerator.is_available(),  # without it, the Trainer refuses bf16 on a CPU
         seed=arguments.seeds[0],
-        train_sampling_strategy="group_by_length" if training.batches == "by_length" else "random",
-        disable_tqdm=True,  # `Progress` shows it
+        disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
         **optimizer,
     )
 
 
-def stopping(arguments: RunArguments) -> list[EarlyStoppingCallback]:
-    """Early stopping, where it was asked for."""
-    patience = arguments.training.patience
-    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
-
-
-def scorer(task: Task) -> Any:
-    """For the Trainer: outputs of all rows -> the task's metrics."""
-
+def _scorer(task: Task) -> Callable[[transformers.EvalPrediction], dict[str, float]]:
     def compute(found: transformers.EvalPrediction) -> dict[str, float]:
         return KINDS[task.kind].score(task, found.predictions, found.label_ids)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from ..run.environment import environment
 from ..run.exit_codes import status_of
 from ..run.folder import RunFolder, write_whole
+from ..run.machine import environment
 from ..run.settings import RunArguments
 from .experiment import Cell
 from .locks import BEAT, Attempt

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..cli.train import as_arguments
+from ..run.parsing import arguments_from
 from ..tasks.pretrained import load_config, model_path
 from .cell_run import describe, run_in_process
 from .experiment import Cell, Experiment
@@ -133,7 +133,7 @@ class Grid:
             if key not in checked:
                 checked.add(key)
                 try:
-                    as_arguments(settings).check()
+                    arguments_from(settings).check()
                 except ValueError as error:
                     raise ValueError(f"experiment {cell.experiment.name}, method {cell.method}: {error}") from error
 
@@ -207,7 +207,7 @@ class Grid:
                 return False
             rate = self.results.learning_rate(cell)
             reporter.start(cell, rate)
-            arguments = as_arguments(cell.settings(rate))
+            arguments = arguments_from(cell.settings(rate))
             result = self.results.equal_run(arguments)
             if result is None:
                 arguments.output = str(self.places.runs / cell.name)

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..run.folder import write_whole
-from ..run.process_identity import is_alive, is_here, mark
+from ..run.machine import is_alive, is_on_this_host, process_identity
 
 BEAT = 60
 "Seconds between two signs of life of a run in a shared database."
@@ -33,7 +33,7 @@ class Attempt:
 
     def add_process(self, process: int) -> None:
         """Note the process that does the run, since it may outlive this one."""
-        write_whole(self._file, f"{self.number} {mark(process)}\n")
+        write_whole(self._file, f"{self.number} {process_identity(process)}\n")
 
     def beat(self) -> None:
         """Show other machines that the run is going on."""
@@ -73,7 +73,7 @@ class Locks:
                 yield None
                 return
             number, process = _read_attempt(file)
-            if process and is_here(process) and is_alive(process):
+            if process and is_on_this_host(process) and is_alive(process):
                 yield None
                 return
             trial = stack.enter_context(self.shared.attempt(name)) if self.shared else 0

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..run.console import make_progress_bar
 from .experiment import Cell
 from .grid import Reporter
 
@@ -18,10 +18,7 @@ class GridProgress(Reporter):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-        )  # fmt: skip
+        self.bar = make_progress_bar(console, disable=not console.is_terminal)
         self.task = self.bar.add_task("waiting", total=None)
         self.begun = 0.0
 

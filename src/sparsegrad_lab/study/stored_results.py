@@ -8,17 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..cli.train import as_arguments
+from ..methods.registry import METHODS
 from ..run.folder import write_whole
-from ..run.settings import METHODS, RunArguments, flat
+from ..run.parsing import arguments_from
+from ..run.settings import RunArguments, flat
 from ..tasks.task import higher_is_better
 from .experiment import Cell
 from .runs import RejectedFileError, read_json
-
-_READ_BY = {
-    "calibration.": ("sparsegrad", "literal"), "adapter.shared": ("sparsegrad", "literal"),
-    "adapter.products": ("literal",),
-}  # fmt: skip
 
 
 class StoredResults:
@@ -93,7 +89,7 @@ class StoredResults:
             if cell.name not in self or not self.search_finished(cell):
                 continue
             result = self.read(cell.name)
-            arguments = as_arguments(cell.settings(self.learning_rate(cell)))
+            arguments = arguments_from(cell.settings(self.learning_rate(cell)))
             before = _decisive_settings(result["config"], result.get("adapter_config"))
             now = decisive_settings(arguments)
             differ = [name for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]
@@ -134,10 +130,8 @@ def _decisive_settings(config: dict[str, Any], peft_config: dict[str, Any] | Non
     settings = {name: value for name, value in flat(config).items() if name != "output"}
     if peft_config is not None:  # the content of the file decides, not its path
         return {**settings, "method": peft_config}
-    if settings["method"] in METHODS:
-        unread = tuple(names for names, methods in _READ_BY.items() if settings["method"] not in methods)
-        settings = {name: value for name, value in settings.items() if not name.startswith(unread)}
-    return settings
+    method = METHODS.get(settings["method"])
+    return {name: value for name, value in settings.items() if method is None or not method.ignores(name)}
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:

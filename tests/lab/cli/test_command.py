@@ -132,7 +132,9 @@ def test_presets(run: Run) -> None:
     assert (found["training"]["batch_size"], found["training"]["learning_rate"]) == (16, 6.81e-5)
     status, _, err = run("presets", "--show", "paper/bert-base/nope")
     assert status == 1
-    assert err.startswith("sparsegrad presets: no preset 'paper/bert-base/nope'; there are paper/bert-base/stsb, ")
+    assert err.startswith(
+        "sparsegrad presets: no preset 'paper/bert-base/nope'; expected one of paper/bert-base/stsb, "
+    )
     assert "roberta" not in err  # those that are near
 
 
@@ -209,7 +211,7 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_preset(tm
 def test_train_again(finished_run: Path, words: Words, run: Run) -> None:
     status, out, err = run(*words(finished_run))
     assert status == 0
-    assert err == f"{finished_run}: this run is finished already, nothing is done\n"
+    assert err == f"{finished_run}: this run is finished; nothing to do\n"
     assert "(step " in out
 
 
@@ -285,7 +287,7 @@ def test_words_that_mean_nothing(words: tuple[str, ...], line: str, run: Run) ->
         ("training: {epochz: 3}\n", 2, r"'training' does not accept option 'epochz'; did you mean --training.epochs\?"),
         ("training: {learning_rate: .nan}\n", 2, r"training.learning_rate must be above 0 and finite, found nan"),
         ("task: [\n", 1, r"config.yaml: expected YAML \(.*line 2, column 1"),
-        ("preset: nope\n", 1, r"no preset 'nope'; there are paper/bert-base/"),
+        ("preset: nope\n", 1, r"no preset 'nope'; expected one of paper/bert-base/"),
         ("preset: 3\n", 2, r"Expected a <class 'str'>. Got value: 3"),
     ],
 )
@@ -341,9 +343,9 @@ FILES = {
         ("training.learning_rate", "0", r"training.learning_rate must be above 0 and finite, found 0"),
         ("training.batch_size", "0", r"training.batch_size must be at least 1, found 0"),
         ("training.schedule", "steep", r"training.schedule: expected one of linear, cosine, .*, found 'steep'"),
-        ("adapter.density", "1.5", r"adapter.density is a share in \(0, 1\], found 1.5"),
+        ("adapter.density", "1.5", r"adapter.density must be above 0 and at most 1, found 1.5"),
         ("adapter.c", "lots", r"expected \"full\", a count .*; found 'lots'"),
-        ("seeds", "[1, 1]", r"seeds: expected different numbers, at least one, found \[1, 1\]"),
+        ("seeds", "[1, 1]", r"seeds: expected different numbers from 0 to 4,294,967,295, at least one; found \[1, 1\]"),
         (
             "method",
             "sparsgrad",
@@ -353,9 +355,13 @@ FILES = {
         ("method", "@kind.json", r"expected a peft_type such as LORA, found 'NONE_SUCH'"),
         ("method", "@list.json", r"expected a peft_type such as LORA, found 'list'"),
         ("method", "@text.json", r"text.json: expected an adapter_config.json of PEFT \(Expecting value: line 1"),
-        ("adapter.products", "sparse", r"adapter.products is for method literal, found 'sparsegrad'"),
-        ("data.max_length", "33", r"data.max_length: expected at most 32 tokens, for which .* has positions; found 33"),
-        ("calibration.refresh", "5", r"calibration.refresh is for .* complete bases .*, found sparsegrad with c = "),
+        ("adapter.products", "sparse", r"adapter.products is for literal; found method 'sparsegrad'"),
+        (
+            "data.max_length",
+            "33",
+            r"data.max_length: expected at most 32 tokens, the number of .*; found 33",
+        ),
+        ("calibration.refresh", "5", r"calibration.refresh is for complete bases .*, found sizes c = "),
         ("output", "@one.csv", r"one.csv: expected a folder to write, found a file; choose another output folder"),
         ("output", "@one.csv/run", r"one.csv/run: .*one.csv is a file, not a folder; choose another output folder"),
         ("output", "@", r"is not empty and holds no run \(no config.yaml\); choose another output folder"),
@@ -395,14 +401,14 @@ def test_all_problems_at_once(words_of: Words, run: Run, tmp_path: Path) -> None
 def test_fp16_without_a_gpu(words_of: Words, run: Run, tmp_path: Path) -> None:
     status, _, err = run(*words_of(tmp_path / "run", "--training.precision", "fp16"))
     assert status == 2
-    assert "training.precision: fp16 needs a GPU, and there is none here; use bf16 or fp32" in err
+    assert "training.precision: fp16 needs a GPU, and this machine has none; use bf16 or fp32" in err
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder in which nobody can write, not even root: Linux's")
 def test_output_that_cannot_be_written(words_of: Words, run: Run) -> None:
     status, _, err = run(*words_of(Path("/proc/run")))
     assert status == 1
-    assert re.match(r"sparsegrad train: /proc/run: nothing can be written in /proc \(.*\); choose another output", err)
+    assert re.match(r"sparsegrad train: /proc/run: cannot write in /proc \(.*\); choose another output", err)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -483,7 +489,7 @@ def test_a_model_that_sees_the_words_it_predicts(tiny_bert: Path, run: Run, tmp_
         "--output", str(tmp_path / "run"),
     )  # fmt: skip
     assert status == 1
-    assert "is a bert, which reads the words that it would have to predict; expected a language model" in err
+    assert "is a bert, which sees the words that it has to predict; expected a causal language model" in err
     assert not (tmp_path / "run").exists()
 
 

@@ -70,7 +70,7 @@ def setup(arguments: Callable[..., RunArguments], tmp_path: Path) -> Setup:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_figure_is_whole(name: str, folder: Path) -> None:
+def test_every_figure_is_complete(name: str, folder: Path) -> None:
     text = (folder / f"{name}.svg").read_text(encoding="utf-8")
     root = ElementTree.fromstring(text)
     first, second = list(root)[:2]

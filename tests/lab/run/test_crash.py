@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.cli.train import parse
-from sparsegrad_lab.run.checkpoints import is_whole
+from sparsegrad_lab.run.checkpoints import is_complete
 from sparsegrad_lab.run.finished_run import open_run
 from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.run.settings import RunArguments
@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on(
     heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
     until = time.monotonic() + 120
-    while not any(map(is_whole, (run / "checkpoints").glob("checkpoint-*"))) and process.poll() is None:
+    while not any(map(is_complete, (run / "checkpoints").glob("checkpoint-*"))) and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.01)
     process.send_signal(number)
@@ -84,12 +84,12 @@ def test_a_killed_run_goes_on(
         assert "Traceback" not in err
     assert not RunFolder(run).finished
     assert not (run / "adapter").exists()
-    with pytest.raises(FileNotFoundError, match=r"a run that is not finished; go on with it by sparsegrad train"):
+    with pytest.raises(FileNotFoundError, match=r"a run that is not finished; resume it: sparsegrad train"):
         open_run(run)
     capsys.readouterr()
 
     assert main(words(run, *LONG)) == 0
-    step = re.search(r"going on from step (\d+)", capsys.readouterr().err)
+    step = re.search(r"Resuming from step (\d+)", capsys.readouterr().err)
     assert step is not None
     assert 6 <= int(step[1]) < 180
     assert RunFolder(run).read_result()["resumed"] is True
@@ -148,12 +148,12 @@ def test_a_full_disk(
     for file in run.glob("*.yaml"):
         yaml.safe_load(file.read_text(encoding="utf-8"))
     assert not RunFolder(run).finished
-    assert all(map(is_whole, (run / "checkpoints").glob("*")))
+    assert all(map(is_complete, (run / "checkpoints").glob("*")))
     assert not (run / "curves.png").exists()
 
     capsys.readouterr()
     assert main(words(run)) == 0
-    assert ("going on from step 12" in capsys.readouterr().err) == (limit == 16000)
+    assert ("Resuming from step 12" in capsys.readouterr().err) == (limit == 16000)
     check_same(run, finished_run)
 
 
@@ -197,7 +197,7 @@ def blank(content: bytes) -> bytes:
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     name: str,
     damage: Callable[[bytes], bytes] | None,
     stopped_run: Path,
@@ -210,8 +210,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     capsys.readouterr()
     assert main(words(stopped_run)) == 0
     err = capsys.readouterr().err
-    assert "passed over, since it was cut off or damaged, or the best one before it: checkpoint-12\n" in err
-    assert "going on from step 6\n" in err
+    assert "Skipped damaged checkpoints: checkpoint-12\n" in err
+    assert "Resuming from step 6\n" in err
     check_same(stopped_run, finished_run)
 
 
@@ -223,8 +223,8 @@ def test_without_its_best_checkpoint_a_run_starts_anew(
     capsys.readouterr()
     assert main(words(stopped_run)) == 0
     err = capsys.readouterr().err
-    assert "the best one before it: checkpoint-6, checkpoint-12\n" in err
-    assert "going on" not in err
+    assert "Skipped damaged checkpoints: checkpoint-6, checkpoint-12\n" in err
+    assert "Resuming" not in err
     assert RunFolder(stopped_run).read_result()["resumed"] is False
     check_same(stopped_run, finished_run)
 
@@ -245,9 +245,9 @@ def test_the_config_of_a_run_goes_on_with_it(
     """Which is what evaluate advises of a run that is not finished."""
     assert main(["evaluate", str(stopped_run)]) == 1
     err: str = capsys.readouterr().err
-    command: list[Any] = err.rpartition("by sparsegrad ")[2].split()
+    command: list[Any] = err.rpartition("resume it: sparsegrad ")[2].split()
     assert main(command) == 0
-    assert "going on from step 12\n" in capsys.readouterr().err
+    assert "Resuming from step 12\n" in capsys.readouterr().err
     check_same(stopped_run, finished_run)
 
 

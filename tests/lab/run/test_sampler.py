@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from sparsegrad_lab.run.sampler import ByLength
+from sparsegrad_lab.run.sampler import LengthSampler
 from sparsegrad_lab.run.train import train
 
 
@@ -20,7 +20,7 @@ def padding(lengths: list[int], order: list[int], batch: int) -> int:
 
 def test_order() -> None:
     lengths = random.Random(0).choices(range(5, 129), k=400)
-    sampler, other = ByLength(16, lengths, seed=3), ByLength(16, lengths, seed=3)
+    sampler, other = LengthSampler(16, lengths, seed=3), LengthSampler(16, lengths, seed=3)
     first = list(sampler)
     assert sorted(first) == list(range(400))
     assert list(other) == first == list(sampler)

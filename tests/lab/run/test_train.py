@@ -17,14 +17,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import sparsegrad_lab.run.train as train_module
-from sparsegrad_lab.run.base import load_model
+from sparsegrad_lab.methods.registry import METHODS
 from sparsegrad_lab.run.finished_run import evaluate, open_run, predict
 from sparsegrad_lab.run.folder import RunFolder
-from sparsegrad_lab.run.settings import WHOLE, RunArguments
+from sparsegrad_lab.run.settings import RunArguments
 from sparsegrad_lab.run.train import last_sixth, output_folder, train
+from sparsegrad_lab.tasks.kinds import KINDS
 from sparsegrad_lab.tasks.library_logs import suppress_library_logs
 from sparsegrad_lab.tasks.load import load_task
 from sparsegrad_lab.tasks.pretrained import load_tokenizer
+from sparsegrad_lab.tasks.task import TEXT
 from tiny_runs import N_DEV, N_TRAIN, save_tokenizer
 
 Arguments = Callable[..., RunArguments]
@@ -53,6 +55,12 @@ def outputs(model: Any, tiny_bert: Path, rows: list[tuple[str, ...]]) -> torch.T
     return found
 
 
+def load_base(model: Path, arguments: RunArguments) -> Any:
+    """The pretrained model with a new head for the task."""
+    task = load_task("files", arguments.data)
+    return KINDS[TEXT].load_model(str(model), task, load_tokenizer(str(model)))
+
+
 def is_mlp(name: str) -> bool:
     return any(part in name for part in MLP) and "attention" not in name and "LayerNorm" not in name
 
@@ -71,15 +79,20 @@ def test_each_method(
     (result,) = train(asked, progress=False)
     (model,) = kept
     folder = tmp_path / "run"
-    saved = "model" if method in WHOLE else "adapter"
+    saved = METHODS[method].leaves if method in METHODS else "adapter"
+    whole = saved == "model"
     files = {"config.yaml", "environment.json", "metrics.json", "result.json", "curves.png", "tokenizer", saved}
     files |= {"calibration.json"} if method in ("sparsegrad", "literal") else set()
     files |= {"method.json"} if method == "ia3" else set()
     assert {file.name for file in folder.iterdir()} == files  # and no checkpoints
 
     # What was trained besides the adapter, and what was not.
-    before = load_model(str(tiny_bert), load_task("files", asked.data), load_tokenizer(str(tiny_bert))).state_dict()
-    plain = model.get_base_model() if method not in WHOLE else model
+    before = (
+        KINDS[TEXT]
+        .load_model(str(tiny_bert), load_task("files", asked.data), load_tokenizer(str(tiny_bert)))
+        .state_dict()
+    )
+    plain = model.get_base_model() if not whole else model
     moved = set()
     for name, value in plain.state_dict().items():
         if "original_module" in name or not torch.is_floating_point(value):
@@ -88,17 +101,17 @@ def test_each_method(
         new_head = short.startswith("classifier")  # which begins anew each time
         if short in before and not new_head and not torch.equal(value, before[short]):
             moved.add(short)
-    assert any(map(is_mlp, moved)) == (method in WHOLE)
+    assert any(map(is_mlp, moved)) == whole
     for part in ("embeddings.word_embeddings", "attention.self.query", "output.LayerNorm"):
         assert any(part in name for name in moved) == (rest == "train"), part
     assert any("pooler" in name for name in moved)
 
     # What is on disk is the model in memory, and scores alike.
     expected = outputs(model, tiny_bert, [("the warm film",), ("a dull one",)])
-    if method in WHOLE:
+    if whole:
         again: Any = AutoModelForSequenceClassification.from_pretrained(folder / "model")
     else:
-        base = load_model(str(tiny_bert), load_task("files", asked.data), load_tokenizer(str(tiny_bert)))
+        base = load_base(tiny_bert, asked)
         with suppress_library_logs():
             again = peft.PeftModel.from_pretrained(base, str(folder / "adapter"))  # type: ignore[arg-type]
         keys = load_file(folder / "adapter" / "adapter_model.safetensors").keys()
@@ -190,7 +203,7 @@ def test_several_seeds(arguments: Arguments, tmp_path: Path) -> None:
     assert [result["seed"] for result in results] == [3, 4]
     weights = [load_file(tmp_path / "run" / f"seed-{s}" / "adapter" / "adapter_model.safetensors") for s in (3, 4)]
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    with pytest.raises(FileNotFoundError, match=r"holds several runs, name one of them, such as .*seed-3"):
+    with pytest.raises(FileNotFoundError, match=r"holds several runs, give one of them, such as .*seed-3"):
         evaluate(tmp_path / "run")
 
 
@@ -213,7 +226,7 @@ def test_finished_run_is_not_run_again(finished_run: Path, arguments: Arguments,
     (result,) = train(arguments(finished_run))
     assert result == RunFolder(finished_run).read_result()
     assert {file: file.stat().st_mtime_ns for file in finished_run.rglob("*")} == before
-    assert "this run is finished already, nothing is done" in capsys.readouterr().err
+    assert "this run is finished; nothing to do" in capsys.readouterr().err
 
 
 def test_another_run_in_the_folder(finished_run: Path, arguments: Arguments) -> None:
@@ -256,7 +269,7 @@ def test_a_refused_run_leaves_no_folder(arguments: Arguments, tmp_path: Path) ->
     """So that the command, once put right, is not told that the folder holds another run."""
     with pytest.raises(ValueError, match=r"adapter.k: expected at most 128 entries"):
         train(arguments(tmp_path / "run", "--adapter.k", "129"), progress=False)
-    with pytest.raises(ValueError, match=r"data.max_length: expected at most 32 tokens, for which .*; found 64"):
+    with pytest.raises(ValueError, match=r"data.max_length: expected at most 32 tokens, .*; found 64"):
         train(arguments(tmp_path / "run", "--data.max_length", "64"), progress=False)
     assert not (tmp_path / "run").exists()
 
@@ -311,7 +324,7 @@ def test_other_architectures(kind: str, rest: str, arguments: Arguments, kept: l
     rows = [("the warm film",), ("a very dull and long one",)]
     again = open_run(tmp_path / "run")
     with torch.no_grad():
-        batch = again.tokenizer([row[0] for row in rows], padding=True, return_tensors="pt")
+        batch = again.processor([row[0] for row in rows], padding=True, return_tensors="pt")
         expected = kept[0].eval()(**batch).logits
     assert torch.equal(torch.from_numpy(again.logits(rows)), expected)
     assert evaluate(tmp_path / "run")["validation"]["accuracy"] == result["score"]

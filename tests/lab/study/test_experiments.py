@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsegrad_lab.cli.train import as_arguments
+from sparsegrad_lab.run.parsing import arguments_from
 from sparsegrad_lab.run.train import train
 from sparsegrad_lab.study.experiment import SHIPPED, experiment_names, load_experiment, merged
 from sparsegrad_lab.tasks.registry import kind_of
@@ -57,7 +57,7 @@ def test_settings_are_valid(name: str, scale: str) -> None:
             checked |= {cell.method, cell.task, cell.model}
             if cell.method == "galore" and find_spec("galore_torch") is None:
                 continue  # refused by name, see tests/run/test_methods.py
-            as_arguments(cell.settings(cell.trial or 1e-3)).check()
+            arguments_from(cell.settings(cell.trial or 1e-3)).check()
         assert trials.issuperset(cell.searched)
     for of in ("scores", "costs"):
         for method in (experiment.paper or {}).get(of, {}):
@@ -144,7 +144,7 @@ def test_each_method_trains(name: str, method: str, models: dict[str, Path], row
     settings = merged(merged(experiment.settings, experiment.methods[method].settings), small)
     if "refresh" in settings["calibration"]:
         settings["calibration"]["refresh"] = 1
-    [result] = train(as_arguments(settings), progress=False)
+    [result] = train(arguments_from(settings), progress=False)
     assert result["steps"] == 2
     assert result["trained_entries"]["adapter"] > 0
     assert json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8")) == result

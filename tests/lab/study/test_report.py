@@ -400,7 +400,7 @@ def test_the_same_runs_give_the_same_bytes(section: Section) -> None:
     assert render_page(Report([section]), "t") == render_page(Report([section]), "t")
 
 
-def test_page_is_whole(section: Section) -> None:
+def test_page_is_complete(section: Section) -> None:
     """Every element is closed, every link within the page leads somewhere, every picture says what it shows."""
 
     class Reader(HTMLParser):

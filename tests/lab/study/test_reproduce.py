@@ -18,8 +18,8 @@ import pytest
 import yaml
 
 from sparsegrad_lab.cli.main import main
-from sparsegrad_lab.cli.train import as_arguments
-from sparsegrad_lab.run.process_identity import is_alive, mark
+from sparsegrad_lab.run.machine import is_alive, process_identity
+from sparsegrad_lab.run.parsing import arguments_from
 from sparsegrad_lab.study.cell_run import describe
 from sparsegrad_lab.study.experiment import Experiment, experiment_names, load_experiment, merged
 from sparsegrad_lab.study.grid import Grid, Places, Reporter, reproduce
@@ -330,7 +330,7 @@ def test_two_machines_share_a_study(folder: Path, tmp_path: Path, empty_database
 def test_a_process_that_has_ended_is_not_alive() -> None:
     """Also while nobody has collected it: in a container, that may be for ever."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    marked = mark(process.pid)
+    marked = process_identity(process.pid)
     assert is_alive(marked)
     host, number, start = marked.split(":")
     assert not is_alive(f"{host}:{number}:{float(start) - 60:.2f}")  # another one had its number before
@@ -342,8 +342,8 @@ def test_a_process_that_has_ended_is_not_alive() -> None:
     assert process.returncode is None  # a zombie until then
     process.communicate()
     assert not is_alive(marked)
-    assert not is_alive(mark(process.pid))
-    assert is_alive(mark())
+    assert not is_alive(process_identity(process.pid))
+    assert is_alive(process_identity())
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
@@ -373,7 +373,7 @@ def test_no_rate_before_the_search_is_over(metric: str, load: Any, places: Place
 def test_settings_that_become_null_or_were_null_are_others(load: Any, places: Places) -> None:
     """And a PEFT config is what its file says, wherever that lies."""
     [cell] = [cell for cell in load("second").cells() if cell.method == "broken"]
-    config = as_arguments(cell.settings(None)).as_dict()
+    config = arguments_from(cell.settings(None)).as_dict()
     file = result_file(places, cell.name)
     file.parent.mkdir(parents=True)
 
@@ -390,7 +390,7 @@ def test_settings_that_become_null_or_were_null_are_others(load: Any, places: Pl
 def test_a_setting_that_the_method_does_not_read_makes_no_other_run(load: Any, places: Places) -> None:
     """Such as a default of ours that has changed since."""
     cell = next(cell for cell in load("first").cells() if cell.method == "lora" and cell.trial is not None)
-    config = as_arguments(cell.settings(cell.trial)).as_dict()
+    config = arguments_from(cell.settings(cell.trial)).as_dict()
     stored = StoredResults(places.results)
     for change, differs in (
         ({"adapter": {"shared": True, "products": "sparse"}, "calibration": {"n_steps": 99}}, False),
@@ -398,7 +398,7 @@ def test_a_setting_that_the_method_does_not_read_makes_no_other_run(load: Any, p
     ):
         stored.write(cell.name, {"status": "finished", "config": merged(config, change)})
         assert bool(stored.outdated([cell])) is differs
-        assert (stored.equal_run(as_arguments(cell.settings(cell.trial))) is None) is differs
+        assert (stored.equal_run(arguments_from(cell.settings(cell.trial))) is None) is differs
 
 
 def test_a_peft_config_is_what_its_file_says(load: Any, folder: Path, places: Places) -> None:
@@ -409,7 +409,7 @@ def test_a_peft_config_is_what_its_file_says(load: Any, folder: Path, places: Pl
     experiment = {"title": "S", "question": "?", "seeds": [0], "baseline": "file", "methods": methods}
     (folder / "second" / "experiment.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
     [cell] = load("second").cells()
-    arguments = as_arguments(cell.settings(None))
+    arguments = arguments_from(cell.settings(None))
     stored = StoredResults(places.results)
     config = {**arguments.as_dict(), "method": "elsewhere/lora.json"}
     result = {"status": "finished", "config": config, **describe(cell, arguments, 1)}
@@ -472,7 +472,7 @@ def test_results_that_nobody_was_told_of_are_told(load: Any, tmp_path: Path, fin
     cells = list(load("first").cells())
     for cell in cells:
         rate = cell.trial or 1e-2
-        config = as_arguments(cell.settings(1e-3 if cell.trial is None else rate)).as_dict()
+        config = arguments_from(cell.settings(1e-3 if cell.trial is None else rate)).as_dict()
         result = {**real, "status": "finished", "score": 1 / rate, "config": config, "experiment": "first"}
         StoredResults(here.results).write(cell.name, {**result, "name": cell.name})
     begun = Lines()

@@ -62,7 +62,7 @@ def test_evaluate_where_the_rows_have_changed(gone: Path, tmp_path: Path) -> Non
     other.write_text("text,other,label,score\nwarm,x,yes,1\ndull,x,no,0\n", encoding="utf-8")
     config["data"] |= {"train_file": str(other), "validation_file": str(other)}
     (gone / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    words = r"other.csv: expected the labels that the run learnt, \('bad', 'good'\); found \('no', 'yes'\)"
+    words = r"other.csv: expected the labels that the run was trained with, \('bad', 'good'\); found \('no', 'yes'\)"
     with pytest.raises(ValueError, match=words):
         evaluate(gone)
     other.unlink()
@@ -164,7 +164,7 @@ def test_merging_is_done_once(run: Path) -> None:
 def test_merge_where_the_weights_were_trained(arguments: Arguments, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(arguments(run, "--method", "full", "--training.epochs", "1"), progress=False)
-    with pytest.raises(ValueError, match=r"trained the weights themselves, there is nothing to merge: .*run/model"):
+    with pytest.raises(ValueError, match=r"has no adapter to merge; .*run/model is a plain model already"):
         merge(run)
     assert not (run / "merged").exists()
     model: Any = AutoModelForSequenceClassification.from_pretrained(run / "model").eval()
@@ -177,12 +177,12 @@ def test_merge_where_the_weights_were_trained(arguments: Arguments, tmp_path: Pa
 @pytest.mark.parametrize("use", [evaluate, lambda run: predict(run, texts=["warm"]), merge, open_run])
 def test_an_unfinished_run(use: Callable[[Path], Any], run: Path) -> None:
     (run / "result.json").unlink()
-    words = r"holds a run that is not finished; go on with it by sparsegrad train --config .*run/config.yaml"
+    words = r"holds a run that is not finished; resume it: sparsegrad train --config .*run/config.yaml"
     with pytest.raises(FileNotFoundError, match=words):
         use(run)
     assert not (run / "merged").exists()
     (run / "config.yaml").unlink()
-    with pytest.raises(FileNotFoundError, match=r"run is no run folder \(no config.yaml\)"):
+    with pytest.raises(FileNotFoundError, match=r"run is not a run folder \(no config.yaml\)"):
         use(run)
 
 

@@ -1,27 +1,23 @@
-"""Loss and score of a run as an image."""
+"""Plots of a run and of a search, as PNG."""
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .folder import write_whole
 
-
-def curves(log: list[dict[str, Any]], metric: str, title: str) -> bytes:
-    """A PNG of the training and evaluation loss, and of the score, against the optimizer's steps.
+def plot_curves(log: list[dict[str, Any]], metric: str, title: str) -> bytes:
+    """Training loss, evaluation loss and score over the optimizer's steps.
 
     Args:
         log: `trainer.state.log_history`.
-        metric: which score to draw, without "eval_".
-        title: of the picture.
+        metric: the score to plot, without "eval_".
+        title: of the plot.
     """
-    figure = Figure(figsize=(8, 3.2), layout="constrained")  # no pyplot: no window, no state
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(8, 3.2), layout="constrained")  # without pyplot, which keeps global state
     losses, scores = figure.subplots(1, 2)
     for axes, series, label in (
         (losses, "loss", "training"),
@@ -37,20 +33,17 @@ def curves(log: list[dict[str, Any]], metric: str, title: str) -> bytes:
     for axes in (losses, scores):
         axes.grid(alpha=0.3)
     figure.suptitle(title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return _as_png(figure, 120)
 
 
-def write_curves(path: Path, log: list[dict[str, Any]], metric: str, title: str) -> None:
-    """Draw and write it."""
-    write_whole(path, curves(log, metric, title))
+def plot_search(trials: list[dict[str, Any]], title: str) -> bytes:
+    """Score over the learning rate, one colour per batch size.
 
-
-def search_picture(trials: list[dict[str, Any]], title: str) -> bytes:
-    """A PNG of the score against the learning rate, a colour for each batch size."""
+    Args:
+        trials: as in `search.json`.
+        title: of the plot.
+    """
     figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for colour, size in enumerate(sorted({t["batch_size"] for t in trials if t["score"] is not None})):
         for state, marker in (("complete", "o"), ("cut short", "x")):
@@ -58,11 +51,16 @@ def search_picture(trials: list[dict[str, Any]], title: str) -> bytes:
                 (t["learning_rate"], t["score"]) for t in trials if (t["batch_size"], t["state"]) == (size, state)
             ]
             if points:
-                axes.scatter(*zip(*points, strict=True), marker=marker, color=f"C{colour}",
-                             label=f"batch {size}, {state}")  # fmt: skip
+                label = f"batch {size}, {state}"
+                axes.scatter(*zip(*points, strict=True), marker=marker, color=f"C{colour}", label=label)
     axes.set(xscale="log", xlabel="learning rate", ylabel="score", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    return _as_png(figure, 110)
+
+
+def _as_png(figure: Figure, dpi: int) -> bytes:
+    FigureCanvasAgg(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()

@@ -9,7 +9,9 @@ import peft
 import pytest
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from sparsegrad_lab.methods.by_name import Adapted, adapt, matching_rank
+from sparsegrad_lab.methods.lora import matching_rank
+from sparsegrad_lab.methods.method import Adapted
+from sparsegrad_lab.methods.registry import find_method
 from sparsegrad_lab.run.settings import RunArguments
 from sparsegrad_lab.tasks.library_logs import suppress_library_logs
 
@@ -28,7 +30,7 @@ def adapted(method: str, rest: str, **adapter: Any) -> Adapted:
     for name, value in adapter.items():
         setattr(arguments.adapter, name, value)
     with suppress_library_logs():
-        return adapt(bert(), arguments)
+        return find_method(method).adapt(bert(), arguments.setup())
 
 
 def trained(model: Any) -> tuple[set[str], set[str]]:
@@ -82,14 +84,14 @@ def test_matching_rank() -> None:
     """Cores of 16 by 8 and 8 by 16 in layers of 32 + 16: 128 entries, 48 a rank."""
     arguments = RunArguments()
     arguments.adapter.c = arguments.adapter.r = 0.5
-    assert matching_rank(bert(), MLPS, arguments) == round(128 / 48)
+    assert matching_rank(bert(), MLPS, arguments.adapter.sizes) == round(128 / 48)
     arguments.adapter.c = arguments.adapter.r = "full"
-    assert matching_rank(bert(), MLPS, arguments) == round(512 / 48)
+    assert matching_rank(bert(), MLPS, arguments.adapter.sizes) == round(512 / 48)
     arguments.adapter.c = 1
-    assert matching_rank(bert(), MLPS, arguments) == 1  # 0.5 to 1
+    assert matching_rank(bert(), MLPS, arguments.adapter.sizes) == 1  # 0.5 to 1
     arguments.adapter.c = "energy:0.9"
-    with pytest.raises(ValueError, match=r"adapter.rank: expected a rank"):
-        matching_rank(bert(), MLPS, arguments)
+    with pytest.raises(ValueError, match=r"adapter.rank: the matching rank is not known"):
+        matching_rank(bert(), MLPS, arguments.adapter.sizes)
     assert adapted("lora", "freeze", rank=5).model.peft_config["default"].r == 5
 
 
@@ -133,18 +135,18 @@ def test_shared_weights_are_refused_where_the_rest_trains() -> None:
     model = bert()
     model.bert.embeddings.token_type_embeddings.weight = model.bert.embeddings.position_embeddings.weight
     with pytest.raises(ValueError, match=r"rest: train cannot save .*which share a weight; use rest: freeze"):
-        adapt(model, RunArguments(rest="train"))
+        find_method("sparsegrad").adapt(model, RunArguments(rest="train").setup())
 
 
 def test_head_that_comes_with_the_model(tiny_bert: Path, tmp_path: Path) -> None:
-    """Kept where its size is right, made anew elsewhere."""
+    """It is kept if its size is right, and created anew otherwise."""
     import torch
 
-    from sparsegrad_lab.run.base import load_model
+    from sparsegrad_lab.tasks.kinds import KINDS
     from sparsegrad_lab.tasks.pretrained import load_tokenizer
-    from sparsegrad_lab.tasks.task import Task
+    from sparsegrad_lab.tasks.task import TEXT, Task
 
-    tokenizer = load_tokenizer(str(tiny_bert))
+    tokenizer, load_model = load_tokenizer(str(tiny_bert)), KINDS[TEXT].load_model
     three = load_model(str(tiny_bert), Task("x", ("text",), ("a", "b", "c"), ("accuracy",), {}), tokenizer)
     three.save_pretrained(tmp_path)  # type: ignore[operator]
     again = load_model(str(tmp_path), Task("x", ("text",), ("d", "e", "f"), ("accuracy",), {}), tokenizer)
@@ -156,6 +158,6 @@ def test_head_that_comes_with_the_model(tiny_bert: Path, tmp_path: Path) -> None
 
 def test_galore_without_its_package(arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before any work, with what to install."""
-    monkeypatch.setattr("sparsegrad_lab.run.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("sparsegrad_lab.methods.galore.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="method galore needs its package: pip install galore-torch"):
         arguments(tmp_path / "run", "--method", "galore").check()

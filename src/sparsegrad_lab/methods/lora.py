@@ -1,0 +1,67 @@
+"""Method `lora`: PEFT's LoRA on the MLP layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sparsegrad_peft.method.sizes import Sizes
+
+from .method import LAYERS, LOOP, Adapted, Method, Setup
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Lora(Method):
+    """LoRA with `lora_alpha` equal to its rank, so that the update is `B A` itself."""
+
+    name = "lora"
+    order = 1
+    summary = "PEFT's LoRA"
+    learning_rate = 2e-3
+    reads = LAYERS | LOOP | {"adapter.rank"}
+
+    def adapt(self, model: nn.Module, setup: Setup) -> Adapted:
+        """Add the adapter."""
+        from peft import LoraConfig, get_peft_model
+
+        from .training.layers import modules_to_save
+
+        targets = self.target_layers(model, setup.adapter)
+        rank = setup.adapter.rank or matching_rank(model, targets, setup.adapter.sizes)
+        config = LoraConfig(
+            task_type=setup.task_type,
+            r=rank,
+            lora_alpha=rank,
+            target_modules=targets,
+            modules_to_save=modules_to_save(model, targets, setup.heads, train_rest=setup.train_rest),
+        )
+        return Adapted(get_peft_model(model, config))
+
+
+def matching_rank(model: nn.Module, targets: Sequence[str], sizes: Sizes) -> int:
+    """The rank at which LoRA trains about as many entries as SparseGrad with these sizes.
+
+    Args:
+        model: the model, also on the meta device.
+        targets: names of the adapted layers.
+        sizes: of SparseGrad's bases.
+
+    Raises:
+        ValueError: a size is a share of energy, so that SparseGrad's entries are known only after calibration.
+    """
+    from sparsegrad_peft.method.groups import linear_shape
+
+    cores = per_rank = 0
+    for name in targets:
+        out_features, in_features = linear_shape(model.get_submodule(name), name)
+        r, c = sizes.counts(out_features, in_features)
+        if r is None or c is None:
+            raise ValueError("adapter.rank: the matching rank is not known for sizes by energy; give a rank")
+        cores += r * c
+        per_rank += out_features + in_features
+    return max(1, round(cores / per_rank))
+
+
+METHOD = Lora()

@@ -1,0 +1,90 @@
+"""Any method of PEFT, from its own `adapter_config.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .method import CALIBRATION, LOOP, Adapted, Method, Setup
+from .settings import AdapterArguments, CalibrationArguments
+from .sparsegrad import calibration_config
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+
+class PeftFile(Method):
+    """The method that a file names with `peft_type`.
+
+    The file's `modules_to_save` overrides `rest`. The word "mlp" in its `target_modules` or `feedforward_modules` means
+    the model's MLP layers.
+
+    Args:
+        path: the file.
+    """
+
+    summary = "any other method of PEFT"
+    learning_rate = 2e-3
+    reads = LOOP | CALIBRATION
+
+    def __init__(self, path: str) -> None:
+        self.path, self.name = path, Path(path).stem
+
+    def problems(self, adapter: AdapterArguments, calibration: CalibrationArguments) -> list[str]:
+        """The file is not a PEFT config, or the settings repeat what it says."""
+        problems = (
+            ["adapter.rank is for lora and galore; a PEFT config has its own"] if adapter.rank is not None else []
+        )
+        try:
+            read_config(self.path)
+        except ValueError as error:
+            problems.append(str(error))
+        return problems
+
+    def target_layers(self, model: nn.Module, adapter: AdapterArguments) -> list[str]:
+        """None that are known before PEFT reads the config."""
+        return []
+
+    def adapt(self, model: nn.Module, setup: Setup) -> Adapted:
+        """Add the adapter. What the config says about a saved adapter (its base model, its shapes) is ignored."""
+        from peft import get_peft_model
+
+        from sparsegrad_peft.tuner.config import SparseGradConfig
+        from sparsegrad_peft.tuner.targets import mlp_linears
+
+        from .training.layers import modules_to_save
+
+        config = read_config(self.path)
+        for name in ("target_modules", "feedforward_modules"):
+            if getattr(config, name, None) == "mlp":
+                setattr(config, name, set(mlp_linears(model)))
+        config.inference_mode, config.task_type, config.base_model_name_or_path = False, setup.task_type, None
+        if getattr(config, "modules_to_save", None) is None and hasattr(config, "modules_to_save"):
+            targets = mlp_linears(model, getattr(config, "target_modules", None)) if setup.train_rest else []
+            config.modules_to_save = modules_to_save(model, targets, setup.heads, train_rest=setup.train_rest)
+        calibration = None
+        if isinstance(config, SparseGradConfig):
+            config.forget_bases()  # they belong to the saved adapter
+            calibration = calibration_config(setup.calibration)
+        return Adapted(get_peft_model(model, config), calibration)
+
+
+def read_config(path: str) -> PeftConfig:
+    """Read an `adapter_config.json` of PEFT.
+
+    Raises:
+        ValueError: the file is not one.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+
+    import sparsegrad_peft.tuner  # noqa: F401  # registers SparseGrad with PEFT
+
+    try:
+        settings = PeftConfig.from_json_file(path)
+        peft_type = settings.pop("peft_type", None) if isinstance(settings, dict) else type(settings).__name__
+        if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            raise ValueError(f"expected a peft_type such as LORA, found {peft_type!r}")
+        return PeftConfig.from_peft_type(peft_type=peft_type, **settings)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected an adapter_config.json of PEFT ({error})") from error

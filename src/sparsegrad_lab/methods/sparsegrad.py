@@ -1,0 +1,79 @@
+"""Method `sparsegrad`: SparseGrad as a PEFT adapter, with bases from a calibration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparsegrad_peft.method.sizes import Sizes
+
+from .method import CALIBRATION, LAYERS, LOOP, SELECTION, Adapted, Method, Setup
+from .settings import AdapterArguments, CalibrationArguments
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparsegrad_peft.method.config import CalibrationConfig
+
+
+class SparseGrad(Method):
+    """Trains a small core per layer, in bases in which the gradient is sparse."""
+
+    name = "sparsegrad"
+    order = 0
+    summary = "a sparse adapter in bases computed from gradients"
+    learning_rate = 3e-3
+    reads = LAYERS | LOOP | SELECTION | CALIBRATION | {"adapter.shared", "calibration.refresh"}
+    original_space = False
+    "train in the original space, without bases"
+
+    def problems(self, adapter: AdapterArguments, calibration: CalibrationArguments) -> list[str]:
+        """`calibration.refresh` without complete bases."""
+        if calibration.refresh is None or adapter.sizes.complete:
+            return []
+        return [
+            "calibration.refresh is for complete bases (adapter.c and adapter.r: full), found sizes "
+            f"{adapter.sizes}"
+        ]  # fmt: skip
+
+    def target_layers(self, model: nn.Module, adapter: AdapterArguments) -> list[str]:
+        """Names of the layers to adapt, checked against the sizes and `k`."""
+        from .training.layers import check_sizes
+
+        targets = super().target_layers(model, adapter)
+        check_sizes(model, targets, Sizes() if self.original_space else adapter.sizes, adapter.k)
+        return targets
+
+    def adapt(self, model: nn.Module, setup: Setup) -> Adapted:
+        """Add the adapter. The trainer calibrates it before the first step."""
+        from peft import get_peft_model
+
+        from sparsegrad_peft.tuner.config import SparseGradConfig
+
+        from .training.layers import modules_to_save
+
+        adapter, targets = setup.adapter, self.target_layers(model, setup.adapter)
+        config = SparseGradConfig(
+            task_type=setup.task_type,
+            narrow=adapter.narrow,
+            wide=adapter.wide,
+            c=adapter.c,
+            r=adapter.r,
+            shared=adapter.shared,
+            prefer=adapter.prefer,
+            original_space=self.original_space,
+            target_modules=adapter.target_modules if adapter.layers is None else targets,
+            modules_to_save=modules_to_save(model, targets, setup.heads, train_rest=setup.train_rest),
+        )
+        calibration = None if self.original_space else calibration_config(setup.calibration)
+        return Adapted(get_peft_model(model, config), calibration, setup.density, adapter.k)
+
+
+def calibration_config(arguments: CalibrationArguments) -> CalibrationConfig:
+    """These settings in the library's form."""
+    from sparsegrad_peft.method.config import CalibrationConfig, Trajectory, sign_step
+
+    trajectory = None if arguments.walk is None else Trajectory(arguments.walk, sign_step)
+    return CalibrationConfig(n_steps=arguments.n_steps, trajectory=trajectory, normalize=arguments.normalize)
+
+
+METHOD = SparseGrad()

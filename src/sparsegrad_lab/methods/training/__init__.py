@@ -1,0 +1,1 @@
+"""What the methods share at run time: the layers to adapt, and the trainers. Importing it loads torch."""

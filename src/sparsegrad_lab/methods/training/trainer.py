@@ -1,0 +1,88 @@
+"""The trainer of a run, which methods specialise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Sampler
+
+from sparsegrad_peft.tuner.adapters import adapter_parameters
+from sparsegrad_peft.tuner.trainer import SparseGradTrainer
+
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+class MethodTrainer(SparseGradTrainer):
+    """`transformers.Trainer` with SparseGrad's calibration and optimizer.
+
+    Args:
+        measuring: is entered around calibration.
+        saving: is entered around the writing of a checkpoint.
+        sampler: creates the order of the training rows from the data set; None: the Trainer's.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        measuring: Context,
+        saving: Context,
+        sampler: Callable[[Any], Sampler[int]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.measuring, self.saving, self.sampler = measuring, saving, sampler
+        super().__init__(*args, **kwargs)
+
+    def _on_training_batches(self, calibrate: Callable[..., Any], **options: Any) -> None:
+        refreshes = self.optimizer is not None  # there are bases already
+        with nullcontext() if refreshes else self.measuring():
+            super()._on_training_batches(calibrate, **options)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.sampler is None or self.args.world_size > 1:
+            return super()._get_train_sampler(train_dataset)
+        return self.sampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.saving():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint from the run's folder, which may have been moved since it was written."""
+        name = Path(self.state.best_model_checkpoint).name
+        self.state.best_model_checkpoint = str(Path(self.args.output_dir) / name)
+        super()._load_best_model()
+
+    def parameter_counts(self, targets: Sequence[str]) -> dict[str, Any]:
+        """Number of trained parameters, see `parameter_counts`. To be called before `make_plain`."""
+        return parameter_counts(self.model, targets)
+
+    def make_plain(self) -> None:
+        """Give the model the form in which it is saved."""
+
+
+def parameter_counts(model: nn.Module, targets: Sequence[str]) -> dict[str, int]:
+    """Number of trained parameters.
+
+    Args:
+        model: the model, with or without an adapter.
+        targets: names of the layers whose own weights are trained, for a model without an adapter.
+
+    Returns:
+        "adapter": trained entries of the adapter, or of the target layers. "touched": those of them that are not zero;
+        SparseGrad's cores start at zero, so these are the entries that were ever selected. "all": all trained entries.
+        "model": all entries.
+    """
+    own, has_cores = adapter_parameters(model)
+    if not has_cores and not hasattr(model, "peft_config"):
+        own = {id(p) for name in targets for p in model.get_submodule(name).parameters()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return {
+        "adapter": sum(p.numel() for p in trainable if id(p) in own),
+        "touched": sum(int(p.count_nonzero()) for p in trainable if id(p) in own),
+        "all": sum(p.numel() for p in trainable),
+        "model": sum(p.numel() for p in model.parameters()),
+    }

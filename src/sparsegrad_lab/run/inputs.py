@@ -1,0 +1,74 @@
+"""The task and the model of a run, checked together before any weights are loaded or downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from ..methods.registry import find_method
+from ..tasks.kinds import KINDS
+from ..tasks.load import load_task
+from ..tasks.pretrained import NeedsWeightsError, load_config, model_path
+from ..tasks.task import LANGUAGE, Task
+from .settings import RunArguments
+
+_UNUSED_POSITIONS = {
+    "albert": 0, "bart": 0, "bert": 0, "distilbert": 0, "electra": 0, "gpt2": 0, "mbart": 0, "opt": 0,
+    "camembert": 2, "mpnet": 2, "roberta": 2, "xlm-roberta": 2,
+}  # fmt: skip
+"""`model_type` of models with learned position embeddings -> how many of these no token uses."""
+
+
+def load_run_task(arguments: RunArguments) -> tuple[Task, nn.Module | None]:
+    """Load the task, and the model's modules without weights.
+
+    Returns:
+        The task, and the model on the meta device; None for a model that cannot be built there.
+
+    Raises:
+        ValueError: there are no training rows; or the model, the method's settings and the task do not fit.
+    """
+    task = load_task(arguments.task, arguments.data)
+    if "train" not in task.splits:
+        raise ValueError(f"{task.name} has no training rows in {task.source}")
+    config = load_config(model_path(arguments.model))
+    empty_model: nn.Module | None
+    try:
+        empty_model = KINDS[task.kind].empty_model(config)
+    except NeedsWeightsError:
+        empty_model = None
+    task = KINDS[task.kind].in_model_order(task, config)
+    _check_causal(arguments.model, config if empty_model is None else empty_model.config, task.kind)
+    _check_positions(arguments, config)
+    if empty_model is not None:
+        find_method(arguments.method).target_layers(empty_model, arguments.adapter)
+    return task, empty_model
+
+
+def _check_causal(model: str, config: Any, kind: str) -> None:
+    """Raise ValueError for a language task with a bidirectional model, which would see the words that it predicts."""
+    name = config.model_type
+    both = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if kind == LANGUAGE and both and not getattr(config, "is_decoder", False):
+        raise ValueError(
+            f"{model} is a {name}, which sees the words that it has to predict; expected a causal language model, such "
+            "as gpt2 or a LLaMA"
+        )
+
+
+def _check_positions(arguments: RunArguments, config: Any) -> None:
+    """Raise ValueError if rows may be longer than the model's learned position embeddings allow."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if config.model_type not in _UNUSED_POSITIONS or limit is None:
+        return
+    limit -= _UNUSED_POSITIONS[config.model_type]
+    if arguments.data.max_length > limit:
+        raise ValueError(
+            f"data.max_length: expected at most {limit} tokens, the number of positions of {arguments.model}; found "
+            f"{arguments.data.max_length}"
+        )
