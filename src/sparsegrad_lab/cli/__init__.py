@@ -1,1 +1,1 @@
-"""The `sparsegrad` command: one file for each verb, which calls the library with what was typed."""
+"""The `sparsegrad` command: one file per verb, which parses the command line and calls the library."""

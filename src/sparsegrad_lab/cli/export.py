@@ -8,39 +8,40 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from ..run.folder import RunFolder
 from ..run.parsing import make_parser
 
 EXAMPLE = (
     "sparsegrad export runs/glue-rte/sparsegrad --to lora --rank 8 --output runs/glue-rte/lora; prints the relative "
-    "error of each layer's update: 0 means that rank 8 holds all of it."
+    "error of each layer's update, which is 0 if rank 8 is enough."
 )
 
 
 def main(argv: list[str]) -> None:
-    """Export, and print the error of each layer."""
+    """Export an adapter, and print the error of each layer."""
     parser = make_parser(
         "export",
-        "Write an adapter in another form: the best rank-R approximation of each layer's update as an ordinary PEFT "
-        "LoRA adapter, for servers that know only LoRA.",
+        "Convert an adapter to an ordinary PEFT LoRA adapter, for servers that support LoRA only. Each layer's update "
+        "becomes its best approximation of the given rank.",
         EXAMPLE,
     )
     parser.add_argument("adapter", type=str, help="folder of an adapter, or of a finished run")
-    parser.add_argument("--to", type=Literal["lora"], default="lora", help="form to write")
-    parser.add_argument("--rank", type=int | Literal["full"], default="full", help="of each layer; full: no error")
+    parser.add_argument("--to", type=Literal["lora"], default="lora", help="format to write")
+    parser.add_argument("--rank", type=int | Literal["full"], default="full", help="LoRA rank; full: exact")
     parser.add_argument("--output", type=str, required=True, help="folder to write")
-    found = parser.parse_args(argv)
-    from sparsegrad_peft.tuner.export import export_lora
-
-    from ..run.folder import RunFolder
-
-    RunFolder(found.output).check_writable()
-    adapter = Path(found.adapter)
+    options = parser.parse_args(argv)
+    adapter = Path(options.adapter)
     if (adapter / "adapter").is_dir():
         adapter /= "adapter"
-    errors = export_lora(adapter, found.output, found.rank)
+    if not (adapter / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{adapter}: expected the folder of an adapter, found no adapter_config.json")
+    RunFolder(options.output).check_writable()
+    from sparsegrad_peft.tuner.export import export_lora
+
+    errors = export_lora(adapter, options.output, options.rank)
     table = Table("layer", "relative error of the update")
     for layer, error in errors.items():
         table.add_row(layer, f"{error:.2e}")
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
-    console.print(f"written: {found.output}", highlight=False, soft_wrap=True)
+    console.print(f"written: {options.output}", highlight=False, soft_wrap=True)

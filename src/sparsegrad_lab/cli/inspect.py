@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+from rich.console import Console
+
+from ..inspection.shipped_models import shipped_model
 from ..run.parsing import make_parser
+from ..tasks.model_folder import check_model_folder, model_path
 
 EXAMPLE = "sparsegrad inspect bert-base; prints three tables: parameters by part, layers to adapt, and memory."
 
@@ -14,37 +18,36 @@ def main(argv: list[str]) -> None:
     """Print the tables, or JSON."""
     parser = make_parser(
         "inspect",
-        "What a model consists of, which layers SparseGrad would adapt, and the bytes that each method takes for "
-        "weights, gradients and optimizer. Reads the model's config only, no weights.",
+        "Show a model's parameters by part, the layers that SparseGrad adapts, and the memory that each method needs "
+        "for weights, gradients and optimizer. Reads the model's config only.",
         EXAMPLE,
     )
-    parser.add_argument("model", type=str, help="hub name or folder (with config.json), or, without a download, "
-                        "minilm, bert-base, roberta-base, roberta-large, llama-2-7b")  # fmt: skip
+    parser.add_argument("model", type=str, help="hub name, or folder with config.json; without a download: minilm, "
+                        "bert-base, roberta-base, roberta-large, llama-2-7b")  # fmt: skip
     for name, meaning in {
-        "narrow": "rows of the basis of a layer's smaller side, see sparsegrad train", "wide": "of its larger side",
-        "c": "rows of U, in place of those two", "r": "rows of V, likewise",
-    }.items():  # fmt: skip
+        "narrow": "basis size of each layer's smaller side, see sparsegrad train --help",
+        "wide": "basis size of each layer's larger side",
+        "c": "basis size of the input side, instead of narrow and wide",
+        "r": "basis size of the output side, instead of narrow and wide",
+    }.items():
         parser.add_argument(f"--{name}", type=int | float | str | None, default=None, help=meaning)
-    parser.add_argument("--shared", type=bool | None, default=None, help="one pair of bases a group, or one a layer")
-    parser.add_argument("--density", type=float, default=0.01, help="share of the entries that a step selects")
-    parser.add_argument("--target_modules", type=str | list[str] | None, default=None, help="as in PEFT")
-    parser.add_argument("--task_type", type=str | None, default=None, help="SEQ_CLS, CAUSAL_LM, ...: which head")
-    parser.add_argument("--dtype", type=str, default="float32", help="of the frozen weights")
+    parser.add_argument("--shared", type=bool | None, default=None,
+                        help="one pair of bases for all layers of the same role and shape")  # fmt: skip
+    parser.add_argument("--density", type=float, default=0.01, help="share of the entries that each step updates")
+    parser.add_argument("--target_modules", type=str | list[str] | None, default=None, help="layers, as in PEFT")
+    parser.add_argument("--task_type", type=str | None, default=None, help="PEFT task type, such as SEQ_CLS: the head")
+    parser.add_argument("--dtype", type=str, default="float32", help="data type of the frozen weights")
     parser.add_argument("--json", type=bool, default=False, help="print JSON")
-    found = vars(parser.parse_args(argv))
-    as_json, model = found.pop("json"), found.pop("model")
-    from rich.console import Console
-
+    options = vars(parser.parse_args(argv))
+    as_json, model = options.pop("json"), options.pop("model")
+    shipped = shipped_model(model)
+    if shipped is None:
+        check_model_folder(model)
     from ..inspection.inspect import inspect
-    from ..inspection.shipped_models import shipped_model
     from ..inspection.tables import render
-    from ..tasks.model_folder import model_path
 
-    place = shipped_model(model)
-    inspection = inspect(model_path(model) if place is None else str(place), **found)
-    if place is not None:
-        inspection = replace(inspection, model=model)
+    inspection = replace(inspect(str(shipped or model_path(model)), **options), model=model)
     if as_json:
         print(json.dumps(inspection.as_dict(), indent=2))
     else:
-        render(inspection, Console())
+        render(inspection, Console(markup=False))

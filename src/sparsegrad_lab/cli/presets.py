@@ -11,11 +11,11 @@ EXAMPLE = "sparsegrad presets --show paper/bert-base/rte; prints the settings as
 
 
 def main(argv: list[str]) -> None:
-    """List them, or print one."""
-    parser = make_parser("presets", "Settings that come with the package, for sparsegrad train --preset NAME.", EXAMPLE)
-    parser.add_argument("--show", type=str | None, default=None, help="print one as YAML")
-    found = parser.parse_args(argv)
-    if found.show is None:
+    """Print the names of the presets, or one of them."""
+    parser = make_parser("presets", "List the settings that come with the package, for train --preset NAME.", EXAMPLE)
+    parser.add_argument("--show", type=str | None, default=None, help="print this preset as YAML")
+    options = parser.parse_args(argv)
+    if options.show is None:
         print("\n".join(preset_names()))
     else:
-        print(yaml.safe_dump(preset(found.show), sort_keys=False), end="")
+        print(yaml.safe_dump(preset(options.show), sort_keys=False), end="")

@@ -2,102 +2,108 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ..run.parsing import make_parser
 
+if TYPE_CHECKING:
+    from ..study.experiment import Cell, Experiment
+
 EXAMPLE = (
-    "sparsegrad reproduce comparison --tasks glue/rte --methods sparsegrad,lora; prints a line for each run and writes "
-    "results/, which sparsegrad report takes. The same command again goes on where it was interrupted, and several at "
-    "once, on one machine or with --storage on several, share the runs."
+    "sparsegrad reproduce comparison --tasks glue/rte --methods sparsegrad,lora; prints a line per run and writes "
+    "results/, which sparsegrad report reads. The same command resumes an interrupted study. Run it several times at "
+    "once to share the runs: on one machine, or with --storage on several."
 )
 
 
 def main(argv: list[str]) -> None:
-    """List the experiments, or run some."""
+    """List the experiments, or run some of them."""
     parser = make_parser(
         "reproduce",
-        "Run experiments: each compares methods on tasks, over seeds, after a search of the same size for each method. "
-        "Without a name: list them.",
+        "Run experiments. Each compares methods on tasks, over several seeds, after a learning rate search of the same "
+        "size for every method. Without a name: list the experiments.",
         EXAMPLE,
     )
-    parser.add_argument("experiments", type=str, nargs="*", help='names, or "all"')
-    parser.add_argument("--scale", type=str, default="cpu", help="cpu: a small model; paper: the paper's own, on a GPU")
-    parser.add_argument("--results", type=str, default="results", help="folder of the result files")
-    parser.add_argument("--runs", type=str, default="runs/study", help="folder of the runs")
+    parser.add_argument("experiments", type=str, nargs="*", help='names of experiments, or "all"')
+    parser.add_argument("--scale", type=str, default="cpu",
+                        help="cpu: a small model; paper: the models of the paper, on a GPU")  # fmt: skip
+    parser.add_argument("--results", type=str, default="results", help="folder for the result files")
+    parser.add_argument("--runs", type=str, default="runs/study", help="folder for the runs")
     parser.add_argument("--storage", type=str, default=None,
-                        help="postgresql://..., for several machines; default: a file in --runs")  # fmt: skip
-    parser.add_argument("--methods", type=str, default=None, help="only these, by comma")
-    parser.add_argument("--tasks", type=str, default=None, help="only these, by comma")
-    parser.add_argument("--seeds", type=str, default=None, help="only these, by comma; the search's runs aside")
-    parser.add_argument("--threads", type=int, default=None, help="of each run; default: PyTorch's choice")
-    parser.add_argument(
-        "--retry", action="store_true", help="run again what has failed before, or was run with other settings"
-    )
-    parser.add_argument("--folder", type=str, default=None, help="experiments of your own, with a default.yaml")
-    found = parser.parse_args(argv)
+                        help="database for several machines, postgresql://...; default: files in --runs")  # fmt: skip
+    for name in ("methods", "tasks", "seeds"):
+        parser.add_argument(f"--{name}", type=str, default=None, help=f"run these {name} only, separated by commas")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads per run; default: PyTorch's choice")
+    parser.add_argument("--retry", action="store_true", help="repeat failed runs, and runs whose settings have changed")
+    parser.add_argument("--folder", type=str, default=None,
+                        help="folder with your own experiments and a default.yaml")  # fmt: skip
+    options = parser.parse_args(argv)
     from ..study.experiment import SHIPPED, experiment_names, load_experiment
 
-    folder = SHIPPED if found.folder is None else Path(found.folder)
-    names = experiment_names(folder, found.scale)
-    chosen = names if found.experiments == ["all"] else found.experiments
-    experiments = [load_experiment(name, found.scale, folder) for name in chosen]
-    console = Console(highlight=False, soft_wrap=True)
+    folder = SHIPPED if options.folder is None else Path(options.folder)
+    names = experiment_names(folder, options.scale)
+    chosen = names if options.experiments == ["all"] else options.experiments
+    experiments = [load_experiment(name, options.scale, folder) for name in chosen]
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     if not experiments:
-        table = Table(box=None)
-        for column in ("experiment", "runs", "what it asks"):
-            table.add_column(column)
-        for name in names:
-            experiment = load_experiment(name, found.scale, folder)
-            table.add_row(name, str(len(list(experiment.cells()))), experiment.question)
-        console.print(table)
-        own = "" if found.folder is None else f" --folder {found.folder}"
-        console.print(f"\nnext:   sparsegrad reproduce {names[0]} --scale {found.scale}{own}")
+        console.print(_overview([load_experiment(name, options.scale, folder) for name in names]))
+        own = "" if options.folder is None else f" --folder {shlex.quote(options.folder)}"
+        console.print(f"\nnext:   sparsegrad reproduce {names[0]} --scale {options.scale}{own}")
         return
+    keep = _selection(options, experiments)
     from ..run.machine import slow_precision_warning
     from ..study.grid import Places, reproduce
     from ..study.progress import GridProgress
 
-    keep = _filter(found, experiments)
     cells = [cell for experiment in experiments for cell in experiment.cells() if keep(cell)]
     for precision in {cell.settings(cell.trial).get("training", {}).get("precision", "fp32") for cell in cells}:
         if warning := slow_precision_warning(precision):
-            console.print(f"{warning}. It is a setting of the experiments; --folder takes some of your own")
-    places = Places(Path(found.results), Path(found.runs), found.storage)
+            console.print(f"{warning}. The experiments set this precision; --folder runs experiments of your own")
+    places = Places(Path(options.results), Path(options.runs), options.storage)
     with GridProgress(console) as reporter:
-        results = reproduce(experiments, places, keep=keep, threads=found.threads, retry=found.retry, reporter=reporter)
+        results = reproduce(
+            experiments, places, keep=keep, threads=options.threads, retry=options.retry, reporter=reporter
+        )
     failed = [name for name, result in results.items() if result["status"] != "finished"]
-    console.print(
-        f"\n{len(results)} runs, {len(failed)} of them failed{': ' if failed else ''}{', '.join(failed)}\n"
-        f"results: {places.results}\nnext:   sparsegrad report {places.results}"
-    )
+    console.print(f"\n{len(results)} runs, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}")
+    console.print(f"results: {places.results}\nnext:   sparsegrad report {shlex.quote(str(places.results))}")
 
 
-def _filter(found: Any, experiments: Any) -> Any:
-    """Which runs are wanted; a word that names none of them is refused.
+def _overview(experiments: Sequence[Experiment]) -> Table:
+    table = Table("experiment", "runs", "question", box=None)
+    for experiment in experiments:
+        table.add_row(experiment.name, str(len(list(experiment.cells()))), experiment.question)
+    return table
+
+
+def _selection(options: Any, experiments: Sequence[Experiment]) -> Callable[[Cell], bool]:
+    """Return a function that tells whether a run is selected by --methods, --tasks and --seeds.
 
     Raises:
-        ValueError: see above.
+        ValueError: an option names something that no experiment has.
     """
-    there = {
+    known = {
         "methods": {method for experiment in experiments for method in experiment.methods},
         "tasks": {task for experiment in experiments for task in experiment.tasks},
         "seeds": {str(seed) for experiment in experiments for seed in experiment.seeds},
     }
-    wanted: dict[str, set[str]] = {}
-    for name, known in there.items():
-        given = getattr(found, name)
-        wanted[name] = known if given is None else {word.strip() for word in given.split(",")}
-        if unknown := wanted[name] - known:
+    selected: dict[str, set[str]] = {}
+    for name, names in known.items():
+        given = getattr(options, name)
+        selected[name] = names if given is None else {word.strip() for word in given.split(",")}
+        if unknown := selected[name] - names:
             raise ValueError(
-                f"--{name}: expected some of {', '.join(sorted(known))}; found {', '.join(sorted(unknown))}"
+                f"--{name}: expected some of {', '.join(sorted(names))}; found {', '.join(sorted(unknown))}"
             )
     return lambda cell: (
-        cell.method in wanted["methods"]
-        and cell.task in wanted["tasks"]
-        and (cell.trial is not None or str(cell.seed) in wanted["seeds"])
+        cell.method in selected["methods"]
+        and cell.task in selected["tasks"]
+        # The trials of a search have a seed of their own.
+        and (cell.trial is not None or str(cell.seed) in selected["seeds"])
     )

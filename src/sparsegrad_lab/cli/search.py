@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
+import shlex
+
 from rich.console import Console
 
 from ..run.parsing import run_arguments, run_parser
-from ..run.settings import SearchArguments
+from ..run.settings import RunArguments, SearchArguments
 
 EXAMPLE = (
     "sparsegrad search --task glue/rte --method lora --search.trials 12 --output runs/search-rte-lora; prints a line "
-    "for each trial, then the best settings and the command that trains with them. The same command again goes on "
-    "where it was interrupted; several at once share the trials."
+    "per trial, then the best settings and the command that trains with them. The same command resumes an interrupted "
+    "search; run it several times at once to share the trials."
 )
 
 
 def main(argv: list[str]) -> None:
-    """Search, then say what came out and what to do next."""
+    """Search, then print the best settings and the next command."""
     parser = run_parser("search", SearchArguments.__doc__ or "", EXAMPLE, argv)
     parser.add_class_arguments(SearchArguments, "search")
-    found = vars(parser.instantiate(parser.parse_args(argv)))
-    what = found.pop("search")
-    arguments = run_arguments(found)
-    if arguments.output == type(arguments)().output:
+    options = vars(parser.instantiate(parser.parse_args(argv)))
+    settings: SearchArguments = options.pop("search")
+    arguments = run_arguments(options)
+    if arguments.output == RunArguments().output:
         arguments.output = "runs/search/{task}/{method}"
     arguments.check()
-    what.check()
+    settings.check()
     from ..run.search import search
     from ..run.train import output_folder
 
-    console = Console(highlight=False, soft_wrap=True)
-    result = search(arguments, what, console.print)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    result = search(arguments, settings, console.print)
     best, folder = result["best"], output_folder(arguments)
     console.print(
         f"\nbest of {len(result['trials'])} trials: learning rate {best['learning_rate']:g}, batch size "
         f"{best['batch_size']}, score {best['score']:.4f}\nfolder: {folder} (search.json, search.png)\n"
-        f"next:   sparsegrad train --config {folder}/best.yaml"
+        f"next:   sparsegrad train --config {shlex.quote(str(folder / 'best.yaml'))}"
     )

@@ -21,7 +21,8 @@ from ..tasks.kinds import KINDS
 from ..tasks.kinds.text import text_logits
 from ..tasks.library_logs import suppress_library_logs
 from ..tasks.load import load_task
-from ..tasks.pretrained import load_config, model_path
+from ..tasks.model_folder import model_path
+from ..tasks.pretrained import load_config
 from ..tasks.read import Row, read_rows
 from ..tasks.registry import kind_of
 from ..tasks.task import Task
@@ -89,12 +90,8 @@ def read_run(path: str | Path) -> tuple[RunFolder, RunArguments, Task]:
         FileNotFoundError: this is not a run folder, or the run is not finished.
     """
     folder = RunFolder(path)
+    folder.check_finished()
     arguments = RunArguments.from_dict(folder.read_arguments())
-    if not folder.finished:
-        raise FileNotFoundError(
-            f"{folder} holds a run that is not finished; resume it: sparsegrad train "
-            f"--config {folder.path / 'config.yaml'}"
-        )
     result = folder.read_result()
     labels = None if result["labels"] is None else tuple(result["labels"])
     kind = kind_of(arguments.task)

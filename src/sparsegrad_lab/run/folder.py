@@ -191,6 +191,15 @@ class RunFolder:
                 self.write_json("method.json", read_json(Path(arguments.method)))
             self.write_yaml("config.yaml", arguments.as_dict())
 
+    def check_finished(self) -> None:
+        """Raise FileNotFoundError if this is not a run folder, or the run is not finished."""
+        self.read_arguments()
+        if not self.finished:
+            raise FileNotFoundError(
+                f"{self} holds a run that is not finished; resume it: sparsegrad train --config "
+                f"{self.path / 'config.yaml'}"
+            )
+
     def read_arguments(self) -> dict[str, Any]:
         """The settings of the run.
 

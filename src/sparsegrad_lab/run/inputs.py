@@ -13,7 +13,8 @@ from transformers.models.auto.modeling_auto import (
 from ..methods.registry import find_method
 from ..tasks.kinds import KINDS
 from ..tasks.load import load_task
-from ..tasks.pretrained import NeedsWeightsError, load_config, model_path
+from ..tasks.model_folder import model_path
+from ..tasks.pretrained import NeedsWeightsError, load_config
 from ..tasks.task import LANGUAGE, Task
 from .settings import RunArguments
 

@@ -21,6 +21,7 @@ from ..methods.settings import (
     Range,
     range_problems,
 )
+from ..tasks.model_folder import check_model_folder
 from ..tasks.registry import kind_of
 from ..tasks.settings import DataArguments
 from ..tasks.task import IMAGES
@@ -149,6 +150,10 @@ class RunArguments:
     def problems(self) -> list[str]:
         """What is wrong with these settings, one message each."""
         problems = self.data.problems(self.task)
+        try:
+            check_model_folder(self.model)
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
         for group in (self.adapter, self.calibration, self.training):
             problems += group.problems()
         try:

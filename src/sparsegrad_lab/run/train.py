@@ -18,7 +18,7 @@ from ..methods.registry import find_method
 from ..methods.training.trainer import MethodTrainer
 from ..tasks.kinds import KINDS
 from ..tasks.library_logs import suppress_library_logs
-from ..tasks.pretrained import model_path
+from ..tasks.model_folder import model_path
 from ..tasks.task import Task
 from .card import make_card
 from .console import ProgressCallback

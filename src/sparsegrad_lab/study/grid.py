@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..run.parsing import arguments_from
-from ..tasks.pretrained import load_config, model_path
+from ..tasks.model_folder import model_path
+from ..tasks.pretrained import load_config
 from .cell_run import describe, run_in_process
 from .experiment import Cell, Experiment
 from .locks import Locks, SharedRuns
