@@ -390,6 +390,34 @@ def words_of(words: Words, weightless: Path) -> Words:
     return lambda output, *more: words(output, "--model", str(weightless), *more)
 
 
+def test_wrong_names_are_refused_before_torch_is_loaded() -> None:
+    """In half a second, not in ten."""
+    commands = [
+        ["train", "--task", "glue/rtee"],
+        ["train", "--model", "./nowhere"],
+        ["train", "--task", "glue/rte", "--data.folder", "nowhere"],
+        ["search", "--task", "images", "--data.folder", "nowhere"],
+        ["evaluate", "nowhere"],
+        ["predict", "nowhere", "--text", "a"],
+        ["merge", "nowhere"],
+        ["export", "nowhere", "--output", "lora"],
+        ["inspect", "./nowhere"],
+        ["report", "nowhere"],
+        ["reproduce", "nowhere"],
+    ]
+    code = (
+        "import json, sys\nfrom sparsegrad_lab.cli.main import main\n"
+        "for words in json.loads(sys.argv[1]): print(main(words), 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)], capture_output=True, text=True, check=True
+    )
+    ends = [line.split() for line in done.stdout.splitlines()]
+    assert [loaded for _, loaded in ends] == ["False"] * len(commands)
+    assert all(status != "0" for status, _ in ends)
+    assert len(re.findall(r"nowhere|rtee", done.stderr)) >= len(commands)
+
+
 def test_all_problems_at_once(words_of: Words, run: Run, tmp_path: Path) -> None:
     more = ["--training.batch_size", "0", "--training.epochs", "-1", "--method", "sgd"]
     _, _, err = run(*words_of(tmp_path / "run", *more))
