@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from helpers import F64, orthogonal
 from sparsegrad_peft import Basis, LiteralSparseGradLinear, SparseGradLinear
-from sparsegrad_peft.method.costs import forms_update
+from sparsegrad_peft.method.costs import LayerShape, forms_update
 
 
 @pytest.mark.parametrize("prefer", ["memory", "speed"])
@@ -20,7 +20,7 @@ def test_an_update_is_never_added_to_a_half_precision_weight(dtype: torch.dtype,
     `W`, so that the output is the update's alone.
     """
     tokens, out, in_ = 512, 6, 8
-    assert forms_update(tokens, (1, 1), (out, in_), prefer)
+    assert forms_update(tokens, LayerShape(out, in_, 1, 1), prefer)
     linear = nn.Linear(in_, out, bias=False, dtype=dtype)
     with torch.no_grad():
         linear.weight.fill_(1)
