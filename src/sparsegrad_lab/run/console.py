@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from ..tasks.task import higher_is_better
+from ..tasks.task import display_name, higher_is_better
 from .folder import RunFolder
 
 
@@ -71,7 +71,7 @@ class ProgressCallback(TrainerCallback):
         is_best = self.best is None or (score > self.best if higher_is_better(self.metric) else score < self.best)
         self.best = score if is_best else self.best
         if self.bar is not None:
-            name = self.metric.replace("_", " ")
+            name = display_name(self.metric)
             best = "  best so far" if is_best else ""
             loss = "" if self.metric == "loss" else f", loss {metrics['eval_loss']:.4f}"
             self.say(f"epoch {state.epoch:.2f}, step {state.global_step}: {name} {score:.4f}{loss}{best}")

@@ -8,6 +8,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..tasks.task import display_name
+
 
 def plot_curves(log: list[dict[str, Any]], metric: str, title: str) -> bytes:
     """Training loss, evaluation loss and score over the optimizer's steps.
@@ -22,13 +24,13 @@ def plot_curves(log: list[dict[str, Any]], metric: str, title: str) -> bytes:
     for axes, series, label in (
         (losses, "loss", "training"),
         (losses, "eval_loss", "evaluation"),
-        (scores, f"eval_{metric}", metric.replace("_", " ")),
+        (scores, f"eval_{metric}", display_name(metric)),
     ):
         points = [(entry["step"], entry[series]) for entry in log if series in entry]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
     losses.set(xlabel="step", ylabel="loss")
-    scores.set(xlabel="step", ylabel=metric.replace("_", " "))
+    scores.set(xlabel="step", ylabel=display_name(metric))
     losses.legend()
     for axes in (losses, scores):
         axes.grid(alpha=0.3)

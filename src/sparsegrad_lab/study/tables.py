@@ -8,6 +8,7 @@ from functools import partial
 from statistics import mean, stdev
 from typing import TypeVar
 
+from ..tasks.task import display_name
 from .cost_tables import costs, costs_by_task
 from .runs import Failure, Run
 from .sections import Section
@@ -35,7 +36,7 @@ def scores(section: Section) -> Table:
     """Mean and spread over seeds: a row for each task, a column for each method."""
     rows = []
     for task in section.tasks:
-        metrics = [run.metric.replace("_", " ") for run in section.runs_of(task)]
+        metrics = [display_name(run.metric) for run in section.runs_of(task)]
         row = [f"{task}, {metrics[0]}" if metrics else task]
         for method in section.methods:
             runs, failures = section.runs_of(task, method), section.failures_of(task, method)

@@ -104,7 +104,9 @@ def test_images_in_folders(image_arguments: Arguments, tmp_path: Path) -> None:
     assert (result["task"], result["labels"]) == ("images", ["bright", "dark"])
     assert result["score"] == 1.0
     file = str(folder / "validation" / "dark" / "0.png")
-    (row,) = predict(tmp_path / "run", texts=[file])
+    other = str(folder / "validation" / "bright" / "1.png")
+    row, bright = predict(tmp_path / "run", texts=[file, other])
+    assert (bright["image"], bright["prediction"]) == (other, "bright")
     assert (row["image"], row["prediction"]) == (file, "dark")
     assert row["p(dark)"] + row["p(bright)"] == pytest.approx(1, abs=1e-5)
 

@@ -65,19 +65,14 @@ class Writer:
         Labels are the token ids, or -100 for tokens that are not learnt.
         """
         first = row[self.columns[0]]
-        conversation = first if isinstance(first, list) else None
-        if self.templated:
-            conversation = conversation or turns([row[column] for column in self.columns])
-            if _GENERATION_TAG.search(self.tokenizer.chat_template):
-                return self._encode_tagged(conversation, max_length)
-            return self._encode(self._by_template(conversation), max_length)
-        if conversation is not None:
-            return self._encode(self._in_plain(conversation), max_length)
-        if len(self.columns) == 1:
+        if isinstance(first, str) and len(self.columns) == 1:
             return self._encode([(first + self._end, True)], max_length)
-        answer = row[self.columns[1]]
-        space = "" if first[-1:].isspace() or answer[:1].isspace() else " "
-        return self._encode([(first, False), (space + answer + self._end, True)], max_length)
+        messages = first if isinstance(first, list) else turns([first, row[self.columns[1]]])
+        if not self.templated:
+            return self._encode(self._in_plain(messages), max_length)
+        if _GENERATION_TAG.search(self.tokenizer.chat_template):
+            return self._encode_tagged(messages, max_length)
+        return self._encode(self._by_template(messages), max_length)
 
     def encode_prompt(self, prompt: Any) -> list[int]:
         """Return the token ids of what a model continues.
@@ -88,12 +83,11 @@ class Writer:
         Raises:
             ValueError: there are no tokens; or the messages are malformed.
         """
-        chats = self.templated or self.columns[0] in CONVERSATION_COLUMNS or isinstance(prompt, list)
-        if not chats:
+        if len(self.columns) == 1 and self.columns[0] not in CONVERSATION_COLUMNS:
             pieces: Pieces = [(prompt, False)]
         else:
             messages = prompt_conversation(prompt, self.columns[0])
-            pieces = self._by_template(messages) if self.templated else self._in_plain(messages)
+            pieces = [(self._render(messages, True), False)] if self.templated else self._in_plain(messages)
         ids, _ = self._encode(pieces)
         if not ids:
             raise ValueError("the prompt is empty, and the tokenizer adds no token before a text; give a longer prompt")
@@ -141,6 +135,8 @@ class Writer:
         return [first] if not self.templated and first is not None and self.tokenizer("a").input_ids[0] == first else []
 
     def _in_plain(self, messages: Sequence[Message]) -> Pieces:
+        if len(self.columns) == 2 and [message["role"] for message in messages] in (["user"], ["user", "assistant"]):
+            return self._prompt_and_answer(messages)
         pieces: Pieces = []
         for message in messages:
             content, gap = message["content"], "\n\n" if pieces else ""
@@ -153,8 +149,16 @@ class Writer:
                 pieces.append((f"{gap}Human: {content}\n\nAssistant:", False))
         return pieces
 
+    def _prompt_and_answer(self, messages: Sequence[Message]) -> Pieces:
+        prompt, *answers = (message["content"] for message in messages)
+        pieces: Pieces = [(prompt, False)]
+        for answer in answers:
+            space = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
+            pieces.append((f"{space}{answer}{self._end}", messages[1]["learn"]))
+        return pieces
+
     def _by_template(self, messages: Sequence[Message]) -> Pieces:
-        """Return the text up to each turn; a conversation that ends with the user's turn ends with a generation prompt.
+        """Return the text that each turn adds; the user's turns include the generation prompt.
 
         Raises:
             ValueError: the template refuses the messages, or changes earlier turns when a turn is added.

@@ -92,6 +92,8 @@ def test_prompt_and_answer(tokenizer: Any) -> None:
     assert writer.encode_row({"prompt": "the film", "answer": "was warm"}, 3) == (ids[:3], labels[:3])
     assert writer.encode_row({"prompt": "the film\n", "answer": "was warm"}) == (ids, labels)
     assert writer.encode_prompt("the film") == ids[:2]
+    assert writer.encode_row({"prompt": turns(["the film", "was warm"])}) == (ids, labels)  # as messages
+    assert writer.encode_prompt(turns(["the film"])) == ids[:2]
 
 
 def test_a_whole_text(tokenizer: Any) -> None:
