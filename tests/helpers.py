@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 PROJECT: dict[str, Any] = read_toml(Path(__file__).parents[1] / "pyproject.toml")["project"]
 "The table `project` of pyproject.toml."
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A JSON file, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def orthogonal(n: int, rows: int | None = None, dtype: torch.dtype = F64) -> Tensor:

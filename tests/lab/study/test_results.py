@@ -1,0 +1,119 @@
+"""Which files count as results."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import write_json
+from sparsegrad_lab.run.folder import RunFolder
+from sparsegrad_lab.study.results import read_results
+from sparsegrad_lab.study.sections import read_sections
+
+
+def test_trials_and_runs_of_a_study_are_no_seeds(folder: Path, real: dict[str, Any]) -> None:
+    """What `sparsegrad search` and `reproduce` leave below `runs` has its own summary and result files."""
+    before = len(read_sections([folder])[0].runs)
+    found = {**real, "task": "glue/rte", "method": "sparsegrad", "seed": 7, "score": 0.1}
+    for inner, mark in (("search-rte/trial-000", "../search.json"), ("study/deep/run", "../../claims.journal")):
+        write_json(folder / inner / "result.json", found)
+        (folder / inner / mark).write_text("{}", encoding="utf-8")
+    assert len(read_sections([folder])[0].runs) == before
+    [asked_for] = read_sections([folder / "search-rte"])
+    assert len(asked_for.runs) == 1
+    write_json(folder / "search-rte" / "by-itself" / "result.json", found)  # not one of the trials
+    assert len(read_sections([folder])[0].runs) == before + 1
+
+
+def test_only_result_files_are_opened(folder: Path, real: dict[str, Any]) -> None:
+    """A run folder's other JSON files are not read: a checkpoint's, which come and go, or a broken one."""
+    write_json(folder / "run" / "config.yaml", {})
+    write_json(folder / "run" / "result.json", {**real, "task": "glue/rte", "method": "full", "seed": 7})
+    for name in ("checkpoints/checkpoint-3/trainer_state.json", "metrics.json", ".result.json.0a.draft"):
+        (folder / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "run" / name).write_text("{", encoding="utf-8")
+    files = read_results([folder])
+    assert len(files.runs) == 10
+    assert (files.unfinished, files.rejected) == ((), ())
+
+
+def test_a_report_while_a_run_is_being_written(folder: Path, real: dict[str, Any]) -> None:
+    """Another process writes and removes checkpoints, and finishes runs, between the listing and the reading."""
+    done = threading.Event()
+
+    def write_runs() -> None:
+        number = 0
+        while not done.is_set():
+            number += 1
+            run = RunFolder(folder / f"run-{number % 3}")
+            run.write_json("method.json", {})
+            run.write_yaml("config.yaml", {})
+            write_json(run.checkpoints / "checkpoint-1" / "trainer_state.json", {})
+            run.write_json("result.json", {**real, "seed": number})
+            shutil.rmtree(run.path)
+
+    writer = threading.Thread(target=write_runs)
+    writer.start()
+    try:
+        for _ in range(100):
+            files = read_results([folder])
+            assert len(files.runs) >= 9
+            assert files.rejected == ()
+    finally:
+        done.set()
+        writer.join()
+
+
+def test_unfinished_runs_are_named(folder: Path) -> None:
+    write_json(folder / "interrupted" / "config.yaml", {})
+    assert read_results([folder]).unfinished == (folder / "interrupted",)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "experiment with a path": ({"experiment": "../../escaped"}, "experiment: String should match pattern"),
+    "experiment with an absolute path": ({"experiment": "/tmp/escaped"}, "experiment: String should match pattern"),
+    "experiment with a backslash": ({"experiment": "a\\b"}, "experiment: String should match pattern"),
+    "variant with a path": ({"variant": "../lora"}, "variant: String should match pattern"),
+    "seed as text": ({"seed": "0"}, "seed: Input should be a valid integer"),
+    "seed as truth": ({"seed": True}, "seed: Input should be a valid integer"),
+    "seed below 0": ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
+    "score as text": ({"score": "<script>"}, "score: Input should be a valid number"),
+    "score not finite": ({"score": float("nan")}, "score: Input should be a finite number"),
+    "no score": ({"score": None}, "score: Input should be a valid number"),
+    "no time": (
+        {"training": {"seconds": 0, "peak_memory_bytes": 1}},
+        "training.seconds: Input should be greater than 0",
+    ),
+    "two lines": ({"method": "lora\n\n# heading"}, "method: String should match pattern"),
+    "a list": ({"task": ["glue/rte"]}, "task: Input should be a valid string"),
+    "steps as text": ({"steps": "ten"}, "steps: Input should be a valid integer"),
+    "rows as a list": ({"rows": [1, 2]}, "rows: Input should be a valid dictionary"),
+    "half a character": ({"model": "\ud800"}, "model: Input should be a valid string"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_malformed_result_is_named_and_left_out(name: str, folder: Path, real: dict[str, Any]) -> None:
+    change, reason = WRONG[name]
+    write_json(folder / "wrong.json", {**real, **change})
+    files = read_results([folder])
+    assert len(files.runs) == 9
+    [rejected] = files.rejected
+    assert rejected.startswith(f"{folder / 'wrong.json'}: {reason}")
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\xff"])
+def test_what_is_no_json_is_named_and_left_out(content: str, folder: Path) -> None:
+    (folder / "wrong.json").write_bytes(content.encode("latin-1"))
+    [rejected] = read_results([folder]).rejected
+    assert rejected.startswith(f"{folder / 'wrong.json'}: expected JSON")
+
+
+def test_missing_fields_are_named(folder: Path, real: dict[str, Any]) -> None:
+    write_json(folder / "wrong.json", {name: real[name] for name in ("task", "method", "seed", "score")})
+    [rejected] = read_results([folder]).rejected
+    assert "metric: Field required; steps: Field required; rows: Field required; and 5 more problems" in rejected

@@ -1,0 +1,86 @@
+"""Means, spreads and differences, against values computed by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from sparsegrad_lab.study.runs import Run
+from sparsegrad_lab.study.sections import Section
+from sparsegrad_lab.study.statistics import compare, mean_of_tasks, score_table
+
+
+def test_means(runs: list[Run], section: Section) -> None:
+    assert len(runs) == 9
+    assert list(section.methods) == ["sparsegrad", "lora", "full"]
+    rte = score_table(runs).loc["rte"]
+    assert (rte["sparsegrad"].mean(), rte["sparsegrad"].std()) == (pytest.approx(62), pytest.approx(math.sqrt(8)))
+    assert mean_of_tasks(section, "sparsegrad") == pytest.approx(72)
+    assert mean_of_tasks(section, "lora") == pytest.approx(70)
+    assert math.isnan(mean_of_tasks(section, "full"))  # has not run on MRPC
+
+
+def test_a_mean_is_over_the_seeds_that_all_have(section: Section) -> None:
+    """A seed in which everything is ten points better, run by one method alone, does not put it ahead."""
+    mine = next(run for run in section.runs if run.method == "sparsegrad")
+    more = [
+        run.model_copy(update={"seed": 7, "score": run.score + 0.1})
+        for run in section.runs if run.method == "sparsegrad" and run.seed == mine.seed
+    ]  # fmt: skip
+    assert {run.task_name for run in more} == {"rte", "mrpc"}
+    wider = replace(section, runs=(*section.runs, *more))
+    assert mean_of_tasks(wider, "sparsegrad") == mean_of_tasks(section, "sparsegrad") == pytest.approx(72)
+    assert mean_of_tasks(wider, "lora") == pytest.approx(70)
+
+
+def test_comparison_by_hand(runs: list[Run]) -> None:
+    """Differences 2, 4, 1, 1: mean 2, standard error 0.7071, t(3) = 2.828."""
+    found = compare(runs, "sparsegrad", "lora")
+    assert (found.pairs, found.ahead) == (4, 4)
+    assert found.difference == pytest.approx(2)
+    assert (found.low, found.high) == (pytest.approx(2 - 3.1824 * 0.70711, abs=1e-3), pytest.approx(4.2503, abs=1e-3))
+    assert found.p == pytest.approx(0.0663, abs=1e-4)
+    assert "p = 0.066, over the means of 2 tasks p = 0.3; too few pairs to tell)" in str(found)
+    one = compare(runs, "full", "lora")
+    assert (one.pairs, one.difference) == (1, pytest.approx(8))
+    assert math.isnan(one.p)
+    assert "too few pairs for a test" in str(one)
+    assert compare(runs, "full", "none").pairs == 0
+
+
+@pytest.mark.parametrize(
+    ("differences", "said"),
+    [
+        ([2, 4, 1, 1, 2], "too few pairs to tell"),  # p = 0.022
+        ([2, 4, 1, 1, 2, 2], "; significant)"),
+        ([2, 4, -1, -1, 2, 2], "not significant"),
+    ],
+)
+def test_what_is_said_of_a_difference(differences: list[int], said: str, runs: list[Run]) -> None:
+    pairs = [
+        runs[0].model_copy(update={"variant": method, "seed": seed, "score": (50 + more) / 100})
+        for seed, difference in enumerate(differences)
+        for method, more in (("a", difference), ("b", 0))
+    ]
+    found = compare(pairs, "a", "b")
+    assert (found.pairs, found.difference) == (len(differences), pytest.approx(sum(differences) / len(differences)))
+    assert said in str(found)
+
+
+def test_a_difference_on_one_task_is_none_over_tasks(runs: list[Run]) -> None:
+    """Two tasks with +8 and +1 in each of four seeds: sure of these runs, not of tasks."""
+    pairs = [
+        runs[0].model_copy(update={"variant": method, "seed": seed, "task": task, "score": 0.5 + more})
+        for task, difference in (("x", 0.08), ("y", 0.01))
+        for seed in range(4)
+        for method, more in (("a", difference + seed / 1000), ("b", 0.0))
+    ]
+    found = compare(pairs, "a", "b")
+    assert found.low > 0
+    assert (found.tasks, found.p_tasks > 0.05) == (2, True)
+    assert "significant over runs, not over tasks" in str(found)
+    same = [run.model_copy(update={"score": 0.5}) for run in pairs]
+    assert compare(same, "a", "b").p == 1
+    assert "not significant" in str(compare(same, "a", "b"))
