@@ -66,9 +66,9 @@ def main(argv: list[str]) -> None:
         if warning := slow_precision_warning(precision):
             console.print(f"{warning}. The experiments set this precision; --folder runs experiments of your own")
     places = Places(Path(options.results), Path(options.runs), options.storage)
-    with GridProgress(console) as reporter:
+    with GridProgress(console) as progress:
         results = reproduce(
-            experiments, places, keep=keep, threads=options.threads, retry=options.retry, reporter=reporter
+            experiments, places, keep=keep, threads=options.threads, retry=options.retry, progress=progress
         )
     failed = [name for name, result in results.items() if result["status"] != "finished"]
     console.print(f"\n{len(results)} runs, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}")

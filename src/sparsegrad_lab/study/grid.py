@@ -16,6 +16,7 @@ from ..tasks.pretrained import load_config
 from .cell_run import describe, run_in_process
 from .experiment import Cell, Experiment
 from .locks import Locks, SharedRuns
+from .progress import GridProgress
 from .results import STUDY_MARKS
 from .runs import RejectedFileError, parse_result
 from .stored_results import StoredResults
@@ -38,22 +39,6 @@ class Places:
     "URL of a database that several machines share; None: one machine"
 
 
-class Reporter:
-    """Is told what a study does. This one ignores it."""
-
-    def start(self, cell: Cell, learning_rate: float | None) -> None:
-        """A run starts."""
-
-    def end(self, cell: Cell, result: dict[str, Any]) -> None:
-        """A run has ended."""
-
-    def progress(self, finished: int, total: int) -> None:
-        """So many runs have a result."""
-
-    def waiting(self, cells: Sequence[Cell]) -> None:
-        """Other processes do all the runs that are left."""
-
-
 def reproduce(
     experiments: Sequence[Experiment],
     places: Places,
@@ -61,7 +46,7 @@ def reproduce(
     keep: Callable[[Cell], bool] = lambda cell: True,
     threads: int | None = None,
     retry: bool = False,
-    reporter: Reporter | None = None,
+    progress: GridProgress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Do all runs that have no result yet, and wait for those that other processes do.
 
@@ -71,7 +56,7 @@ def reproduce(
         keep: chooses runs.
         threads: of each run; None: PyTorch's own choice.
         retry: do runs again that failed, or that had other settings.
-        reporter: is told of it.
+        progress: is told of it.
 
     Returns:
         Name -> result, of failed runs too.
@@ -88,21 +73,21 @@ def reproduce(
         grid.forget_failures()
     grid.forget_outdated(retry)
     grid.share_results()
-    reporter = reporter or Reporter()
+    progress = progress or GridProgress()
     waiting = False
     while True:
         grid.fetch_results()
         left = [cell for cell in grid.cells if cell.name not in grid.results]
-        reporter.progress(len(grid.cells) - len(left), len(grid.cells))
+        progress.advance(len(grid.cells) - len(left), len(grid.cells))
         if not left:
             if grid.forget_outdated(retry):  # the search found another learning rate
                 continue
             return {cell.name: grid.results.read(cell.name) for cell in grid.cells}
-        if any(grid.run(cell, threads, reporter) for cell in left):
+        if any(grid.run(cell, threads, progress) for cell in left):
             waiting = False
             continue
         if not waiting:
-            reporter.waiting(left)
+            progress.waiting(left)
         waiting = True
         time.sleep(_POLL)
 
@@ -199,7 +184,7 @@ class Grid:
                     raise ValueError(f"{self.places.storage}, result of {name}: {error}") from error
                 self.results.write(name, result)
 
-    def run(self, cell: Cell, threads: int | None, reporter: Reporter) -> bool:
+    def run(self, cell: Cell, threads: int | None, progress: GridProgress) -> bool:
         """Do a run if its learning rate is known and no other process does it; True if it was done."""
         if not self.results.search_finished(cell):
             return False
@@ -207,7 +192,7 @@ class Grid:
             if attempt is None or cell.name in self.results:
                 return False
             rate = self.results.learning_rate(cell)
-            reporter.start(cell, rate)
+            progress.start(cell, rate)
             arguments = arguments_from(cell.settings(rate))
             result = self.results.equal_run(arguments)
             if result is None:
@@ -218,7 +203,7 @@ class Grid:
             result |= describe(cell, arguments, attempt.number)
             self.results.write(cell.name, result)
             attempt.finish(result)
-        reporter.end(cell, result)
+        progress.end(cell, result)
         return True
 
 

@@ -1,4 +1,4 @@
-"""What a study shows while it runs: a line for each run, a bar for all of them."""
+"""Prints what a study does: a line for each run, and on a terminal a bar over all of them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from rich.console import Console
 
 from ..run.console import make_progress_bar
 from .experiment import Cell
-from .grid import Reporter
 
 
-class GridProgress(Reporter):
-    """For a terminal; elsewhere, such as in a log, the lines alone."""
+class GridProgress:
+    """Is told what `reproduce` does.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    Args:
+        console: where to print; default: nowhere.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        console = console or Console(quiet=True)
         self.bar = make_progress_bar(console, disable=not console.is_terminal)
         self.task = self.bar.add_task("waiting", total=None)
-        self.begun = 0.0
+        self.started = 0.0
 
     def __enter__(self) -> GridProgress:
         self.bar.start()
@@ -30,31 +33,32 @@ class GridProgress(Reporter):
         self.bar.stop()
 
     def start(self, cell: Cell, learning_rate: float | None) -> None:
-        """Name it beside the bar."""
-        self.begun = time.monotonic()
+        """A run starts."""
+        self.started = time.monotonic()
         rate = "" if learning_rate is None else f", learning rate {learning_rate:g}"
         self.bar.update(self.task, description=f"{cell.name}{rate}")
 
     def end(self, cell: Cell, result: dict[str, Any]) -> None:
-        """Its line."""
-        took = time.monotonic() - self.begun
+        """A run has ended."""
+        seconds = time.monotonic() - self.started
         if result["status"] != "finished":
-            words = f"{result['status']}: {result['error']}"
-        elif "same_as" in result:
-            words = f"{result['metric'].replace('_', ' ')} {result['score']:.4f}, as {result['same_as']}"
+            outcome = f"{result['status']}: {result['error']}"
         else:
-            words = f"{result['metric'].replace('_', ' ')} {result['score']:.4f}, {took:.0f} s"
-        self.bar.console.print(f"{cell.name}: {words}", markup=False)
+            how = f"as {result['same_as']}" if "same_as" in result else f"{seconds:.0f} s"
+            outcome = f"{result['metric'].replace('_', ' ')} {result['score']:.4f}, {how}"
+        self.say(f"{cell.name}: {outcome}")
         self.bar.update(self.task, description="waiting")
 
     def waiting(self, cells: Sequence[Cell]) -> None:
-        """Once, for what may take long."""
-        first = f"{cells[0].name}{f' and {len(cells) - 1} more' if len(cells) > 1 else ''}"
-        self.bar.console.print(
-            f"waiting for others to finish {first}; one that has been silent for ten minutes is taken over",
-            markup=False,
-        )
+        """Other processes do all the runs that are left."""
+        more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
+        self.say(f"waiting for other processes to finish {cells[0].name}{more}; a run is continued here if its process "
+                 "ends, or if its machine is silent for ten minutes")  # fmt: skip
 
-    def progress(self, finished: int, total: int) -> None:
-        """Move the bar."""
+    def advance(self, finished: int, total: int) -> None:
+        """So many runs have a result."""
         self.bar.update(self.task, completed=finished, total=total)
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self.bar.console.print(line, markup=False, emoji=False)

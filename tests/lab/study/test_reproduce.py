@@ -22,8 +22,9 @@ from sparsegrad_lab.run.machine import is_alive, process_identity
 from sparsegrad_lab.run.parsing import arguments_from
 from sparsegrad_lab.study.cell_run import describe
 from sparsegrad_lab.study.experiment import Experiment, experiment_names, load_experiment, merged
-from sparsegrad_lab.study.grid import Grid, Places, Reporter, reproduce
+from sparsegrad_lab.study.grid import Grid, Places, reproduce
 from sparsegrad_lab.study.locks import Locks, SharedRuns
+from sparsegrad_lab.study.progress import GridProgress
 from sparsegrad_lab.study.sections import read_sections
 from sparsegrad_lab.study.stored_results import StoredResults
 
@@ -31,10 +32,11 @@ from sparsegrad_lab.study.stored_results import StoredResults
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 
-class Lines(Reporter):
+class Lines(GridProgress):
     """What was run."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.begun: list[str] = []
         self.rates: dict[str, float | None] = {}
 
@@ -102,7 +104,7 @@ def read(path: Path) -> dict[str, Any]:
 def test_grid_search_best_and_again(load: Any, places: Places) -> None:
     options: dict[str, Any] = {"keep": lambda cell: cell.method != "lora" and cell.seed != 1, "threads": 1}
     experiments, reporter = [load("first"), load("second")], Lines()
-    results = reproduce(experiments, places, reporter=reporter, **options)
+    results = reproduce(experiments, places, progress=reporter, **options)
     assert len(results) == 2 + 1 + 2 == len(reporter.begun)
     # The search is run before what depends on it, on its own rows and seed.
     assert [name.split("/")[1] for name in reporter.begun[:2]] == ["search"] * 2
@@ -110,12 +112,13 @@ def test_grid_search_best_and_again(load: Any, places: Places) -> None:
     assert sorted(trials) == [1e-3, 1e-2]
     assert {(trial["rows"]["train"], trial["seed"]) for trial in trials.values()} == {(16, 100)}
     best = max(sorted(trials), key=lambda rate: (trials[rate]["score"], -trials[rate]["training_loss_last_sixth"]))
-    [run, same, broken] = [result for result in results.values() if not result["trial"]]
-    assert (run["variant"], run["learning_rate"], run["seed"], run["rows"]["train"]) == ("sparsegrad", best, 0, 48)
+    runs = {result["variant"]: result for result in results.values() if not result["trial"]}
+    run, same, broken = runs["sparsegrad"], runs["same"], runs["broken"]
+    assert (run["learning_rate"], run["seed"], run["rows"]["train"]) == (best, 0, 48)
     # The same settings as a run of the first experiment: it is not run again, and the result says so.
     assert same["same_as"].endswith("/sparsegrad-0.json")
-    assert (same["variant"], same["score"], same["learning_rate"]) == ("same", run["score"], best)
-    assert (broken["variant"], broken["status"]) == ("broken", "diverged")
+    assert (same["score"], same["learning_rate"]) == (run["score"], best)
+    assert broken["status"] == "diverged"
     assert "the loss of step" in broken["error"]
     for name, result in results.items():
         assert read(result_file(places, name)) == result
@@ -126,10 +129,10 @@ def test_grid_search_best_and_again(load: Any, places: Places) -> None:
     assert not list(places.runs.rglob("*.safetensors"))
 
     again = Lines()
-    assert reproduce(experiments, places, reporter=again, **options) == results
+    assert reproduce(experiments, places, progress=again, **options) == results
     assert again.begun == []
     retried = Lines()
-    reproduce([load("second")], places, retry=True, reporter=retried, **options)
+    reproduce([load("second")], places, retry=True, progress=retried, **options)
     assert [name.rpartition("/")[2] for name in retried.begun] == ["broken-0"]
 
     # The search would give another rate now: what ran with the old one is named, and with retry run again.
@@ -138,9 +141,9 @@ def test_grid_search_best_and_again(load: Any, places: Places) -> None:
     new = 1e-3 if best == 1e-2 else 1e-2
     words = rf"1 results.*sparsegrad-0\.json \(training\.learning_rate {best:g}, now {new:g}\).*--retry"
     with pytest.raises(ValueError, match=words):
-        reproduce([load("first")], places, reporter=Lines(), **options)
+        reproduce([load("first")], places, progress=Lines(), **options)
     redone = Lines()
-    found = reproduce([load("first")], places, retry=True, reporter=redone, **options)
+    found = reproduce([load("first")], places, retry=True, progress=redone, **options)
     assert [name.rpartition("/")[2] for name in redone.begun] == ["sparsegrad-0"]
     redo = next(result for name, result in found.items() if name.endswith("sparsegrad-0"))
     assert (redo["status"], redo["learning_rate"]) == ("finished", new)
@@ -476,8 +479,8 @@ def test_results_that_nobody_was_told_of_are_told(load: Any, tmp_path: Path, fin
         result = {**real, "status": "finished", "score": 1 / rate, "config": config, "experiment": "first"}
         StoredResults(here.results).write(cell.name, {**result, "name": cell.name})
     begun = Lines()
-    reproduce([load("first")], here, reporter=begun)
-    there = reproduce([load("first")], elsewhere, reporter=begun)
+    reproduce([load("first")], here, progress=begun)
+    there = reproduce([load("first")], elsewhere, progress=begun)
     assert [result["name"] for result in there.values()] == [cell.name for cell in cells]
     assert begun.begun == []
 
