@@ -47,13 +47,13 @@ def read_results(paths: Iterable[str | Path]) -> ResultFiles:
         if not root.exists():
             raise FileNotFoundError(f"there is no {root}; expected a run folder, or a folder with result files")
         for file in [root] if root.is_file() else sorted(_result_files(root)):
-            if not file.is_file():  # a run folder's, or removed since it was listed
-                unfinished += [file.parent] if (file.parent / "config.yaml").is_file() else []
-                continue
             try:
                 record = parse_result(read_json(file), file)
                 if record is None and (file == root or file.name == "result.json"):
                     raise RejectedFileError("expected the result of a run, as sparsegrad train writes it")
+            except FileNotFoundError:  # of a run folder, or removed since the folder was listed
+                unfinished += [file.parent] if (file.parent / "config.yaml").is_file() else []
+                continue
             except (RejectedFileError, OSError) as error:
                 rejected.append(f"{file}: {error.strerror if isinstance(error, OSError) else error}")
                 continue
