@@ -39,13 +39,13 @@ def main(argv: list[str]) -> None:
         raise FileNotFoundError(f"--json: there is no folder {path.parent}")
     if path is not None:
         check_file(path)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     if warning := slow_precision_warning(arguments.precision):
         console.print(warning, soft_wrap=True)
     with console.status("starting") as status:
         result = measure(arguments, say=status.update)
-    screen = Console(highlight=False)
-    Console(highlight=False, width=max(screen.width, 110)).print(table(result))
+    screen = Console(highlight=False, markup=False, emoji=False)
+    Console(highlight=False, markup=False, emoji=False, width=max(screen.width, 110)).print(table(result))
     for name, row in result["methods"].items():
         for kind in ("skipped", "failed"):
             if kind in row:

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=str, default="runs/demo", help="folder to write")
     parser.add_argument("--epochs", type=float, default=2.0, help="passes over the 4,000 training rows")
     options = parser.parse_args(argv)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     results = []
     for method in ("sparsegrad", "lora"):
         arguments = demo_arguments(method, Path(options.output), options.epochs)

@@ -42,6 +42,6 @@ def main(argv: list[str]) -> None:
     table = Table("layer", "relative error of the update")
     for layer, error in errors.items():
         table.add_row(layer, f"{error:.2e}")
-    console = Console(markup=False)
+    console = Console(markup=False, emoji=False)
     console.print(table)
     console.print(f"written: {options.output}", highlight=False, soft_wrap=True)

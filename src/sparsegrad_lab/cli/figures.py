@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     else:
         check_output(folder)
         data = collect(arguments, settings, command=shlex.join(["sparsegrad", "figures", *argv]))
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     for drawing in write(data, folder):
         console.print(f"{drawing.name}.svg: {drawing.title}. {drawing.alt}")
     console.print(f"\nwritten: {folder}/index.md, figures.json, figures.npz and an SVG for each figure")

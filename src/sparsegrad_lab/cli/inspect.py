@@ -50,4 +50,4 @@ def main(argv: list[str]) -> None:
     if as_json:
         print(json.dumps(inspection.as_dict(), indent=2))
     else:
-        render(inspection, Console(markup=False))
+        render(inspection, Console(markup=False, emoji=False))

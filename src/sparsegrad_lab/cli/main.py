@@ -110,7 +110,7 @@ def _print_help() -> None:
     table = Table.grid(padding=(0, 2))
     for verb, description in VERBS.items():
         table.add_row(f"  {verb}", description)
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(
         "usage: sparsegrad VERB [options]\n\nFine-tune the MLP layers of transformers with sparse gradients.\n"
     )

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     names = experiment_names(folder, options.scale)
     chosen = names if options.experiments == ["all"] else options.experiments
     experiments = [load_experiment(name, options.scale, folder) for name in chosen]
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     if not experiments:
         console.print(_overview([load_experiment(name, options.scale, folder) for name in names]))
         own = "" if options.folder is None else f" --folder {shlex.quote(options.folder)}"

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     from ..run.search import search
     from ..run.train import output_folder
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     result = search(arguments, settings, console.print)
     best, folder = result["best"], output_folder(arguments)
     console.print(

@@ -38,7 +38,7 @@ def print_results(results: list[dict[str, Any]], output: str) -> None:
     """Print scores, trained entries, times and memory of one run per seed."""
     from ..tasks.metrics import spread
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     for result in results:
         entries = result["trained_entries"]
         where = "adapter" if find_method(result["method"]).leaves == "adapter" else "adapted layers"

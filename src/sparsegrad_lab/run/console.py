@@ -15,7 +15,7 @@ from .folder import RunFolder
 def make_progress_bar(console: Console, *, disable: bool = False) -> Progress:
     """A progress bar with the columns that all commands use: description, bar, count, elapsed and remaining time."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -36,7 +36,7 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, folder: RunFolder, metric: str = "loss", show: bool = True) -> None:
         self.folder, self.metric, self.show = folder, metric, show
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self.bar: Progress | None = None
         self.best: float | None = None
 

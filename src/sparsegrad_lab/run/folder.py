@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -197,7 +198,7 @@ class RunFolder:
         if not self.finished:
             raise FileNotFoundError(
                 f"{self} holds a run that is not finished; resume it: sparsegrad train --config "
-                f"{self.path / 'config.yaml'}"
+                f"{shlex.quote(str(self.path / 'config.yaml'))}"
             )
 
     def read_arguments(self) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def _write_results(study: optuna.Study, arguments: RunArguments, folder: Path, h
     settings["output"] = RunArguments().output
     write_whole(
         folder / "best.yaml",
-        f"# The best of {len(trials)} trials, score {best['score']:.4f}: sparsegrad train --config {folder}/best.yaml\n"
+        f"# The best of {len(trials)} trials, score {best['score']:.4f}: sparsegrad train --config best.yaml\n"
         + yaml.safe_dump(settings, sort_keys=False),
     )
     result = {"best": best, "trials": trials, "settings": study.user_attrs["settings"]}

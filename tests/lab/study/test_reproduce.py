@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -554,3 +555,14 @@ def test_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no scale 'huge'; expected one of cpu, paper" in capsys.readouterr().err
     assert main(["reproduce", "comparison", "--methods", "lora,lore"]) == 1
     assert "--methods: expected some of full, lora" in capsys.readouterr().err
+
+
+def test_a_printed_command_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shell sees one folder, and nothing in its name is taken for a colour or an emoji."""
+    folder = tmp_path / "bob's [bold]experiments[/bold] :bug: $HOME"
+    (folder / "own").mkdir(parents=True)
+    experiment = {"title": "Own", "question": "Which?", "tasks": ["files"], "methods": {"lora": None}}
+    (folder / "own" / "experiment.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    assert main(["reproduce", "--folder", str(folder)]) == 0
+    [command] = re.findall("next:   (.*)", capsys.readouterr().out)
+    assert shlex.split(command) == ["sparsegrad", "reproduce", "own", "--scale", "cpu", "--folder", str(folder)]
