@@ -118,9 +118,9 @@ def _update_cost(formed: bool, tokens: int, live: int, layer: LayerShape, prefer
     from_input = saves_input(tokens, layer, prefer)
     project = chain_cost(tokens, *layer.dims_in[::-1])
     if formed:
-        forming = chain_cost(*layer.dims_out, *layer.dims_in) * (
-            1 if prefer == "speed" else 2
-        )  # "speed" keeps it for backward
+        forming = chain_cost(*layer.dims_out, *layer.dims_in)
+        if prefer == "memory":  # formed again in backward
+            forming *= 2
         if from_input:
             return forming + chain_cost(*layer.dims_out[::-1], live, *layer.dims_in[::-1])
         return forming + project + chain_cost(*layer.dims_out[::-1], live, layer.c)

@@ -86,12 +86,9 @@ class SparseGradFunction(torch.autograd.Function):
         scale_in: Tensor | None,  # (c,), scales the columns of S
         prefer: Prefer,
     ) -> Tensor:  # (T, out)
+        y, x_tilde, W_formed = output(x, weight, bias, core, positions, U, V, scale_out, scale_in, prefer)
         layer = _layer_shape(weight, U, V)
-        S = dense_core(core, positions, (layer.r, layer.c), (scale_out, scale_in))
         train_weight, train_core = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        formed = _forms(x.shape[0], layer, weight, prefer)
-        y, x_tilde, W_formed = _output(x, weight, bias, S, U, V, formed)
-
         save_input = train_weight or saves_input(x.shape[0], layer, prefer)
         save_projected = train_core and not save_input
         if save_projected and x_tilde is None:
@@ -108,7 +105,7 @@ class SparseGradFunction(torch.autograd.Function):
             scale_out,
             scale_in,
         )
-        ctx.layer, ctx.formed = layer, formed
+        ctx.layer, ctx.formed = layer, W_formed is not None
         return y
 
     @staticmethod
@@ -151,7 +148,7 @@ class SparseGradFunction(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_core, *[None] * 6
 
 
-def output_without_grad(
+def output(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -162,11 +159,20 @@ def output_without_grad(
     scale_out: Tensor | None,
     scale_in: Tensor | None,
     prefer: Prefer,
-) -> Tensor:
-    """Return the output (T, out) and save nothing. Arguments as in `SparseGradFunction.forward`."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Compute `y` (T, out) and save nothing. Arguments as in `SparseGradFunction.forward`.
+
+    Returns:
+        `y`, and either `x_tilde` (T, c) or `W + Vᵀ S U` (out, in), in the type of `x`.
+    """
     layer = _layer_shape(weight, U, V)
     S = dense_core(core, positions, (layer.r, layer.c), (scale_out, scale_in))
-    return _output(x, weight, bias, S, U, V, _forms(x.shape[0], layer, weight, prefer))[0]
+    if _forms(x.shape[0], layer, weight, prefer):
+        W_formed = _form(weight, S, U, V, x.dtype)
+        return functional.linear(x, W_formed, bias), None, W_formed
+    x_tilde = take(x, cast(U, x.dtype))
+    y = functional.linear(x, weight.to(x.dtype), bias)
+    return _add_update(y, (x_tilde,), S.T.to(x.dtype), cast(V, x.dtype)), x_tilde, None
 
 
 def _layer_shape(weight: Tensor, U: Side, V: Side) -> LayerShape:
@@ -209,24 +215,6 @@ def _add_update_to_weight(weight: Tensor, S: Tensor, U: Side, V: Side) -> Tensor
         return formed.index_add_(1, U, rows)  # (out, c)
     assert V is not None
     return formed.index_add_(0, V, rows)  # (r, in)
-
-
-def _output(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    S: Tensor,
-    U: Side,
-    V: Side,
-    formed: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return `y` (T, out), and either `x_tilde` (T, c) or `W + Vᵀ S U` (out, in), in the type of `x`."""
-    if formed:
-        W_formed = _form(weight, S, U, V, x.dtype)
-        return functional.linear(x, W_formed, bias), None, W_formed
-    x_tilde = take(x, cast(U, x.dtype))
-    y = functional.linear(x, weight.to(x.dtype), bias)
-    return _add_update(y, (x_tilde,), S.T.to(x.dtype), cast(V, x.dtype)), x_tilde, None
 
 
 def _add_update(y: Tensor, factors: tuple[Tensor, ...], S: Tensor, side: Side) -> Tensor:

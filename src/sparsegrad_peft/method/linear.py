@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .basis import Basis, HoldsBasis
 from .costs import Prefer
-from .function import SparseGradFunction, dense_core, form_weight, output_without_grad
+from .function import SparseGradFunction, dense_core, form_weight, output
 from .plain import check_replaceable, is_conv1d, plain_linear, weight_and_bias
 from .precision import at_least_float32, autocast_kind, compute_dtype, without_autocast
 from .sides import scaled
@@ -54,8 +54,7 @@ def apply_core(
     bias = None if bias is None else bias.to(dtype)
     operands = (flat, weight, bias, core, positions, basis.U, basis.V, *basis.scales, prefer)
     with without_autocast(x.device):
-        compute = SparseGradFunction.apply if torch.is_grad_enabled() else output_without_grad
-        y = compute(*operands)  # (T, out)
+        y = SparseGradFunction.apply(*operands) if torch.is_grad_enabled() else output(*operands)[0]  # (T, out)
     return y.view(*x.shape[:-1], out_features)
 
 
