@@ -42,7 +42,6 @@ LONGEST = 60
 CYCLES_LEFT = False
 IMPORTS_UP_LEFT: set[str] = set()
 LONG_FUNCTIONS_LEFT = {
-    "sparsegrad_peft.method",
     "sparsegrad_lab.bench",
 }  # fmt: skip
 

@@ -38,14 +38,11 @@ def select_positions(
     layer. The model does not change. Under `torch.distributed` the sums are all-reduced.
 
     Args:
-        model: see `stream_gradients`, as for `batches`, `step` and `loss_fn`.
+        model, batches, step, loss_fn: see `stream_gradients`.
         groups: group name -> layer names.
         bases: group name -> basis in which the entries are chosen.
-        batches: inputs of `loss_fn`.
         k: entries for each layer.
         density: the same as a share of `r * c`.
-        step: in place of `batches`.
-        loss_fn: (model, batch) -> scalar loss.
         config: `n_steps`, `training` and `trajectory` are used; None takes 10 steps.
         progress: show a progress bar.
         fields: in place of `config`, single fields of `CalibrationConfig`.
