@@ -38,11 +38,14 @@ def select_positions(
     layer. The model does not change. Under `torch.distributed` the sums are all-reduced.
 
     Args:
-        model, batches, step, loss_fn: see `stream_gradients`.
+        model: see `stream_gradients`, as for `batches`, `step` and `loss_fn`.
         groups: group name -> layer names.
         bases: group name -> basis in which the entries are chosen.
+        batches: inputs of `loss_fn`.
         k: entries for each layer.
         density: the same as a share of `r * c`.
+        step: in place of `batches`.
+        loss_fn: (model, batch) -> scalar loss.
         config: `n_steps`, `training` and `trajectory` are used; None takes 10 steps.
         progress: show a progress bar.
         fields: in place of `config`, single fields of `CalibrationConfig`.
@@ -56,10 +59,7 @@ def select_positions(
     config = resolve_config(config, fields, _TEN_STEPS)
     check_same_groups(groups, bases)
     basis_of = {layer: bases[group] for group, layers in groups.items() for layer in layers}
-    modules = dict(model.named_modules())
-    for layer in basis_of.keys() & modules.keys():  # stream_gradients refuses unknown ones, all at once
-        r, c = basis_of[layer].core_shape(*linear_shape(modules[layer], layer))
-        resolve_k(r * c, k, density)
+    _check_k(model, basis_of, k, density)
     squares: dict[str, Tensor] = {}
 
     def add(layer: str, G: Tensor) -> None:
@@ -76,3 +76,10 @@ def select_positions(
         layer: topk_positions(squares[layer].reshape(-1), resolve_k(squares[layer].numel(), k, density)).int()
         for layer in basis_of
     }
+
+
+def _check_k(model: nn.Module, basis_of: Mapping[str, Basis], k: int | None, density: float | None) -> None:
+    for layer, module in model.named_modules():
+        if layer in basis_of:  # stream_gradients refuses unknown ones, all at once
+            r, c = basis_of[layer].core_shape(*linear_shape(module, layer))
+            resolve_k(r * c, k, density)
