@@ -1,8 +1,8 @@
-"""How the cost of a step grows: with tokens, with width, with the size of the bases, with what is selected.
+"""Measure how the cost of a step grows with tokens, width and the size of the bases.
 
     python benchmarks/curves.py
 
-One MLP block, one thing changed at a time; each point is a run of `sparsegrad bench`. A picture is written too.
+The model is one MLP block. Each point is a run of `sparsegrad bench`. Writes a result file and a plot.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from record import environment, parser, write
-from sparsegrad_lab.bench.arguments import BenchArguments
+from sparsegrad_lab.bench.settings import BenchArguments
 from sparsegrad_lab.bench.speed import measure
 
 METHODS = ("floor", "sparsegrad", "sparsegrad-speed", "lora", "full")
@@ -19,7 +19,7 @@ WIDTHS = ((256, 1024), (512, 2048), (768, 3072), (1024, 4096), (1536, 6144))
 
 
 def sweeps(tokens: int) -> list[dict[str, Any]]:
-    """What is changed, and how each point differs from `sparsegrad bench --workload mlp`."""
+    """Return what each sweep changes, and the settings of its points besides `--workload mlp`."""
     return [
         {"of": "tokens", "words": "Tokens of a step", "points": [(n, {"tokens": n}) for n in (64, 256, 1024, 4096)]},
         {"of": "hidden / wide", "words": f"Width, {tokens:,} tokens",
@@ -31,7 +31,7 @@ def sweeps(tokens: int) -> list[dict[str, Any]]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Ratio to the floor against what is changed, a panel for each."""
+    """Plot the ratio to the floor, a panel for each sweep."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, len(result["sweeps"]), figsize=(13, 4), sharey=True, layout="constrained")
@@ -43,7 +43,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         panel.set_xlabel(sweep["of"])
         panel.grid(alpha=0.3)
         panel.tick_params(axis="x", labelrotation=20)
-    panels[0].set_ylabel("time of a step, to the floor's")
+    panels[0].set_ylabel("time of a step / floor")
     panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,9 +1,9 @@
-"""Time per token of a decoder with an adapter attached, and merged, beside the base model and LoRA.
+"""Measure the decoding time per token: base model, SparseGrad attached and merged, LoRA.
 
     python benchmarks/decode.py
 
-One sequence, greedy, with the key-value cache, a GPT-2 of random weights. The adapters are trained for one step, so
-nothing about them is zero. Methods take turns, a burst of tokens each, its prompt included.
+The model is a GPT-2 with random weights: one sequence, greedy decoding with the key-value cache. SparseGrad's adapter
+is trained for one step, so that its core is not zero. The models take turns; a turn is a prompt and a burst of tokens.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def main() -> None:
     for name, row in result["methods"].items():
         print(f"{name:20}{row['token_ms']['p50']:8.2f} ms a token{row['ratio_to_base']:8.2f}")
     for target, outcome in result["targets"].items():
-        print(f"{'reached' if outcome['reached'] else 'MISSED ':8} {target}: {outcome['found']:.3f}")
+        print(f"{'met' if outcome['reached'] else 'NOT MET':8} {target}: {outcome['found']:.3f}")
     write(options.json, result)
 
 

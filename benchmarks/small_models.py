@@ -1,10 +1,10 @@
-"""Real pretrained models of a few hundred kilobytes, as `transformers` folders: what the study's LLaMA and ViT are.
+"""Convert small pretrained models into `transformers` folders: the LLaMA and the ViT of the study.
 
     python benchmarks/small_models.py --output models    # from the weights in $SPARSEGRAD_DATA/weights
 
-stories260k       a LLaMA of 260,032 parameters that tells children's stories (llama2.c), trained on 512 tokens
+stories260k       a LLaMA of 260,032 parameters for children's stories (llama2.c), trained on 512 tokens
 stories260k-1024  the same weights with YaRN's rotary embedding, for 1,024 tokens
-mnist-vit         a ViT of 28 by 28 that was trained on MNIST, for a new head
+mnist-vit         a ViT for images of 28 x 28, trained on MNIST, without its head
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 
 def write_llama(source: Path, folder: Path, length: int | None = None) -> None:
-    """Model and tokenizer, from llama2.c's files; `length`: of more tokens than the model was trained on."""
+    """Convert model and tokenizer from llama2.c's files; `length` extends the context beyond the trained one."""
     model, tokenizer = llama_of(source / "stories260K.bin"), tokenizer_of(source / "tok512.bin")
     if length is not None:
         trained_on = model.config.max_position_embeddings
@@ -33,15 +33,15 @@ def write_llama(source: Path, folder: Path, length: int | None = None) -> None:
 
 
 def write_vit(source: Path, folder: Path) -> None:
-    """The backbone; a new head is made for a task."""
+    """Convert the ViT without its head; each task adds a new one."""
     vit_of(source / "vit_mnist.pth").save_pretrained(folder)
 
 
 def llama_of(file: Path) -> Any:
-    """llama2.c's fp32 export (the one without a version) -> LlamaForCausalLM.
+    """Convert llama2.c's fp32 export (the format without a version) to a LlamaForCausalLM.
 
-    Its rotary embedding turns neighbours (0, 1), (2, 3), ... of a head together, that of `transformers` the halves
-    (0, n/2), (1, n/2 + 1), ...: the rows of the queries' and keys' weights are put in that order.
+    llama2.c's rotary embedding rotates neighbours (0, 1), (2, 3), ... of a head; that of `transformers` rotates the
+    pairs (0, n/2), (1, n/2 + 1), ... So the rows of the query and key weights are reordered.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -83,7 +83,7 @@ def llama_of(file: Path) -> Any:
 
 
 def tokenizer_of(file: Path) -> Any:
-    """llama2.c's tokenizer file (scores and pieces) -> a fast tokenizer: merges in the order of the scores."""
+    """Convert llama2.c's tokenizer file (scores and pieces) to a fast tokenizer, with merges in the order of scores."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -117,16 +117,16 @@ def tokenizer_of(file: Path) -> Any:
 
 
 def vit_of(file: Path, own_head: bool = False) -> Any:
-    """A ViT with fused queries, keys and values -> ViTForImageClassification.
+    """Convert a ViT with fused query, key and value weights to a ViTForImageClassification.
 
-    Its attention divides by the root of the width, that of `transformers` by that of a head's width: the queries make
-    up for it. It has no norm after the last block and two layers in its head, which `own_head` puts in; a folder
-    cannot hold those.
+    Its attention divides by the square root of the model's width, that of `transformers` by that of a head's width; the
+    query weights are scaled to compensate. The original has no norm after the last block, and a head of two layers.
+    `own_head` adds both; such a model cannot be saved as a folder.
     """
     from torch import nn
     from transformers import ViTConfig, ViTForImageClassification
 
-    theirs = torch.load(file, weights_only=True)
+    original = torch.load(file, weights_only=True)
     config = ViTConfig(
         hidden_size=64, num_hidden_layers=6, num_attention_heads=8, intermediate_size=128, image_size=28, patch_size=7,
         num_channels=1, num_labels=10, qkv_bias=False, layer_norm_eps=1e-5, hidden_act="gelu",
@@ -134,24 +134,24 @@ def vit_of(file: Path, own_head: bool = False) -> Any:
     torch.manual_seed(0)
     model: Any = ViTForImageClassification(config)
     state = {
-        "embeddings.cls_token": theirs["cls_token"],
-        "embeddings.position_embeddings": theirs["pos_embedding"],
-        "embeddings.patch_embeddings.projection.weight": theirs["patch_to_embedding.weight"].view(64, 1, 7, 7),
-        "embeddings.patch_embeddings.projection.bias": theirs["patch_to_embedding.bias"],
+        "embeddings.cls_token": original["cls_token"],
+        "embeddings.position_embeddings": original["pos_embedding"],
+        "embeddings.patch_embeddings.projection.weight": original["patch_to_embedding.weight"].view(64, 1, 7, 7),
+        "embeddings.patch_embeddings.projection.bias": original["patch_to_embedding.bias"],
     }
     for number in range(6):
         here, there = f"layers.{number}", f"transformer.layers.{number}"
         attention, mlp = f"{there}.0.fn", f"{there}.1.fn"
-        q, k, v = theirs[f"{attention}.fn.to_qkv.weight"].chunk(3)
+        q, k, v = original[f"{attention}.fn.to_qkv.weight"].chunk(3)
         state |= {f"{here}.attention.q_proj.weight": q * (8 / 64) ** 0.5}
         state |= {f"{here}.attention.k_proj.weight": k, f"{here}.attention.v_proj.weight": v}
         for part in ("weight", "bias"):
             state |= {
-                f"{here}.attention.o_proj.{part}": theirs[f"{attention}.fn.to_out.{part}"],
-                f"{here}.layernorm_before.{part}": theirs[f"{attention}.norm.{part}"],
-                f"{here}.layernorm_after.{part}": theirs[f"{mlp}.norm.{part}"],
-                f"{here}.mlp.fc1.{part}": theirs[f"{mlp}.fn.net.0.{part}"],
-                f"{here}.mlp.fc2.{part}": theirs[f"{mlp}.fn.net.2.{part}"],
+                f"{here}.attention.o_proj.{part}": original[f"{attention}.fn.to_out.{part}"],
+                f"{here}.layernorm_before.{part}": original[f"{attention}.norm.{part}"],
+                f"{here}.layernorm_after.{part}": original[f"{mlp}.norm.{part}"],
+                f"{here}.mlp.fc1.{part}": original[f"{mlp}.fn.net.0.{part}"],
+                f"{here}.mlp.fc2.{part}": original[f"{mlp}.fn.net.2.{part}"],
             }
     missing, unexpected = model.vit.load_state_dict(state, strict=False)
     assert (sorted(missing), unexpected) == (["layernorm.bias", "layernorm.weight"], [])
@@ -159,14 +159,16 @@ def vit_of(file: Path, own_head: bool = False) -> Any:
         model.vit.layernorm = nn.Identity()
         model.classifier = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 10))
         model.classifier.load_state_dict(
-            {name.removeprefix("mlp_head."): value for name, value in theirs.items() if name.startswith("mlp_head.")}
+            {name.removeprefix("mlp_head."): value for name, value in original.items() if name.startswith("mlp_head.")}
         )
     return model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("SPARSEGRAD_DATA"), help="default: SPARSEGRAD_DATA")
+    parser.add_argument(
+        "--data", type=Path, default=os.environ.get("SPARSEGRAD_DATA"), help="data folder; default: $SPARSEGRAD_DATA"
+    )
     parser.add_argument("--output", type=Path, default=Path("models"))
     options = parser.parse_args()
     if options.data is None:

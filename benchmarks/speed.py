@@ -1,4 +1,4 @@
-"""Time and memory of a training step, every method in a process of its own: `sparsegrad bench`, from a checkout.
+"""Measure time and memory of a training step: `sparsegrad bench`, from a checkout.
 
 python benchmarks/speed.py --workload bert-base --tokens 2048 --json benchmarks/results/speed/bert-base.json
 """

@@ -1,10 +1,11 @@
 """Write the tables of README.md, docs/method.md and docs/performance.md, and docs/results.md, from the result files.
 
-    python benchmarks/tables.py           # write them
-    python benchmarks/tables.py --check   # only say whether they are what the files give; exit 1 if not
+    python benchmarks/tables.py           # write
+    python benchmarks/tables.py --check   # only compare; exit 1 if a table differs from its result file
 
-A table stands between `<!-- table: PATH -->` and `<!-- end of table -->`; `PATH calibration` is another one of a study,
-and a folder of speed results gives one line a workload.
+A table stands between `<!-- table: PATH -->` and `<!-- end of table -->`. PATH is a result file; a folder of speed
+results (one line for each workload); a study folder; `PATH calibration`, the share of calibration in a study's runs;
+or `methods`, the methods of `sparsegrad bench`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from sparsegrad_lab.bench.methods import METHODS
 from sparsegrad_lab.run.folder import write_whole
 from sparsegrad_lab.study.report import bullets
 from sparsegrad_lab.study.report import markdown as results_document
@@ -52,24 +54,29 @@ def megabytes(count: int) -> str:
 
 def targets(result: dict[str, Any]) -> str:
     return "\n".join(
-        f"- {'reached' if outcome['reached'] else '**missed**'}: {target} (found {outcome['found']:.4g})"
+        f"- {'met' if outcome['reached'] else '**not met**'}: {target} (measured {outcome['found']:.4g})"
         for target, outcome in result["targets"].items()
     )
 
 
+def speed_methods() -> str:
+    """What each method of `sparsegrad bench` is."""
+    return markdown(["method", "description"], [[f"`{name}`", method.summary] for name, method in METHODS.items()])
+
+
 def speed(result: dict[str, Any]) -> str:
-    """Time, memory and count of each method of one run of `sparsegrad bench`."""
-    header = ["method", "step, ms (p20–p80)", "to floor", "to LoRA", "G multiply-adds, MLP", "peak, MB",
-              "kept for backward, MB", "optimizer, MB", "bases, MB", "trained entries"]  # fmt: skip
+    """Time, memory and multiply-adds of each method in one run of `sparsegrad bench`."""
+    header = ["method", "step, ms (p20–p80)", "÷ floor", "÷ LoRA", "multiply-adds, 10⁹", "peak, MB",
+              "saved for backward, MB", "optimizer, MB", "bases, MB", "trained entries"]  # fmt: skip
     rows = []
     for name, row in result["methods"].items():
-        words = f"`{name}`: {row['words']}"
         if "step_ms" not in row:
-            rows.append([words, "not installed" if "skipped" in row else "failed", *[""] * (len(header) - 2)])
+            missing = "not installed" if "skipped" in row else "failed"
+            rows.append([f"`{name}`", missing, *[""] * (len(header) - 2)])
             continue
         ms, to, size = row["step_ms"], row["ratio_to"], row["bytes"]
         rows.append([
-            words, f"{ms['p50']:.0f} ({ms['p20']:.0f}–{ms['p80']:.0f})",
+            f"`{name}`", f"{ms['p50']:.0f} ({ms['p20']:.0f}–{ms['p80']:.0f})",
             *(f"{to[other]:.2f}" if other in to else "" for other in ("floor", "lora")),
             "" if row["multiply_adds"] is None else f"{row['multiply_adds'] / 1e9:.1f}",
             f"{row['peak_bytes'] / 1e6:.0f}",
@@ -78,7 +85,7 @@ def speed(result: dict[str, Any]) -> str:
         ])  # fmt: skip
     e = result["environment"]
     live = result["live_tokens"]
-    padding = "" if live == result["arguments"]["tokens"] else f" ({live:,} of them no padding)"
+    padding = "" if live == result["arguments"]["tokens"] else f" ({live:,} of the tokens are not padding)"
     where = (
         f"{result['workload']}{padding}. {e['device']}, {e['threads']} threads, torch {e['packages']['torch']}, "
         f"transformers {e['packages']['transformers']}, peft {e['packages']['peft']}, seed "
@@ -86,21 +93,21 @@ def speed(result: dict[str, Any]) -> str:
     )
     blocks = part_of_model(result)
     part = f" with {blocks}" if blocks else ""
-    reached = "\n".join(
-        f"- {'reached' if found <= most else '**missed**'}{part}: {what} (found {found:.3g})"
+    verdicts = "\n".join(
+        f"- {'met' if found <= most else '**not met**'}{part}: {what} (measured {found:.3g})"
         for what, found, most in speed_targets(result["methods"])
     )
-    return f"{markdown(header, rows)}\n\n{where}\n\n{reached}"
+    return f"{markdown(header, rows)}\n\n{where}\n\n{verdicts}"
 
 
 def part_of_model(result: dict[str, Any]) -> str:
-    """ "4 of 12 blocks"; empty for all of them."""
+    """Return "4 of 12 blocks"; "" for a whole model."""
     depth = re.search(r"(\d+) of (\d+) blocks", result["workload"])
     return depth[0] if depth is not None and depth[1] != depth[2] else ""
 
 
 def speed_overview(path: Path) -> str:
-    """The default next to the floor and to LoRA, one line a workload; whole models first."""
+    """One line for each workload, whole models first."""
 
     def ratio(rows: dict[str, Any], of: str, to: str) -> str:
         return f"{rows[of]['ratio_to'][to]:.2f}" if of in rows else ""
@@ -117,29 +124,33 @@ def speed_overview(path: Path) -> str:
              f"{default['peak_bytes'] / lora['peak_bytes']:.2f}",
              f"{default['bytes']['kept_for_backward'] / lora['bytes']['kept_for_backward']:.2f}"],
         ))  # fmt: skip
-    header = ["workload", "step to the floor's", "step to LoRA's", "with prefer=\"speed\"", "full fine-tuning's",
-              "peak memory to LoRA's", "kept for backward to LoRA's"]  # fmt: skip
+    header = ["workload", "step ÷ floor", "step ÷ LoRA", "step ÷ LoRA, `prefer=\"speed\"`", "full fine-tuning ÷ LoRA",
+              "peak memory ÷ LoRA", "saved for backward ÷ LoRA"]  # fmt: skip
     return markdown(header, [line for _, line in sorted(lines, key=lambda line: line[0])])
 
 
+SPEED_TARGETS: tuple[tuple[str, str, str, float, Callable[[Any, Any], float]], ...] = (
+    ("the default takes at most LoRA's time",
+     "sparsegrad", "lora", 1.0, lambda a, b: a["ratio_to"]["lora"]),
+    ("the default takes at most 1.15 times the floor's time",
+     "sparsegrad", "floor", 1.15, lambda a, b: a["ratio_to"]["floor"]),
+    ("the default's peak memory is below LoRA's",
+     "sparsegrad", "lora", 1.0, lambda a, b: a["peak_bytes"] / b["peak_bytes"]),
+    ("`sparsegrad-paper` takes at most a third of the published layer's time",
+     "sparsegrad-paper", "literal", 1 / 3, lambda a, b: a["ratio_to"]["literal"]),
+    ("the optimizer state of `sparsegrad-paper` is at most a tenth of full fine-tuning's after these steps",
+     "sparsegrad-paper", "full", 0.1, lambda a, b: a["bytes"]["optimizer"] / b["bytes"]["optimizer"]),
+)  # fmt: skip
+"""Target, the two methods that it compares, the largest ratio allowed, and how to compute the ratio from their rows."""
+
+
 def speed_targets(rows: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """What is aimed at, what was found, and the most that it may be."""
-    found: list[tuple[str, float, float]] = []
-
-    def ratio(what: str, a: str, b: str, most: float, of: Any) -> None:
-        if all("step_ms" in rows.get(name, {}) for name in (a, b)):
-            found.append((what, of(rows[a], rows[b]), most))
-
-    ratio("default at most 1.0x LoRA's time", "sparsegrad", "lora", 1.0, lambda a, b: a["ratio_to"]["lora"])
-    ratio("default at most 1.15x the floor's", "sparsegrad", "floor", 1.15, lambda a, b: a["ratio_to"]["floor"])
-    ratio(
-        "default's peak memory below LoRA's", "sparsegrad", "lora", 1.0, lambda a, b: a["peak_bytes"] / b["peak_bytes"]
-    )
-    ratio("published method at most a third of the literal layer's time", "sparsegrad-paper", "literal", 1 / 3,
-          lambda a, b: a["ratio_to"]["literal"])  # fmt: skip
-    ratio("published method's optimizer at most 0.1x full fine-tuning's (so far)", "sparsegrad-paper", "full", 0.1,
-          lambda a, b: a["bytes"]["optimizer"] / b["bytes"]["optimizer"])  # fmt: skip
-    return found
+    """Return (target, measured ratio, largest ratio allowed) for the targets whose methods were measured."""
+    return [
+        (target, ratio(rows[a], rows[b]), most)
+        for target, a, b, most, ratio in SPEED_TARGETS
+        if all("step_ms" in rows.get(name, {}) for name in (a, b))
+    ]
 
 
 def decode(result: dict[str, Any]) -> str:
@@ -148,12 +159,12 @@ def decode(result: dict[str, Any]) -> str:
          f"{row['ratio_to_base']:.2f}"]
         for name, row in result["methods"].items()
     ]  # fmt: skip
-    header = ["model", "ms a token (p20–p80)", "to base"]
+    header = ["model", "ms per token (p20–p80)", "÷ base"]
     return f"{markdown(header, rows)}\n\n{origin(result)}\n\n{targets(result)}"
 
 
 def curves(result: dict[str, Any]) -> str:
-    """How the cost grows with one thing at a time."""
+    """Cost against one quantity at a time."""
     parts = []
     for sweep in result["sweeps"]:
         methods = list(sweep["points"][0]["ratio_to_floor"])
@@ -162,30 +173,30 @@ def curves(result: dict[str, Any]) -> str:
             for point in sweep["points"]
         ]
         parts.append(f"{sweep['words']}:\n\n{markdown([sweep['of'], 'floor, ms', *(f'`{m}`' for m in methods)], rows)}")
-    return "\n\n".join([*parts, f"Times to the floor's, p50. {origin(result)}"])
+    return "\n\n".join([*parts, f"Method columns: median of the step's time divided by the floor's. {origin(result)}"])
 
 
 def calibration(result: dict[str, Any]) -> str:
     seconds, size = result["seconds"], result["bytes"]
     rows = [
-        ["extra memory at its peak, MB", megabytes(size["peak_extra"]),
-         f"{megabytes(size['paper_stack_one_group'])} (stack of 30 gradients, one group)"],
-        ["decompositions of both groups, complete bases, s", f"{seconds['complete_bases']:.1f}", ""],
-        ["... the leading tenth of each side, s", f"{seconds['leading_tenth']:.1f}", ""],
+        ["extra memory at the peak, MB", megabytes(size["peak_extra"]),
+         f"{megabytes(size['paper_stack_one_group'])} (the paper's stack of 30 gradients, one group)"],
+        ["decompositions for complete bases of both groups, s", f"{seconds['complete_bases']:.1f}", ""],
+        ["decompositions for a tenth of each side, s", f"{seconds['leading_tenth']:.1f}", ""],
     ]  # fmt: skip
     if "svd_of_one_stack" in seconds:
-        rows.append(["one group of 30 gradients: decomposition, s", f"{seconds['bases_of_one_stack']:.1f}",
+        rows.append(["decomposition for one group of 30 gradients, s", f"{seconds['bases_of_one_stack']:.1f}",
                      f"{seconds['svd_of_one_stack']:.1f} (SVD of both unfoldings)"])  # fmt: skip
-        rows.append(["... Gram matrices of these 30 gradients, s", f"{seconds['gram_of_one_stack']:.1f}", ""])
-    rows.append(["all of calibration but the decompositions, s", f"{seconds['calibrate']:.0f}",
-                 f"{seconds['backpropagation_alone']:.0f} (the same backpropagation, gradients dropped)"])  # fmt: skip
-    return f"{markdown(['', 'here', 'compared with'], rows)}\n\n{origin(result)}\n\n{targets(result)}"
+        rows.append(["Gram matrices of these 30 gradients, s", f"{seconds['gram_of_one_stack']:.1f}", ""])
+    rows.append(["calibration without the decompositions, s", f"{seconds['calibrate']:.0f}",
+                 f"{seconds['backpropagation_alone']:.0f} (backpropagation alone)"])  # fmt: skip
+    return f"{markdown(['', 'SparseGrad', 'compared with'], rows)}\n\n{origin(result)}\n\n{targets(result)}"
 
 
 def energy(result: dict[str, Any]) -> str:
     steps = result["steps"]
-    header = ["bases calibrated by"]
-    header += [f"after {step} steps: {what}" for step in steps for what in ("top 1 %", "leading block")]
+    header = ["bases"]
+    header += [f"step {step}: {what}" for step in steps for what in ("top 1 %", "leading block")]
     ways = list(next(iter(steps.values()))["shares"])
     rows = []
     for way in ways:
@@ -198,7 +209,7 @@ def energy(result: dict[str, Any]) -> str:
 
 
 def study(path: Path) -> str:
-    """Verdict, scores and differences of one experiment, from one result file a run."""
+    """Verdict, scores and differences of one experiment."""
     [section] = read_sections([path])
     parts = [
         bullets(verdict(section)),
@@ -210,8 +221,8 @@ def study(path: Path) -> str:
 
 
 def calibration_share(path: Path, epochs: int = 3) -> str:
-    """What calibration takes next to training on a whole task, from the runs on samples of it."""
-    header = ["task", "calibration, in training steps", f"steps of {epochs} epochs", "share of them"]
+    """Time of calibration against training on the whole task, from runs on samples of the task."""
+    header = ["task", "calibration, in training steps", f"steps of {epochs} epochs", "share"]
     rows = []
     for task, count in GLUE_ROWS.items():
         runs = [json.loads(file.read_text(encoding="utf-8")) for file in path.glob(f"*/{task}/sparsegrad-[0-9]*.json")]
@@ -220,8 +231,11 @@ def calibration_share(path: Path, epochs: int = 3) -> str:
         steps = epochs * -(-count // batch)
         rows.append([task, f"{taken:.0f}", f"{steps:,}", f"{100 * taken / steps:.1f} %"])
     n_steps = runs[0]["config"]["calibration"]["n_steps"]
-    words = f"{n_steps} backward passes along a trajectory and the bases of each layer, MiniLM, batches of {batch}"
-    return f"{markdown(header, rows)}\n\n{words}; a training step with its part of the evaluations. Median over seeds."
+    source = (
+        f"MiniLM, batches of {batch}; calibration: {n_steps} backward passes along a trajectory, bases for each layer. "
+        "The time of a training step includes its share of the evaluations. Median over seeds."
+    )
+    return f"{markdown(header, rows)}\n\n{source}"
 
 
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -234,17 +248,19 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def filled(text: str) -> str:
-    """The document with each table made anew from its result file."""
+    """Return the document with each table written again from its result file."""
 
     def table(match: re.Match[str]) -> str:
         path = ROOT / match[2]
-        if path.is_dir():  # one file a run
-            folder = speed_overview if path.name == "speed" else calibration_share if match[3] else study
-            made = folder(path)
+        if match[2] == "methods":
+            content = speed_methods()
+        elif path.is_dir():
+            render_folder = speed_overview if path.name == "speed" else calibration_share if match[3] else study
+            content = render_folder(path)
         else:
             result = json.loads(path.read_text(encoding="utf-8"))
-            made = RENDER[result["benchmark"]](result)
-        return f"{match[1]}\n{made}\n\n{match[4]}"
+            content = RENDER[result["benchmark"]](result)
+        return f"{match[1]}\n{content}\n\n{match[4]}"
 
     return MARK.sub(table, text)
 
@@ -269,8 +285,8 @@ def main() -> None:
         if not check:  # what `sparsegrad report benchmarks/results/study --markdown docs/results.md` writes
             write_whole(results, whole)
     if check and stale:
-        sys.exit(f"{', '.join(stale)}: a table is not what its result file gives; run python benchmarks/tables.py")
-    print("written: " + ", ".join(stale) if stale else "all tables are what the result files give")
+        sys.exit(f"{', '.join(stale)}: a table differs from its result file; run python benchmarks/tables.py")
+    print("written: " + ", ".join(stale) if stale else "all tables agree with the result files")
 
 
 if __name__ == "__main__":

@@ -41,9 +41,7 @@ LONGEST = 60
 
 CYCLES_LEFT = False
 IMPORTS_UP_LEFT: set[str] = set()
-LONG_FUNCTIONS_LEFT = {
-    "sparsegrad_lab.bench",
-}  # fmt: skip
+LONG_FUNCTIONS_LEFT: set[str] = set()
 
 
 def still_failing(fails: bool) -> list[pytest.MarkDecorator]:

@@ -1,32 +1,41 @@
-"""The methods that a benchmark compares: a model with an adapter in it, and what its optimizer is."""
+"""The methods that a benchmark compares. Each one prepares a model and its optimizer."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsegrad_peft.method.basis import Basis
-from sparsegrad_peft.method.calibrate import Calibration, calibrate
-from sparsegrad_peft.method.groups import group_linears, linear_shape
+from sparsegrad_peft.method.calibrate import calibrate
+from sparsegrad_peft.method.groups import group_linears
 from sparsegrad_peft.method.literal import LiteralSparseGradLinear
 from sparsegrad_peft.method.optim import SparseGradAdamW
 from sparsegrad_peft.method.sizes import Sizes
 from sparsegrad_peft.method.surgery import param_groups, replace_linears
 from sparsegrad_peft.tuner.calibration import calibrate_adapter
-from sparsegrad_peft.tuner.config import SparseGradConfig
 
-DENSITY = 0.01  # the paper's share of entries a step
-_RATE = 1e-4  # of every optimizer: its size does not change what a step costs
+from ..methods.method import Setup
+from ..methods.registry import METHODS as RUN_METHODS
+from ..methods.settings import AdapterArguments, CalibrationArguments
+
+DENSITY = 0.01
+"""Share of the entries that a step updates in the paper."""
+LEARNING_RATE = 1e-4
+"""Of every optimizer; it does not change the time of a step."""
+
+
+class NotInstalledError(Exception):
+    """The package of a method is not installed."""
 
 
 @dataclass
 class Prepared:
-    """A model that is ready to be trained, and its optimizer (None: nothing is learnt)."""
+    """A model that is ready to be trained, and its optimizer (None: nothing trains)."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
@@ -34,143 +43,120 @@ class Prepared:
 
 @dataclass
 class Setting:
-    """What all methods of a run have in common."""
+    """What all methods of a benchmark have in common."""
 
     model: nn.Module
     batch: dict[str, Tensor]
     targets: str
+    "regular expression for the names of the MLP layers"
     train_rest: bool
     sizes: Sizes
 
     @property
     def target_names(self) -> list[str]:
-        """Full names of the MLP's layers."""
+        """Full names of the MLP layers."""
         return [name for name, _ in self.model.named_modules() if re.fullmatch(self.targets, name)]
 
-    @property
-    def groups(self) -> dict[str, list[str]]:
-        """The layers by role and shape."""
-        return group_linears(self.model, self.target_names)
+    def loss(self) -> Tensor:
+        """Return the loss of the batch."""
+        loss: Tensor = self.model(**self.batch).loss
+        return loss
 
-    def freeze(self) -> list[nn.Parameter]:
-        """Freeze what does not train whatever the method: the MLP, or all; returns what trains besides an adapter."""
-        names = self.target_names
+    def freeze_mlp(self) -> list[nn.Parameter]:
+        """Freeze the MLP layers, and all else unless the rest trains. Returns the parameters that train."""
+        layers = tuple(f"{name}." for name in self.target_names)
         rest = []
         for name, parameter in self.model.named_parameters():
-            trains = self.train_rest and not any(name.startswith(f"{target}.") for target in names)
+            trains = self.train_rest and not name.startswith(layers)
             parameter.requires_grad_(trains)
             rest += [parameter] if trains else []
         return rest
 
-    def calibration(self) -> Calibration:
-        """From the batch itself: how good the bases are changes nothing here."""
-        return calibrate(self.model, step=self.loss, groups=self.groups, n_steps=1, progress=False)
+    def calibrate_groups(self) -> tuple[dict[str, list[str]], dict[str, Basis]]:
+        """Return the groups of layers and a complete basis for each, from one backward pass on the batch.
 
-    def loss(self) -> Tensor:
-        """Of the batch."""
-        loss: Tensor = self.model(**self.batch).loss
-        return loss
+        The quality of the bases does not change the time of a step.
+        """
+        groups = group_linears(self.model, self.targets)
+        return groups, calibrate(self.model, step=self.loss, groups=groups, n_steps=1, progress=False).bases()
 
-    @property
-    def entries(self) -> int:
-        """Trained entries of all layers under SparseGrad's sizes."""
-        total = 0
-        for name in self.target_names:
-            r, c = self.sizes.counts(*linear_shape(self.model.get_submodule(name), name))
-            assert r is not None
-            assert c is not None
-            total += r * c
-        return total
-
-    @property
-    def rank(self) -> int:
-        """LoRA's rank with the nearest number of entries."""
-        shapes = [linear_shape(self.model.get_submodule(name), name) for name in self.target_names]
-        return max(1, round(self.entries / sum(out + in_ for out, in_ in shapes)))
+    def adapt(self, method: str, **settings: Any) -> nn.Module:
+        """Prepare the model as a run with this method does. The rest trains without PEFT's frozen copies of it."""
+        rest = self.freeze_mlp()
+        adapter = AdapterArguments(
+            target_modules=self.targets, narrow=self.sizes.narrow, wide=self.sizes.wide, c=self.sizes.c, r=self.sizes.r
+        )
+        setup = Setup(replace(adapter, **settings), CalibrationArguments(), None, False, (), None)
+        adapted = RUN_METHODS[method].adapt(self.model, setup).model
+        for parameter in rest:
+            parameter.requires_grad_()
+        return adapted
 
 
-def _adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer | None:
-    return torch.optim.AdamW(params, lr=_RATE, weight_decay=0.0) if params else None
-
-
-def _weights(setting: Setting) -> list[nn.Parameter]:
-    weights = [setting.model.get_parameter(f"{name}.weight") for name in setting.target_names]
-    for weight in weights:
-        weight.requires_grad_()
-    return weights
+def _adamw(model: nn.Module) -> torch.optim.Optimizer | None:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0) if trained else None
 
 
 def _floor(setting: Setting) -> Prepared:
-    """Backward goes as far as any adapter's, and learns nothing on the way."""
+    """Backpropagate through the frozen MLP layers, as every method has to, and train nothing in them."""
 
-    def ask(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()
 
-    rest = setting.freeze()
+    setting.freeze_mlp()
     for name in setting.target_names:
-        setting.model.get_submodule(name).register_forward_hook(ask)
-    return Prepared(setting.model, _adamw(rest))
+        setting.model.get_submodule(name).register_forward_hook(require_grad)
+    return Prepared(setting.model, _adamw(setting.model))
 
 
-def _adapter(setting: Setting, density: float | None = None, complete: bool = False, **options: Any) -> Prepared:
-    from peft import get_peft_model
-
-    rest = setting.freeze()
-    sizes = Sizes("full", "full") if complete else setting.sizes
-    config = SparseGradConfig(
-        target_modules=setting.targets, narrow=sizes.narrow, wide=sizes.wide, c=sizes.c, r=sizes.r, **options
-    )
-    adapted = get_peft_model(setting.model, config)
+def _sparsegrad(setting: Setting, density: float | None = None, **settings: Any) -> Prepared:
+    adapted = setting.adapt("sparsegrad", **settings)
     step = lambda: adapted(**setting.batch).loss  # noqa: E731
     calibrate_adapter(adapted, step=step, n_steps=1, trajectory=None, progress=False)
-    for parameter in rest:  # PEFT has frozen it
-        parameter.requires_grad_()
-    return Prepared(adapted, SparseGradAdamW(param_groups(adapted, density=density), lr=_RATE))
+    return Prepared(adapted, SparseGradAdamW(param_groups(adapted, density=density), lr=LEARNING_RATE))
 
 
-def _paper(setting: Setting) -> Prepared:
-    groups, bases = setting.groups, setting.calibration().bases()
-    rest = setting.freeze()
-    of: dict[nn.Parameter, Basis] = {}
+def _plain_weights(setting: Setting) -> Prepared:
+    groups, bases = setting.calibrate_groups()
+    rest = setting.freeze_mlp()
+    basis_of: dict[nn.Parameter, Basis] = {}
     for group, names in groups.items():
         for name in names:
             weight = setting.model.get_parameter(f"{name}.weight")
             weight.requires_grad_()
-            of[weight] = bases[group]
-    found = [{"params": list(of), "sparse": True, "density": DENSITY}, *([{"params": rest}] if rest else [])]
-    return Prepared(setting.model, SparseGradAdamW(found, lr=_RATE, bases=of))
+            basis_of[weight] = bases[group]
+    parameters: list[dict[str, Any]] = [{"params": list(basis_of), "sparse": True, "density": DENSITY}]
+    parameters += [{"params": rest}] if rest else []
+    return Prepared(setting.model, SparseGradAdamW(parameters, lr=LEARNING_RATE, bases=basis_of))
 
 
 def _literal(setting: Setting, products: str) -> Prepared:
-    groups, bases = setting.groups, setting.calibration().bases()
-    setting.freeze()
+    groups, bases = setting.calibrate_groups()
+    setting.freeze_mlp()
     replace_linears(
         setting.model, groups, bases, LiteralSparseGradLinear.from_linear, density=DENSITY, products=products
     )
-    return Prepared(setting.model, SparseGradAdamW(param_groups(setting.model), lr=_RATE))
+    return Prepared(setting.model, SparseGradAdamW(param_groups(setting.model), lr=LEARNING_RATE))
 
 
-def _lora(setting: Setting, rank: int | None = None, *, frozen_a: bool = False) -> Prepared:
-    from peft import LoraConfig, get_peft_model
+def _lora(setting: Setting, rank: int | None = None) -> Prepared:
+    adapted = setting.adapt("lora", rank=rank)
+    return Prepared(adapted, _adamw(adapted))
+
+
+def _lora_fa(setting: Setting) -> Prepared:
     from peft.optimizers import create_lorafa_optimizer
 
-    rest = setting.freeze()
-    r = rank or setting.rank
-    adapted = get_peft_model(
-        setting.model,
-        LoraConfig(r=r, lora_alpha=r, target_modules=setting.targets),
-    )
-    for parameter in rest:
-        parameter.requires_grad_()
-    if frozen_a:
-        return Prepared(adapted, create_lorafa_optimizer(adapted, r=r, lora_alpha=r, lr=_RATE))
-    return Prepared(adapted, _adamw([p for p in adapted.parameters() if p.requires_grad]))
+    adapted: Any = setting.adapt("lora")
+    rank = adapted.peft_config["default"].r
+    return Prepared(adapted, create_lorafa_optimizer(adapted, r=rank, lora_alpha=rank, lr=LEARNING_RATE))
 
 
 def _full(setting: Setting) -> Prepared:
-    rest = setting.freeze()
-    return Prepared(setting.model, _adamw(_weights(setting) + rest))
+    model = setting.adapt("full")
+    return Prepared(model, _adamw(model))
 
 
 def _galore(setting: Setting) -> Prepared:
@@ -178,42 +164,43 @@ def _galore(setting: Setting) -> Prepared:
         from galore_torch import GaLoreAdamW
     except ImportError as error:
         raise NotInstalledError("galore-torch is not installed (pip install galore-torch)") from error
-    rest = setting.freeze()
-    weights = {"params": _weights(setting), "rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-    return Prepared(setting.model, GaLoreAdamW([weights, *([{"params": rest}] if rest else [])], lr=_RATE))
-
-
-class NotInstalledError(Exception):
-    """A method's package is not installed."""
+    model = setting.adapt("full")
+    layers = [model.get_parameter(f"{name}.weight") for name in setting.target_names]
+    own = set(layers)
+    others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in own]
+    projected = {"params": layers, "rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    return Prepared(model, GaLoreAdamW([projected, {"params": others}], lr=LEARNING_RATE))
 
 
 @dataclass(frozen=True)
-class Method:
-    """One row of the table."""
+class BenchMethod:
+    """A row of the table."""
 
-    words: str
+    summary: str
     prepare: Callable[[Setting], Prepared]
     complete: bool = False
-    "has square bases of each side, whose decomposition takes minutes for large models"
+    "has complete bases, which take minutes to compute for a large model"
 
 
-METHODS: dict[str, Method] = {
-    "floor": Method("frozen MLP, input gradients only, nothing learnt there", _floor),
-    "sparsegrad": Method("the default: leading rows of both bases, every entry of S trained", _adapter),
-    "sparsegrad-speed": Method('... with prefer="speed"', lambda s: _adapter(s, prefer="speed")),
-    "sparsegrad-topk": Method("... the largest 10 % of S in each step", lambda s: _adapter(s, density=0.1)),
-    "sparsegrad-paper": Method("complete bases, the largest 1 % in each step, on plain weights", _paper, True),
-    "sparsegrad-complete": Method(
-        "... as an adapter, as the paper's presets have it",
-        lambda s: _adapter(s, density=DENSITY, complete=True, shared=True, prefer="speed"),
-        True,
+METHODS: dict[str, BenchMethod] = {
+    "floor": BenchMethod("frozen MLP: input gradients only, nothing trains in it", _floor),
+    "sparsegrad": BenchMethod("the default: truncated bases, all entries of S train", _sparsegrad),
+    "sparsegrad-speed": BenchMethod('the default with prefer="speed"', lambda s: _sparsegrad(s, prefer="speed")),
+    "sparsegrad-topk": BenchMethod("the default, the largest 10 % of S in each step", lambda s: _sparsegrad(s, 0.1)),
+    "sparsegrad-paper": BenchMethod("complete bases, the largest 1 % in each step, on plain weights", _plain_weights,
+                                    complete=True),
+    "sparsegrad-complete": BenchMethod(
+        "the same as an adapter, as in the presets for the paper",
+        lambda s: _sparsegrad(s, DENSITY, c="full", r="full", shared=True, prefer="speed"),
+        complete=True,
     ),
-    "literal": Method("as published, regular products", lambda s: _literal(s, "regular"), True),
-    "literal-sparse": Method("as published, sparse-by-dense products", lambda s: _literal(s, "sparse"), True),
-    "lora": Method("PEFT's LoRA at as many trained entries", _lora),
-    "lora-rank-7": Method("PEFT's LoRA at the paper's rank for BERT-base", lambda s: _lora(s, 7)),
-    "lora-fa": Method("LoRA-FA, PEFT's optimizer, the same rank", lambda s: _lora(s, frozen_a=True)),
-    "full": Method("regular fine-tuning of the MLP's weights, AdamW", _full),
-    "galore": Method("GaLore on the MLP's weights, rank 128", _galore),
-}
+    "literal": BenchMethod("the published layer, regular products", lambda s: _literal(s, "regular"), complete=True),
+    "literal-sparse": BenchMethod("the published layer, sparse-by-dense products", lambda s: _literal(s, "sparse"),
+                                  complete=True),
+    "lora": BenchMethod("PEFT's LoRA with as many trained entries", _lora),
+    "lora-rank-7": BenchMethod("PEFT's LoRA at the paper's rank for BERT-base", lambda s: _lora(s, 7)),
+    "lora-fa": BenchMethod("LoRA-FA (PEFT's optimizer), the same rank as lora", _lora_fa),
+    "full": BenchMethod("regular fine-tuning of the MLP layers, AdamW", _full),
+    "galore": BenchMethod("GaLore on the MLP layers' weights, rank 128", _galore),
+}  # fmt: skip
 """Name -> method."""

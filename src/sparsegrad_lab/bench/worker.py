@@ -1,4 +1,4 @@
-"""One method in a process of its own, so that its peak memory is its own; it makes a step when it is told to."""
+"""One method in a process of its own, so that its peak memory is its own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import logging
 import time
 import traceback
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +24,12 @@ from sparsegrad_peft.method.sizes import Sizes
 from .methods import METHODS, NotInstalledError, Prepared, Setting
 from .workloads import find_workload
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to prepare."""
+    """What a process prepares and runs."""
 
     workload: str
     method: str
@@ -37,28 +42,69 @@ class Job:
     bf16: bool
 
 
-def serve(job: Job, pipe: Connection) -> None:
-    """Prepare, answer "ready", then a number of milliseconds for each "step", and the bytes for "bytes"."""
+class Worker:
+    """A process that runs one method, seen from the benchmark. Creating it waits until the method is ready.
+
+    Attributes:
+        ended: None, or why there are no more answers: ("skipped" or "failed", reason).
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.ended: tuple[str, str] | None = None
+        self._process = ProcessPoolExecutor(1, get_context("spawn"))
+        self._ask(_prepare, job)
+
+    def timed_step(self) -> float | None:
+        """Run a step and return its milliseconds; None if the process has ended."""
+        return self._ask(_timed_step)
+
+    def bytes(self) -> dict[str, int] | None:
+        """Return `Runner.bytes`; None if the process has ended."""
+        return self._ask(_bytes)
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.shutdown(cancel_futures=True)
+
+    def _ask(self, function: Callable[..., T], *arguments: Any) -> T | None:
+        if self.ended is not None:
+            return None
+        try:
+            return self._process.submit(function, *arguments).result()
+        except NotInstalledError as error:
+            self.ended = ("skipped", str(error))
+        except BrokenProcessPool:
+            self.ended = ("failed", "the process was killed (out of memory?)")
+        except (MemoryError, torch.OutOfMemoryError):
+            self.ended = ("failed", "out of memory")
+        except Exception as error:
+            self.ended = ("failed", "".join(traceback.format_exception(error)))
+        return None
+
+
+_runner: Runner
+"""In the process of a worker: its method."""
+
+
+def _prepare(job: Job) -> None:
+    global _runner
     logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")  # of libraries, about settings that are meant here
-    try:
-        running = Running(job)
-        running.step()  # allocates the optimizer's state
-        running.forget_peak()
-        pipe.send(("ready", None))
-        while (asked := pipe.recv()) != "stop":
-            pipe.send((asked, running.timed_step() if asked == "step" else running.bytes()))
-    except NotInstalledError as error:
-        pipe.send(("skipped", str(error)))
-    except (EOFError, BrokenPipeError):
-        pass  # nobody asks any more
-    except BaseException as error:
-        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        pipe.send(("failed", "out of memory" if out_of_memory else traceback.format_exc()))
+    warnings.simplefilter("ignore")
+    _runner = Runner(job)
+    _runner.step()  # allocates the optimizer's state
+    _runner.reset_peak()
 
 
-class Running:
-    """A prepared method, step by step."""
+def _timed_step() -> float:
+    return _runner.timed_step()
+
+
+def _bytes() -> dict[str, int]:
+    return _runner.bytes()
+
+
+class Runner:
+    """A prepared method: runs steps and measures them."""
 
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(job.threads)
@@ -66,20 +112,20 @@ class Running:
         workload = find_workload(job.workload)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = job.bf16
-        model = workload.make(job.layers)
+        model = workload.build(job.layers)
         self.batch = workload.batch(job.tokens, job.seed, self.device)
         setting = Setting(model.to(self.device).train(), self.batch, workload.targets, job.train_rest, job.sizes)
         self.prepared: Prepared = METHODS[job.method].prepare(setting)
         self.prepared.model.train()
 
     def loss(self) -> Tensor:
-        """Forward."""
+        """Run the forward pass."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             loss: Tensor = self.prepared.model(**self.batch).loss
         return loss
 
     def step(self) -> None:
-        """Forward, backward, optimizer."""
+        """Run forward, backward and the optimizer."""
         self.loss().backward()
         if self.prepared.optimizer is not None:
             self.prepared.optimizer.step()
@@ -88,19 +134,19 @@ class Running:
             tensor.grad = None
 
     def timed_step(self) -> float:
-        """Milliseconds."""
-        self._wait()
+        """Run a step and return its milliseconds."""
+        self._synchronize()
         start = time.perf_counter()
         self.step()
-        self._wait()
+        self._synchronize()
         return (time.perf_counter() - start) * 1e3
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def forget_peak(self) -> None:
-        """Memory of preparing (calibration, decompositions) is not that of a step: give it back, start anew."""
+    def reset_peak(self) -> None:
+        """Return the memory of the preparation to the system and restart the peak measurement."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -109,10 +155,10 @@ class Running:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
-            pass  # not Linux: the peak is that of the whole process
+            pass  # not Linux: the peak includes the preparation
 
     def peak(self) -> int:
-        """Most bytes in use since `forget_peak`: the allocator's on a GPU, the process's on a CPU."""
+        """Return the peak in bytes since `reset_peak`: of the allocator on a GPU, of the process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         try:
@@ -124,37 +170,38 @@ class Running:
             return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def bytes(self) -> dict[str, int]:
-        """By what holds them."""
+        """Return the peak, the bytes by what holds them, and the number of trained entries."""
         model, optimizer = self.prepared.model, self.prepared.optimizer
         state = {} if optimizer is None else optimizer.state
         trained = [p for p in model.parameters() if p.requires_grad]
-        bases = [b for m in model.modules() if isinstance(m, Basis) for b in m.buffers()]
-        for basis in {id(b): b for b in getattr(optimizer, "bases", {}).values()}.values():
-            bases += list(basis.buffers())
+        modules = [module for module in model.modules() if isinstance(module, Basis)]
+        bases = {buffer.data_ptr(): buffer.nbytes
+                 for module in (*modules, *getattr(optimizer, "bases", {}).values())
+                 for buffer in module.buffers()}  # fmt: skip
         return {
             "peak": self.peak(),
             "kept_for_backward": saved_bytes(model, self.loss),
             "optimizer": sum(v.nbytes for s in state.values() for v in s.values() if isinstance(v, Tensor)),
-            "bases": sum({t.data_ptr(): t.nbytes for t in bases}.values()),
+            "bases": sum(bases.values()),
             "gradients": sum(p.nbytes for p in trained),
             "weights": sum(p.nbytes for p in model.parameters()),
             "trainable_entries": sum(p.numel() for p in trained),
         }
 
 
-def saved_bytes(module: nn.Module, forward: Any) -> int:
-    """Bytes that autograd keeps from forward to backward, parameters and buffers of the module aside."""
+def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Return the bytes that autograd saves in `forward` for backward, without the module's parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         output = forward()
-    total = sum(kept.values())
-    del output
+    total = sum(saved.values())
+    del output  # until here it keeps the saved tensors alive, so that no two share an address
     return total

@@ -1,4 +1,4 @@
-"""What is trained in a benchmark: real architectures with random weights, and batches of random tokens."""
+"""What a benchmark trains: real architectures with random weights, on batches of random tokens."""
 
 from __future__ import annotations
 
@@ -10,36 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..run.exit_codes import RefusedError
 
-class Block(nn.Module):
-    """MLP blocks alone; the loss is the inner product with a fixed direction, so that `δ` is dense."""
 
-    def __init__(self, hidden: int, wide: int, layers: int) -> None:
+class Blocks(nn.Module):
+    """MLP blocks without the rest of the model. The loss is the inner product with a given direction."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(hidden, wide), nn.GELU(), nn.Linear(wide, hidden)) for _ in range(layers)
-        )
+        self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor, direction: Tensor) -> Any:
-        """(T, hidden) -> an object with the loss, as models of transformers return it."""
-        for block in self.blocks:
-            x = block(x)
-        return Output((x * direction).sum())
-
-
-class GatedBlock(nn.Module):
-    """LLaMA's MLP blocks alone."""
-
-    def __init__(self, hidden: int, wide: int, layers: int) -> None:
-        super().__init__()
-        from transformers import LlamaConfig
-        from transformers.models.llama.modeling_llama import LlamaMLP
-
-        config = LlamaConfig(hidden_size=hidden, intermediate_size=wide)
-        self.blocks = nn.ModuleList(LlamaMLP(config) for _ in range(layers))
-
-    def forward(self, x: Tensor, direction: Tensor) -> Any:
-        """As `Block`."""
+    def forward(self, x: Tensor, direction: Tensor) -> Output:
+        """(T, hidden), (T, hidden) -> an output with a loss, as models of transformers return it."""
         for block in self.blocks:
             x = block(x)
         return Output((x * direction).sum())
@@ -47,9 +29,44 @@ class GatedBlock(nn.Module):
 
 @dataclass
 class Output:
-    """What is read of a model's output."""
+    """A model's output."""
 
     loss: Tensor
+
+
+def _mlp(hidden: int, wide: int) -> Callable[[int], nn.Module]:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(hidden, wide), nn.GELU(), nn.Linear(wide, hidden))
+
+    return lambda layers: Blocks([block() for _ in range(layers)])
+
+
+def _gated_mlp(hidden: int, wide: int) -> Callable[[int], nn.Module]:
+    def build(layers: int) -> nn.Module:
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaMLP
+
+        config = LlamaConfig(hidden_size=hidden, intermediate_size=wide)
+        return Blocks([LlamaMLP(config) for _ in range(layers)])
+
+    return build
+
+
+def _transformer(model_type: str, auto: str, hidden: int, wide: int, heads: int, **config: Any
+                 ) -> Callable[[int], nn.Module]:  # fmt: skip
+    """Return a function: number of blocks -> model with random weights and the head of `auto`."""
+
+    def build(layers: int) -> nn.Module:
+        import transformers
+
+        found = transformers.AutoConfig.for_model(
+            model_type, hidden_size=hidden, intermediate_size=wide, num_attention_heads=heads,
+            num_hidden_layers=layers, **config,
+        )  # fmt: skip
+        model: nn.Module = getattr(transformers, auto).from_config(found)
+        return model
+
+    return build
 
 
 @dataclass(frozen=True)
@@ -58,28 +75,28 @@ class Workload:
 
     Attributes:
         name: for `--workload`.
-        words: what it is.
-        layers: of the whole model.
-        sequence: tokens of an example; 0: the tokens are one flat batch.
+        summary: description for the result.
+        layers: blocks of the whole model.
+        sequence: tokens of an example; 0: the tokens are one flat batch of vectors.
         hidden: hidden size.
         wide: size between the MLP's layers.
-        make: layers -> model.
-        padded: lengths are spread evenly from an eighth of the sequence to all of it, and the rest is padding.
-        targets: regular expression of the MLP's layers.
+        build: number of blocks -> model.
+        targets: regular expression for the names of the MLP layers.
+        padded: lengths are spread evenly from an eighth of the sequence to all of it; the rest is padding.
     """
 
     name: str
-    words: str
+    summary: str
     layers: int
     sequence: int
     hidden: int
     wide: int
-    make: Callable[[int], nn.Module]
+    build: Callable[[int], nn.Module]
     targets: str
     padded: bool = False
 
     def batch(self, tokens: int, seed: int, device: torch.device) -> dict[str, Tensor]:
-        """Random tokens (padding included in their number), always the same ones."""
+        """Return a random batch with this number of tokens, padding included. The same seed gives the same batch."""
         generator = torch.Generator().manual_seed(seed)
         if not self.sequence:
             x = torch.randn(tokens, self.hidden, generator=generator)
@@ -98,76 +115,44 @@ class Workload:
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _bert(hidden: int, wide: int, heads: int) -> Callable[[int], nn.Module]:
-    def make(layers: int) -> nn.Module:
-        from transformers import BertConfig, BertForSequenceClassification
-
-        config = BertConfig(
-            hidden_size=hidden, intermediate_size=wide, num_attention_heads=heads, num_hidden_layers=layers
-        )
-        return BertForSequenceClassification(config)
-
-    return make
-
-
-def _roberta(layers: int) -> nn.Module:
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    config = RobertaConfig(
-        vocab_size=50265, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=layers,
-        max_position_embeddings=514, type_vocab_size=1,
-    )  # fmt: skip
-    return RobertaForSequenceClassification(config)
-
-
-def _llama(hidden: int, wide: int, heads: int, vocabulary: int) -> Callable[[int], nn.Module]:
-    def make(layers: int) -> nn.Module:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        config = LlamaConfig(
-            hidden_size=hidden, intermediate_size=wide, num_attention_heads=heads, num_key_value_heads=heads,
-            num_hidden_layers=layers, vocab_size=vocabulary,
-        )  # fmt: skip
-        return LlamaForCausalLM(config)
-
-    return make
-
-
+_CLASSIFIER, _DECODER = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 _BERT = r"(.*\.)?layer\.\d+\.(intermediate|output)\.dense"
 _GATED = r"(.*\.)?(gate_proj|up_proj|down_proj)"
-_PLAIN = r"blocks\.\d+\.[02]"
+_MLP = r"blocks\.\d+\.[02]"
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
-        Workload("bert-base", "BERT-base, sequences of 128", 12, 128, 768, 3072, _bert(768, 3072, 12), _BERT),
+        Workload("bert-base", "BERT-base, sequences of 128", 12, 128, 768, 3072,
+                 _transformer("bert", _CLASSIFIER, 768, 3072, 12), _BERT),
         Workload("bert-base-padded", "BERT-base, sequences of 16 to 128 padded to 128", 12, 128, 768, 3072,
-                 _bert(768, 3072, 12), _BERT, padded=True),
-        Workload("roberta-large", "RoBERTa-large, sequences of 128", 24, 128, 1024, 4096, _roberta, _BERT),
-        Workload("minilm", "MiniLM-L6, sequences of 128", 6, 128, 384, 1536, _bert(384, 1536, 12), _BERT),
-        Workload("mlp", "one MLP block of BERT-base", 1, 0, 768, 3072, lambda n: Block(768, 3072, n), _PLAIN),
-        Workload("llama-mlp", "one MLP block of LLaMA-2-7B", 1, 0, 4096, 11008, lambda n: GatedBlock(4096, 11008, n),
-                 r"blocks\.\d+\.(gate_proj|up_proj|down_proj)"),
+                 _transformer("bert", _CLASSIFIER, 768, 3072, 12), _BERT, padded=True),
+        Workload("roberta-large", "RoBERTa-large, sequences of 128", 24, 128, 1024, 4096,
+                 _transformer("roberta", _CLASSIFIER, 1024, 4096, 16, vocab_size=50265, max_position_embeddings=514,
+                              type_vocab_size=1), _BERT),
+        Workload("minilm", "MiniLM-L6, sequences of 128", 6, 128, 384, 1536,
+                 _transformer("bert", _CLASSIFIER, 384, 1536, 12), _BERT),
+        Workload("mlp", "one MLP block of BERT-base", 1, 0, 768, 3072, _mlp(768, 3072), _MLP),
+        Workload("llama-mlp", "one MLP block of LLaMA-2-7B", 1, 0, 4096, 11008, _gated_mlp(4096, 11008), _GATED),
         Workload("llama-long", "a LLaMA of 1024/2816, one sequence of 2048", 8, 2048, 1024, 2816,
-                 _llama(1024, 2816, 16, 8192), _GATED),
-        Workload("llama-2-7b", "LLaMA-2-7B, sequences of 512", 32, 512, 4096, 11008, _llama(4096, 11008, 32, 32000),
-                 _GATED),
+                 _transformer("llama", _DECODER, 1024, 2816, 16, num_key_value_heads=16, vocab_size=8192), _GATED),
+        Workload("llama-2-7b", "LLaMA-2-7B, sequences of 512", 32, 512, 4096, 11008,
+                 _transformer("llama", _DECODER, 4096, 11008, 32, num_key_value_heads=32, vocab_size=32000), _GATED),
     )
 }  # fmt: skip
 """Name -> workload."""
 
 
 def find_workload(name: str) -> Workload:
-    """One of `WORKLOADS`, or "mlp-HIDDENxWIDE": the `mlp` workload at another width.
+    """Return the workload with this name; "mlp-HIDDENxWIDE" is `mlp` at another width.
 
     Raises:
-        ValueError: there is none of that name.
+        RefusedError: there is none.
     """
     if name in WORKLOADS:
         return WORKLOADS[name]
     width = re.fullmatch(r"mlp-(\d+)x(\d+)", name)
     if width is None:
-        raise ValueError(f"workload: expected one of {', '.join(WORKLOADS)}, or mlp-HIDDENxWIDE; found {name!r}")
+        raise RefusedError(f"workload: expected one of {', '.join(WORKLOADS)}, or mlp-HIDDENxWIDE; found {name!r}")
     hidden, wide = int(width[1]), int(width[2])
-    words = f"one MLP block of {hidden}/{wide}"
-    return Workload(name, words, 1, 0, hidden, wide, lambda layers: Block(hidden, wide, layers), _PLAIN)
+    return Workload(name, f"one MLP block of {hidden}/{wide}", 1, 0, hidden, wide, _mlp(hidden, wide), _MLP)

@@ -9,25 +9,25 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..bench.arguments import BenchArguments
+from ..bench.settings import BenchArguments
 from ..run.parsing import make_parser
 
 EXAMPLE = (
-    "sparsegrad bench --workload mlp --tokens 512 --json bench.json; prints a row for each method: time of a step, its "
-    "ratio to the floor and to LoRA, memory."
+    "sparsegrad bench --workload mlp --tokens 512 --json bench.json; prints for each method the time of a step, its "
+    "ratio to the floor and to LoRA, and memory."
 )
 
 
 def main(argv: list[str]) -> None:
-    """Measure, print the table, write the file."""
+    """Measure, print the table, write the result."""
     parser = make_parser(
         "bench",
-        "Time and memory of a training step: SparseGrad's forms, LoRA, full fine-tuning, the published layer, and the "
-        "floor (nothing learnt in the MLP). Each method has a process of its own; they make their steps in turn.",
+        "Measure time and memory of a training step: SparseGrad in several forms, LoRA, GaLore, full fine-tuning, the "
+        "published layer, and the floor (a frozen MLP). Each method runs in its own process; they take turns.",
         EXAMPLE,
     )
     parser.add_class_arguments(BenchArguments)
-    parser.add_argument("--json", type=Path | None, default=None, help="file to write the result to")
+    parser.add_argument("--json", type=Path | None, default=None, help="result file to write")
     found = parser.instantiate(parser.parse_args(argv))
     path = found.pop("json")
     arguments = BenchArguments(**vars(found))
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     if warning := slow_precision_warning(arguments.precision):
         console.print(warning, soft_wrap=True)
     with console.status("starting") as status:
-        result = measure(arguments, say=status.update)
+        result = measure(arguments, report=status.update)
     screen = Console(highlight=False, markup=False, emoji=False)
     Console(highlight=False, markup=False, emoji=False, width=max(screen.width, 110)).print(table(result))
     for name, row in result["methods"].items():
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """A row for each method."""
+    """Return a table with a row for each method."""
     shown = Table(title=result["workload"], title_justify="left")
     for name in ("", "step, ms\np20 - p50 - p80", "to floor", "to lora", "peak,\nMB", "kept for\nbackward, MB",
                  "optimizer,\nMB", "trained\nentries"):  # fmt: skip

@@ -14,6 +14,7 @@ from sparsegrad_peft.method.groups import group_linears
 from sparsegrad_peft.method.sizes import Rows, Sizes
 from sparsegrad_peft.tuner.config import SparseGradConfig
 
+from ..methods.lora import matching_rank
 from .groups import GroupRow, calibration_bytes, group_rows
 from .memory import MethodBytes, method_bytes
 from .model import build_model, model_type_of, resolve_targets
@@ -138,9 +139,10 @@ def _inspect(
     model: nn.Module, name: str, targets: list[str] | str, sizes: Sizes, shared: bool, density: float, dtype: str
 ) -> Inspection:
     groups = group_linears(model, targets)  # by role also when each layer has its own bases, for a short table
+    layers = [layer for names in groups.values() for layer in names]
     rows = group_rows(model, groups, sizes, shared, density)
-    parts, adapted_share = count_parts(model, {layer for layers in groups.values() for layer in layers})
-    weight_bytes, rank = _DTYPES[dtype].itemsize, _matching_rank(rows)
+    parts, adapted_share = count_parts(model, set(layers))
+    weight_bytes, rank = _DTYPES[dtype].itemsize, matching_rank(model, layers, sizes)
     return Inspection(
         model=name,
         model_class=type(model).__name__,
@@ -158,11 +160,6 @@ def _inspect(
         methods=method_bytes(parts.total, rows, rank, density, weight_bytes),
         notes=_notes(dtype),
     )
-
-
-def _matching_rank(rows: list[GroupRow]) -> int:
-    per_rank = sum(row.layers * (row.in_ + row.out) for row in rows)
-    return max(1, round(sum(row.entries for row in rows) / per_rank))
 
 
 def _notes(dtype: str) -> list[str]:
