@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,10 +83,9 @@ class Setting:
     def adapt(self, method: str, **settings: Any) -> nn.Module:
         """Prepare the model as a run with this method does. The rest trains without PEFT's frozen copies of it."""
         rest = self.freeze_mlp()
-        adapter = AdapterArguments(
-            target_modules=self.targets, narrow=self.sizes.narrow, wide=self.sizes.wide, c=self.sizes.c, r=self.sizes.r
-        )
-        setup = Setup(replace(adapter, **settings), CalibrationArguments(), None, False, (), None)
+        sizes = {name: getattr(self.sizes, name) for name in ("narrow", "wide", "c", "r")}
+        adapter = AdapterArguments(**{"target_modules": self.targets, **sizes, **settings})
+        setup = Setup(adapter, CalibrationArguments(), None, False, (), None)
         adapted = RUN_METHODS[method].adapt(self.model, setup).model
         for parameter in rest:
             parameter.requires_grad_()

@@ -25,28 +25,28 @@ class BenchArguments:
     layers: int | None = None
     "number of blocks; default: the whole model on a GPU, at most 4 blocks on a CPU"
     methods: str | None = None
-    """names, separated by commas; all of them are in memory at the same time; default: all, but those with complete
-    bases only up to a size of 4096"""
+    """names, separated by commas; all of them are in memory at the same time; default: all, but without complete bases
+    if a layer has a side above 4096"""
     rest: Literal["freeze", "train"] = "freeze"
     "freeze the model besides the MLP layers, or train it with AdamW"
     narrow: int | float = DEFAULT_NARROW
     "rows of the basis of a layer's smaller side: a count or a fraction"
     wide: int | float = DEFAULT_WIDE
-    "rows of the basis of its larger side"
+    "rows of the basis of a layer's larger side, likewise"
     c: int | float | None = None
-    "rows of U; replaces narrow and wide"
+    "rows of U, the input side of every layer; replaces narrow and wide"
     r: int | float | None = None
-    "rows of V; replaces narrow and wide"
+    "rows of V, the output side of every layer; replaces narrow and wide"
     repeats: int = 9
     "measured rounds; in each round every method runs one step"
     warmup: int = 2
     "rounds before the measured ones"
     precision: Literal["fp32", "bf16"] = "fp32"
-    "of the products (automatic mixed precision)"
+    "precision of the matrix products; bf16: automatic mixed precision"
     threads: int = 2
     "CPU threads of a step"
     seed: int = 0
-    "of weights and data"
+    "random seed of weights and data"
 
     @property
     def method_names(self) -> list[str] | None:
