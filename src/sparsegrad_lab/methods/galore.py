@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .full import Full
-from .method import Setup
+from .method import Adapted, Setup
 from .settings import AdapterArguments, CalibrationArguments
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ class GaLore(Full):
     def problems(self, adapter: AdapterArguments, calibration: CalibrationArguments) -> list[str]:
         """The package `galore-torch` is missing."""
         return [] if find_spec("galore_torch") else ["method galore needs its package: pip install galore-torch"]
+
+    def adapt(self, model: nn.Module, setup: Setup) -> Adapted:
+        """Freeze what is not trained."""
+        from .training.galore import GaLoreTrainer
+
+        return replace(super().adapt(model, setup), trainer=GaLoreTrainer)
 
     def optimizer(self, model: nn.Module, targets: Sequence[str], setup: Setup) -> dict[str, Any]:
         """GaLore, by `transformers`' own name."""

@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 from sparsegrad_peft.method.sizes import DEFAULT_NARROW, DEFAULT_WIDE, Sizes, check_rows
 
-_LARGEST = 2**31 - 1
-
 
 @dataclass(frozen=True)
 class Range:
@@ -20,7 +18,7 @@ class Range:
     contains: Callable[[float], bool]
 
 
-COUNT = Range("at least 1", lambda value: 1 <= value <= _LARGEST)
+COUNT = Range("at least 1", lambda value: value >= 1)
 POSITIVE = Range("above 0 and finite", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("at least 0 and finite", lambda value: 0 <= value < math.inf)
 SHARE = Range("from 0 to 1", lambda value: 0 <= value <= 1)

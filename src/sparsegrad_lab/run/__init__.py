@@ -14,5 +14,6 @@ card, plots   model card and plots
 finished_run  evaluate, predict and merge
 search        learning rate and batch size by Optuna
 machine       versions, time and memory, processes
+interrupts    Ctrl-C that a library swallows
 exit_codes    how the command ends
 """

@@ -62,8 +62,8 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     except Exception as error:  # tokenizers raise a plain Exception
         match = _NO_SPACE.search(str(error))
-        if match is None:
+        number = int(match[1] or errno.ENOSPC) if match else None
+        if number not in _WRITE_ERRORS:
             raise
-        number = int(match[1]) if match[1] else errno.ENOSPC
         first_line = str(error).splitlines()[0]
         raise OSError(number, f"a file could not be written ({first_line})", str(path)) from error

@@ -27,6 +27,7 @@ from ..tasks.read import Row, read_rows
 from ..tasks.registry import kind_of
 from ..tasks.task import Task
 from .folder import RunFolder, save_whole, write_whole
+from .interrupts import interrupts_kept
 from .settings import RunArguments
 from .train import save_weights
 
@@ -123,7 +124,7 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
         raise ValueError(f"{task.name} has splits {', '.join(task.splits)}; found {split!r}")
     run, kind, scores = open_run(path), KINDS[task.kind], {}
     for name in [split] if split else task.evaluation_splits:
-        with suppress_library_logs():
+        with suppress_library_logs(), interrupts_kept():
             features = kind.features(task, name, run.processor, arguments.data)
             kind.check_features(features, run.model, run.processor)
             scores[name] = kind.score(task, run.outputs(features, arguments), features["labels"][:])

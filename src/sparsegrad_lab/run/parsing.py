@@ -75,7 +75,11 @@ class VerbParser(ArgumentParser):
             unknown = "".join(word)
             near = get_close_matches(unknown, names, n=1) or get_close_matches(unknown.rpartition(".")[2], ends, n=1)
             found += [f"--{ends.get(name, name)}" for name in near]
-        super().error(f"{message}; did you mean {', '.join(found)}?" if found else message, ex)
+        if found:
+            message = f"{message}; did you mean {', '.join(found)}?"
+        if re.search(r"<class 'str'>. Got value: (True|False|-?\d)", message):
+            message += "\nYAML reads no, yes and 0 as other types than text; put text in quotes, as in ['no', 'yes']"
+        super().error(message, ex)
 
 
 def make_parser(verb: str, description: str, example: str) -> VerbParser:

@@ -21,9 +21,11 @@ from ..tasks.library_logs import suppress_library_logs
 from ..tasks.model_folder import model_path
 from ..tasks.task import Task
 from .card import make_card
+from .checkpoints import writing
 from .console import ProgressCallback
 from .folder import RunFolder, save_whole, write_whole
 from .inputs import load_run_task
+from .interrupts import interrupts_kept
 from .machine import environment, slow_precision_warning
 from .plots import plot_curves
 from .settings import RunArguments
@@ -60,7 +62,8 @@ def train(
         single = copy.deepcopy(arguments)
         single.seeds = [seed]
         single.output = str(output / f"seed-{seed}" if several else output)
-        results.append(_train_one(single, progress, callbacks))
+        with writing(Path(single.output)):
+            results.append(_train_one(single, progress, callbacks))
     return results
 
 
@@ -138,7 +141,7 @@ def _load(arguments: RunArguments) -> _Inputs:
     kind = KINDS[task.kind]
     set_seed(arguments.seeds[0])
     processor = kind.processor(arguments.model)
-    with suppress_library_logs():
+    with suppress_library_logs(), interrupts_kept():
         model = kind.load_model(arguments.model, task, processor)
         adapted = find_method(arguments.method).adapt(model, arguments.setup())
         features = {split: kind.features(task, split, processor, arguments.data) for split in task.splits}

@@ -1,0 +1,76 @@
+"""Drafts of a killed process are not content, and what `result.json` vouches for is on the disk before it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sparsegrad_lab.run import folder as module
+from sparsegrad_lab.run.folder import RunFolder, content_of, save_whole
+from sparsegrad_lab.run.search import search
+from sparsegrad_lab.run.settings import RunArguments, SearchArguments
+from sparsegrad_lab.run.train import train
+
+Arguments = Callable[..., RunArguments]
+DRAFT = ".config.yaml.0123456789ab.draft"
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Path:
+    """A folder as a kill in the first write leaves it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / DRAFT).write_text("model: min", encoding="utf-8")
+    return folder
+
+
+def test_train_uses_a_folder_with_a_draft(killed: Path, arguments: Arguments) -> None:
+    assert content_of(killed) == []
+    train(arguments(killed, "--method", "lora", "--training.epochs", "1"), progress=False)
+    assert RunFolder(killed).finished
+    assert not (killed / DRAFT).exists()
+
+
+def test_search_uses_a_folder_with_a_draft(killed: Path, arguments: Arguments) -> None:
+    settings = arguments(killed, "--method", "lora", "--training.epochs", "1")
+    result = search(settings, SearchArguments(trials=1, lowest=1e-3), lambda line: None)
+    assert len(result["trials"]) == 1
+
+
+def test_other_hidden_files_are_content(killed: Path, arguments: Arguments) -> None:
+    (killed / ".notes").write_text("mine", encoding="utf-8")
+    with pytest.raises(FileExistsError, match=r"is not empty and holds no run"):
+        RunFolder(killed).check(arguments(killed))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files: Linux's")
+def test_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`result.json` is written after the weights' folder. A power cut between the two must not leave empty weights."""
+    events: list[str] = []
+    real_sync, real_replace = os.fsync, os.replace
+
+    def sync(descriptor: int) -> None:
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2])
+        real_sync(descriptor)
+
+    def replace(source: Path, target: Path) -> None:
+        events.append(f"rename to {target.name}")
+        real_replace(source, target)
+
+    monkeypatch.setattr(module.os, "fsync", sync)
+    monkeypatch.setattr(module.os, "replace", replace)
+
+    def save(draft: Path) -> None:
+        draft.mkdir()
+        (draft / "weights").write_bytes(b"1")
+        (draft / "config").write_bytes(b"2")
+
+    save_whole(tmp_path / "adapter", save)
+    RunFolder(tmp_path).write_json("result.json", {})
+    assert sorted(events[:3]) == [".adapter.draft", "config", "weights"]
+    assert events[3:5] == ["rename to adapter", tmp_path.name]
+    assert events[5].startswith(".result.json.")
+    assert events[6:] == ["rename to result.json", tmp_path.name]
