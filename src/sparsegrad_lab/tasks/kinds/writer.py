@@ -5,7 +5,7 @@
     conversation     "Human: ...", blank line, "Assistant: ..."; the assistant's turns are learnt
 
 The last two are written with the tokenizer's chat template if it has one. What the template writes after a generation
-prompt up to the next turn is learnt: the answer and its end mark, so that generation stops there.
+prompt is learnt up to the end mark, so that generation stops there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -94,15 +95,13 @@ class Writer:
         return ids
 
     def end_tokens(self) -> set[int]:
-        """Return the ids that end an answer: the end-of-text token, and the chat template's end mark."""
+        """Return the ids that end an answer: the end-of-text token, and the end mark of the chat template."""
         tokenizer, found = self.tokenizer, set()
         if tokenizer.eos_token_id is not None:
             found.add(tokenizer.eos_token_id)
         if self.templated:
-            text = self._render(turns([_ANSWER, _ANSWER]))
             special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-            after = tokenizer(text.rpartition(_ANSWER)[2], add_special_tokens=False).input_ids
-            found.update([token for token in after if token in special][:1])
+            found |= special & set(tokenizer(self._end_mark, add_special_tokens=False).input_ids)
         return found
 
     def _encode(self, pieces: Pieces, max_length: int | None = None) -> tuple[list[int], list[int]]:
@@ -158,41 +157,57 @@ class Writer:
         return pieces
 
     def _by_template(self, messages: Sequence[Message]) -> Pieces:
-        """Return the text that each turn adds; the user's turns include the generation prompt.
+        """Return the conversation in pieces: each answer with its end mark, and the text between answers.
+
+        An answer begins where the prompt for it ends, as in generation.
 
         Raises:
-            ValueError: the template refuses the messages, or changes earlier turns when a turn is added.
+            ValueError: the template leaves out a message, or writes an answer's prompt otherwise than in generation.
         """
+        text: str = self._render(messages)
+        _check_complete(messages, text)
+        mark = self._end_mark
         pieces: Pieces = []
-        before = ""
-        for number, message in enumerate(messages, start=1):
-            if message["role"] == "system":  # written with the first turn: many templates refuse it alone
-                continue
-            text = self._render(messages[:number], message["role"] == "user")
-            if not text.startswith(before):
-                raise ValueError(
-                    "the chat template changes earlier turns when a turn is added, so the learnt tokens are unknown. "
-                    "Mark the assistant's turns with {% generation %} in the template, or set data.template to plain"
-                )
-            pieces.append((text[len(before) :], message["learn"]))
-            before = text
-        return pieces
+        done = 0
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt = self._render(messages[:number], generation_prompt=True)
+                answer = message["content"].strip() + mark
+                end = text.find(answer, len(prompt)) + len(answer)
+                if not text.startswith(prompt) or end < len(prompt) + len(answer):
+                    raise ValueError(
+                        "the chat template does not write an answer as it is generated after its prompt, so the tokens "
+                        "to learn are unknown. Mark the answers with {% generation %} in the template, or set "
+                        "data.template to plain"
+                    )
+                pieces += [(text[done : len(prompt)], False), (text[len(prompt) : end], message["learn"])]
+                done = end
+        return [*pieces, (text[done:], False)]
+
+    @cached_property
+    def _end_mark(self) -> str:
+        """What the template writes after an answer, up to the first special token."""
+        tail: str = self._render(turns([_ANSWER, _ANSWER])).rpartition(_ANSWER)[2]
+        tokens = [added.content for added in self.tokenizer.added_tokens_decoder.values() if added.special]
+        special = re.search("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)), tail)
+        return tail[: special.end()] if special else tail
 
     def _encode_tagged(self, messages: Sequence[Message], max_length: int | None) -> tuple[list[int], list[int]]:
-        """Encode with a template that marks the assistant's turns with `{% generation %}`."""
+        """Encode with a template that marks the answers with `{% generation %}`."""
+        _check_complete(messages, self._render(messages))
         encoded = self._render(messages, tokenize=True)
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         learnt = [message["learn"] for message in messages if message["role"] == "assistant"]
-        runs = [(bool(marked), len(list(run))) for marked, run in groupby(mask)]
-        if sum(marked for marked, _ in runs) != len(learnt):
-            raise ValueError(
-                "the chat template's {% generation %} blocks do not match the assistant's turns; set data.template to "
-                "plain"
-            )
-        flags, kept = iter(learnt), []
-        for marked, length in runs:
-            kept += [marked and next(flags)] * length
-        labels = [token if keep else IGNORED for token, keep in zip(ids, kept, strict=True)]
+        if not all(learnt):
+            runs = [(bool(marked), len(list(run))) for marked, run in groupby(mask)]
+            if sum(marked for marked, _ in runs) != len(learnt):
+                raise ValueError(
+                    "the chat template's {% generation %} blocks do not match the answers, so those without loss are "
+                    "unknown; set data.template to plain"
+                )
+            flags = iter(learnt)
+            mask = [kept for marked, length in runs for kept in [marked and next(flags)] * length]
+        labels = [token if kept else IGNORED for token, kept in zip(ids, mask, strict=True)]
         return ids[:max_length], labels[:max_length]
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool = False, tokenize: bool = False) -> Any:
@@ -207,3 +222,13 @@ class Writer:
                 f"the chat template refuses a conversation of {', '.join(message['role'] for message in plain)} "
                 f"({error}); set data.template to plain"
             ) from error
+
+
+def _check_complete(messages: Sequence[Message], text: str) -> None:
+    """Raise ValueError if a message is missing in the text of the conversation."""
+    for message in messages:
+        if message["content"].strip() not in text:
+            raise ValueError(
+                f"the chat template leaves out or changes the text of a {message['role']} message; set data.template "
+                "to plain"
+            )

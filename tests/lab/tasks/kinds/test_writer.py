@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_a_whole_text(tokenizer: Any) -> None:
             CHATML,
             "<|im_start|>user\nWho was warm?<|im_end|>\n<|im_start|>assistant\nThe film.<|im_end|>\n"
             "<|im_start|>user\nAnd cold?<|im_end|>\n<|im_start|>assistant\nThe spring.<|im_end|>\n",
-            ["The film.<|im_end|>\n", "The spring.<|im_end|>\n"],
+            ["The film.<|im_end|>", "The spring.<|im_end|>"],
         ),
         (
             TAGGED,
@@ -181,15 +182,53 @@ def test_generation_ends_at_the_end_mark(template: str, real_tokenizer: Any) -> 
     assert Writer(real_tokenizer, ("text",)).end_tokens() == {real_tokenizer.eos_token_id}
 
 
-def test_a_template_that_changes_earlier_turns(real_tokenizer: Any) -> None:
+TRL_TEMPLATES = Path(str(getattr(find_spec("trl"), "origin", ""))).parent / "chat_templates"
+
+
+@pytest.mark.skipif(not TRL_TEMPLATES.is_dir(), reason="trl is not installed")
+@pytest.mark.parametrize(
+    ("name", "mark", "before_the_last"),
+    [
+        ("qwen2_5", "<|im_end|>", ""),
+        ("qwen3", "<|im_end|>", "<think>\n\n</think>\n\n"),  # earlier turns have no such block
+        ("llama3", "<|eot_id|>", ""),
+        ("gemma3", "<end_of_turn>", ""),
+        ("phi3", "<|end|>", ""),
+        ("qwen3_instruct_2507_training", "<|im_end|>", ""),  # with {% generation %}
+    ],
+)
+def test_templates_of_the_field(name: str, mark: str, before_the_last: str, real_tokenizer: Any) -> None:
+    real_tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<end_of_turn>", "<|end|>"]})
+    real_tokenizer.chat_template = (TRL_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    writer = Writer(real_tokenizer, ("messages",))
+    found = [answer.rstrip() for answer in learnt(writer, {"messages": TALK})]
+    assert found == [f"The film.{mark}", f"{before_the_last}The spring.{mark}"]
+    assert writer.end_tokens() == {real_tokenizer.eos_token_id, real_tokenizer.convert_tokens_to_ids(mark)}
+
+
+@pytest.mark.skipif(not TRL_TEMPLATES.is_dir(), reason="trl is not installed")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("idefics3", r"leaves out or changes the text of a user message"),  # writes lists of parts only
+        ("deepseekv3", r"does not write an answer as it is generated after its prompt"),  # the prompt has <think>
+    ],
+)
+def test_templates_of_the_field_that_are_refused(name: str, words: str, real_tokenizer: Any) -> None:
+    real_tokenizer.chat_template = (TRL_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=words):
+        Writer(real_tokenizer, ("messages",)).encode_row({"messages": TALK})
+
+
+def test_a_template_that_leaves_out_a_turn(real_tokenizer: Any) -> None:
     real_tokenizer.chat_template = REWRITING
-    with pytest.raises(ValueError, match=r"changes earlier turns .* or set data.template to plain"):
+    with pytest.raises(ValueError, match=r"leaves out or changes the text of a user message; set data.template"):
         Writer(real_tokenizer, ("conversation",)).encode_row({"conversation": TALK})
 
 
 def test_a_template_that_refuses_the_conversation(real_tokenizer: Any) -> None:
     real_tokenizer.chat_template = "{{ raise_exception('no user') }}"
-    with pytest.raises(ValueError, match=r"refuses a conversation of user \(no user\); set data.template to plain"):
+    with pytest.raises(ValueError, match=r"refuses a conversation of user, .* \(no user\); set data.template to"):
         Writer(real_tokenizer, ("conversation",)).encode_row({"conversation": TALK})
 
 
