@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from sparsegrad_peft.method.groups import group_linears
 from sparsegrad_peft.method.sizes import Rows, Sizes
 from sparsegrad_peft.tuner.config import SparseGradConfig
+from sparsegrad_peft.tuner.targets import mlp_share
 
 from ..methods.lora import matching_rank
 from .groups import GroupRow, calibration_bytes, group_rows
@@ -141,7 +142,7 @@ def _inspect(
     groups = group_linears(model, targets)  # by role also when each layer has its own bases, for a short table
     layers = [layer for names in groups.values() for layer in names]
     rows = group_rows(model, groups, sizes, shared, density)
-    parts, adapted_share = count_parts(model, set(layers))
+    parts = count_parts(model, set(layers))
     weight_bytes, rank = _DTYPES[dtype].itemsize, matching_rank(model, layers, sizes)
     return Inspection(
         model=name,
@@ -153,7 +154,7 @@ def _inspect(
         density=density,
         target_modules=targets,
         parts=parts,
-        adapted_mlp_share=adapted_share,
+        adapted_mlp_share=mlp_share(model, layers),
         groups=rows,
         calibration_bytes=calibration_bytes(rows, weight_bytes),
         lora_rank=rank,

@@ -1,4 +1,4 @@
-"""Count a model's parameters by part, and the share of the MLP's weights that is adapted."""
+"""Count a model's parameters by part."""
 
 from __future__ import annotations
 
@@ -53,11 +53,8 @@ class ModelParts:
         return float(getattr(self, part) / self.total)
 
 
-def count_parts(model: nn.Module, adapted: set[str]) -> tuple[ModelParts, float]:
-    """Count parameters by part, and the share of the MLP's weights (without biases) that `adapted` layers hold.
-
-    Adapted layers count as MLP in a model whose MLP is not known otherwise. The share is 0 without an MLP.
-    """
+def count_parts(model: nn.Module, adapted: set[str]) -> ModelParts:
+    """Count parameters by part. In a model without a known MLP, the `adapted` layers are the MLP."""
     mlp = mlp_linears(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -65,19 +62,14 @@ def count_parts(model: nn.Module, adapted: set[str]) -> tuple[ModelParts, float]
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of[parameter].append(name)
     counts: dict[str, int] = defaultdict(int)
-    mlp_weights = adapted_weights = 0
     for parameter, names in names_of.items():
-        owners = [name.rpartition(".")[0] for name in names]
         parts = []
-        for name, owner in zip(names, owners, strict=True):
+        for name in names:
+            owner = name.rpartition(".")[0]
             part = "mlp" if owner in mlp else _part_of(name, modules[owner], output)
             parts.append("mlp" if part == "other" and owner in adapted and not mlp else part)
-        part = "embeddings" if "embeddings" in parts else parts[0]
-        counts[part] += parameter.numel()
-        if part == "mlp" and parameter.ndim > 1:
-            mlp_weights += parameter.numel()
-            adapted_weights += parameter.numel() if adapted.intersection(owners) else 0
-    return ModelParts(**counts), adapted_weights / mlp_weights if mlp_weights else 0.0
+        counts["embeddings" if "embeddings" in parts else parts[0]] += parameter.numel()
+    return ModelParts(**counts)
 
 
 def _part_of(name: str, owner: nn.Module, output: nn.Module | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -132,19 +133,23 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def mlp_share(model: nn.Module, adapted: Iterable[str]) -> float:
-    """Return the share of the MLP's weights (linears and fused experts) that the adapted layers hold, 0 to 1."""
-    known = TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""))
-    found = set(find_mlp_linears(model)) if known is None else set()
+    """Return the share of the MLP's weights (linears and fused experts) that the adapted layers hold, 0 to 1.
+
+    Adapted layers outside the MLP do not count. In a model without a known MLP, the adapted layers are the MLP.
+    """
     adapted = set(adapted)
-    total = sum(parameter.numel() for parameter in fused_experts(model).values())
-    own = 0
-    for name, module in model.named_modules():
-        name = name.removesuffix(".base_layer")
-        if is_linear(module) and (name in adapted or name in found or (known and matches_target(name, known))):
-            out_features, in_features = linear_shape(module, name)
-            total += out_features * in_features
-            own += out_features * in_features if name in adapted else 0
-    return own / total if total else 0.0
+    sizes = {
+        name.removesuffix(".base_layer"): math.prod(linear_shape(module, name))
+        for name, module in model.named_modules()
+        if is_linear(module)
+    }
+    known = TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""))
+    mlp = {name for name in sizes if matches_target(name, known)} if known else set(find_mlp_linears(model))
+    experts = sum(parameter.numel() for parameter in fused_experts(model).values())
+    if not mlp and not experts:
+        mlp = adapted
+    total = experts + sum(sizes.get(name, 0) for name in mlp)
+    return sum(sizes.get(name, 0) for name in mlp & adapted) / total if total else 0.0
 
 
 def log_share(model: nn.Module, adapted: Iterable[str], *, automatic: bool) -> None:
