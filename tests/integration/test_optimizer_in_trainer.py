@@ -15,9 +15,6 @@ from sparsegrad_peft import SparseGradAdamW, calibrate, group_linears, param_gro
 
 MLP = r".*layer\.\d+\.(intermediate|output)\.dense"
 
-# Trainer moves batches with pinned memory where it finds an accelerator, and warns where it finds none.
-pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
-
 
 def rows(n: int = 48) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)

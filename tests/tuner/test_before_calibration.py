@@ -9,15 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import adapted, cores, differs, train, tuner_layers
-from models import LAYERS, MAKE, batch, logits, make
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers import (
+    MLP_LINEARS,
+    TINY_MODELS,
+    cores,
+    logits,
+    max_difference,
+    tiny_batch,
+    tiny_model,
+    train_adapter,
+    trained_adapter,
+    tuner_layers,
+)
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 IGNORED = pytest.mark.filterwarnings("ignore:adapter .* trains in data-free bases:UserWarning")
 
@@ -31,7 +39,7 @@ def warned(model: nn.Module, steps: int = 2) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(steps):
-            model(**batch("bert"))
+            model(**tiny_batch("bert"))
     return [str(w.message) for w in caught if w.category is UserWarning]
 
 
@@ -44,44 +52,44 @@ def test_size_of_a_new_adapter() -> None:
     whole = sum(layer.in_features * layer.out_features for layer in tuner_layers(model))
     assert before == sum(core.numel() for core in cores(model))
     assert before < 0.02 * whole
-    calibrate_adapter(model, [batch("llama")], n_steps=1, progress=False)
+    calibrate_adapter(model, [tiny_batch("llama")], n_steps=1, progress=False)
     assert count(model) == before
 
 
 @IGNORED
-@pytest.mark.parametrize("kind", list(MAKE))
+@pytest.mark.parametrize("kind", list(TINY_MODELS))
 @pytest.mark.parametrize("options", [{}, {"c": 0.5, "r": "full"}, {"c": "full", "r": "full"}])
 def test_life_without_calibration(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
-    data, base = batch(kind), make(kind)
+    data, base = tiny_batch(kind), tiny_model(kind)
     before = logits(base, data)
     model = get_peft_model(copy.deepcopy(base), SparseGradConfig(**options))
-    assert differs(logits(model, data), before) == 0
+    assert max_difference(logits(model, data), before) == 0
     assert not model.peft_config["default"].calibrated
-    train(model.train(), data)
+    train_adapter(model.train(), data)
     after = logits(model.eval(), data)
-    assert differs(after, before) > 1e-5
+    assert max_difference(after, before) > 1e-5
     model.save_pretrained(tmp_path)
     for low_cpu_mem_usage in (False, True):
-        loaded = PeftModel.from_pretrained(make(kind), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
-        assert differs(logits(loaded, data), after) == 0
+        loaded = PeftModel.from_pretrained(tiny_model(kind), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+        assert max_difference(logits(loaded, data), after) == 0
         assert not loaded.peft_config["default"].calibrated
-    resumed = get_peft_model(make(kind), SparseGradConfig(**options))
+    resumed = get_peft_model(tiny_model(kind), SparseGradConfig(**options))
     resumed.load_adapter(str(tmp_path), "default")
-    assert differs(logits(resumed.eval(), data), after) == 0
+    assert max_difference(logits(resumed.eval(), data), after) == 0
     assert not resumed.peft_config["default"].calibrated
-    assert differs(logits(model.merge_and_unload(safe_merge=True), data), after) < 1e-4
+    assert max_difference(logits(model.merge_and_unload(safe_merge=True), data), after) < 1e-4
 
 
 def test_transformers_loads_it(tmp_path: Path) -> None:
-    model = get_peft_model(make("llama"), SparseGradConfig(init_weights=False)).eval()
+    model = get_peft_model(tiny_model("llama"), SparseGradConfig(init_weights=False)).eval()
     model.save_pretrained(tmp_path)
-    plain = make("llama")
+    plain = tiny_model("llama")
     plain.load_adapter(str(tmp_path))
-    assert differs(logits(plain.eval(), batch("llama")), logits(model, batch("llama"))) == 0
+    assert max_difference(logits(plain.eval(), tiny_batch("llama")), logits(model, tiny_batch("llama"))) == 0
 
 
 def test_all_adapters_of_a_size_share_their_bases() -> None:
-    model = get_peft_model(make("llama"), SparseGradConfig())
+    model = get_peft_model(tiny_model("llama"), SparseGradConfig())
     shapes = {(layer.out_features, layer.in_features) for layer in tuner_layers(model)}
     assert len({id(layer.core_and_basis("default")[1]) for layer in tuner_layers(model)}) == len(shapes) == 2
 
@@ -90,22 +98,22 @@ def test_all_adapters_of_a_size_share_their_bases() -> None:
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("narrow", [0.5, "energy:0.99"])
 def test_an_optimizer_from_before_calibration_stays_right(low_cpu_mem_usage: bool, narrow: float | str) -> None:
-    model = get_peft_model(make("bert"), SparseGradConfig(narrow=narrow), low_cpu_mem_usage=low_cpu_mem_usage)
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig(narrow=narrow), low_cpu_mem_usage=low_cpu_mem_usage)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     if not low_cpu_mem_usage:
-        model(**batch("bert")).loss.backward()  # a graph that is still alive, of the size before
+        model(**tiny_batch("bert")).loss.backward()  # a graph that is still alive, of the size before
     before, shapes = cores(model), [core.shape for core in cores(model)]
-    calibrate_adapter(model, [batch("bert")], n_steps=4, progress=False)
+    calibrate_adapter(model, [tiny_batch("bert")], n_steps=4, progress=False)
     assert all(core is old for core, old in zip(cores(model), before, strict=True))
     optimizer.zero_grad()
-    model(**batch("bert")).loss.backward()
+    model(**tiny_batch("bert")).loss.backward()
     optimizer.step()
     assert all(bool(core.any()) for core in cores(model))
     assert ([core.shape for core in cores(model)] != shapes) is (narrow == "energy:0.99")
 
 
 def test_training_without_calibration_warns_once_for_each_adapter() -> None:
-    model = get_peft_model(make("bert"), SparseGradConfig()).train()
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig()).train()
     (message,) = warned(model)  # of six layers, in two steps
     assert "adapter 'default' trains in data-free bases" in message
     assert "calibrate_adapter(model, batches)" in message
@@ -119,35 +127,35 @@ def test_training_without_calibration_warns_once_for_each_adapter() -> None:
 
 
 def test_what_does_not_train_without_calibration_is_silent() -> None:
-    model = get_peft_model(make("bert"), SparseGradConfig())
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig())
     assert not warned(model)  # the base is in eval mode, and so are the layers put into it
     with torch.no_grad():
         assert not warned(model.train())
     model.requires_grad_(False)
     assert not warned(model)
-    assert not warned(get_peft_model(make("bert"), SparseGradConfig(original_space=True)).train())
-    assert not warned(adapted("bert")[0].train())
-    assert len(warned(get_peft_model(make("bert"), SparseGradConfig()).train())) == 1
+    assert not warned(get_peft_model(tiny_model("bert"), SparseGradConfig(original_space=True)).train())
+    assert not warned(trained_adapter("bert")[0].train())
+    assert len(warned(get_peft_model(tiny_model("bert"), SparseGradConfig()).train())) == 1
 
 
 def test_sizes_that_do_not_fit_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"c, layer bert.encoder.layer.0.intermediate.dense: .* a count from 1 to 16"):
-        get_peft_model(make("bert"), SparseGradConfig(c=17))
+        get_peft_model(tiny_model("bert"), SparseGradConfig(c=17))
 
 
 def test_a_file_of_an_early_version_without_calibration(tmp_path: Path) -> None:
     """Such an adapter has whole cores, no bases, and `core_shapes: {}` in its configuration."""
-    model = get_peft_model(make("bert"), SparseGradConfig(original_space=True, init_weights=False)).eval()
-    expected = logits(model, batch("bert"))
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig(original_space=True, init_weights=False)).eval()
+    expected = logits(model, tiny_batch("bert"))
     model.save_pretrained(tmp_path)
     config = SparseGradConfig.from_pretrained(tmp_path).to_dict()
     config = {key: value for key, value in config.items() if key != "data_free"} | {"core_shapes": {}}
     SparseGradConfig(**(config | {"original_space": False})).save_pretrained(str(tmp_path))
     text = (tmp_path / "adapter_config.json").read_text().replace('"core_shapes": null', '"core_shapes": {}')
     (tmp_path / "adapter_config.json").write_text(text.replace('"full"', "null"))
-    loaded = PeftModel.from_pretrained(make("bert"), tmp_path).eval()
-    assert differs(logits(loaded, batch("bert")), expected) == 0
-    assert len(cores(loaded)) == LAYERS["bert"]
-    plain = make("bert")
+    loaded = PeftModel.from_pretrained(tiny_model("bert"), tmp_path).eval()
+    assert max_difference(logits(loaded, tiny_batch("bert")), expected) == 0
+    assert len(cores(loaded)) == MLP_LINEARS["bert"]
+    plain = tiny_model("bert")
     plain.load_adapter(str(tmp_path))
-    assert differs(logits(plain.eval(), batch("bert")), expected) == 0
+    assert max_difference(logits(plain.eval(), tiny_batch("bert")), expected) == 0

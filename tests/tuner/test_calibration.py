@@ -9,30 +9,37 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import adapted, cores, differs, train, tuner_layers
-from models import LAYERS, batch, logits, make
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from helpers import (
+    MLP_LINEARS,
+    cores,
+    logits,
+    max_difference,
+    tiny_batch,
+    tiny_model,
+    train_adapter,
+    trained_adapter,
+    tuner_layers,
+)
 from sparsegrad_peft import Calibration, SparseGradConfig, Trajectory, calibrate_adapter
 from sparsegrad_peft.method.config import sign_step
 from sparsegrad_peft.tuner.layer import SparseGradTunerLinear
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-
 
 def test_original_space_is_not_calibrated() -> None:
-    model = get_peft_model(make("bert"), SparseGradConfig(original_space=True))
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig(original_space=True))
     with pytest.raises(ValueError, match=r"original space .*takes no bases; make it with original_space=False"):
-        calibrate_adapter(model, [batch("bert")], n_steps=1)
+        calibrate_adapter(model, [tiny_batch("bert")], n_steps=1)
 
 
 def test_calibration_is_as_recommended_unless_told_otherwise() -> None:
     """Every gradient counts with norm 1, over 30 steps of a walk; a single field replaces only itself."""
     for options, n_steps in (({}, 30), ({"n_steps": 3}, 3)):
-        model = get_peft_model(make("bert"), SparseGradConfig())
-        statistics = calibrate_adapter(model, [batch("bert")], progress=False, **options)
+        model = get_peft_model(tiny_model("bert"), SparseGradConfig())
+        statistics = calibrate_adapter(model, [tiny_batch("bert")], progress=False, **options)
         assert statistics.config.trajectory == Trajectory(lr=1e-4, update=sign_step)
         for gram in statistics.groups.values():
             assert gram.n_gradients == n_steps * len(gram.layers)
@@ -41,7 +48,7 @@ def test_calibration_is_as_recommended_unless_told_otherwise() -> None:
 
 def test_calibration_leaves_the_adapter_out_and_others_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """The adapter adds nothing yet; others that are active change the gradients, as they will in training."""
-    model, _ = adapted("bert", c=0.25)
+    model, _ = trained_adapter("bert", c=0.25)
     model.add_adapter("new", SparseGradConfig(c=0.5, r=0.5))
     model.base_model.set_adapter(["default", "new"])
     used = []
@@ -50,12 +57,12 @@ def test_calibration_leaves_the_adapter_out_and_others_in(monkeypatch: pytest.Mo
         SparseGradTunerLinear, "core_and_basis", lambda self, name: used.append(name) or core_and_basis(self, name)
     )
     mine = cores(model, "new")
-    statistics = calibrate_adapter(model, [batch("bert")], adapter_name="new", n_steps=1, progress=False)
+    statistics = calibrate_adapter(model, [tiny_batch("bert")], adapter_name="new", n_steps=1, progress=False)
     assert set(used) == {"default"}
     assert all(layer.active_adapters == ["default", "new"] for layer in tuner_layers(model))
     assert all(core.requires_grad for core in (*cores(model, "new"), *cores(model)))
-    without = get_peft_model(make("bert"), SparseGradConfig(c=0.5, r=0.5))
-    other = calibrate_adapter(without, [batch("bert")], n_steps=1, progress=False)
+    without = get_peft_model(tiny_model("bert"), SparseGradConfig(c=0.5, r=0.5))
+    other = calibrate_adapter(without, [tiny_batch("bert")], n_steps=1, progress=False)
     assert other.groups.keys() == statistics.groups.keys()
     for group, gram in other.groups.items():
         assert not torch.equal(gram.gram_in, statistics.groups[group].gram_in)
@@ -63,7 +70,7 @@ def test_calibration_leaves_the_adapter_out_and_others_in(monkeypatch: pytest.Mo
 
 
 def test_an_interrupted_calibration_puts_the_adapter_back() -> None:
-    model = get_peft_model(make("bert"), SparseGradConfig())
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig())
 
     def broken(model: nn.Module, batch: object) -> Tensor:
         assert all(layer.skipped_adapters == {"default"} for layer in tuner_layers(model))
@@ -71,7 +78,7 @@ def test_an_interrupted_calibration_puts_the_adapter_back() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        calibrate_adapter(model, [batch("bert")], loss_fn=broken, progress=False)
+        calibrate_adapter(model, [tiny_batch("bert")], loss_fn=broken, progress=False)
     assert not any(layer.skipped_adapters for layer in tuner_layers(model))
     assert all(core.requires_grad for core in cores(model))
     assert not model.peft_config["default"].calibrated
@@ -81,35 +88,35 @@ def test_an_interrupted_calibration_puts_the_adapter_back() -> None:
 @pytest.mark.parametrize("trajectory", [None, Trajectory(lr=1e-3)])
 def test_cores_that_were_never_allocated(kind: str, trajectory: Trajectory | None, tmp_path: Path) -> None:
     """`low_cpu_mem_usage=True`: no (out, in) cores before calibration, and the same adapter afterwards."""
-    data = batch(kind)
+    data = tiny_batch(kind)
     task = {"bert": "SEQ_CLS"}.get(kind, "CAUSAL_LM")
     outputs = []
     for low_cpu_mem_usage in (True, False):
         config = SparseGradConfig(c=0.5, r=0.25, task_type=task)
-        model = get_peft_model(make(kind), config, low_cpu_mem_usage=low_cpu_mem_usage)
+        model = get_peft_model(tiny_model(kind), config, low_cpu_mem_usage=low_cpu_mem_usage)
         assert all(core.is_meta is low_cpu_mem_usage for core in cores(model))
         calibrate_adapter(model, [data], n_steps=2, training=False, trajectory=trajectory, progress=False)
         assert all(core.device.type == "cpu" and core.dtype == torch.float32 for core in cores(model))
         assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-        assert len(cores(model)) == LAYERS[kind]
-        train(model, data)
+        assert len(cores(model)) == MLP_LINEARS[kind]
+        train_adapter(model, data)
         outputs.append(logits(model.eval(), data))
-    assert differs(outputs[0], logits(make(kind), data)) > 1e-4
-    assert differs(*outputs) == 0
+    assert max_difference(outputs[0], logits(tiny_model(kind), data)) > 1e-4
+    assert max_difference(*outputs) == 0
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(make(kind), str(tmp_path)).eval()
-    assert differs(logits(loaded, data), outputs[0]) == 0
+    loaded = PeftModel.from_pretrained(tiny_model(kind), str(tmp_path)).eval()
+    assert max_difference(logits(loaded, data), outputs[0]) == 0
 
 
 def statistics_of(kind: str) -> Calibration:
-    model = get_peft_model(make(kind), SparseGradConfig())
-    return calibrate_adapter(model, [batch(kind)], n_steps=1, progress=False)
+    model = get_peft_model(tiny_model(kind), SparseGradConfig())
+    return calibrate_adapter(model, [tiny_batch(kind)], n_steps=1, progress=False)
 
 
 def test_ready_statistics_for_cores_that_were_never_allocated() -> None:
-    model = get_peft_model(make("bert"), SparseGradConfig(c=0.5, r=0.25), low_cpu_mem_usage=True)
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig(c=0.5, r=0.25), low_cpu_mem_usage=True)
     calibrate_adapter(model, calibration=statistics_of("bert"))
-    assert differs(logits(model, batch("bert")), logits(make("bert"), batch("bert"))) == 0
+    assert max_difference(logits(model, tiny_batch("bert")), logits(tiny_model("bert"), tiny_batch("bert"))) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -118,7 +125,7 @@ def test_type_of_cores_that_were_never_allocated(dtype: torch.dtype, autocast_ad
     types = []
     for low_cpu_mem_usage in (True, False):
         model = get_peft_model(
-            make("llama").to(dtype), SparseGradConfig(), low_cpu_mem_usage=low_cpu_mem_usage,
+            tiny_model("llama").to(dtype), SparseGradConfig(), low_cpu_mem_usage=low_cpu_mem_usage,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )  # fmt: skip
         calibrate_adapter(model, calibration=statistics_of("llama"))
@@ -128,9 +135,9 @@ def test_type_of_cores_that_were_never_allocated(dtype: torch.dtype, autocast_ad
 
 
 def test_a_core_that_is_not_there_says_so() -> None:
-    model = get_peft_model(make("bert"), SparseGradConfig(), low_cpu_mem_usage=True)
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig(), low_cpu_mem_usage=True)
     with pytest.raises(RuntimeError, match=r"low_cpu_mem_usage=True and has no core yet: call calibrate_adapter"):
-        logits(model, batch("bert"))
+        logits(model, tiny_batch("bert"))
 
 
 @pytest.mark.parametrize(
@@ -146,38 +153,40 @@ def test_a_core_that_is_not_there_says_so() -> None:
 )
 def test_type_of_bases(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
     """In memory, in the file, and after loading, also into an adapter that has no bases yet."""
-    model, base = adapted("llama", **{"c": None, "r": None, **options})
+    model, base = trained_adapter("llama", **{"c": None, "r": None, **options})
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
     fresh = get_peft_model(copy.deepcopy(base), SparseGradConfig(**options)).eval()
     weights = load_file(tmp_path / "adapter_model.safetensors")
     set_peft_model_state_dict(fresh, weights)
     assert {value.dtype for name, value in weights.items() if "basis" in name} == {dtype}
-    expected = logits(model, batch("llama"))
+    expected = logits(model, tiny_batch("llama"))
     for found in (model, again, fresh):
         assert {b.dtype for n, b in found.named_buffers() if n.endswith((".U", ".V"))} == {dtype}
-        assert differs(logits(found, batch("llama")), expected) == 0
-    assert differs(logits(again.merge_and_unload(), batch("llama")), expected) < 1e-5  # the rounded ones, throughout
+        assert max_difference(logits(found, tiny_batch("llama")), expected) == 0
+    assert (
+        max_difference(logits(again.merge_and_unload(), tiny_batch("llama")), expected) < 1e-5
+    )  # the rounded ones, throughout
 
 
 def test_a_files_bases_keep_their_type(tmp_path: Path) -> None:
     """Also where the configuration says another, as one that was written by hand may."""
-    model, base = adapted("bert", basis_dtype="float32")
+    model, base = trained_adapter("bert", basis_dtype="float32")
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["basis_dtype"] = None
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     for low_cpu_mem_usage in (True, False):
         again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage)
-        assert differs(logits(again.eval(), batch("bert")), logits(model, batch("bert"))) == 0
+        assert max_difference(logits(again.eval(), tiny_batch("bert")), logits(model, tiny_batch("bert"))) == 0
 
 
 def test_calibrating_through_the_tuner_gives_the_same_names() -> None:
     """`PeftModel`, the tuner within it, and a model with injected layers name a layer differently; files do not."""
     shapes = []
     for inner in (lambda m: m, lambda m: m.base_model, lambda m: m.base_model.model):
-        model = get_peft_model(make("bert"), SparseGradConfig(c=0.5, r=0.5))
-        calibrate_adapter(inner(model), [batch("bert")], n_steps=1, progress=False)
+        model = get_peft_model(tiny_model("bert"), SparseGradConfig(c=0.5, r=0.5))
+        calibrate_adapter(inner(model), [tiny_batch("bert")], n_steps=1, progress=False)
         shapes.append({name: shape[1:] for name, shape in model.peft_config["default"].core_shapes.items()})
     assert shapes[0] == shapes[1] == shapes[2]
     assert next(iter(shapes[0])) == "bert.encoder.layer.0.intermediate.dense"
@@ -187,8 +196,8 @@ def test_the_papers_configuration() -> None:
     config = SparseGradConfig.paper(task_type="SEQ_CLS", shared=True)
     assert (config.c, config.r, config.shared, config.task_type) == ("full", "full", True, "SEQ_CLS")
     assert SparseGradConfig.paper(c=0.5).c == 0.5
-    model = get_peft_model(make("bert"), config)
-    calibrate_adapter(model, [batch("bert")], n_steps=1, progress=False)
+    model = get_peft_model(tiny_model("bert"), config)
+    calibrate_adapter(model, [tiny_batch("bert")], n_steps=1, progress=False)
     for layer in tuner_layers(model):
         assert layer.sparsegrad_basis["default"].is_complete
         assert layer.sparsegrad_S["default"].shape == (layer.out_features, layer.in_features)
@@ -199,11 +208,11 @@ def test_bases_of_gigabytes_are_announced(monkeypatch: pytest.MonkeyPatch, caplo
     size = 6 * 2 * (8 * 16 + 4 * 32)
     options: dict[str, Any] = {"trained": 0, "c": None, "r": None, "narrow": 8, "wide": 4}
     monkeypatch.setattr("sparsegrad_peft.tuner.calibration.LARGE_BASES", size)
-    adapted("bert", **options)
+    trained_adapter("bert", **options)
     monkeypatch.setattr("sparsegrad_peft.tuner.calibration.LARGE_BASES", size - 1)
-    adapted("bert", **options, shared=True)
+    trained_adapter("bert", **options, shared=True)
     assert not [message for message in caplog.messages if "GB" in message]
-    model, _ = adapted("bert", **options)
+    model, _ = trained_adapter("bert", **options)
     assert [m for m in caplog.messages if m.startswith("the bases of 6 layers take 0.0 GB. With SparseGradConfig(")]
     bases = [b for n, b in model.named_buffers() if n.endswith((".U", ".V"))]
     assert sum(b.nbytes for b in bases) == size

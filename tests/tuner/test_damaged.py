@@ -8,16 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import adapted, differs, tuner_layers
-from models import batch, logits, make
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers import logits, max_difference, tiny_batch, tiny_model, trained_adapter, tuner_layers
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter, export_lora
 from sparsegrad_peft.tuner.checks import check_side
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 LAYER = "base_model.model.bert.encoder.layer.1.output.dense"
 S, U, V = f"{LAYER}.sparsegrad_S", f"{LAYER}.sparsegrad_basis.U", f"{LAYER}.sparsegrad_basis.V"
@@ -65,7 +62,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensor], Tensor | None], str]] = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    adapted("bert")[0].save_pretrained(folder)
+    trained_adapter("bert")[0].save_pretrained(folder)
     return folder
 
 
@@ -91,9 +88,9 @@ def damage(folder: Path, kind: str) -> str:
 def test_peft_refuses(kind: str, copy_of: Path) -> None:
     message = damage(copy_of, kind)
     with pytest.raises((TypeError, ValueError), match=message) as caught:
-        PeftModel.from_pretrained(make("bert"), copy_of)
+        PeftModel.from_pretrained(tiny_model("bert"), copy_of)
     assert "layer.1.output.dense" in str(caught.value)
-    other = get_peft_model(make("bert"), SparseGradConfig())
+    other = get_peft_model(tiny_model("bert"), SparseGradConfig())
     before = [parameter.shape for parameter in other.parameters()]
     with pytest.raises((TypeError, ValueError)):
         other.load_adapter(str(copy_of), "default")
@@ -104,11 +101,11 @@ def test_peft_refuses(kind: str, copy_of: Path) -> None:
 def test_transformers_or_the_first_use_refuses(kind: str, copy_of: Path) -> None:
     """transformers' loader has no hook for the file; what it leaves wrong is found at the first use."""
     damage(copy_of, kind)
-    model = make("bert")
+    model = tiny_model("bert")
 
     def load_and_use() -> None:
         model.load_adapter(str(copy_of))
-        model(**batch("bert"))
+        model(**tiny_batch("bert"))
 
     with pytest.raises((RuntimeError, TypeError, ValueError)):
         load_and_use()
@@ -132,37 +129,37 @@ def test_sizes_in_the_config_are_checked_before_anything_is_allocated(shape: obj
     config["core_shapes"]["bert.encoder.layer.0.intermediate.dense"] = shape
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"core_shapes of the adapter's config is damaged: bert.encoder.layer.0"):
-        PeftModel.from_pretrained(make("bert"), copy_of)
+        PeftModel.from_pretrained(tiny_model("bert"), copy_of)
 
 
 def test_an_adapter_that_was_not_loaded_is_refused_in_every_use(saved: Path, tmp_path: Path) -> None:
     """The config of a saved adapter, taken for a new one."""
     config = SparseGradConfig.from_pretrained(saved)
     config.inference_mode = False
-    model = get_peft_model(make("bert"), config)
+    model = get_peft_model(tiny_model("bert"), config)
     uses: list[Callable[[], object]] = [
-        lambda: logits(model.eval(), batch("bert")),
-        lambda: model.train()(**batch("bert")),
-        lambda: logits(model.eval(), batch("bert"), adapter_names=["default"] * 4),
+        lambda: logits(model.eval(), tiny_batch("bert")),
+        lambda: model.train()(**tiny_batch("bert")),
+        lambda: logits(model.eval(), tiny_batch("bert"), adapter_names=["default"] * 4),
         lambda: model.save_pretrained(tmp_path),
-        lambda: calibrate_adapter(model, [batch("bert")], progress=False),
+        lambda: calibrate_adapter(model, [tiny_batch("bert")], progress=False),
         lambda: model.merge_adapter(),
     ]
     for use in uses:
         with pytest.raises(RuntimeError, match=r"'default' cannot be used: S is damaged.*not loaded.*forget_b"):
             use()
     model.load_adapter(str(saved), "default")
-    expected = PeftModel.from_pretrained(make("bert"), saved).eval()
-    assert differs(logits(model.eval(), batch("bert")), logits(expected, batch("bert"))) == 0
+    expected = PeftModel.from_pretrained(tiny_model("bert"), saved).eval()
+    assert max_difference(logits(model.eval(), tiny_batch("bert")), logits(expected, tiny_batch("bert"))) == 0
     config.forget_bases()
-    calibrate_adapter(get_peft_model(make("bert"), config), [batch("bert")], n_steps=2, progress=False)
+    calibrate_adapter(get_peft_model(tiny_model("bert"), config), [tiny_batch("bert")], n_steps=2, progress=False)
 
 
 @pytest.mark.parametrize("name", ["copy", "get", "keys", "training", "a.b"])
 def test_names_that_pytorch_uses_itself(name: str) -> None:
     with pytest.raises(ValueError, match="cannot be the name of an adapter"):
-        get_peft_model(make("bert"), SparseGradConfig(), adapter_name=name)
-    model = get_peft_model(make("bert"), SparseGradConfig())
+        get_peft_model(tiny_model("bert"), SparseGradConfig(), adapter_name=name)
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig())
     with pytest.raises(ValueError, match="cannot be the name of an adapter"):
         model.add_adapter(name, SparseGradConfig())
     assert list(model.peft_config) == ["default"]

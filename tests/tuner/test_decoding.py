@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import tuner_layers
-from models import batch, make
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from helpers import tiny_batch, tiny_model, tuner_layers
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
 from sparsegrad_peft.method.basis import Basis
 from sparsegrad_peft.tuner.decoding import FEW, fold
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
 def rows(count: int, size: int) -> Tensor:
@@ -47,8 +44,8 @@ def test_not_where_it_would_be_larger() -> None:
 
 @pytest.fixture
 def adapted() -> PeftModel:
-    model = get_peft_model(make("llama"), SparseGradConfig(task_type="CAUSAL_LM", narrow=8, wide=8))
-    calibrate_adapter(model, [batch("llama")], n_steps=4, progress=False)
+    model = get_peft_model(tiny_model("llama"), SparseGradConfig(task_type="CAUSAL_LM", narrow=8, wide=8))
+    calibrate_adapter(model, [tiny_batch("llama")], n_steps=4, progress=False)
     change(model)
     return model.eval()
 
@@ -62,7 +59,7 @@ def change(model: nn.Module) -> None:
 def generated(model: nn.Module, **options: Any) -> list[Tensor]:
     """Logits of six generated tokens."""
     found = model.generate(
-        input_ids=batch("llama")["input_ids"][:2, :4], max_new_tokens=6, min_new_tokens=6, do_sample=False,
+        input_ids=tiny_batch("llama")["input_ids"][:2, :4], max_new_tokens=6, min_new_tokens=6, do_sample=False,
         pad_token_id=0, output_logits=True, return_dict_in_generate=True, **options,
     )  # fmt: skip
     return [found.sequences.double(), *found.logits]
@@ -79,7 +76,7 @@ def test_what_generate_gives_is_what_the_merged_model_gives(adapted: PeftModel) 
         change(adapted)
     assert all(used)
     assert not any(layer.folded for layer in tuner_layers(adapted))
-    assert batch("llama")["input_ids"][:2, :4].numel() <= FEW
+    assert tiny_batch("llama")["input_ids"][:2, :4].numel() <= FEW
 
 
 def test_dropped_when_generate_fails_or_nothing_is_to_be_folded(adapted: PeftModel) -> None:
@@ -93,6 +90,6 @@ def test_dropped_when_generate_fails_or_nothing_is_to_be_folded(adapted: PeftMod
     assert not any(layer.folded for layer in tuner_layers(adapted))
     with adapted.disable_adapter():
         base = generated(adapted)
-    for found, expected in zip(base, generated(make("llama").eval()), strict=True):
+    for found, expected in zip(base, generated(tiny_model("llama").eval()), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert not hasattr(get_peft_model(make("bert"), SparseGradConfig()).base_model, "generate")
+    assert not hasattr(get_peft_model(tiny_model("bert"), SparseGradConfig()).base_model, "generate")

@@ -10,14 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import adapted, cores, differs, tuner_layers
-from models import batch, logits, make
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from helpers import cores, logits, max_difference, tiny_batch, tiny_model, trained_adapter, tuner_layers
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
 
@@ -41,11 +38,11 @@ def run_blocks(model: PeftModel, first: int) -> None:
 @pytest.mark.parametrize("first", [1, 2])
 def test_each_device_has_its_bases(first: int) -> None:
     """Three blocks, up- and gate-projections of all of them in one group, down-projections in another."""
-    made = get_peft_model(make("llama"), SparseGradConfig(c=0.5, r=0.25, shared=True))
-    calibration = calibrate_adapter(made, [batch("llama")], n_steps=3, progress=False)
+    made = get_peft_model(tiny_model("llama"), SparseGradConfig(c=0.5, r=0.25, shared=True))
+    calibration = calibrate_adapter(made, [tiny_batch("llama")], n_steps=3, progress=False)
     expected = [layer.sparsegrad_basis["default"] for layer in tuner_layers(made)]
 
-    base = make("llama")
+    base = tiny_model("llama")
     split(base, first)
     model = get_peft_model(base, SparseGradConfig(c=0.5, r=0.25, shared=True))
     calibrate_adapter(model, calibration=calibration, progress=False)
@@ -65,13 +62,13 @@ def test_each_device_has_its_bases(first: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter:UserWarning")  # of "meta" alone
 def test_loading_onto_several_devices(tmp_path: Path) -> None:
-    whole, _ = adapted("llama", shared=True)
+    whole, _ = trained_adapter("llama", shared=True)
     whole.save_pretrained(tmp_path)
-    base = make("llama")
-    expected = logits(PeftModel.from_pretrained(base, str(tmp_path)).eval(), batch("llama"))
-    assert differs(expected, logits(make("llama"), batch("llama"))) > 1e-3
+    base = tiny_model("llama")
+    expected = logits(PeftModel.from_pretrained(base, str(tmp_path)).eval(), tiny_batch("llama"))
+    assert max_difference(expected, logits(tiny_model("llama"), tiny_batch("llama"))) > 1e-3
 
-    base = make("llama")
+    base = tiny_model("llama")
     split(base, 2)
     model = PeftModel.from_pretrained(base, str(tmp_path))
     for number, (layer, trained) in enumerate(zip(tuner_layers(model), tuner_layers(whole), strict=True)):

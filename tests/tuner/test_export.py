@@ -10,20 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from models import LAYERS, MAKE, batch, logits, make
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from helpers import MLP_LINEARS, TINY_MODELS, logits, tiny_batch, tiny_model
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
 from sparsegrad_peft.tuner.export import export_lora
 from sparsegrad_peft.tuner.layer import SparseGradLayer
 
-KINDS = list(MAKE)
-
-# transformers 5.23 renames gradient to activation checkpointing; peft 0.21 and transformers 5.20 have the old names.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+KINDS = list(TINY_MODELS)
 
 
 def tuner_layers(model: nn.Module) -> dict[str, SparseGradLayer]:
@@ -36,9 +33,9 @@ def tuner_layers(model: nn.Module) -> dict[str, SparseGradLayer]:
 
 def saved(kind: str, folder: Path, *, calibrated: bool = True, double: bool = False, **options: Any) -> PeftModel:
     """An adapter with random cores, in `folder`."""
-    base = make(kind).double() if double else make(kind)
+    base = tiny_model(kind).double() if double else tiny_model(kind)
     model = get_peft_model(base, SparseGradConfig(**{"c": 0.5, "r": 0.25, **options}))
-    data = {k: v.double() if double and v.is_floating_point() else v for k, v in batch(kind).items()}
+    data = {k: v.double() if double and v.is_floating_point() else v for k, v in tiny_batch(kind).items()}
     if calibrated:
         calibrate_adapter(model, [data], n_steps=3, training=False, progress=False)
     for layer in tuner_layers(model).values():
@@ -56,23 +53,23 @@ def differs(a: torch.Tensor, b: torch.Tensor) -> float:
     "options", [{"shared": True}, {}, {"calibrated": False}], ids=["shared", "own", "uncalibrated"]
 )
 def test_full_rank_is_the_same_model(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
-    data = batch(kind)
+    data = tiny_batch(kind)
     expected = logits(saved(kind, tmp_path / "adapter", **options), data)
     errors = export_lora(tmp_path / "adapter", tmp_path / "lora", "full", fan_in_fan_out=kind == "gpt2")
-    assert len(errors) == LAYERS[kind]
+    assert len(errors) == MLP_LINEARS[kind]
     assert max(errors.values()) < 1e-6
-    loaded = PeftModel.from_pretrained(make(kind), str(tmp_path / "lora"), torch_device="cpu").eval()
+    loaded = PeftModel.from_pretrained(tiny_model(kind), str(tmp_path / "lora"), torch_device="cpu").eval()
     assert isinstance(loaded.peft_config["default"], LoraConfig)
-    assert differs(logits(loaded, data), logits(make(kind), data)) > 1e-3  # the adapter does something
+    assert differs(logits(loaded, data), logits(tiny_model(kind), data)) > 1e-3  # the adapter does something
     assert differs(logits(loaded, data), expected) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
 def test_full_rank_in_float64(kind: str, tmp_path: Path) -> None:
-    data = batch(kind)
+    data = tiny_batch(kind)
     expected = logits(saved(kind, tmp_path / "adapter", double=True), data)
     export_lora(tmp_path / "adapter", tmp_path / "lora", "full", fan_in_fan_out=kind == "gpt2")
-    loaded = PeftModel.from_pretrained(make(kind).double(), str(tmp_path / "lora")).eval()
+    loaded = PeftModel.from_pretrained(tiny_model(kind).double(), str(tmp_path / "lora")).eval()
     assert expected.dtype == torch.float64
     assert differs(logits(loaded, data), expected) < 1e-10
 
@@ -118,27 +115,27 @@ def test_smaller_ranks_are_padded(tmp_path: Path) -> None:
         assert not A[rank:].any()
         assert not B[:, rank:].any()
         assert A[:rank].any(1).all()
-    loaded = PeftModel.from_pretrained(make("llama"), str(tmp_path / "lora")).eval()
-    original = PeftModel.from_pretrained(make("llama"), str(tmp_path / "adapter")).eval()
-    assert differs(logits(loaded, batch("llama")), logits(original, batch("llama"))) < 1e-5
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "lora")).eval()
+    original = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "adapter")).eval()
+    assert differs(logits(loaded, tiny_batch("llama")), logits(original, tiny_batch("llama"))) < 1e-5
 
 
 def test_adapter_that_has_learnt_nothing(tmp_path: Path) -> None:
-    model = get_peft_model(make("llama"), SparseGradConfig())
+    model = get_peft_model(tiny_model("llama"), SparseGradConfig())
     model.save_pretrained(tmp_path / "adapter")
     errors = export_lora(tmp_path / "adapter", tmp_path / "lora", "full")
     assert set(errors.values()) == {0.0}
-    loaded = PeftModel.from_pretrained(make("llama"), str(tmp_path / "lora")).eval()
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "lora")).eval()
     assert loaded.peft_config["default"].r == 1
-    assert differs(logits(loaded, batch("llama")), logits(make("llama"), batch("llama"))) == 0
+    assert differs(logits(loaded, tiny_batch("llama")), logits(tiny_model("llama"), tiny_batch("llama"))) == 0
 
 
 @pytest.mark.parametrize("tokens", [None, [1, 5], {"word_embeddings": [1, 5]}])
 def test_head_and_tokens_are_carried_over(tokens: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = batch("bert")
+    data = tiny_batch("bert")
     data["input_ids"][:, 0] = 5
     model = get_peft_model(
-        make("bert"), SparseGradConfig(task_type="SEQ_CLS", c=0.5, r=0.5, trainable_token_indices=tokens)
+        tiny_model("bert"), SparseGradConfig(task_type="SEQ_CLS", c=0.5, r=0.5, trainable_token_indices=tokens)
     )
     calibrate_adapter(model, [data], n_steps=2, training=False, progress=False)
     for parameter in model.parameters():
@@ -149,7 +146,7 @@ def test_head_and_tokens_are_carried_over(tokens: Any, tmp_path: Path, caplog: p
     with caplog.at_level(logging.WARNING, "sparsegrad_peft"):
         export_lora(str(tmp_path / "adapter"), str(tmp_path / "lora"), "full")
     assert "the adapter also holds" in caplog.text
-    loaded = PeftModel.from_pretrained(make("bert"), str(tmp_path / "lora")).eval()
+    loaded = PeftModel.from_pretrained(tiny_model("bert"), str(tmp_path / "lora")).eval()
     assert loaded.peft_config["default"].task_type == "SEQ_CLS"
     assert differs(logits(loaded, data), expected) < 1e-5
 
@@ -159,7 +156,7 @@ def test_only_the_adapted_layers(options: dict[str, Any], tmp_path: Path) -> Non
     """Names and not endings: other layers like the adapted ones get no LoRA matrices."""
     model = saved("llama", tmp_path / "adapter", **options)
     export_lora(tmp_path / "adapter", tmp_path / "lora", "full")
-    loaded = PeftModel.from_pretrained(make("llama"), str(tmp_path / "lora"))
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "lora"))
     found = {name.rpartition(".lora_A")[0] for name in loaded.state_dict() if ".lora_A" in name}
     assert found == {f"base_model.model.{name}" for name in tuner_layers(model)}
     assert len(found) == 6
@@ -207,7 +204,7 @@ def test_into_an_empty_or_new_folder(tmp_path: Path) -> None:
 
 def test_foreign_folders_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved("bert", tmp_path / "adapter")
-    get_peft_model(make("bert"), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "trained")
+    get_peft_model(tiny_model("bert"), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "trained")
     (tmp_path / "trained" / "README.md").unlink()  # the same two files as an export
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.txt").write_text("mine")
@@ -292,9 +289,9 @@ def test_damaged_adapters(tmp_path: Path) -> None:
 
 def test_half_precision_cores(tmp_path: Path) -> None:
     """Exact from a core in bfloat16 too; the LoRA matrices are float32, for rounding them would lose something."""
-    base = make("llama")
+    base = tiny_model("llama")
     model = get_peft_model(copy.deepcopy(base), SparseGradConfig(c=0.5, r=0.25))
-    calibrate_adapter(model, [batch("llama")], n_steps=2, progress=False)
+    calibrate_adapter(model, [tiny_batch("llama")], n_steps=2, progress=False)
     for layer in tuner_layers(model).values():
         core = torch.randn_like(layer.sparsegrad_S["default"]) * 0.1
         layer.sparsegrad_S["default"] = nn.Parameter(core.to(torch.bfloat16))

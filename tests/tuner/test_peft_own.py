@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import batch, logits, make
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
+from helpers import logits, tiny_batch, tiny_model
 from sparsegrad_peft import SparseGradConfig
 from sparsegrad_peft.tuner.layer import SparseGradLayer
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
 def adapted_layers(model: nn.Module) -> dict[str, SparseGradLayer]:
@@ -20,7 +18,7 @@ def adapted_layers(model: nn.Module) -> dict[str, SparseGradLayer]:
 
 
 def two_adapters(kind: str, **options: object) -> PeftModel:
-    model = get_peft_model(make(kind), SparseGradConfig(init_weights=False, **options), adapter_name="one")
+    model = get_peft_model(tiny_model(kind), SparseGradConfig(init_weights=False, **options), adapter_name="one")
     model.add_adapter("two", SparseGradConfig(init_weights=False, **options))
     return model.eval()
 
@@ -41,7 +39,7 @@ def test_deleting_an_adapter_leaves_nothing_behind() -> None:
 def test_adapter_names_must_be_one_for_each_example(names: list[str]) -> None:
     model = two_adapters("bert")
     with pytest.raises(ValueError, match=f"the number of inputs, but got {len(names)} and 4 respectively"):
-        logits(model, batch("bert"), adapter_names=names)
+        logits(model, tiny_batch("bert"), adapter_names=names)
 
 
 def test_adapter_names_are_refused_where_the_model_folds_the_batch() -> None:
@@ -50,7 +48,7 @@ def test_adapter_names_are_refused_where_the_model_folds_the_batch() -> None:
                        max_position_embeddings=16, word_embed_proj_dim=16)  # fmt: skip
     model = get_peft_model(OPTForCausalLM(config), SparseGradConfig(init_weights=False), adapter_name="one").eval()
     with pytest.raises(ValueError, match="but got 4 and 40 respectively"):
-        logits(model, batch("llama"), adapter_names=["one", "__base__", "one", "one"])
+        logits(model, tiny_batch("llama"), adapter_names=["one", "__base__", "one", "one"])
 
 
 def test_mixed_batch_uses_each_adapters_saved_modules() -> None:
@@ -59,7 +57,7 @@ def test_mixed_batch_uses_each_adapters_saved_modules() -> None:
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:
                 parameter.normal_()
-    data = batch("bert")
+    data = tiny_batch("bert")
     expected = []
     for name in ("one", "two"):
         model.set_adapter(name)
@@ -76,7 +74,7 @@ def test_mixed_batch_with_beam_search(kind: str) -> None:
     """Each name stands for all beams of its example; the encoder sees each example once."""
     model = two_adapters(kind)
     names = ["one", "two", "__base__"]
-    ids = batch(kind, 3)["input_ids"]
+    ids = tiny_batch(kind, 3)["input_ids"]
     options = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     mixed = model.generate(input_ids=ids, adapter_names=names, **options)
     for i, name in enumerate(names):
@@ -90,7 +88,7 @@ def test_mixed_batch_with_beam_search(kind: str) -> None:
 @pytest.mark.parametrize("blocks", [0, [0, 2]])
 def test_layers_to_transform_holds_for_all_targets(targets: str | list[str] | None, blocks: int | list[int]) -> None:
     """The default targets are a regular expression, for which PEFT itself does not look at `layers_to_transform`."""
-    model = get_peft_model(make("llama"), SparseGradConfig(target_modules=targets, layers_to_transform=blocks))
+    model = get_peft_model(tiny_model("llama"), SparseGradConfig(target_modules=targets, layers_to_transform=blocks))
     found = {int(name.partition(".layers.")[2].partition(".")[0]) for name in adapted_layers(model)}
     assert found == set([blocks] if isinstance(blocks, int) else blocks)
 

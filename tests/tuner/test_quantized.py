@@ -13,18 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, logits
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
+from helpers import logits, tiny_batch
 from sparsegrad_peft import SparseGradAdamW, SparseGradConfig, calibrate_adapter, param_groups
 from sparsegrad_peft.tuner.layer import SparseGradLayer
 
 pytest.importorskip("accelerate", reason="transformers loads quantized models with it")
-
-# transformers 5.23 renames gradient to activation checkpointing; peft 0.21 and transformers 5.20 have the old names.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 Load = Callable[[], nn.Module]
 ROUNDING = "the base weight is quantized"
@@ -86,7 +83,7 @@ def quantized(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Load, tor
 def adapter(tmp_path: Path) -> PeftModel:
     """Calibrated and trained on the plain model, and saved in the folder `adapter`."""
     model = get_peft_model(plain(), SparseGradConfig(c=0.25, r=0.25))
-    calibrate_adapter(model, [batch("llama")], n_steps=3, progress=False)
+    calibrate_adapter(model, [tiny_batch("llama")], n_steps=3, progress=False)
     train(model, 5)
     model.save_pretrained(tmp_path / "adapter")
     return model.eval()
@@ -101,7 +98,7 @@ def train(model: nn.Module, steps: int) -> list[float]:
     model.train()
     losses = []
     for _ in range(steps):
-        loss = model(**batch("llama")).loss
+        loss = model(**tiny_batch("llama")).loss
         loss.backward()
         trained = {name for name, p in model.named_parameters() if p.grad is not None}
         assert trained == {name for name, _ in model.named_parameters() if "sparsegrad_S" in name}
@@ -127,7 +124,7 @@ def test_calibrated_in_float32_and_trained_on(
     quantized: tuple[Load, torch.dtype, float], adapter: PeftModel, low_cpu_mem_usage: bool, tmp_path: Path
 ) -> None:
     load, dtype, error = quantized
-    data = batch("llama")
+    data = tiny_batch("llama")
     options: dict[str, Any] = {"is_trainable": True, "low_cpu_mem_usage": low_cpu_mem_usage}
     model = PeftModel.from_pretrained(load(), str(tmp_path / "adapter"), **options)
     assert all(layer.quantization_backend is not None for layer in tuner_layers(model))
@@ -185,7 +182,7 @@ def test_gradients_of_a_layer(quantized: tuple[Load, torch.dtype, float], adapte
 def test_merge(quantized: tuple[Load, torch.dtype, float], adapter: PeftModel, tmp_path: Path) -> None:
     """Quantized anew after the sum, and said so. After inference too, which makes bitsandbytes reorder its weights."""
     load, _, error = quantized
-    data = batch("llama")
+    data = tiny_batch("llama")
     model = PeftModel.from_pretrained(load(), str(tmp_path / "adapter")).eval()
     expected = logits(model, data)
     base = logits(load(), data)
@@ -209,7 +206,7 @@ def test_merge(quantized: tuple[Load, torch.dtype, float], adapter: PeftModel, t
 
 def test_mixed_batches(quantized: tuple[Load, torch.dtype, float], adapter: PeftModel, tmp_path: Path) -> None:
     load, dtype, _ = quantized
-    data = batch("llama")
+    data = tiny_batch("llama")
     model = PeftModel.from_pretrained(load(), str(tmp_path / "adapter")).eval()
     with_adapter = logits(model, data)
     with model.disable_adapter():
@@ -232,13 +229,13 @@ def test_prepared_with_gradient_checkpointing(
 
 def test_calibration_is_refused_with_a_remedy(quantized: tuple[Load, torch.dtype, float]) -> None:
     load = quantized[0]
-    data = batch("llama")
+    data = tiny_batch("llama")
     model = get_peft_model(load(), SparseGradConfig(c=0.25, r=0.25))
     seen: list[int] = []
 
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:
         seen.append(1)
-        return model(**batch).loss
+        return model(**tiny_batch).loss
 
     words = r"mlp\.gate_proj is quantized \((bnb|torchao).*\), .* Calibrate the adapter on the unquantized model"
     with pytest.raises(TypeError, match=words):
@@ -257,7 +254,7 @@ def test_calibration_is_refused_with_a_remedy(quantized: tuple[Load, torch.dtype
 def test_without_bases(quantized: tuple[Load, torch.dtype, float]) -> None:
     """The original space needs no calibration: a quantized base will do from the start."""
     load = quantized[0]
-    data = batch("llama")
+    data = tiny_batch("llama")
     model = get_peft_model(load(), SparseGradConfig(original_space=True)).eval()
     assert differs(logits(model, data), logits(load(), data)) == 0
     del model
@@ -274,7 +271,7 @@ def test_quantized_activations(adapter: PeftModel, tmp_path: Path) -> None:
         tmp_path / "base", quantization_config=_int8_dynamic(), dtype=torch.float32, device_map="cpu"
     )
     model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True).eval()
-    data = batch("llama")
+    data = tiny_batch("llama")
     assert differs(logits(model, data), logits(adapter, data)) < 0.03
     model.train()
     with pytest.raises(RuntimeError, match=r"base layer \(torchao\) passes no gradient back .* quantize weights only"):
@@ -289,7 +286,7 @@ def test_training_after_inference_in_4_bit(adapter: PeftModel, tmp_path: Path) -
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map="cpu")
     model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True)
     losses = train(model, 1)
-    logits(model.eval(), batch("llama"))
+    logits(model.eval(), tiny_batch("llama"))
     state = tuner_layers(model)[0].get_base_layer().weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         with pytest.raises(RuntimeError, match=r"bitsandbytes on a CPU: after inference, model\.state_dict\(\) rest"):

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import adapted as trained_adapter
 from adapters import differs, tuner_layers
-from models import batch, make
 from peft import PeftModel, get_peft_model
 from torch import nn
-from trainers import CALIBRATION, adapted, arguments, check_equal, rows, saved
+from trainers import CALIBRATION, arguments, rows, saved
 
+from helpers import check_equal, tiny_batch, tiny_model, trained_adapter, uncalibrated_adapter
 from sparsegrad_peft import (
     SparseGradAdamW,
     SparseGradConfig,
@@ -26,19 +25,15 @@ from sparsegrad_peft import (
 )
 from sparsegrad_peft.method.reference import rotate
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
 COMPLETE: dict[str, Any] = {"c": "full", "r": "full"}
 
 
 def in_training(kind: str, *, density: float | None, **options: Any) -> tuple[Any, torch.optim.Optimizer, Any]:
     """A model in float64 after a few steps, its optimizer, and the data."""
     torch.manual_seed(0)
-    data = batch(kind)
+    data = tiny_batch(kind)
     model = get_peft_model(
-        make(kind).double(),
+        tiny_model(kind).double(),
         SparseGradConfig(**COMPLETE, basis_dtype="float64", **options),
         autocast_adapter_dtype=False,
     ).eval()
@@ -121,13 +116,13 @@ def test_saved_and_loaded_after_it(tmp_path: Path) -> None:
     refresh_adapter(model, [data], n_steps=2, progress=False)
     expected = model(**data).logits.detach()
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(make("bert").double(), tmp_path, autocast_adapter_dtype=False).eval()
+    loaded = PeftModel.from_pretrained(tiny_model("bert").double(), tmp_path, autocast_adapter_dtype=False).eval()
     assert differs(loaded(**data).logits.detach(), expected) < 1e-9
 
 
 def test_refusals() -> None:
     model, _ = trained_adapter("bert")
-    data = batch("bert")
+    data = tiny_batch("bert")
     with pytest.raises(ValueError, match=r'truncated bases.*no room for all that it has learnt.*"cat"'):
         refresh_adapter(model, [data], progress=False)
     with pytest.raises(ValueError, match="no SparseGrad adapter named 'other'"):
@@ -158,8 +153,8 @@ class Counted(SparseGradTrainer):
 def make_trainer(folder: Path, density: float | None, every: int | None = 2) -> Counted:
     args = arguments(folder, max_steps=6, save_strategy="steps", save_steps=1, warmup_steps=2)
     return Counted(
-        model=adapted(**COMPLETE), args=args, train_dataset=rows(), calibration=CALIBRATION, density=density,
-        refresh_every=every,
+        model=uncalibrated_adapter(**COMPLETE), args=args, train_dataset=rows(), calibration=CALIBRATION,
+        density=density, refresh_every=every,
     )  # fmt: skip
 
 
@@ -188,4 +183,4 @@ def test_a_trainer_refuses_what_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="refresh_every must be at least 1, found 0"):
         make_trainer(tmp_path, None, 0)
     with pytest.raises(ValueError, match="adapter 'default' has truncated bases"):
-        SparseGradTrainer(model=adapted(), args=arguments(tmp_path), train_dataset=rows(), refresh_every=2)
+        SparseGradTrainer(model=uncalibrated_adapter(), args=arguments(tmp_path), train_dataset=rows(), refresh_every=2)

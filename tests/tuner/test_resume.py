@@ -7,18 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import adapted, cores, differs, train, tuner_layers
-from models import GROUPS, MAKE, batch, logits, make
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
+from helpers import (
+    MLP_GROUPS,
+    TINY_MODELS,
+    cores,
+    logits,
+    max_difference,
+    tiny_batch,
+    tiny_model,
+    train_adapter,
+    trained_adapter,
+    tuner_layers,
+)
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
 
 
 def small_bert(**sizes: int) -> nn.Module:
@@ -29,51 +34,51 @@ def small_bert(**sizes: int) -> nn.Module:
     ).eval()
 
 
-@pytest.mark.parametrize("kind", list(MAKE))
+@pytest.mark.parametrize("kind", list(TINY_MODELS))
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 def test_calibrated_weights_into_an_uncalibrated_adapter(
     kind: str, shared: bool, low_cpu_mem_usage: bool, tmp_path: Path
 ) -> None:
-    model, _ = adapted(kind, shared=shared)
-    data = batch(kind)
+    model, _ = trained_adapter(kind, shared=shared)
+    data = tiny_batch(kind)
     model.save_pretrained(tmp_path)
     # What the script would have calibrated, had it not been resumed, is of another size.
-    fresh = get_peft_model(make(kind), SparseGradConfig(shared=shared), low_cpu_mem_usage=low_cpu_mem_usage)
+    fresh = get_peft_model(tiny_model(kind), SparseGradConfig(shared=shared), low_cpu_mem_usage=low_cpu_mem_usage)
     result = fresh.load_adapter(str(tmp_path), "default", is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
     assert not result.missing_keys
     assert not result.unexpected_keys
-    assert differs(logits(fresh.eval(), data), logits(model, data)) == 0
+    assert max_difference(logits(fresh.eval(), data), logits(model, data)) == 0
     assert fresh.peft_config["default"].core_shapes == model.peft_config["default"].core_shapes
-    count = GROUPS[kind] if shared else len(tuner_layers(model))
+    count = MLP_GROUPS[kind] if shared else len(tuner_layers(model))
     assert len({id(layer.sparsegrad_basis["default"]) for layer in tuner_layers(fresh)}) == count
     assert all(core.requires_grad for core in cores(fresh))
     with pytest.raises(ValueError, match="already learnt something"):
         calibrate_adapter(fresh, [data])
-    train(fresh, data, 2)
-    train(model, data, 2)
-    assert differs(logits(fresh, data), logits(model, data)) == 0
+    train_adapter(fresh, data, 2)
+    train_adapter(model, data, 2)
+    assert max_difference(logits(fresh, data), logits(model, data)) == 0
     fresh.save_pretrained(tmp_path / "again")
-    again = PeftModel.from_pretrained(make(kind), str(tmp_path / "again")).eval()
-    assert differs(logits(again, data), logits(fresh, data)) == 0
+    again = PeftModel.from_pretrained(tiny_model(kind), str(tmp_path / "again")).eval()
+    assert max_difference(logits(again, data), logits(fresh, data)) == 0
 
 
 def test_weights_of_another_name_and_without_a_peft_model() -> None:
-    model, _ = adapted("bert")
+    model, _ = trained_adapter("bert")
     weights = get_peft_model_state_dict(model)
-    data = batch("bert")
-    fresh = get_peft_model(make("bert"), SparseGradConfig(), adapter_name="mine").eval()
+    data = tiny_batch("bert")
+    fresh = get_peft_model(tiny_model("bert"), SparseGradConfig(), adapter_name="mine").eval()
     set_peft_model_state_dict(fresh, weights, adapter_name="mine")
-    assert differs(logits(fresh, data), logits(model, data)) == 0
-    injected = make("bert")
+    assert max_difference(logits(fresh, data), logits(model, data)) == 0
+    injected = tiny_model("bert")
     injected.add_adapter(SparseGradConfig(), adapter_name="mine")
     set_peft_model_state_dict(injected.eval(), weights, adapter_name="mine")
-    assert differs(logits(injected, data), logits(model, data)) == 0
+    assert max_difference(logits(injected, data), logits(model, data)) == 0
 
 
 def trainer(folder: Path, *, calibrated: bool) -> Trainer:
-    model = get_peft_model(make("bert"), SparseGradConfig(c=0.5, r=0.5, task_type="SEQ_CLS"))
-    rows = batch("bert", 24)
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig(c=0.5, r=0.5, task_type="SEQ_CLS"))
+    rows = tiny_batch("bert", 24)
     if calibrated:
         calibrate_adapter(model, [rows], n_steps=2, progress=False)
     arguments = TrainingArguments(
@@ -91,24 +96,24 @@ def test_a_trainer_resumes_into_the_adapter_that_the_script_makes(tmp_path: Path
     resumed = trainer(tmp_path / "resumed", calibrated=False)
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
     assert resumed.state.global_step == 6
-    data = batch("bert")
+    data = tiny_batch("bert")
     expected = logits(straight.model.eval(), data)
-    at_checkpoint = PeftModel.from_pretrained(make("bert"), str(tmp_path / "straight" / "checkpoint-3")).eval()
-    assert differs(logits(at_checkpoint, data), expected) > 1e-4  # the steps after it count
-    assert differs(logits(resumed.model.eval(), data), expected) == 0
+    at_checkpoint = PeftModel.from_pretrained(tiny_model("bert"), str(tmp_path / "straight" / "checkpoint-3")).eval()
+    assert max_difference(logits(at_checkpoint, data), expected) > 1e-4  # the steps after it count
+    assert max_difference(logits(resumed.model.eval(), data), expected) == 0
 
 
 def test_uncalibrated_weights_into_a_calibrated_adapter(tmp_path: Path) -> None:
-    model, _ = adapted("bert", calibrated=False)
+    model, _ = trained_adapter("bert", calibrated=False)
     model.save_pretrained(tmp_path)
-    calibrated, _ = adapted("bert")
-    before = logits(calibrated, batch("bert"))
+    calibrated, _ = trained_adapter("bert")
+    before = logits(calibrated, tiny_batch("bert"))
     with pytest.raises(ValueError, match=r"'default' is calibrated, the weights are of one that is not.*another name"):
         calibrated.load_adapter(str(tmp_path), "default")
-    assert differs(logits(calibrated, batch("bert")), before) == 0
+    assert max_difference(logits(calibrated, tiny_batch("bert")), before) == 0
     calibrated.load_adapter(str(tmp_path), "other")
     calibrated.set_adapter("other")
-    assert differs(logits(calibrated, batch("bert")), logits(model, batch("bert"))) == 0
+    assert max_difference(logits(calibrated, tiny_batch("bert")), logits(model, tiny_batch("bert"))) == 0
 
 
 @pytest.mark.parametrize(
@@ -129,8 +134,8 @@ def test_uncalibrated_weights_into_a_calibrated_adapter(tmp_path: Path) -> None:
 )
 def test_an_adapter_of_another_kind(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     """Refused before anything is changed."""
-    adapted("bert", shared=True)[0].save_pretrained(tmp_path)
-    fresh = get_peft_model(make("bert"), SparseGradConfig(**options))
+    trained_adapter("bert", shared=True)[0].save_pretrained(tmp_path)
+    fresh = get_peft_model(tiny_model("bert"), SparseGradConfig(**options))
     before = cores(fresh)
     with pytest.raises(ValueError, match=words):
         fresh.load_adapter(str(tmp_path), "default")
@@ -139,8 +144,8 @@ def test_an_adapter_of_another_kind(options: dict[str, Any], words: str, tmp_pat
 
 
 def test_bases_of_each_layer_into_an_adapter_that_shares_them(tmp_path: Path) -> None:
-    adapted("bert", shared=False)[0].save_pretrained(tmp_path)
-    fresh = get_peft_model(make("bert"), SparseGradConfig(shared=True))
+    trained_adapter("bert", shared=False)[0].save_pretrained(tmp_path)
+    fresh = get_peft_model(tiny_model("bert"), SparseGradConfig(shared=True))
     with pytest.raises(ValueError, match=r"hold 3 bases for the layers .* has shared=True: make it with shared=False"):
         fresh.load_adapter(str(tmp_path), "default")
 
@@ -148,12 +153,12 @@ def test_bases_of_each_layer_into_an_adapter_that_shares_them(tmp_path: Path) ->
 @pytest.mark.parametrize("shared", [True, False])
 def test_calibrated_adapters_that_share_their_bases_otherwise(shared: bool, tmp_path: Path) -> None:
     """Both calibrated and of the same sizes: nothing but the number of bases tells, and the result would be wrong."""
-    adapted("bert", shared=shared)[0].save_pretrained(tmp_path)
-    other, _ = adapted("bert", shared=not shared)
-    before = logits(other, batch("bert"))
+    trained_adapter("bert", shared=shared)[0].save_pretrained(tmp_path)
+    other, _ = trained_adapter("bert", shared=not shared)
+    before = logits(other, tiny_batch("bert"))
     with pytest.raises(ValueError, match=rf"has shared={not shared}: make it with shared={shared} to load them"):
         other.load_adapter(str(tmp_path), "default")
-    assert differs(logits(other, batch("bert")), before) == 0
+    assert max_difference(logits(other, tiny_batch("bert")), before) == 0
 
 
 @pytest.mark.parametrize("into_existing", [True, False])
@@ -180,7 +185,7 @@ def test_calibrated_adapters_that_share_their_bases_otherwise(shared: bool, tmp_
 def test_an_adapter_of_another_base(
     sizes: dict[str, int], words: str, words_if_fresh: str | None, into_existing: bool, tmp_path: Path
 ) -> None:
-    adapted("bert")[0].save_pretrained(tmp_path)
+    trained_adapter("bert")[0].save_pretrained(tmp_path)
     base = small_bert(**sizes)
     if into_existing:
         model = get_peft_model(base, SparseGradConfig())
@@ -192,19 +197,19 @@ def test_an_adapter_of_another_base(
 
 
 def test_an_adapter_of_another_architecture(tmp_path: Path) -> None:
-    adapted("bert")[0].save_pretrained(tmp_path)
-    model = get_peft_model(make("llama"), SparseGradConfig())
+    trained_adapter("bert")[0].save_pretrained(tmp_path)
+    model = get_peft_model(tiny_model("llama"), SparseGradConfig())
     with pytest.raises(ValueError, match=r"6 layers, such as bert.*, and this model with 9 adapted layers has no bert"):
         model.load_adapter(str(tmp_path), "default")
     with pytest.raises(ValueError, match=r"Target modules .*intermediate.* not found in the base model"):
-        PeftModel.from_pretrained(make("llama"), str(tmp_path))
+        PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path))
 
 
 def test_modules_to_save_alone_load() -> None:
     """Weights without any core are none of the checks' business."""
-    model = get_peft_model(make("bert"), SparseGradConfig(task_type="SEQ_CLS"))
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig(task_type="SEQ_CLS"))
     head = {key: value + 1 for key, value in get_peft_model_state_dict(model).items() if "classifier" in key}
     assert head
     before = model.base_model.model.classifier.weight.detach().clone()
     set_peft_model_state_dict(model, head)
-    assert differs(model.base_model.model.classifier.weight.detach(), before + 1) == 0
+    assert max_difference(model.base_model.model.classifier.weight.detach(), before + 1) == 0

@@ -8,19 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import tuner_layers
-from models import batch, make
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from helpers import tiny_batch, tiny_model, tuner_layers
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
 def calibrated(config: SparseGradConfig) -> PeftModel:
-    model = get_peft_model(make("bert"), config)
-    calibrate_adapter(model, [batch("bert")], n_steps=2, progress=False)
+    model = get_peft_model(tiny_model("bert"), config)
+    calibrate_adapter(model, [tiny_batch("bert")], n_steps=2, progress=False)
     return model
 
 
@@ -34,19 +31,19 @@ def test_a_config_makes_several_adapters() -> None:
     first = calibrated(config)
     assert not config.calibrated
     assert first.peft_config["default"].calibrated
-    second = get_peft_model(make("bert"), config)
+    second = get_peft_model(tiny_model("bert"), config)
     assert not second.peft_config["default"].calibrated
-    calibrate_adapter(second, [batch("bert")], n_steps=2, progress=False)
+    calibrate_adapter(second, [tiny_batch("bert")], n_steps=2, progress=False)
     assert bases_of(second)
     assert all(bool(basis.any()) for basis in bases_of(second))
 
 
 def test_a_compiled_model_is_calibrated(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = torch.compile(get_peft_model(make("bert"), SparseGradConfig()), backend="eager")
-    calibrate_adapter(model, [batch("bert")], n_steps=2, progress=False)
+    model = torch.compile(get_peft_model(tiny_model("bert"), SparseGradConfig()), backend="eager")
+    calibrate_adapter(model, [tiny_batch("bert")], n_steps=2, progress=False)
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(make("bert"), tmp_path)
+    again = PeftModel.from_pretrained(tiny_model("bert"), tmp_path)
     assert [name for name in again.peft_config["default"].core_shapes if "_orig_mod" in name] == []
 
 
@@ -112,10 +109,10 @@ def test_a_layer_that_is_never_called_is_refused() -> None:
 
 def test_a_deleted_adapter_leaves_nothing(tmp_path: Path) -> None:
     calibrated(SparseGradConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(make("bert"), tmp_path)
+    model = PeftModel.from_pretrained(tiny_model("bert"), tmp_path)
     layer = tuner_layers(model)[0]
     with torch.no_grad():
-        model.eval()(**{name: value[:1] for name, value in batch("bert").items()})
+        model.eval()(**{name: value[:1] for name, value in tiny_batch("bert").items()})
     basis = weakref.ref(layer.core_and_basis("default")[1])
     model.delete_adapter("default")
     gc.collect()

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, make
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from helpers import tiny_batch, tiny_model
 from sparsegrad_peft import SparseGradConfig
 from sparsegrad_peft.method.groups import group_linears
 from sparsegrad_peft.tuner.layer import SparseGradLayer
@@ -64,8 +64,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str], int]] = {
                  "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}, {"fc1", "fc2"}, 4),
     "xlm-roberta": (ENCODER, {"intermediate.dense", "output.dense"}, 2),
 }  # fmt: skip
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
 def model_of(kind: str) -> nn.Module:
@@ -132,10 +130,10 @@ def test_unknown_architecture(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_chosen_layers_are_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="sparsegrad_peft"):
-        model = get_peft_model(make("bert"), SparseGradConfig())
+        model = get_peft_model(tiny_model("bert"), SparseGradConfig())
     assert "target_modules of the model's family" in caplog.text
     assert "adapts 6 layers with 100.0 % of the MLP weights" in caplog.text
-    assert model(**batch("bert")).loss > 0
+    assert model(**tiny_batch("bert")).loss > 0
 
 
 class Expert(nn.Module):

@@ -9,19 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import make
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from trainers import CALIBRATION, adapted, arguments, check_equal, losses, rows, saved
+from trainers import CALIBRATION, arguments, losses, rows, saved
 from transformers import Trainer
 
+from helpers import check_equal, tiny_model, uncalibrated_adapter
 from sparsegrad_peft import SparseGradAdamW, calibrate_adapter, param_groups
 from sparsegrad_peft.tuner.trainer import SparseGradTrainer, TrainingDivergedError
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
 
 
 def first_logit(model: nn.Module, batch: Any) -> Tensor:
@@ -36,7 +31,7 @@ class CustomLoss(SparseGradTrainer):
 
 
 def test_trains_the_adapter_alone(tmp_path: Path) -> None:
-    model = adapted()
+    model = uncalibrated_adapter()
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     head = {name: p.detach().clone() for name, p in model.named_parameters() if "modules_to_save" in name}
     trainer = SparseGradTrainer(model=model, args=arguments(tmp_path), train_dataset=rows(), density=0.2)
@@ -62,10 +57,10 @@ def test_as_if_calibrated_by_hand_beforehand(custom: bool, tmp_path: Path) -> No
     """Same statistics, so same data and loss; and the same weights, so order of data and dropout as without it."""
     kind, loss_fn = (CustomLoss, first_logit) if custom else (SparseGradTrainer, lambda m, batch: m(**batch).loss)
     options = {"args": arguments(tmp_path), "train_dataset": rows()}
-    automatic = kind(model=adapted(), calibration=CALIBRATION, **options)
+    automatic = kind(model=uncalibrated_adapter(), calibration=CALIBRATION, **options)
     automatic.train()
 
-    model = adapted()
+    model = uncalibrated_adapter()
     loader = Trainer(model=model, **options).get_train_dataloader()  # seeds, too
     calibrate_adapter(model, loader, config=CALIBRATION, loss_fn=loss_fn, progress=False)
     by_hand = kind(model=model, **options)
@@ -90,7 +85,7 @@ class Noisy(torch.utils.data.Dataset):
 @pytest.mark.parametrize("n_steps", [2, 6, 8], ids=["within", "whole", "beyond an epoch"])
 def test_calibration_leaves_no_trace(n_steps: int, tmp_path: Path) -> None:
     trainer = SparseGradTrainer(
-        model=adapted(), args=arguments(tmp_path), train_dataset=Noisy(),
+        model=uncalibrated_adapter(), args=arguments(tmp_path), train_dataset=Noisy(),
         calibration=type(CALIBRATION)(n_steps=n_steps),
     )  # fmt: skip
     trainer.get_train_dataloader()  # the Trainer makes its own first
@@ -110,7 +105,7 @@ def test_calibration_leaves_no_trace(n_steps: int, tmp_path: Path) -> None:
 def test_no_batches(tmp_path: Path) -> None:
     """Said, where there is nothing to calibrate on: fewer rows than a batch, and the last batch is dropped."""
     args = arguments(tmp_path, dataloader_drop_last=True)
-    trainer = SparseGradTrainer(model=adapted(), args=args, train_dataset=rows()[:3])
+    trainer = SparseGradTrainer(model=uncalibrated_adapter(), args=args, train_dataset=rows()[:3])
     with pytest.raises(ValueError, match="expected batches for 30 steps, found none"):
         trainer.create_optimizer()
 
@@ -140,18 +135,18 @@ PLAIN = {"sparse": False, "density": None, "k": None}
 
 @pytest.mark.parametrize("selection", [{}, {"density": 0.2}, {"k": 5}])
 def test_groups_of_an_adapter(selection: dict[str, Any], tmp_path: Path) -> None:
-    cores, decayed, not_decayed = groups_of(adapted(), tmp_path, **selection)
+    cores, decayed, not_decayed = groups_of(uncalibrated_adapter(), tmp_path, **selection)
     assert len(cores.pop("names")) == 6
     assert cores == {"lr": 1e-2, "weight_decay": 0.0, **PLAIN, "sparse": bool(selection), **selection}
     assert decayed == {"lr": 1e-3, "weight_decay": 0.1, **PLAIN, "names": {f"{HEAD}.weight"}}
     assert not_decayed == {"lr": 1e-3, "weight_decay": 0.0, **PLAIN, "names": {f"{HEAD}.bias"}}
-    assert {group["lr"] for group in groups_of(adapted(), tmp_path, rest_learning_rate=None)} == {1e-2}
+    assert {group["lr"] for group in groups_of(uncalibrated_adapter(), tmp_path, rest_learning_rate=None)} == {1e-2}
 
 
 def lora() -> PeftModel:
     torch.manual_seed(0)
     config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "intermediate.dense"], lora_bias=True)
-    return get_peft_model(make("bert"), config)
+    return get_peft_model(tiny_model("bert"), config)
 
 
 def test_groups_of_another_adapter_and_of_a_plain_model(tmp_path: Path) -> None:
@@ -163,17 +158,17 @@ def test_groups_of_another_adapter_and_of_a_plain_model(tmp_path: Path) -> None:
     assert decayed == {"lr": 1e-3, "weight_decay": 0.1, **PLAIN, "names": {f"{HEAD}.weight"}}
     assert not_decayed == {"lr": 1e-3, "weight_decay": 0.0, **PLAIN, "names": {f"{HEAD}.bias"}}
 
-    decayed, not_decayed = groups_of(make("bert"), tmp_path, rest_learning_rate=None)
+    decayed, not_decayed = groups_of(tiny_model("bert"), tmp_path, rest_learning_rate=None)
     assert [decayed["weight_decay"], not_decayed["weight_decay"]] == [0.1, 0.0]
     assert all("LayerNorm" in name or "bias" in name for name in not_decayed["names"])
     with pytest.raises(ValueError, match="rest_learning_rate is for what trains beside an adapter; found a model w"):
-        groups_of(make("bert"), tmp_path)
-    for model in (lora(), make("bert")):
+        groups_of(tiny_model("bert"), tmp_path)
+    for model in (lora(), tiny_model("bert")):
         with pytest.raises(ValueError, match="density and k select from the cores of SparseGrad layers"):
             groups_of(model, tmp_path, density=0.1, rest_learning_rate=None)
 
 
-@pytest.mark.parametrize("make_model", [lora, lambda: make("bert")], ids=["lora", "plain"])
+@pytest.mark.parametrize("make_model", [lora, lambda: tiny_model("bert")], ids=["lora", "plain"])
 def test_without_cores_it_is_the_trainer_with_adamw(make_model: Any, tmp_path: Path) -> None:
     options = {"args": arguments(tmp_path, optim="adamw_torch", weight_decay=0.1), "train_dataset": rows()}
     trainers = [kind(model=make_model(), **options) for kind in (SparseGradTrainer, Trainer)]
@@ -187,7 +182,7 @@ def test_without_cores_it_is_the_trainer_with_adamw(make_model: Any, tmp_path: P
 def test_one_schedule_scales_all_groups(tmp_path: Path) -> None:
     args = arguments(tmp_path, warmup_steps=2, max_steps=4, weight_decay=0.1)
     trainer = SparseGradTrainer(
-        model=adapted(), args=args, train_dataset=rows(), calibration=CALIBRATION, rest_learning_rate=1e-3
+        model=uncalibrated_adapter(), args=args, train_dataset=rows(), calibration=CALIBRATION, rest_learning_rate=1e-3
     )
     rates = []
     trainer.log = lambda logs, *a, **k: rates.append([g["lr"] for g in trainer.optimizer.param_groups])
@@ -197,7 +192,7 @@ def test_one_schedule_scales_all_groups(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_that_was_passed_in(tmp_path: Path) -> None:
-    model = adapted()
+    model = uncalibrated_adapter()
     options: dict[str, Any] = {"args": arguments(tmp_path), "train_dataset": rows()}
     mine = SparseGradAdamW(param_groups(model), lr=1e-2)
     trainer = SparseGradTrainer(model=model, optimizers=(mine, None), **options)
@@ -205,7 +200,7 @@ def test_an_optimizer_that_was_passed_in(tmp_path: Path) -> None:
     assert trainer.optimizer.optimizer is mine
     assert model.peft_config["default"].calibrated
     assert all(bool(p.any()) for name, p in model.named_parameters() if "sparsegrad_S" in name)
-    again = SparseGradTrainer(model=adapted(), optimizers=(mine, None), **options)
+    again = SparseGradTrainer(model=uncalibrated_adapter(), optimizers=(mine, None), **options)
     with pytest.raises(ValueError, match="'default' is not calibrated, and the optimizer has already trained"):
         again.train()
     for lost in ({"density": 0.1}, {"k": 3}, {"rest_learning_rate": 1e-3}):
@@ -215,17 +210,19 @@ def test_an_optimizer_that_was_passed_in(tmp_path: Path) -> None:
 
 def test_another_kind_of_optimizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found optimizer adafactor, and this trainer uses SparseGradAdamW"):
-        SparseGradTrainer(model=adapted(), args=arguments(tmp_path, optim="adafactor"), train_dataset=rows())
+        SparseGradTrainer(
+            model=uncalibrated_adapter(), args=arguments(tmp_path, optim="adafactor"), train_dataset=rows()
+        )
     with pytest.raises(ValueError, match="found optimizer SGD, and this trainer uses"):
         SparseGradTrainer(
-            model=adapted(), args=arguments(tmp_path), train_dataset=rows(),
+            model=uncalibrated_adapter(), args=arguments(tmp_path), train_dataset=rows(),
             optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}),
         )  # fmt: skip
 
 
 @pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
 def test_a_sharded_model(flag: str, tmp_path: Path) -> None:
-    trainer = SparseGradTrainer(model=adapted(), args=arguments(tmp_path), train_dataset=rows())
+    trainer = SparseGradTrainer(model=uncalibrated_adapter(), args=arguments(tmp_path), train_dataset=rows())
     setattr(trainer, flag, True)
     with pytest.raises(ValueError, match="'default' is not calibrated, and a sharded model cannot be calibrated"):
         trainer.create_optimizer()
@@ -244,16 +241,16 @@ class NotFinite(SparseGradTrainer):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite(value: float, tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=1, gradient_accumulation_steps=2)
-    trainer = NotFinite(model=adapted(), args=args, train_dataset=rows(), calibration=CALIBRATION)
+    trainer = NotFinite(model=uncalibrated_adapter(), args=args, train_dataset=rows(), calibration=CALIBRATION)
     trainer.value = value
     with pytest.raises(TrainingDivergedError, match=f"the loss of step 3 is {value}. .*{tmp_path} are good"):
         trainer.train()
     assert all(bool(value.isfinite().all()) for value in saved(trainer.model).values())
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
-    loaded = PeftModel.from_pretrained(make("bert"), tmp_path / "checkpoint-2")
+    loaded = PeftModel.from_pretrained(tiny_model("bert"), tmp_path / "checkpoint-2")
     check_equal(saved(loaded), saved(trainer.model))
     # Not asked to stop, it does not.
-    trainer = NotFinite(model=adapted(), args=args, train_dataset=rows(), stop_if_not_finite=False)
+    trainer = NotFinite(model=uncalibrated_adapter(), args=args, train_dataset=rows(), stop_if_not_finite=False)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert trainer.state.global_step == 6
 
@@ -265,12 +262,12 @@ def test_the_best_adapter_is_loaded_at_the_end(tmp_path: Path) -> None:
         load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True,
     )  # fmt: skip
     trainer = SparseGradTrainer(
-        model=adapted(), args=args, train_dataset=rows(), eval_dataset=rows(), calibration=CALIBRATION,
+        model=uncalibrated_adapter(), args=args, train_dataset=rows(), eval_dataset=rows(), calibration=CALIBRATION,
         compute_metrics=lambda _: {"score": next(scores)},
     )  # fmt: skip
     trainer.train()
     assert trainer.state.best_global_step == 2
-    at = [saved(PeftModel.from_pretrained(make("bert"), tmp_path / f"checkpoint-{step}")) for step in (2, 4)]
+    at = [saved(PeftModel.from_pretrained(tiny_model("bert"), tmp_path / f"checkpoint-{step}")) for step in (2, 4)]
     check_equal(saved(trainer.model), at[0])
     moved = {name.split(".")[-2] for name in at[0] if not torch.equal(at[0][name], at[1][name])}
     assert moved == {"sparsegrad_S", "default"}  # cores and head; one basis for all steps
@@ -281,8 +278,8 @@ def test_gradient_checkpointing(kind: str, tmp_path: Path) -> None:
     found = []
     for on in (True, False):
         trainer = SparseGradTrainer(
-            model=adapted(kind), args=arguments(tmp_path, gradient_checkpointing=on), train_dataset=rows(kind),
-            calibration=CALIBRATION,
+            model=uncalibrated_adapter(kind), args=arguments(tmp_path, gradient_checkpointing=on),
+            train_dataset=rows(kind), calibration=CALIBRATION,
         )  # fmt: skip
         trainer.train()
         assert trainer.model.is_gradient_checkpointing is on
@@ -305,7 +302,9 @@ def test_bfloat16_on_the_cpu(tmp_path: Path) -> None:
     trainers = []
     for bf16 in (True, False):
         args = arguments(tmp_path, bf16=bf16)
-        trainer = Precisions(model=adapted("llama"), args=args, train_dataset=rows("llama"), calibration=CALIBRATION)
+        trainer = Precisions(
+            model=uncalibrated_adapter("llama"), args=args, train_dataset=rows("llama"), calibration=CALIBRATION
+        )
         trainer.train()
         kind = torch.bfloat16 if bf16 else torch.float32
         assert trainer.seen == [(True, kind)] * 8 + [(False, kind)] * 4

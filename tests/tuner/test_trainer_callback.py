@@ -9,16 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from trainers import CALIBRATION, adapted, arguments, check_equal, losses, rows, saved
+from trainers import CALIBRATION, arguments, losses, rows, saved
 from transformers import Trainer
 
+from helpers import check_equal, uncalibrated_adapter
 from sparsegrad_peft import calibrate_adapter
 from sparsegrad_peft.tuner.trainer import SparseGradCalibration
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
 
 
 def plain_trainer(folder: Path, model: PeftModel, *, callback: bool = True, **options: Any) -> Trainer:
@@ -29,7 +25,7 @@ def plain_trainer(folder: Path, model: PeftModel, *, callback: bool = True, **op
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_as_if_calibrated_by_hand_beforehand(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
-    trainer = plain_trainer(tmp_path, adapted(low_cpu_mem_usage=low_cpu_mem_usage))
+    trainer = plain_trainer(tmp_path, uncalibrated_adapter(low_cpu_mem_usage=low_cpu_mem_usage))
     if low_cpu_mem_usage:
         assert any(p.is_meta for p in trainer.model.parameters())
     trainer.train()
@@ -37,7 +33,7 @@ def test_as_if_calibrated_by_hand_beforehand(low_cpu_mem_usage: bool, tmp_path: 
     assert grouped == {id(p) for p in trainer.model.parameters() if p.requires_grad}
     assert len(trainer.optimizer.state) == len(grouped)  # all of them have taken steps, and nothing else has
 
-    model = adapted()
+    model = uncalibrated_adapter()
     loader = plain_trainer(tmp_path, model, callback=False).get_train_dataloader()
     calibrate_adapter(model, loader, config=CALIBRATION, progress=False)
     by_hand = plain_trainer(tmp_path, model, callback=False)
@@ -48,9 +44,9 @@ def test_as_if_calibrated_by_hand_beforehand(low_cpu_mem_usage: bool, tmp_path: 
 
 
 def test_resumed(tmp_path: Path) -> None:
-    straight = plain_trainer(tmp_path / "straight", adapted(), save_strategy="steps", save_steps=2)
+    straight = plain_trainer(tmp_path / "straight", uncalibrated_adapter(), save_strategy="steps", save_steps=2)
     straight.train()
-    resumed = plain_trainer(tmp_path / "resumed", adapted(), callback=True)
+    resumed = plain_trainer(tmp_path / "resumed", uncalibrated_adapter(), callback=True)
     seen = []
     resumed.model.register_forward_hook(lambda *_: seen.append(resumed.state.global_step))
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
@@ -61,7 +57,7 @@ def test_resumed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrapped", [{"world_size": 2}, {"fsdp": "full_shard"}, {"deepspeed": "config.json"}])
 def test_too_late_in_a_wrapped_model(wrapped: dict[str, Any]) -> None:
-    model = adapted()
+    model = uncalibrated_adapter()
     before = saved(model)
     args: Any = SimpleNamespace(**{"world_size": 1, "fsdp": "", "deepspeed": None, "disable_tqdm": True, **wrapped})
     given = {"model": model, "optimizer": torch.optim.AdamW(model.parameters()), "train_dataloader": None}
@@ -71,7 +67,7 @@ def test_too_late_in_a_wrapped_model(wrapped: dict[str, Any]) -> None:
 
 
 def test_too_late_for_an_optimizer_that_has_trained(tmp_path: Path) -> None:
-    model = adapted(init_weights=True)
+    model = uncalibrated_adapter(init_weights=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     with pytest.warns(UserWarning, match="trains in data-free bases"):
         Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(optimizer, None)).train()

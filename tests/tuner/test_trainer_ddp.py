@@ -102,8 +102,6 @@ def worker(rank: int, folder: str, port: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -6,14 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainers import CALIBRATION, adapted, arguments, check_equal, rows, saved
+from trainers import CALIBRATION, arguments, rows, saved
 
+from helpers import check_equal, uncalibrated_adapter
 from sparsegrad_peft.tuner.trainer import SparseGradTrainer
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
 
 
 class Counted(SparseGradTrainer):
@@ -30,7 +26,7 @@ def make_trainer(folder: Path, density: float | None) -> Counted:
         warmup_steps=2, weight_decay=0.1,
     )  # fmt: skip
     return Counted(
-        model=adapted(), args=args, train_dataset=rows(), calibration=CALIBRATION, density=density,
+        model=uncalibrated_adapter(), args=args, train_dataset=rows(), calibration=CALIBRATION, density=density,
         rest_learning_rate=1e-3,
     )  # fmt: skip
 

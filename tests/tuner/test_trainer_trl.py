@@ -8,20 +8,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from models import batch, logits, make
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
-from trainers import CALIBRATION, adapted, check_equal, saved
+from trainers import CALIBRATION, saved
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from helpers import check_equal, logits, tiny_batch, tiny_model, uncalibrated_adapter
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
 from sparsegrad_peft.tuner.trainer import SparseGradCalibration, SparseGradTrainerMixin
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -58,19 +53,23 @@ def log(trainer: SFTTrainer) -> list[dict[str, Any]]:
 
 
 def test_the_mixin_trains_saves_and_resumes(tmp_path: Path) -> None:
-    straight = SFT(model=adapted("llama"), calibration=CALIBRATION, density=0.2, **options(tmp_path / "straight"))
+    straight = SFT(
+        model=uncalibrated_adapter("llama"), calibration=CALIBRATION, density=0.2, **options(tmp_path / "straight")
+    )
     straight.train()
     cores = [value for name, value in saved(straight.model).items() if "sparsegrad_S" in name]
     assert len(cores) == 9
     assert all(core.any() for core in cores)
-    resumed = SFT(model=adapted("llama"), calibration=CALIBRATION, density=0.2, **options(tmp_path / "resumed"))
+    resumed = SFT(
+        model=uncalibrated_adapter("llama"), calibration=CALIBRATION, density=0.2, **options(tmp_path / "resumed")
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-4"))
     check_equal(saved(resumed.model), saved(straight.model))
     check_equal(resumed.optimizer.state_dict(), straight.optimizer.state_dict())
     counted = "num_tokens"  # TRL counts anew when it resumes
     expected = [{name: value for name, value in entry.items() if name != counted} for entry in log(straight)]
     assert [{name: value for name, value in entry.items() if name != counted} for entry in log(resumed)] == expected
-    loaded = PeftModel.from_pretrained(make("llama"), tmp_path / "straight" / "checkpoint-6")
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "straight" / "checkpoint-6")
     check_equal(saved(loaded), saved(straight.model))
 
 
@@ -78,9 +77,9 @@ def test_the_mixin_trains_saves_and_resumes(tmp_path: Path) -> None:
 def test_calibration_is_not_counted(training: bool, tmp_path: Path) -> None:
     """Neither tokens nor losses nor accuracies of its batches are in what TRL logs."""
     config = type(CALIBRATION)(n_steps=8, training=training)
-    automatic = SFT(model=adapted("llama"), calibration=config, **options(tmp_path))
+    automatic = SFT(model=uncalibrated_adapter("llama"), calibration=config, **options(tmp_path))
     automatic.train()
-    model = adapted("llama")
+    model = uncalibrated_adapter("llama")
     other = SFTTrainer(model=model, **options(tmp_path))
     calibrate_adapter(model, other.get_train_dataloader(), config=config, loss_fn=other.compute_loss, progress=False)
     by_hand = SFT(model=model, **options(tmp_path))
@@ -94,7 +93,7 @@ def test_calibration_is_not_counted(training: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [SFT, SFTTrainer])
 def test_the_trainer_makes_the_adapter_itself(kind: type, tmp_path: Path) -> None:
     own = {"calibration": CALIBRATION} if kind is SFT else {"callbacks": [SparseGradCalibration(CALIBRATION)]}
-    base = make("llama").train()
+    base = tiny_model("llama").train()
     trainer = kind(model=base, peft_config=SparseGradConfig(c=0.5, r=0.25), **options(tmp_path, **own))
     trainer.train()
     assert trainer.model.peft_config["default"].calibrated
@@ -103,7 +102,7 @@ def test_the_trainer_makes_the_adapter_itself(kind: type, tmp_path: Path) -> Non
     assert all(bool(core.any()) for core in cores.values())
     assert {n for n, p in trainer.model.named_parameters() if p.requires_grad} == set(cores)
     torch.manual_seed(0)
-    check_equal(saved(PeftModel.from_pretrained(make("llama"), tmp_path / "checkpoint-6")), saved(trainer.model))
+    check_equal(saved(PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "checkpoint-6")), saved(trainer.model))
 
 
 class DPO(SparseGradTrainerMixin, DPOTrainer):
@@ -114,15 +113,15 @@ class DPO(SparseGradTrainerMixin, DPOTrainer):
 @pytest.mark.parametrize("start", ["trained", "new", "data-free"])
 def test_the_reference_adapter_of_dpo_is_the_adapter_at_the_start(start: str, tmp_path: Path) -> None:
     """TRL adds a second adapter with the first one's config, and copies parameters by name; rewards start at 0."""
-    model = adapted("llama")
+    model = uncalibrated_adapter("llama")
     if start == "trained":
-        calibrate_adapter(model, [batch("llama")], n_steps=2, progress=False)
+        calibrate_adapter(model, [tiny_batch("llama")], n_steps=2, progress=False)
     if start != "new":
         for name, parameter in model.named_parameters():
             if "sparsegrad_S" in name:
                 torch.nn.init.normal_(parameter, std=0.5)
-    base = make("llama").eval()
-    row = batch("llama")
+    base = tiny_model("llama").eval()
+    row = tiny_batch("llama")
     assert (start == "new") == torch.equal(logits(model.eval(), row), logits(base, row))
     args = DPOConfig(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=2,
@@ -143,5 +142,5 @@ def test_the_reference_adapter_of_dpo_is_the_adapter_at_the_start(start: str, tm
     expected = base if start == "new" else None
     if expected is not None:
         assert torch.equal(logits(trainer.model.eval(), row), logits(expected, row))
-    loaded = PeftModel.from_pretrained(make("llama"), tmp_path / "checkpoint-2" / "ref").eval()
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "checkpoint-2" / "ref").eval()
     assert torch.equal(logits(loaded, row), logits(trainer.model.eval(), row))

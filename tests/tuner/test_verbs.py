@@ -9,15 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import adapted, cores, differs, train, tuner_layers
-from models import batch, logits, make
 from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
+from helpers import cores, logits, max_difference, tiny_batch, tiny_model, train_adapter, trained_adapter, tuner_layers
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
 def deltas(model: nn.Module, adapter: str) -> list[Tensor]:
@@ -28,41 +25,41 @@ def deltas(model: nn.Module, adapter: str) -> list[Tensor]:
 def pair(kind: str = "bert", *, calibrated: bool = True) -> PeftModel:
     """Adapters "one" and "two", from the same statistics and trained apart."""
     options = {"c": 0.5, "r": 0.25, "shared": True, "original_space": not calibrated}
-    model = get_peft_model(make(kind), SparseGradConfig(**options), "one")
+    model = get_peft_model(tiny_model(kind), SparseGradConfig(**options), "one")
     model.add_adapter("two", SparseGradConfig(**options))
     if calibrated:
-        statistics = calibrate_adapter(model, [batch(kind)], adapter_name="one", n_steps=3, progress=False)
+        statistics = calibrate_adapter(model, [tiny_batch(kind)], adapter_name="one", n_steps=3, progress=False)
         calibrate_adapter(model, adapter_name="two", calibration=statistics)
     for name, lr in (("one", 0.02), ("two", 0.1)):
         model.set_adapter(name)
-        train(model, batch(kind), 2, lr)
+        train_adapter(model, tiny_batch(kind), 2, lr)
     return model.eval()
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_weighted_sum(kind: str, calibrated: bool, tmp_path: Path) -> None:
-    data = batch(kind)
+    data = tiny_batch(kind)
     model = pair(kind, calibrated=calibrated)
     before = logits(model, data)
     model.add_weighted_adapter(["one", "two"], [2.0, -0.5], "sum")
     assert model.active_adapters == ["two"]
-    assert differs(logits(model, data), before) == 0
+    assert max_difference(logits(model, data), before) == 0
     for one, two, both in zip(*(deltas(model, name) for name in ("one", "two", "sum")), strict=True):
         assert one.abs().max() > 0
         torch.testing.assert_close(both, 2 * one - 0.5 * two)
     assert not any(core.requires_grad for core in cores(model, "sum"))
     model.set_adapter("sum")
     expected = logits(model, data)
-    assert differs(expected, before) > 1e-4
+    assert max_difference(expected, before) > 1e-4
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
-    loaded = PeftModel.from_pretrained(make(kind), str(tmp_path / "sum")).eval()
-    assert differs(logits(loaded, data), expected) == 0
+    loaded = PeftModel.from_pretrained(tiny_model(kind), str(tmp_path / "sum")).eval()
+    assert max_difference(logits(loaded, data), expected) == 0
     model.delete_adapter("one")
     model.delete_adapter("two")
-    assert differs(logits(model, data), expected) == 0
-    train(model, data, 1)  # it is an adapter like any other
-    assert differs(logits(model, data), expected) > 1e-5
+    assert max_difference(logits(model, data), expected) == 0
+    train_adapter(model, data, 1)  # it is an adapter like any other
+    assert max_difference(logits(model, data), expected) > 1e-5
 
 
 def test_a_weighted_sum_has_bases_of_its_own() -> None:
@@ -83,13 +80,13 @@ def test_a_weighted_sum_has_bases_of_its_own() -> None:
 @pytest.mark.parametrize("c", [0.25, 0.75])  # 0.75 of both is more than there is
 def test_weighted_sum_of_adapters_with_bases_of_their_own(kind: str, shared: bool, c: float, tmp_path: Path) -> None:
     """Each calibrated by itself, as adapters for two tasks are."""
-    model = get_peft_model(make(kind), SparseGradConfig(c=c, r=0.25, shared=True), "one")
+    model = get_peft_model(tiny_model(kind), SparseGradConfig(c=c, r=0.25, shared=True), "one")
     model.add_adapter("two", SparseGradConfig(c=c, r=0.5, shared=shared))
-    data = batch(kind)
+    data = tiny_batch(kind)
     for name, on in (("one", data), ("two", {key: value.flip(-1) for key, value in data.items()})):
         model.set_adapter(name)
         calibrate_adapter(model, [on], adapter_name=name, n_steps=3, training=False, progress=False)
-        train(model, data, 2)
+        train_adapter(model, data, 2)
     model.eval().add_weighted_adapter(["one", "two"], [2.0, -0.5], "sum", combination_type="cat")
     for one, two, both in zip(*(deltas(model, name) for name in ("one", "two", "sum")), strict=True):
         assert one.abs().max() > 0
@@ -105,17 +102,17 @@ def test_weighted_sum_of_adapters_with_bases_of_their_own(kind: str, shared: boo
     model.set_adapter("sum")
     expected = logits(model, data)
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
-    loaded = PeftModel.from_pretrained(make(kind), str(tmp_path / "sum")).eval()
-    assert differs(logits(loaded, data), expected) < 1e-6
-    assert differs(logits(loaded.merge_and_unload(), data), expected) < 1e-5
-    train(model, data, 1)  # it is an adapter like any other
-    assert differs(logits(model, data), expected) > 1e-5
+    loaded = PeftModel.from_pretrained(tiny_model(kind), str(tmp_path / "sum")).eval()
+    assert max_difference(logits(loaded, data), expected) < 1e-6
+    assert max_difference(logits(loaded.merge_and_unload(), data), expected) < 1e-5
+    train_adapter(model, data, 1)  # it is an adapter like any other
+    assert max_difference(logits(model, data), expected) > 1e-5
 
 
 def test_weighted_sums_that_are_refused() -> None:
     model = pair()
     model.add_adapter("other", SparseGradConfig(c=0.5, r=0.25))
-    data = {key: value.flip(-1) for key, value in batch("bert").items()}
+    data = {key: value.flip(-1) for key, value in tiny_batch("bert").items()}
     model.set_adapter("other")
     calibrate_adapter(model, [data], adapter_name="other", n_steps=3, progress=False)
     model.add_adapter("bare", SparseGradConfig(original_space=True))
@@ -149,32 +146,32 @@ def test_weighted_sums_that_are_refused() -> None:
 
 
 def test_weighted_sum_with_a_head_is_refused() -> None:
-    model, _ = adapted("bert", task_type="SEQ_CLS")
+    model, _ = trained_adapter("bert", task_type="SEQ_CLS")
     with pytest.raises(ValueError, match=r"modules that are trained whole \(.*classifier\) and cannot be summed"):
         model.add_weighted_adapter(["default"], [0.5], "half")
 
 
 def test_hotswap_is_refused_by_peft(tmp_path: Path) -> None:
     """PEFT swaps LoRA adapters only, and says so; loading into an adapter that is there swaps one of the same size."""
-    model, _ = adapted("bert", shared=True)
+    model, _ = trained_adapter("bert", shared=True)
     other = pair()
-    before = logits(model, batch("bert"))
+    before = logits(model, tiny_batch("bert"))
     other.save_pretrained(tmp_path, selected_adapters=["two"])
     with pytest.raises(ValueError, match=r"Hotswapping only supports .* but SPARSEGRAD was passed"):
         hotswap_adapter(model, str(tmp_path / "two"), "default")
-    assert differs(logits(model, batch("bert")), before) == 0
+    assert max_difference(logits(model, tiny_batch("bert")), before) == 0
     held = cores(model)
     model.load_adapter(str(tmp_path / "two"), "default")
     assert all(a is b for a, b in zip(cores(model), held, strict=True))  # so nothing is compiled anew
-    assert differs(logits(model, batch("bert")), logits(other, batch("bert"))) == 0
+    assert max_difference(logits(model, tiny_batch("bert")), logits(other, tiny_batch("bert"))) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, while tracing
 @pytest.mark.parametrize(("kind", "calibrated"), [("bert", True), ("bert", False), ("llama", True)])
 def test_compiled(kind: str, calibrated: bool) -> None:
     """One graph without breaks, forward and backward, and the same numbers; the warning is left out of it."""
-    model, _ = adapted(kind, calibrated=calibrated, trained=2 * calibrated)
-    data: dict[str, Any] = batch(kind)
+    model, _ = trained_adapter(kind, calibrated=calibrated, trained=2 * calibrated)
+    data: dict[str, Any] = tiny_batch(kind)
     if kind == "llama":
         data["use_cache"] = False
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)

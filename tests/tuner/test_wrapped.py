@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import cores
 from datasets import Dataset
-from models import batch, make
 from peft import PeftModel, get_peft_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
@@ -17,13 +15,9 @@ from test_trainer_trl import tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from helpers import cores, tiny_batch, tiny_model
 from sparsegrad_peft import CalibrationConfig, SparseGradConfig, SparseGradTrainerMixin, calibrate_adapter
 from sparsegrad_peft.tuner.adapters import config_of
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
 
 
 class Wrapper(nn.Module):
@@ -37,24 +31,24 @@ class Wrapper(nn.Module):
 
 @pytest.mark.parametrize("injected", [False, True])
 def test_calibration_of_a_wrapper(injected: bool, tmp_path: Path) -> None:
-    inner = make("llama")
+    inner = tiny_model("llama")
     if injected:
         inner.add_adapter(SparseGradConfig())
     else:
         inner = get_peft_model(inner, SparseGradConfig())
     model = Wrapper(inner)
-    calibrate_adapter(model, [batch("llama")], loss_fn=lambda m, data: m(**data), n_steps=2, progress=False)
+    calibrate_adapter(model, [tiny_batch("llama")], loss_fn=lambda m, data: m(**data), n_steps=2, progress=False)
     assert model.scale.grad is None
     assert inner.peft_config["default"].calibrated
     assert config_of(model, "default") is inner.peft_config["default"]
     assert next(iter(inner.peft_config["default"].core_shapes)) == "model.layers.0.mlp.gate_proj"
     inner.save_pretrained(tmp_path)
-    assert PeftModel.from_pretrained(make("llama"), tmp_path).peft_config["default"].calibrated
+    assert PeftModel.from_pretrained(tiny_model("llama"), tmp_path).peft_config["default"].calibrated
 
 
 def test_a_model_without_an_adapter() -> None:
     with pytest.raises(ValueError, match="no SparseGrad adapter named 'default'; make one with get_peft_model"):
-        calibrate_adapter(Wrapper(make("llama")), [batch("llama")])
+        calibrate_adapter(Wrapper(tiny_model("llama")), [tiny_batch("llama")])
 
 
 class SentenceTrainer(SparseGradTrainerMixin, SentenceTransformerTrainer):

@@ -20,11 +20,7 @@ from sparsegrad_lab.bench.workloads import WORKLOADS, find_workload
 from sparsegrad_lab.cli.main import main
 from sparsegrad_peft.method.sizes import Sizes
 
-# The Trainer's side of transformers 5 asks PEFT models for a property that transformers itself has renamed.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated:FutureWarning"),  # galore_torch
-]
+pytestmark = pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated:FutureWarning")  # galore_torch
 
 SIZES = Sizes(narrow=8, wide=4)
 

@@ -34,6 +34,7 @@ from transformers import (
     ViTForImageClassification,
     WhisperConfig,
 )
+from tuner.models import MAKE, batch, make
 
 from sparsegrad_lab.inspection.inspect import Inspection, inspect
 from sparsegrad_lab.inspection.tables import render
@@ -48,12 +49,9 @@ from sparsegrad_peft import (
 from sparsegrad_peft.method.groups import group_linears, linear_shape
 from sparsegrad_peft.tuner.layer import SparseGradLayer
 from sparsegrad_peft.tuner.targets import TARGETS
-from tuner.models import MAKE, batch, make
 
 TINY = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
 MILLION = 1e6
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
 def parameters(model: nn.Module) -> int:
