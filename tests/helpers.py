@@ -56,12 +56,12 @@ def train(
     """One optimizer step a batch; returns the losses. Without `loss_fn`, the model's own loss of `model(**batch)`."""
     losses = []
     for batch in batches:
-        optimizer.zero_grad()
         loss = model(**batch).loss if loss_fn is None else loss_fn(model, batch)
         loss.backward()
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     return losses
 
