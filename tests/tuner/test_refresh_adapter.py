@@ -8,12 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import differs, tuner_layers
 from peft import PeftModel, get_peft_model
 from torch import nn
 from trainers import CALIBRATION, arguments, rows, saved
 
-from helpers import check_equal, tiny_batch, tiny_model, trained_adapter, uncalibrated_adapter
+from helpers import (
+    check_equal,
+    max_difference,
+    tiny_batch,
+    tiny_model,
+    trained_adapter,
+    tuner_layers,
+    uncalibrated_adapter,
+)
 from sparsegrad_peft import (
     SparseGradAdamW,
     SparseGradConfig,
@@ -64,19 +71,19 @@ def test_the_update_stays_and_core_and_moments_turn_as_the_oracle_says(
 
     refresh_adapter(model, [data], optimizer, n_steps=3, training=False, progress=False, gram_dtype=torch.float64)
 
-    assert differs(model(**data).logits.detach(), logits) < 1e-9
+    assert max_difference(model(**data).logits.detach(), logits) < 1e-9
     assert {id(layer.core_and_basis("default")[1]) for layer in layers} == modules  # shared as before
     for layer, core, (S_old, old), state in zip(layers, cores, before, states, strict=True):
         S, new = layer.core_and_basis("default")
         assert S is core  # the parameter that the optimizer knows
         assert S.requires_grad
-        assert differs(new.U, old.U) > 0.01
+        assert max_difference(new.U, old.U) > 0.01
         assert new.U.dtype == torch.float64
         sides = (old.U, old.V, new.U, new.V)
-        assert differs(S.detach(), rotate(S_old.detach(), *sides)) < 1e-12
+        assert max_difference(S.detach(), rotate(S_old.detach(), *sides)) < 1e-12
         moments = optimizer.state[S]
         if density is None:
-            assert differs(moments["exp_avg"], rotate(state["exp_avg"], *sides)) < 1e-12
+            assert max_difference(moments["exp_avg"], rotate(state["exp_avg"], *sides)) < 1e-12
             assert float(moments["exp_avg_sq"].sum()) == pytest.approx(float(state["exp_avg_sq"].sum()))
         else:
             assert moments["positions"].numel() == state["positions"].numel()
@@ -84,7 +91,7 @@ def test_the_update_stays_and_core_and_moments_turn_as_the_oracle_says(
     for core, gradient, (_, old), layer in zip(cores, gradients, before, layers, strict=True):
         assert core.grad is not None
         new = layer.core_and_basis("default")[1]
-        assert differs(core.grad, rotate(gradient, old.U, old.V, new.U, new.V)) < 1e-9
+        assert max_difference(core.grad, rotate(gradient, old.U, old.V, new.U, new.V)) < 1e-9
 
 
 def test_the_statistics_are_those_of_the_weights_as_they_are_now() -> None:
@@ -99,8 +106,8 @@ def test_the_statistics_are_those_of_the_weights_as_they_are_now() -> None:
         parameter.requires_grad_(False)
     expected = calibrate(merged, [data], groups=groups, config=found.config, progress=False)
     for name, group in found.groups.items():
-        assert differs(group.gram_in, expected.groups[name].gram_in) < 1e-9 * float(group.gram_in.max())
-        assert differs(group.gram_out, expected.groups[name].gram_out) < 1e-9 * float(group.gram_out.max())
+        assert max_difference(group.gram_in, expected.groups[name].gram_in) < 1e-9 * float(group.gram_in.max())
+        assert max_difference(group.gram_out, expected.groups[name].gram_out) < 1e-9 * float(group.gram_out.max())
     after = {name: value for name, value in model.state_dict().items() if "sparsegrad" not in name}
     check_equal(after, before)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -117,7 +124,7 @@ def test_saved_and_loaded_after_it(tmp_path: Path) -> None:
     expected = model(**data).logits.detach()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model("bert").double(), tmp_path, autocast_adapter_dtype=False).eval()
-    assert differs(loaded(**data).logits.detach(), expected) < 1e-9
+    assert max_difference(loaded(**data).logits.detach(), expected) < 1e-9
 
 
 def test_refusals() -> None:
@@ -176,7 +183,9 @@ def test_a_trainer_that_refreshes_stopped_and_resumed_equals_never_stopped(
         check_equal(resumed.optimizer.state_dict(), straight.optimizer.state_dict())
     never = make_trainer(tmp_path / "never", density, None)
     never.train()
-    assert all(differs(one, other) > 0.01 for one, other in zip(bases(never.model), bases(straight.model), strict=True))
+    assert all(
+        max_difference(one, other) > 0.01 for one, other in zip(bases(never.model), bases(straight.model), strict=True)
+    )
 
 
 def test_a_trainer_refuses_what_cannot_be(tmp_path: Path) -> None:

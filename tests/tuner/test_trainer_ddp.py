@@ -13,16 +13,17 @@ from torch import Tensor
 
 
 def train(folder: str, *, by_hand: bool = False, **options: Any) -> dict[str, Any]:
-    from trainers import adapted, arguments, rows, saved  # here: not before the environment is set
+    from trainers import arguments, rows, saved
     from transformers import Trainer
 
+    from helpers import uncalibrated_adapter  # here: not before the environment is set
     from sparsegrad_peft import CalibrationConfig, calibrate_adapter
     from sparsegrad_peft.tuner.trainer import SparseGradTrainer
 
     def config(n_steps: int) -> CalibrationConfig:
         return CalibrationConfig(n_steps=n_steps, trajectory=None)  # each process would walk on its own batches
 
-    model, data, steps = adapted(dropout=0), rows(), {"max_steps": 3, "warmup_steps": 2}
+    model, data, steps = uncalibrated_adapter(dropout=0), rows(), {"max_steps": 3, "warmup_steps": 2}
     if by_hand:  # the same batches of two, one after the other
         loader = Trainer(model, arguments(folder, per_device_train_batch_size=2), train_dataset=data)
         calibrate_adapter(model, loader.get_train_dataloader(), config=config(16), progress=False)
@@ -36,12 +37,13 @@ def train(folder: str, *, by_hand: bool = False, **options: Any) -> dict[str, An
 
 
 def train_with_new_bases(folder: str, n_steps: int, **options: Any) -> dict[str, Any]:
-    from trainers import adapted, arguments, rows, saved
+    from trainers import arguments, rows, saved
 
+    from helpers import uncalibrated_adapter
     from sparsegrad_peft import CalibrationConfig
     from sparsegrad_peft.tuner.trainer import SparseGradTrainer
 
-    model = adapted(dropout=0, c="full", r="full")
+    model = uncalibrated_adapter(dropout=0, c="full", r="full")
     trainer = SparseGradTrainer(
         model=model, args=arguments(folder, max_steps=3, warmup_steps=2, **options), train_dataset=rows(),
         calibration=CalibrationConfig(n_steps=n_steps, trajectory=None), density=0.2, refresh_every=2,
@@ -59,8 +61,9 @@ def train_with_new_bases(folder: str, n_steps: int, **options: Any) -> dict[str,
 
 
 def diverges_on_one(folder: str, rank: int) -> str:
-    from trainers import CALIBRATION, adapted, arguments, rows
+    from trainers import CALIBRATION, arguments, rows
 
+    from helpers import uncalibrated_adapter
     from sparsegrad_peft.tuner.trainer import SparseGradTrainer, TrainingDivergedError
 
     class NotFinite(SparseGradTrainer):
@@ -68,20 +71,23 @@ def diverges_on_one(folder: str, rank: int) -> str:
             loss: Tensor = super().compute_loss(*args, **kwargs)
             return loss * float("nan") if rank == 1 and self.state.global_step == 1 else loss
 
-    trainer = NotFinite(model=adapted(), args=arguments(folder), train_dataset=rows(), calibration=CALIBRATION)
+    trainer = NotFinite(
+        model=uncalibrated_adapter(), args=arguments(folder), train_dataset=rows(), calibration=CALIBRATION
+    )
     with pytest.raises(TrainingDivergedError, match="loss of step 2 is nan") as error:
         trainer.train()
     return str(error.value)
 
 
 def too_late(folder: str) -> str:
-    from trainers import adapted, arguments, rows
+    from trainers import arguments, rows
     from transformers import Trainer
 
+    from helpers import uncalibrated_adapter
     from sparsegrad_peft.tuner.trainer import SparseGradCalibration
 
     trainer = Trainer(
-        model=adapted(), args=arguments(folder), train_dataset=rows(), callbacks=[SparseGradCalibration()]
+        model=uncalibrated_adapter(), args=arguments(folder), train_dataset=rows(), callbacks=[SparseGradCalibration()]
     )
     with pytest.raises(ValueError, match="already wrapped for 2 processes") as error:
         trainer.train()
