@@ -20,7 +20,8 @@ from sparsegrad_lab.bench.workloads import WORKLOADS, find_workload
 from sparsegrad_lab.cli.main import main
 from sparsegrad_peft.method.sizes import Sizes
 
-pytestmark = pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated:FutureWarning")  # galore_torch
+# galore_torch
+pytestmark = pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated:FutureWarning")
 
 SIZES = Sizes(narrow=8, wide=4)
 
