@@ -7,8 +7,8 @@
 This takes one pass over the gradients, as `A` itself does, and holds `n · width` numbers instead of `n²`. For the 96
 leading directions of BERT-base's wide side that is 2.6 MB instead of 38, and an eighth of the multiply-adds. Separate
 bases for each layer then become affordable. With twice as many random vectors as wanted directions, the directions
-found hold nearly all the energy of the exact ones (`tests/integration/test_minilm.py`). Follows Tropp, Yurtsever, Udell and
-Cevher (2017).
+found hold nearly all the energy of the exact ones (`tests/integration/test_minilm.py`). Follows Tropp, Yurtsever, Udell
+and Cevher (2017).
 """
 
 from __future__ import annotations
