@@ -11,12 +11,12 @@ import torch
 
 from sparsegrad_peft.method.groups import linear_shape
 
-from ..run.exit_codes import RefusedError
 from ..run.machine import environment
+from ..run.settings import refuse
 from .counts import multiply_adds
 from .methods import METHODS
 from .settings import DEFAULT_METHODS, BenchArguments
-from .worker import Job, Worker
+from .worker import Worker
 from .workloads import find_workload
 
 MAX_SIDE_COMPLETE = 4096
@@ -35,13 +35,12 @@ def check(arguments: BenchArguments) -> None:
         for name in arguments.method_names or []
         if name not in METHODS
     ]
-    if problems:
-        raise RefusedError("\n".join(problems))
     try:
         arguments.sizes.check(workload.wide, workload.hidden, workload.name)
         arguments.sizes.check(workload.hidden, workload.wide, workload.name)
     except (TypeError, ValueError) as error:
-        raise RefusedError(str(error)) from None
+        problems.append(str(error))
+    refuse("cannot run this benchmark", problems)
 
 
 def measure(arguments: BenchArguments, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -70,7 +69,7 @@ def measure(arguments: BenchArguments, report: Callable[[str], None] = lambda li
     try:
         for name in names:
             report(f"{name}: preparing")
-            workers[name] = Worker(_job(arguments, name, layers))
+            workers[name] = Worker(arguments, name, layers)
         times = _run_rounds(arguments, workers, report)
         sizes = {name: worker.bytes() for name, worker in workers.items()}
     finally:
@@ -97,13 +96,6 @@ def measure(arguments: BenchArguments, report: Callable[[str], None] = lambda li
         "environment": environment() | {"threads": arguments.threads},
         "methods": rows,
     }  # fmt: skip
-
-
-def _job(arguments: BenchArguments, method: str, layers: int) -> Job:
-    return Job(
-        arguments.workload, method, arguments.tokens, layers, arguments.rest == "train", arguments.sizes,
-        arguments.seed, arguments.threads, arguments.precision == "bf16",
-    )  # fmt: skip
 
 
 def _run_rounds(

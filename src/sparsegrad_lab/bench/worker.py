@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,27 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad_peft.method.basis import Basis
-from sparsegrad_peft.method.sizes import Sizes
 
 from .methods import METHODS, NotInstalledError, Prepared, Setting
+from .settings import BenchArguments
 from .workloads import find_workload
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a process prepares and runs."""
-
-    workload: str
-    method: str
-    tokens: int
-    layers: int
-    train_rest: bool
-    sizes: Sizes
-    seed: int
-    threads: int
-    bf16: bool
 
 
 class Worker:
@@ -49,10 +33,10 @@ class Worker:
         ended: None, or why there are no more answers: ("skipped" or "failed", reason).
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, arguments: BenchArguments, method: str, layers: int) -> None:
         self.ended: tuple[str, str] | None = None
         self._process = ProcessPoolExecutor(1, get_context("spawn"))
-        self._ask(_prepare, job)
+        self._ask(_prepare, arguments, method, layers)
 
     def timed_step(self) -> float | None:
         """Run a step and return its milliseconds; None if the process has ended."""
@@ -86,11 +70,11 @@ _runner: Runner
 """In the process of a worker: its method."""
 
 
-def _prepare(job: Job) -> None:
+def _prepare(arguments: BenchArguments, method: str, layers: int) -> None:
     global _runner
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    _runner = Runner(job)
+    _runner = Runner(arguments, method, layers)
     _runner.step()  # allocates the optimizer's state
     _runner.reset_peak()
 
@@ -106,16 +90,16 @@ def _bytes() -> dict[str, int]:
 class Runner:
     """A prepared method: runs steps and measures them."""
 
-    def __init__(self, job: Job) -> None:
-        torch.set_num_threads(job.threads)
-        torch.manual_seed(job.seed)
-        workload = find_workload(job.workload)
+    def __init__(self, arguments: BenchArguments, method: str, layers: int) -> None:
+        torch.set_num_threads(arguments.threads)
+        torch.manual_seed(arguments.seed)
+        workload = find_workload(arguments.workload)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.bf16 = job.bf16
-        model = workload.build(job.layers)
-        self.batch = workload.batch(job.tokens, job.seed, self.device)
-        setting = Setting(model.to(self.device).train(), self.batch, workload.targets, job.train_rest, job.sizes)
-        self.prepared: Prepared = METHODS[job.method].prepare(setting)
+        self.bf16 = arguments.precision == "bf16"
+        self.batch = workload.batch(arguments.tokens, arguments.seed, self.device)
+        model, train_rest = workload.build(layers).to(self.device).train(), arguments.rest == "train"
+        setting = Setting(model, self.batch, workload.targets, train_rest, arguments.sizes)
+        self.prepared: Prepared = METHODS[method].prepare(setting)
         self.prepared.model.train()
 
     def loss(self) -> Tensor:

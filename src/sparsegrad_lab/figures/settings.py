@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..methods.registry import METHODS
+from ..methods.settings import COUNT, Range, range_problems
 from ..run.settings import RunArguments, refuse
 
 
@@ -37,12 +38,9 @@ class FiguresArguments:
         Raises:
             RefusedError: lists every problem.
         """
-        problems = [
-            f"figures.{name} must be at least {least}, found {value}"
-            for name, least, value in (("steps", 2, self.steps), ("points", 2, self.points),
-                                       ("batches", 1, self.batches), ("layer", 0, self.layer))
-            if value is not None and value < least
-        ]  # fmt: skip
+        two = Range("at least 2", lambda value: value >= 2)
+        ranges = {"steps": two, "points": two, "batches": COUNT, "layer": Range("at least 0", lambda value: value >= 0)}
+        problems = range_problems("figures", self, ranges)
         if 2 <= self.steps < self.points - 1:
             problems.append(
                 f"figures.points must be at most {self.steps + 1} with {self.steps} training steps, found "

@@ -9,10 +9,9 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
-from sparsegrad_peft.method.groups import group_linears
 from sparsegrad_peft.tuner.config import SparseGradConfig
 from sparsegrad_peft.tuner.peft_private import include_all_linear_layers
-from sparsegrad_peft.tuner.targets import TARGETS, find_mlp_linears
+from sparsegrad_peft.tuner.targets import choose_targets
 
 from ..tasks.pretrained import NeedsWeightsError, build_without_weights, load_config
 
@@ -63,27 +62,9 @@ def resolve_targets(
         ValueError: None was given, and the model has no known MLP layers.
     """
     if target_modules is None:
-        if not mlp_linears(model):
-            raise ValueError(
-                f"{type(model).__name__}: no MLP layers known for model_type {model_type_of(model)!r}, and none found "
-                "by structure; name the layers with target_modules (name endings or a regular expression)"
-            )
-        return _mlp_targets(model)
+        return choose_targets(model, model_type_of(model))
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         config = SparseGradConfig(target_modules="all-linear", task_type=task_type)
         names = set(include_all_linear_layers(config, model).target_modules or ())
         return [name for name, _ in model.named_modules() if name in names]
     return target_modules if isinstance(target_modules, str) else sorted(target_modules)
-
-
-def mlp_linears(model: nn.Module) -> set[str]:
-    """Return the names of the MLP's linear layers, whichever layers are adapted."""
-    try:
-        groups = group_linears(model, _mlp_targets(model))
-    except ValueError:  # nothing matches
-        return set()
-    return {name for names in groups.values() for name in names}
-
-
-def _mlp_targets(model: nn.Module) -> list[str] | str:
-    return TARGETS.get(model_type_of(model)) or find_mlp_linears(model)

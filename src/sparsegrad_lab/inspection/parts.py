@@ -8,9 +8,7 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
-from sparsegrad_peft.tuner.targets import ATTENTION_NAME
-
-from .model import mlp_linears
+from sparsegrad_peft.tuner.targets import ATTENTION_NAME, mlp_linears
 
 _EMBEDDING_NAME = re.compile(r"embed|position|(cls|mask|class|distillation)_token", re.IGNORECASE)
 _HEAD_NAME = re.compile(
@@ -55,7 +53,10 @@ class ModelParts:
 
 def count_parts(model: nn.Module, adapted: set[str]) -> ModelParts:
     """Count parameters by part. In a model without a known MLP, the `adapted` layers are the MLP."""
-    mlp = mlp_linears(model)
+    try:
+        mlp = set(mlp_linears(model))
+    except ValueError:  # none is known
+        mlp = set()
     output = getattr(model, "get_output_embeddings", lambda: None)()
     modules = dict(model.named_modules(remove_duplicate=False))
     names_of: dict[nn.Parameter, list[str]] = defaultdict(list)  # a tied parameter has several names

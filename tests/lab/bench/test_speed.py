@@ -15,7 +15,7 @@ from sparsegrad_lab.bench.counts import multiply_adds
 from sparsegrad_lab.bench.methods import METHODS, NotInstalledError
 from sparsegrad_lab.bench.settings import DEFAULT_METHODS, BenchArguments
 from sparsegrad_lab.bench.speed import check, measure, percentiles
-from sparsegrad_lab.bench.worker import Job, Runner, Worker
+from sparsegrad_lab.bench.worker import Runner, Worker
 from sparsegrad_lab.bench.workloads import WORKLOADS, find_workload
 from sparsegrad_lab.cli.main import main
 from sparsegrad_peft.method.sizes import Sizes
@@ -27,8 +27,8 @@ SIZES = Sizes(narrow=8, wide=4)
 
 
 def running(method: str, workload: str = "mlp-32x64", tokens: int = 96, **options: Any) -> Runner:
-    settings = {"layers": 1, "train_rest": False, "sizes": SIZES, "bf16": False, **options}
-    return Runner(Job(workload, method, tokens, seed=0, threads=torch.get_num_threads(), **settings))
+    settings = {"narrow": 8, "wide": 4, "threads": torch.get_num_threads(), **options}
+    return Runner(BenchArguments(workload=workload, tokens=tokens, **settings), method, 1)
 
 
 def counted() -> FlopCounterMode:
@@ -61,17 +61,17 @@ def test_counted_is_computed_with_selection_in_the_basis() -> None:
     assert counter.get_total_flops() == 2 * multiply_adds("sparsegrad-paper", [(64, 32), (32, 64)], 96, 96, SIZES)
 
 
-@pytest.mark.parametrize("train_rest", [False, True])
+@pytest.mark.parametrize("rest", ["freeze", "train"])
 @pytest.mark.parametrize(
     ("method", "workload"),
     [(method, "minilm") for method in sorted(METHODS)]
     + [(method, "llama-long") for method in ("floor", "sparsegrad", "lora", "full")],
 )
-def test_every_method_trains_its_parameters(method: str, workload: str, train_rest: bool) -> None:
+def test_every_method_trains_its_parameters(method: str, workload: str, rest: str) -> None:
     """One small block of each architecture: trained parameters move, frozen ones and the floor's MLP do not."""
     if method == "galore":
         pytest.importorskip("galore_torch")
-    found = running(method, workload, tokens=16, train_rest=train_rest)
+    found = running(method, workload, tokens=16, rest=rest)
     parameters = dict(found.prepared.model.named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     found.step()
@@ -80,11 +80,11 @@ def test_every_method_trains_its_parameters(method: str, workload: str, train_re
     assert moved <= {name for name, parameter in parameters.items() if parameter.requires_grad}
     in_mlp = {name for name in moved if ("layer" in name and "att" not in name and "orm" not in name)}
     assert bool(in_mlp) == (method != "floor")
-    assert any("embed" in name for name in moved) == train_rest
+    assert any("embed" in name for name in moved) == (rest == "train")
     size = found.bytes()
     assert size["trainable_entries"] == sum(p.numel() for p in parameters.values() if p.requires_grad)
     assert size["peak"] > size["weights"]
-    assert (size["optimizer"] > 0) == (train_rest or method != "floor")
+    assert (size["optimizer"] > 0) == (rest == "train" or method != "floor")
 
 
 def test_floor_is_as_cheap_as_it_can_be() -> None:
@@ -128,7 +128,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_worker_that_ends() -> None:
     """An error in the process, and a process that is killed."""
-    worker = Worker(Job("mlp-16x32", "floor", 8, 1, False, SIZES, 0, 1, False))
+    worker = Worker(BenchArguments(workload="mlp-16x32", tokens=8, threads=1), "floor", 1)
     milliseconds = worker.timed_step()
     assert milliseconds is not None
     assert milliseconds > 0

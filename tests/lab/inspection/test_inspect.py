@@ -345,10 +345,12 @@ def test_model_without_config() -> None:
     assert inspection.parts.mlp == parameters(model[1])
     assert inspection.parts.other == parameters(model[0])
     assert inspection.entries == 4 * 8 * 24
-    with pytest.raises(ValueError, match="none found by structure; name the layers with target_modules"):
+    with pytest.raises(ValueError, match="none found by structure in this Sequential; please specify `target_modules`"):
         inspect(nn.Sequential(nn.Linear(4, 4)))
     chosen = inspect(nn.Sequential(nn.Linear(4, 4)), target_modules=["0"])
     assert (chosen.layers, chosen.parts.mlp) == (1, 20)
+    with pytest.raises(ValueError, match=r"fused expert parameters, such as model\.layers\.0\.mlp\.experts"):
+        inspect(MixtralConfig(**TINY), task_type="CAUSAL_LM")
     mixtral = inspect(
         MixtralConfig(**TINY), task_type="CAUSAL_LM", target_modules=["lm_head"]
     )  # experts are no linears
