@@ -314,3 +314,32 @@ def test_bfloat16_on_the_cpu(tmp_path: Path) -> None:
         trainers.append(trainer)
     short, full = (torch.tensor(losses(trainer)) for trainer in trainers)
     torch.testing.assert_close(short, full, rtol=0.02, atol=0)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Rows one after the other: from the start each time, or going on where it was left."""
+
+    def __init__(self, *, once: bool) -> None:
+        self.iterator = iter(rows(n=40)) if once else None
+
+    def __iter__(self) -> Any:
+        return self.iterator or iter(rows(n=40))
+
+
+def test_data_that_can_be_read_only_once_are_not_eaten(tmp_path: Path) -> None:
+    trainer = SparseGradTrainer(
+        model=adapted(), args=arguments(tmp_path), train_dataset=Stream(once=True), calibration=CALIBRATION
+    )
+    with pytest.raises(ValueError, match="can be read only once, and calibration would take its first batches"):
+        trainer.train()
+    model = adapted()
+    calibrate_adapter(model, [trainer.data_collator(rows())], n_steps=2, progress=False)
+    again = SparseGradTrainer(model=model, args=arguments(tmp_path), train_dataset=trainer.train_dataset)
+    again.train()  # all 40 rows are still there
+    assert again.state.global_step == 4
+    stream = SparseGradTrainer(
+        model=adapted(), args=arguments(tmp_path, max_steps=10), train_dataset=Stream(once=False),
+        calibration=CALIBRATION,
+    )  # fmt: skip
+    stream.train()
+    assert stream.state.global_step == 10

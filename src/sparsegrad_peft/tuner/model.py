@@ -63,7 +63,10 @@ class SparseGradModel(BaseTuner):
     target_module_mapping = TARGETS  # type: ignore[assignment]  # PEFT takes regular expressions too
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add the adapter's layers to the model, as in PEFT; the caller's configuration object is not changed.
+        """Add the adapter's layers to the model, as in PEFT.
+
+        A new adapter gets a copy of the configuration, so that the caller's object can make other adapters. Only the
+        configuration of an adapter to be loaded (`inference_mode`) is used itself, which PEFT expects.
 
         Raises:
             ValueError: PyTorch's containers cannot hold the name; the sizes or targets do not fit the model.
@@ -71,11 +74,12 @@ class SparseGradModel(BaseTuner):
         check_adapter_name(adapter_name)
         given = cast(SparseGradConfig, self.peft_config[adapter_name])
         others = (name for name, config in self.peft_config.items() if config is given and name != adapter_name)
-        config = copy(given)
+        source = next(others, None)
+        config = given if given.inference_mode and source is None else copy(given)
         is_new = not config.core_shapes and not config.original_space
         if is_new:
             config.core_shapes, config.data_free = {}, True
-        self._injection = _Injection(next(others, None), is_new, AdapterStatus(config.prefer, config.data_free))
+        self._injection = _Injection(source, is_new, AdapterStatus(config.prefer, config.data_free))
         self.peft_config[adapter_name] = config
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
