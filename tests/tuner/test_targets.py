@@ -65,6 +65,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str], int]] = {
     "xlm-roberta": (ENCODER, {"intermediate.dense", "output.dense"}, 2),
 }  # fmt: skip
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # early transformers
+
 
 def model_of(kind: str) -> nn.Module:
     return AutoModel.from_config(AutoConfig.for_model(kind, **FAMILIES[kind][0]))
@@ -80,6 +84,8 @@ def test_default_targets_are_the_mlp(kind: str) -> None:
     _, endings, blocks = FAMILIES[kind]
     model = get_peft_model(model_of(kind), SparseGradConfig())
     names = [name for name, module in model.named_modules() if isinstance(module, SparseGradLayer)]
+    if kind == "vit" and names[0].endswith("intermediate.dense"):  # before transformers 5.10
+        endings = {"intermediate.dense", "output.dense"}
     assert len(names) == len(endings) * blocks
     assert all(any(name.endswith(ending) for ending in endings) for name in names)
     assert not any("attention" in name or "attn" in name for name in names)

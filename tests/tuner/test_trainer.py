@@ -328,17 +328,17 @@ class Stream(torch.utils.data.IterableDataset):
 
 def test_data_that_can_be_read_only_once_are_not_eaten(tmp_path: Path) -> None:
     trainer = SparseGradTrainer(
-        model=adapted(), args=arguments(tmp_path), train_dataset=Stream(once=True), calibration=CALIBRATION
+        model=uncalibrated_adapter(), args=arguments(tmp_path), train_dataset=Stream(once=True), calibration=CALIBRATION
     )
     with pytest.raises(ValueError, match="can be read only once, and calibration would take its first batches"):
         trainer.train()
-    model = adapted()
+    model = uncalibrated_adapter()
     calibrate_adapter(model, [trainer.data_collator(rows())], n_steps=2, progress=False)
     again = SparseGradTrainer(model=model, args=arguments(tmp_path), train_dataset=trainer.train_dataset)
     again.train()  # all 40 rows are still there
     assert again.state.global_step == 4
     stream = SparseGradTrainer(
-        model=adapted(), args=arguments(tmp_path, max_steps=10), train_dataset=Stream(once=False),
+        model=uncalibrated_adapter(), args=arguments(tmp_path, max_steps=10), train_dataset=Stream(once=False),
         calibration=CALIBRATION,
     )  # fmt: skip
     stream.train()

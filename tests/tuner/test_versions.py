@@ -34,8 +34,8 @@ def test_constraints_are_within_the_ranges(name: str) -> None:
     ("package", "number", "supported"),
     [
         ("peft", "0.20.0", False), ("peft", "0.21.0", True), ("peft", "0.21.2", True), ("peft", "0.22.0", False),
-        ("peft", "0.22.0.dev0", False), ("transformers", "4.57.6", False), ("transformers", "5.0.0", True),
-        ("transformers", "5.23.0", True), ("transformers", "5.24.0", False),
+        ("peft", "0.22.0.dev0", False), ("transformers", "4.57.6", False), ("transformers", "5.4.0", False),
+        ("transformers", "5.5.0", True), ("transformers", "5.23.0", True), ("transformers", "5.24.0", False),
     ],
 )  # fmt: skip
 def test_bounds(package: str, number: str, supported: bool) -> None:

@@ -144,6 +144,8 @@ def _replace_data_free(
     )
     if data_free:
         groups = _groups_of(config, layers)
+        if all(weights.cores[key].shape == layer.sparsegrad_S[adapter_name].shape for key, layer in layers.items()):
+            return groups  # the room is there
     else:
         named = layers_of(model, adapter_name)
         wrapped = wrapped_groups(model, named, shared=config.shared)

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from packaging.version import Version
 
-SUPPORTED = {"peft": ("0.21", "0.22"), "transformers": ("5.0", "5.24")}
+SUPPORTED = {"peft": ("0.21", "0.22"), "transformers": ("5.5", "5.24")}
 """Package -> (lowest version, first version that is too new). `pyproject.toml` declares the same ranges.
 
 peft: 0.21 introduced the state-dict hooks of `peft_private.HOOKS`. transformers: from 5.24 on, `model.add_adapter`
