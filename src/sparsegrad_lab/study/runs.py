@@ -45,6 +45,18 @@ class TrainedEntries(_Record):
     "entries that any step has changed"
 
 
+class Rows(_Record):
+    """Number of rows of each split."""
+
+    __pydantic_extra__: dict[str, Count]
+    train: Count
+
+    @property
+    def evaluation(self) -> int:
+        """Rows of all splits but the train split."""
+        return sum((self.__pydantic_extra__ or {}).values())
+
+
 class MachineInfo(_Record):
     """Where and with what a run was done."""
 
@@ -112,7 +124,7 @@ class Run(_Ending):
     metric: Line
     score: Number
     steps: Annotated[int, Field(gt=0)]
-    rows: dict[str, Count]
+    rows: Rows
     weights_bytes: Count
     trained_entries: TrainedEntries
     training: Phase

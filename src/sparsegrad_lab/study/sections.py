@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Section:
         rows = []
         for task in self.tasks:
             sizes = [run.rows for run in self.runs_of(task)]
-            text = sorted({f"{size['train']:,} ({sum(size.values()) - size['train']:,})" for size in sizes})
+            text = sorted({f"{size.train:,} ({size.evaluation:,})" for size in sizes})
             rows += [f"{task} {', '.join(text)}"] if text else []
         steps = sorted({run.steps for run in self.runs})
         count = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
@@ -82,7 +82,7 @@ class Report:
     sections: list[Section]
     unfinished: tuple[Path, ...] = ()
     "run folders without a result"
-    rejected: tuple[str, ...] = field(default=())
+    rejected: tuple[str, ...] = ()
     "files that were left out, each with the reason"
 
 

@@ -31,6 +31,11 @@ class Table:
     header: list[str]
     rows: list[list[str]]
 
+    @property
+    def prose_columns(self) -> set[int]:
+        """Columns with long texts, which are set left and wrapped."""
+        return {place for row in self.rows for place, cell in enumerate(row) if len(cell) > 50}
+
     def markdown(self) -> str:
         """A pipe table and the note."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]

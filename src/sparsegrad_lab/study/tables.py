@@ -159,7 +159,7 @@ def every_run(runs: Iterable[Run]) -> Table:
             run.experiment or "", run.task_name, run.method_name, str(run.seed),
             Linked(run.format(run.value, 2), [run]),
             f"{run.learning_rate:g}", str(settings.batch_size), f"{settings.epochs:g}",
-            f"{run.rows.get('train', 0):,}", f"{run.training.seconds:.0f}" if not run.resumed else "",
+            f"{run.rows.train:,}", f"{run.training.seconds:.0f}" if not run.resumed else "",
             "" if run.calibration is None else f"{run.calibration.seconds:.0f}",
             f"{run.megabytes:,.0f}", (run.environment.commit or "")[:10],
         ])  # fmt: skip

@@ -91,7 +91,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "two lines": ({"method": "lora\n\n# heading"}, "method: String should match pattern"),
     "a list": ({"task": ["glue/rte"]}, "task: Input should be a valid string"),
     "steps as text": ({"steps": "ten"}, "steps: Input should be a valid integer"),
-    "rows as a list": ({"rows": [1, 2]}, "rows: Input should be a valid dictionary"),
+    "rows as a list": ({"rows": [1, 2]}, "rows: Input should be a valid dictionary or instance of Rows"),
+    "rows as text": ({"rows": {"train": 3, "validation": "all"}}, "rows.validation: Input should be a valid integer"),
+    "no train rows": ({"rows": {"validation": 3}}, "rows.train: Field required"),
     "half a character": ({"model": "\ud800"}, "model: Input should be a valid string"),
 }
 

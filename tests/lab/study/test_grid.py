@@ -1,0 +1,264 @@
+"""A grid is run once, by one process or several; failures are named; the runs use the best of a search."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from grids import Lines, read, result_file
+from sparsegrad_lab.cli.main import main
+from sparsegrad_lab.run.parsing import arguments_from
+from sparsegrad_lab.study.grid import Grid, Places, reproduce
+from sparsegrad_lab.study.locks import SharedRuns
+from sparsegrad_lab.study.sections import read_sections
+from sparsegrad_lab.study.stored_results import StoredResults
+
+
+@pytest.mark.slow
+def test_grid_search_best_and_again(load: Any, places: Places) -> None:
+    options: dict[str, Any] = {"keep": lambda cell: cell.method != "lora" and cell.seed != 1, "threads": 1}
+    experiments, reporter = [load("first"), load("second")], Lines()
+    results = reproduce(experiments, places, progress=reporter, **options)
+    assert len(results) == 2 + 1 + 2 == len(reporter.begun)
+    # The search is run before what depends on it, on its own rows and seed.
+    assert [name.split("/")[1] for name in reporter.begun[:2]] == ["search"] * 2
+    trials = {result["learning_rate"]: result for result in results.values() if result["trial"]}
+    assert sorted(trials) == [1e-3, 1e-2]
+    assert {(trial["rows"]["train"], trial["seed"]) for trial in trials.values()} == {(16, 100)}
+    best = max(sorted(trials), key=lambda rate: (trials[rate]["score"], -trials[rate]["training_loss_last_sixth"]))
+    runs = {result["variant"]: result for result in results.values() if not result["trial"]}
+    run, same, broken = runs["sparsegrad"], runs["same"], runs["broken"]
+    assert (run["learning_rate"], run["seed"], run["rows"]["train"]) == (best, 0, 48)
+    # The same settings as a run of the first experiment: it is not run again, and the result says so.
+    assert same["same_as"].endswith("/sparsegrad-0.json")
+    assert (same["score"], same["learning_rate"]) == (run["score"], best)
+    assert broken["status"] == "diverged"
+    assert "the loss of step" in broken["error"]
+    for name, result in results.items():
+        assert read(result_file(places, name)) == result
+        assert {"experiment", "scale", "config", "environment", "status", "command", "attempts"} <= result.keys()
+        if result["status"] == "finished":
+            assert {"training", "calibration", "evaluations", "trained_entries", "weights_bytes"} <= result.keys()
+            assert result["training"]["mean_memory_bytes"] <= result["training"]["peak_memory_bytes"]
+    assert not list(places.runs.rglob("*.safetensors"))
+
+    again = Lines()
+    assert reproduce(experiments, places, progress=again, **options) == results
+    assert again.begun == []
+
+    # The search would give another rate now: what ran with the old one is named, and with retry run again.
+    worse = result_file(places, next(name for name in results if name.endswith(f"sparsegrad-lr{best:g}")))
+    worse.write_text(json.dumps({**read(worse), "score": -1.0}), encoding="utf-8")
+    new = 1e-3 if best == 1e-2 else 1e-2
+    words = rf"1 results.*sparsegrad-0\.json \(training\.learning_rate {best:g}, now {new:g}\).*--retry"
+    with pytest.raises(ValueError, match=words):
+        reproduce([load("first")], places, progress=Lines(), **options)
+    redone = Lines()
+    found = reproduce([load("first")], places, retry=True, progress=redone, **options)
+    assert [name.rpartition("/")[2] for name in redone.begun] == ["sparsegrad-0"]
+    redo = next(result for name, result in found.items() if name.endswith("sparsegrad-0"))
+    assert (redo["status"], redo["learning_rate"]) == ("finished", new)
+
+
+def test_what_retry_removes(load: Any, places: Places) -> None:
+    """A failed run starts again from the beginning; a killed one goes on from its last checkpoint."""
+    grid = Grid(list(load("first").cells())[:3], places)
+    grid.open()
+    for cell, status in zip(grid.cells, ("diverged", "killed", "finished"), strict=True):
+        grid.results.write(cell.name, {"status": status})
+        (places.runs / cell.name).mkdir(parents=True)
+    grid.forget_failures()
+    assert [cell.name in grid.results for cell in grid.cells] == [False, False, True]
+    assert [(places.runs / cell.name).is_dir() for cell in grid.cells] == [False, True, True]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_runs_and_a_killed_one_is_taken_up(
+    experiments: Path, places: Places, load: Any, tiny_bert: Path
+) -> None:
+    words = [sys.executable, "-m", "sparsegrad_lab.cli.main", "reproduce", "first", "--folder", str(experiments)]
+    words += ["--results", str(places.results), "--runs", str(places.runs)]
+    words += ["--threads", "1", "--methods", "lora", "--seeds", "0"]
+    killed = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(places.runs.rglob("*.log")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert list(places.runs.rglob("*.log"))
+    assert not list(places.results.rglob("*.json"))  # it was in the first run
+
+    both = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=280)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    lines = [line for words in said for line in words.splitlines() if line.startswith("first/")]
+    assert len(lines) == len({line.split(":")[0] for line in lines}) == 3  # each run by one of them
+    attempts = [read(path)["attempts"] for path in places.results.rglob("*.json")]
+    assert sorted(attempts) == [1, 1, 2]
+
+
+@pytest.mark.slow
+def test_two_machines_share_a_study(experiments: Path, tmp_path: Path, empty_database: str, load: Any) -> None:
+    """Nothing in common but a database: each run is made by one of them, and both have all results."""
+    words = [sys.executable, "-m", "sparsegrad_lab.cli.main", "reproduce", "first", "--folder", str(experiments)]
+    words += ["--storage", empty_database, "--threads", "1", "--methods", "lora", "--seeds", "0"]
+    machines = [tmp_path / "one", tmp_path / "other"]
+    processes = [
+        subprocess.Popen(
+            [*words, "--results", str(machine / "results"), "--runs", str(machine / "runs")],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for machine in machines
+    ]  # fmt: skip
+    said = [process.communicate(timeout=280)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    lines = [line for words in said for line in words.splitlines() if line.startswith("first/")]
+    assert len(lines) == len({line.split(":")[0] for line in lines}) == 3
+    found = [
+        {path.relative_to(machine / "results"): read(path) for path in (machine / "results").rglob("*.json")}
+        for machine in machines
+    ]
+    assert found[0] == found[1]
+    assert sorted(str(path) for path in found[0]) == sorted(
+        f"{cell.name}.json" for cell in load("first").cells() if cell.method == "lora" and cell.seed != 1
+    )
+    assert all(result["status"] == "finished" for result in found[0].values())
+    runs = [{path.parent for path in (machine / "runs").rglob("config.yaml")} for machine in machines]
+    assert len(runs[0]) + len(runs[1]) == 3
+
+
+def test_an_experiment_needs_no_more_than_its_own_lines(experiments: Path, places: Places, capsys: Any) -> None:
+    """No default.yaml; what a report says of it comes with the results."""
+    settings = yaml.safe_load((experiments / "default.yaml").read_text(encoding="utf-8"))
+    own = {
+        "title": "Mine", "question": "Which?", "seeds": [0], "tasks": ["files"], "baseline": "one",
+        "models": settings["scales"]["cpu"]["models"], "settings": settings["settings"],
+        "methods": {"one": {"words": "the first", "settings": {"method": "lora", "adapter": {"rnk": 1}}}},
+    }  # fmt: skip
+    where = experiments.parent / "own"
+    (where / "mine").mkdir(parents=True)
+    file = where / "mine" / "experiment.yaml"
+    file.write_text(yaml.safe_dump(own), encoding="utf-8")
+    words = ["reproduce", "mine", "--folder", str(where), "--results", str(places.results), "--runs", str(places.runs)]
+    assert main(words) == 1
+    assert "experiment mine, method one: " in capsys.readouterr().err
+    own["methods"]["one"]["settings"]["adapter"] = {"rank": 1}
+    (where / "other").mkdir()
+    file = where / "other" / "experiment.yaml"
+    file.write_text(yaml.safe_dump(own), encoding="utf-8")
+    words[1] = "other"
+    assert main(words) == 0
+    [section] = read_sections([places.results])
+    assert (section.title, section.question, section.baseline) == ("Mine", "Which?", "one")
+    assert section.methods == {"one": "the first"}
+    capsys.readouterr()
+    assert main(["reproduce", "--folder", str(where)]) == 0
+    assert f"sparsegrad reproduce mine --scale cpu --folder {where}" in capsys.readouterr().out
+
+
+def test_a_search_that_is_half_done_gives_no_rate(load: Any, places: Places) -> None:
+    trials = [cell for cell in load("first").cells() if cell.trial is not None and cell.method == "sparsegrad"]
+    file = result_file(places, trials[0].name)
+    file.parent.mkdir(parents=True)
+    finished = {"status": "finished", "metric": "accuracy", "score": 0.5, "training_loss_last_sixth": 0.6}
+    file.write_text(json.dumps(finished), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no result for .*sparsegrad-lr0\.001 in .*run it first: .* reproduce first"):
+        reproduce([load("second")], places, threads=1)
+
+
+def test_results_that_nobody_was_told_of_are_told(load: Any, tmp_path: Path, finished_run: Path) -> None:
+    """A process is killed between its file and the database; another machine has to get the result all the same."""
+    here, elsewhere = (
+        Places(tmp_path / name / "results", tmp_path / name / "runs", f"sqlite:///{tmp_path}/shared.db")
+        for name in ("here", "elsewhere")
+    )
+    real = read(finished_run / "result.json")
+    cells = list(load("first").cells())
+    for cell in cells:
+        rate = cell.trial or 1e-2
+        config = arguments_from(cell.settings(1e-3 if cell.trial is None else rate)).as_dict()
+        result = {**real, "status": "finished", "score": 1 / rate, "config": config, "experiment": "first"}
+        StoredResults(here.results).write(cell.name, {**result, "name": cell.name})
+    begun = Lines()
+    reproduce([load("first")], here, progress=begun)
+    there = reproduce([load("first")], elsewhere, progress=begun)
+    assert [result["name"] for result in there.values()] == [cell.name for cell in cells]
+    assert begun.begun == []
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped-from-a-study", "first/other"])
+def test_a_shared_storage_writes_only_results_of_these_runs(name: str, load: Any, tmp_path: Path) -> None:
+    """What another machine has put there under another name stays there."""
+    places = Places(tmp_path / "results", tmp_path / "runs", f"sqlite:///{tmp_path}/shared.db")
+    shared = SharedRuns(str(places.storage))
+    with shared.attempt(name) as trial:
+        assert trial is not None
+        shared.finish(trial, {"status": "finished"})
+    grid = Grid(list(load("first").cells()), places)
+    grid.open()
+    grid.fetch_results()
+    assert not places.results.exists()
+    assert not (tmp_path.parent / "escaped.json").exists()
+    assert not Path("/tmp/escaped-from-a-study.json").exists()
+    [cell, *_] = load("first").cells()
+    with shared.attempt(cell.name) as trial:
+        assert trial is not None
+        shared.finish(trial, {"task": "a", "method": "b", "seed": "../c", "score": 1})
+    with pytest.raises(ValueError, match=f"shared.db, result of {cell.name}: seed: Input should be a valid integer"):
+        grid.fetch_results()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("first", "methods", {"lora": {"learning_rates": [1e-3]}, "full": {}}), "the same number of learning rates"),
+        (("first", "metods", {}), "unknown key metods; expected one of baseline, methods"),
+        (("first", "methods", {"lora": {"rates": []}}), "unknown key methods.lora.rates"),
+        (("first", "methods", {"lora": {"settings": {"method": "lore"}}}), "found 'lore'"),
+        (("first", "methods", {"lora": {"settings": {"adaptor": {"c": 8}}}}), "adaptor"),
+        (("first", "methods", {"lora": {"rates_of": "second/lora"}}), "learning_rates at scale cpu; found second/lora"),
+        (("first", "scales", {"cpu": {"models": ["./no"]}}), "no folder ./no; before experiment first: make it"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_is_refused_first(
+    change: tuple[str, str, Any], words: str, experiments: Path, places: Places, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, key, value = change
+    file = experiments / name / "experiment.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
+    command = ["reproduce", name, "--folder", str(experiments), "--results", str(places.results), "--runs"]
+    assert main([*command, str(places.runs)]) == 1
+    assert words in capsys.readouterr().err
+    assert not places.runs.exists()
+    assert not places.results.exists()
+
+
+def test_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "nothing"]) == 1
+    assert "no experiment 'nothing'; expected one of comparison" in capsys.readouterr().err
+    assert main(["reproduce", "comparison", "--scale", "huge"]) == 1
+    assert "no scale 'huge'; expected one of cpu, paper" in capsys.readouterr().err
+    assert main(["reproduce", "comparison", "--methods", "lora,lore"]) == 1
+    assert "--methods: expected some of full, lora" in capsys.readouterr().err
+
+
+def test_a_printed_command_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shell sees one folder, and nothing in its name is taken for a colour or an emoji."""
+    folder = tmp_path / "bob's [bold]experiments[/bold] :bug: $HOME"
+    (folder / "own").mkdir(parents=True)
+    experiment = {"title": "Own", "question": "Which?", "tasks": ["files"], "methods": {"lora": None}}
+    (folder / "own" / "experiment.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    assert main(["reproduce", "--folder", str(folder)]) == 0
+    [command] = re.findall("next:   (.*)", capsys.readouterr().out)
+    assert shlex.split(command) == ["sparsegrad", "reproduce", "own", "--scale", "cpu", "--folder", str(folder)]

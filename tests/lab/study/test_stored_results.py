@@ -1,0 +1,110 @@
+"""Which results are those of a run, and which learning rate a search gives."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from grids import result_file
+from sparsegrad_lab.run.parsing import arguments_from
+from sparsegrad_lab.study.cell_run import describe
+from sparsegrad_lab.study.experiment import experiment_names, load_experiment, merged
+from sparsegrad_lab.study.grid import Places
+from sparsegrad_lab.study.stored_results import StoredResults
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_no_rate_before_the_search_is_over(metric: str, load: Any, places: Places) -> None:
+    cells = list(load("first").cells())
+    trials = [cell for cell in cells if cell.trial is not None and cell.method == "lora"]
+    run = next(cell for cell in cells if cell.trial is None and cell.method == "lora")
+    result_file(places, trials[0].name).parent.mkdir(parents=True)
+    finished = {"status": "finished", "metric": metric, "score": 0.5, "training_loss_last_sixth": 0.6}
+    better, worse = (0.6, 0.4) if metric == "accuracy" else (0.4, 0.6)
+
+    def write(trial: Any, result: dict[str, Any]) -> None:
+        result_file(places, trial.name).write_text(json.dumps(result), encoding="utf-8")
+
+    write(trials[0], finished)
+    assert StoredResults(places.results).learning_rate(run) is None
+    for second, best in (
+        ({**finished, "score": better}, 1e-3),
+        ({**finished, "score": worse}, 1e-2),
+        ({**finished, "training_loss_last_sixth": 0.5}, 1e-3),
+        ({"status": "diverged"}, 1e-2),
+    ):
+        write(trials[1], second)
+        assert StoredResults(places.results).learning_rate(run) == best
+
+
+def test_settings_that_become_null_or_were_null_are_others(load: Any, places: Places) -> None:
+    """And a PEFT config is what its file says, wherever that lies."""
+    [cell] = [cell for cell in load("second").cells() if cell.method == "broken"]
+    config = arguments_from(cell.settings(None)).as_dict()
+    file = result_file(places, cell.name)
+    file.parent.mkdir(parents=True)
+
+    def differs(**changes: Any) -> list[str]:
+        there = {"status": "finished", "config": merged(config, changes.pop("config", {})), **changes}
+        file.write_text(json.dumps(there), encoding="utf-8")
+        return [words for _, words in StoredResults(places.results).outdated([cell])]
+
+    assert differs() == []
+    assert "calibration.walk None, now 0.0001" in differs(config={"calibration": {"walk": None}})[0]
+    assert "data.train_rows 3, now None" in differs(config={"data": {"train_rows": 3}})[0]
+
+
+def test_a_setting_that_the_method_does_not_read_makes_no_other_run(load: Any, places: Places) -> None:
+    """Such as a default of ours that has changed since."""
+    cell = next(cell for cell in load("first").cells() if cell.method == "lora" and cell.trial is not None)
+    config = arguments_from(cell.settings(cell.trial)).as_dict()
+    stored = StoredResults(places.results)
+    for change, differs in (
+        ({"adapter": {"shared": True, "products": "sparse"}, "calibration": {"n_steps": 99}}, False),
+        ({"adapter": {"rank": 2}}, True),
+    ):
+        stored.write(cell.name, {"status": "finished", "config": merged(config, change)})
+        assert bool(stored.outdated([cell])) is differs
+        assert (stored.equal_run(arguments_from(cell.settings(cell.trial))) is None) is differs
+
+
+def test_a_peft_config_is_what_its_file_says(load: Any, experiments: Path, places: Places) -> None:
+    """Two files with one name are two methods, and a file that has moved is the same."""
+    content = {"peft_type": "LORA", "r": 1, "target_modules": "mlp"}
+    (experiments / "second" / "lora.json").write_text(json.dumps(content), encoding="utf-8")
+    methods = {"file": {"settings": {"method": "lora.json"}}}
+    experiment = {"title": "S", "question": "?", "seeds": [0], "baseline": "file", "methods": methods}
+    (experiments / "second" / "experiment.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    [cell] = load("second").cells()
+    arguments = arguments_from(cell.settings(None))
+    stored = StoredResults(places.results)
+    config = {**arguments.as_dict(), "method": "elsewhere/lora.json"}
+    result = {"status": "finished", "config": config, **describe(cell, arguments, 1)}
+    assert result["adapter_config"] == content
+    stored.write(cell.name, result)
+    assert stored.outdated([cell]) == []
+    assert stored.equal_run(arguments) is not None
+    (experiments / "second" / "lora.json").write_text(json.dumps({**content, "r": 2}), encoding="utf-8")
+    [(_, words)] = stored.outdated([cell])
+    assert re.search(r"'r': 1.*now \{.*'r': 2", words)
+    assert stored.equal_run(arguments) is None
+
+
+def test_the_committed_results_are_of_the_shipped_experiments() -> None:
+    """Each file is that of a run of theirs, with the settings and the learning rate that it would have now."""
+    study = Path(__file__).parents[3] / "benchmarks" / "results" / "study"
+    stored = StoredResults(study)
+    experiments = [load_experiment(name, "cpu") for name in experiment_names(scale="cpu")]
+    cells = [cell for experiment in experiments for cell in experiment.cells()]
+    files = {path.relative_to(study).with_suffix("").as_posix() for path in study.rglob("*.json")}
+    assert len(files) > 100
+    assert files <= {cell.name for cell in cells}
+    assert not stored.outdated(cells)
+    for cell in cells:  # and its search is whole
+        if cell.name in files and cell.searched:
+            assert stored.learning_rate(cell) is not None, cell.name
