@@ -186,7 +186,6 @@ def test_functions_are_short_or_say_why(room: str) -> None:
     assert not long, "\n".join(long)
 
 
-@pytest.mark.xfail(strict=True, reason="two files of the study are being renamed")
 def test_tests_mirror_the_source() -> None:
     """A test file is named after a file of its room, or after the room, with or without an aspect: test_optim_x.py."""
     checked, strangers = 0, []
