@@ -17,6 +17,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from sparsegrad_lab.bench.worker import Runner
     from sparsegrad_peft.tuner.layer import SparseGradLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -250,3 +251,20 @@ def uncalibrated_adapter(
     set_seed(0)
     config = SparseGradConfig(**{"c": 0.5, "r": 0.25, **task, **options})
     return get_peft_model(base, config, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+TINY_SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+"Of a config of transformers."
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def bench_runner(method: str, workload: str = "mlp-32x64", tokens: int = 96, **settings: Any) -> Runner:
+    """A prepared method of `sparsegrad bench`: one block, bases of 8 and 4 rows."""
+    from sparsegrad_lab.bench.settings import BenchArguments
+    from sparsegrad_lab.bench.worker import Runner
+
+    options = {"narrow": 8, "wide": 4, "threads": torch.get_num_threads(), **settings}
+    return Runner(BenchArguments(workload=workload, tokens=tokens, **options), method, 1)

@@ -1,0 +1,82 @@
+"""Bytes of each method, by hand and against the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    BertConfig,
+)
+
+from helpers import tiny_model
+from sparsegrad_lab.inspection.inspect import Inspection, inspect
+from sparsegrad_peft import (
+    Basis,
+    SparseGradAdamW,
+    param_groups,
+    replace_linears,
+)
+from sparsegrad_peft.method.groups import group_linears
+from sparsegrad_peft.tuner.targets import TARGETS
+
+
+def method(inspection: Inspection, key: str) -> Any:
+    return next(row for row in inspection.methods if row.key == key)
+
+
+def test_bytes_by_hand() -> None:
+    """BERT-base with the defaults: 24 cores of 256 x 96, long on the hidden side."""
+    inspection = inspect(BertConfig(), density=0.01)
+    total, layers, entries = 109_482_240, 24 * 768 * 3072, 24 * 256 * 96
+    sketches = 24 * 4 * (768**2 + 3072 * (2 * 96 + 16)) + 4 * 3072 * (2 * 96 + 16)  # and their random vectors, once
+    complete = 2 * 4 * (768**2 + 3072**2)
+    bases = 24 * 2 * (256 * 768 + 96 * 3072)
+    k, k_complete = 24 * 245, 24 * 23592
+    rank = 6
+    assert [(g.r, g.c, g.k_per_layer) for g in inspection.groups] == [(96, 256, 245), (256, 96, 245)]
+    assert (inspection.layers, inspection.entries, inspection.k, inspection.lora_rank) == (24, entries, k, rank)
+    assert inspection.calibration_bytes == sketches + 4 * 768 * 3072
+    lora = rank * 24 * (768 + 3072)
+    assert abs(lora - entries) <= 24 * (768 + 3072) / 2
+    expected = {  # trained entries; bytes of weights, bases, gradients, optimizer at first and at most
+        "full": (total, 4 * total, 0, 4 * total, 8 * total, 8 * total),
+        "layers": (layers, 4 * total, 0, 4 * layers, 8 * layers, 8 * layers),
+        "lora": (lora, 4 * (total + lora), 0, 4 * lora, 8 * lora, 8 * lora),
+        "block": (entries, 4 * (total + entries), bases, 4 * entries, 8 * entries, 8 * entries),
+        "topk": (entries, 4 * (total + entries), bases, 4 * entries, 12 * k, 12 * entries),
+        "published": (layers, 4 * total, complete, 20 * k_complete, 12 * k_complete, 12 * layers),
+        "published_plain": (layers, 4 * total, complete, 4 * layers, 12 * k_complete, 12 * layers),
+    }
+    assert [row.key for row in inspection.methods] == list(expected)
+    for row in inspection.methods:
+        found = (row.trained, row.weights_bytes, row.bases_bytes, row.gradients_bytes, row.optimizer_bytes_low,
+                 row.optimizer_bytes_high)  # fmt: skip
+        assert found == expected[row.key], row.key
+        assert row.total_bytes_high == sum(found[1:4]) + found[5]
+
+
+def test_frozen_weights_in_half_precision() -> None:
+    wide, half = inspect(BertConfig()), inspect(BertConfig(), dtype=torch.bfloat16)
+    layers = 24 * 768 * 3072
+    assert half.dtype == "bfloat16"
+    assert method(half, "full") == method(wide, "full")  # what trains is float32
+    assert method(half, "layers").weights_bytes == 2 * (109_482_240 - layers) + 4 * layers
+    assert method(half, "block").weights_bytes == 2 * 109_482_240 + 4 * half.entries
+    assert method(half, "block").optimizer_bytes_high == method(wide, "block").optimizer_bytes_high
+    assert half.calibration_bytes - wide.calibration_bytes == 2 * 768 * 3072  # the gradient, and its float32 copy
+
+
+def test_optimizer_state_is_what_the_optimizer_keeps() -> None:
+    """The lower bound, against one step of `SparseGradAdamW` on a model with `replace_linears`."""
+    model = tiny_model("bert")
+    groups = group_linears(model, TARGETS["bert"])
+    inspection = inspect(model, c="full", r="full", density=0.05)
+    model.requires_grad_(False)
+    replace_linears(model, groups, {name: Basis.identity() for name in groups})
+    optimizer = SparseGradAdamW(param_groups(model, density=0.05))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert optimizer.state_bytes() == method(inspection, "topk").optimizer_bytes_low
