@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..bench.settings import BenchArguments
+from ..run.folder import check_file, write_whole
 from ..run.parsing import make_parser
 
 EXAMPLE = (
@@ -28,17 +29,16 @@ def main(argv: list[str]) -> None:
     )
     parser.add_class_arguments(BenchArguments)
     parser.add_argument("--json", type=Path | None, default=None, help="result file to write")
-    found = parser.instantiate(parser.parse_args(argv))
-    path = found.pop("json")
-    arguments = BenchArguments(**vars(found))
-    from ..bench.speed import measure
-    from ..run.folder import check_file, write_whole
-    from ..run.machine import slow_precision_warning
-
+    options = parser.instantiate(parser.parse_args(argv))
+    path = options.pop("json")
+    arguments = BenchArguments(**vars(options))
     if path is not None and not path.parent.is_dir():
         raise FileNotFoundError(f"--json: there is no folder {path.parent}")
     if path is not None:
         check_file(path)
+    from ..bench.speed import measure
+    from ..run.machine import slow_precision_warning
+
     console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     if warning := slow_precision_warning(arguments.precision):
         console.print(warning, soft_wrap=True)
