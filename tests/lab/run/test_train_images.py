@@ -144,7 +144,10 @@ def test_refused(image_arguments: Arguments, tiny_bert: Path, tmp_path: Path) ->
     refused(r"task images needs data.folder", "--task", "images")
     refused(r"transformers has no AutoModelForImageClassification of type 'bert'", "--model", str(tiny_bert))
     images = ["--task", "images", "--data.folder", str(tmp_path / "images")]
+    refused(r"data.folder: there is no folder .*images", *images)
+    (tmp_path / "images").mkdir()
     refused(r"expected images in .*train/CLASS/ .* found none", *images, kind=FileNotFoundError)
+    (tmp_path / "images").rmdir()
     folder = save_images(tmp_path / "images")
     (folder / "validation" / "grey").mkdir()
     (folder / "validation" / "dark" / "0.png").rename(folder / "validation" / "grey" / "0.png")

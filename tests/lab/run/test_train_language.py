@@ -99,8 +99,7 @@ def test_predict_goes_on_with_the_prompt(language_arguments: Arguments, tiny_lla
             with torch.no_grad():
                 made.append(int(model(input_ids=torch.tensor([ids + made])).logits[0, -1].argmax()))
         assert row == {"text": text, "prediction": tokenizer.decode(made, skip_special_tokens=True).strip()}
-    with pytest.raises(ValueError, match=r"takes one text \(text\), found 2"):
-        predict(run, texts=["a", "b"])
+    assert predict(run, texts=prompts, max_new_tokens=6) == together
     with pytest.raises(ValueError, match=r"max_new_tokens must be at least 1, found 0"):
         predict(run, texts=["a"], max_new_tokens=0)
 
@@ -143,18 +142,21 @@ def test_blocks_by_their_numbers(language_arguments: Arguments, tmp_path: Path) 
     wrong = language_arguments(tmp_path / "wrong", "--adapter.layers", "[0, 7]")
     with pytest.raises(ValueError, match=r"expected numbers of blocks that hold layers to adapt, 0, 1, 2, 3; found 7"):
         train(wrong, progress=False)
-    with pytest.raises(ValueError, match=r"adapter.layers: expected numbers of blocks from 0 on, found \[\]"):
+    with pytest.raises(ValueError, match=r"adapter.layers: expected block numbers, counted from 0; found \[\]"):
         train(language_arguments(tmp_path / "wrong", "--adapter.layers", "[]"), progress=False)
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--data.metrics", '["accuracy"]'], r"causal language modelling takes loss, perplexity; found accuracy"),
-        (["--data.max_length", "3"], r"anything to learn within the first 3 tokens; raise data.max_length"),
+        (
+            ["--data.metrics", '["accuracy"]'],
+            r"data.metrics: expected for language models loss, perplexity; found accuracy",
+        ),
+        (["--data.max_length", "3"], r"no row has anything to learn in its first 3 tokens; raise data.max_length"),
         (["--data.text", '["text", "nothing"]'], r"train.csv, line 2: expected a column 'nothing'"),
-        (["--data.text", "[]"], r"task text: expected data.train_file, data.validation_file and data.text"),
-        (["--data.language", "en"], r"data.language is for task oasst1, found task 'text'"),
+        (["--data.text", "[]"], r"task text needs data.text"),
+        (["--data.language", "en"], r"data.language is for oasst1; task text does not read it"),
         (["--rest", "train", "--adapter.target_modules", "nothing"], r"no MLP layers found in a LlamaForCausalLM"),
     ],
 )
