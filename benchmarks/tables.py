@@ -4,8 +4,8 @@
     python benchmarks/tables.py --check   # only compare; exit 1 if a table differs from its result file
 
 A table stands between `<!-- table: PATH -->` and `<!-- end of table -->`. PATH is a result file; a folder of speed
-results (one line for each workload); a study folder; `PATH calibration`, the share of calibration in a study's runs;
-or `methods`, the methods of `sparsegrad bench`.
+results (one line for each workload); a study folder; `PATH short`, a shorter table of either folder;
+`PATH calibration`, the share of calibration in a study's runs; or `methods`, the methods of `sparsegrad bench`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STUDY = "benchmarks/results/study"
 GLUE_ROWS = {"sst2": 67349, "cola": 8551, "stsb": 5749, "mrpc": 3668, "rte": 2490}
 "Of the whole train sets."
 RESULTS_TITLE = "SparseGrad and its peers"
-MARK = re.compile(r"(<!-- table: (\S+)( calibration)? -->\n).*?(<!-- end of table -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- table: (\S+)( calibration| short)? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -106,8 +106,8 @@ def part_of_model(result: dict[str, Any]) -> str:
     return depth[0] if depth is not None and depth[1] != depth[2] else ""
 
 
-def speed_overview(path: Path) -> str:
-    """One line for each workload, whole models first."""
+def speed_overview(path: Path, short: bool = False) -> str:
+    """One line for each workload, whole models first; `short` leaves out parts of models."""
 
     def ratio(rows: dict[str, Any], of: str, to: str) -> str:
         return f"{rows[of]['ratio_to'][to]:.2f}" if of in rows else ""
@@ -126,7 +126,8 @@ def speed_overview(path: Path) -> str:
         ))  # fmt: skip
     header = ["workload", "step ÷ floor", "step ÷ LoRA", "step ÷ LoRA, `prefer=\"speed\"`", "full fine-tuning ÷ LoRA",
               "peak memory ÷ LoRA", "saved for backward ÷ LoRA"]  # fmt: skip
-    return markdown(header, [line for _, line in sorted(lines, key=lambda line: line[0])])
+    ordered = sorted(lines, key=lambda line: line[0])
+    return markdown(header, [line for part, line in ordered if not (short and part)])
 
 
 SPEED_TARGETS: tuple[tuple[str, str, str, float, Callable[[Any, Any], float]], ...] = (
@@ -208,15 +209,12 @@ def energy(result: dict[str, Any]) -> str:
     return f"{markdown(header, rows)}\n\n{origin(result)}"
 
 
-def study(path: Path) -> str:
-    """Verdict, scores and differences of one experiment."""
+def study(path: Path, short: bool = False) -> str:
+    """Verdict and scores of one experiment; unless `short`, its differences and where it ran as well."""
     [section] = read_sections([path])
-    parts = [
-        bullets(verdict(section)),
-        scores(section).markdown(),
-        comparisons(section).markdown(),
-        origin_of_runs([section]),
-    ]
+    parts = [bullets(verdict(section)), scores(section).markdown()]
+    if not short:
+        parts += [comparisons(section).markdown(), origin_of_runs([section])]
     return "\n\n".join(part.rstrip("\n") for part in parts)
 
 
@@ -255,8 +253,11 @@ def filled(text: str) -> str:
         if match[2] == "methods":
             content = speed_methods()
         elif path.is_dir():
-            render_folder = speed_overview if path.name == "speed" else calibration_share if match[3] else study
-            content = render_folder(path)
+            short = match[3] == " short"
+            if match[3] == " calibration":
+                content = calibration_share(path)
+            else:
+                content = speed_overview(path, short) if path.name == "speed" else study(path, short)
         else:
             result = json.loads(path.read_text(encoding="utf-8"))
             content = RENDER[result["benchmark"]](result)
