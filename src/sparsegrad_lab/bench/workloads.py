@@ -52,7 +52,7 @@ def _gated_mlp(hidden: int, wide: int) -> Callable[[int], nn.Module]:
     return build
 
 
-def _transformer(model_type: str, auto: str, hidden: int, wide: int, heads: int, **config: Any
+def transformer(model_type: str, auto: str, hidden: int, wide: int, heads: int, **config: Any
                  ) -> Callable[[int], nn.Module]:  # fmt: skip
     """Return a function: number of blocks -> model with random weights and the head of `auto`."""
 
@@ -124,20 +124,20 @@ WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
         Workload("bert-base", "BERT-base, sequences of 128", 12, 128, 768, 3072,
-                 _transformer("bert", _CLASSIFIER, 768, 3072, 12), _BERT),
+                 transformer("bert", _CLASSIFIER, 768, 3072, 12), _BERT),
         Workload("bert-base-padded", "BERT-base, sequences of 16 to 128 padded to 128", 12, 128, 768, 3072,
-                 _transformer("bert", _CLASSIFIER, 768, 3072, 12), _BERT, padded=True),
+                 transformer("bert", _CLASSIFIER, 768, 3072, 12), _BERT, padded=True),
         Workload("roberta-large", "RoBERTa-large, sequences of 128", 24, 128, 1024, 4096,
-                 _transformer("roberta", _CLASSIFIER, 1024, 4096, 16, vocab_size=50265, max_position_embeddings=514,
+                 transformer("roberta", _CLASSIFIER, 1024, 4096, 16, vocab_size=50265, max_position_embeddings=514,
                               type_vocab_size=1), _BERT),
         Workload("minilm", "MiniLM-L6, sequences of 128", 6, 128, 384, 1536,
-                 _transformer("bert", _CLASSIFIER, 384, 1536, 12), _BERT),
+                 transformer("bert", _CLASSIFIER, 384, 1536, 12), _BERT),
         Workload("mlp", "one MLP block of BERT-base", 1, 0, 768, 3072, _mlp(768, 3072), _MLP),
         Workload("llama-mlp", "one MLP block of LLaMA-2-7B", 1, 0, 4096, 11008, _gated_mlp(4096, 11008), _GATED),
         Workload("llama-long", "a LLaMA of 1024/2816, one sequence of 2048", 8, 2048, 1024, 2816,
-                 _transformer("llama", _DECODER, 1024, 2816, 16, num_key_value_heads=16, vocab_size=8192), _GATED),
+                 transformer("llama", _DECODER, 1024, 2816, 16, num_key_value_heads=16, vocab_size=8192), _GATED),
         Workload("llama-2-7b", "LLaMA-2-7B, sequences of 512", 32, 512, 4096, 11008,
-                 _transformer("llama", _DECODER, 4096, 11008, 32, num_key_value_heads=32, vocab_size=32000), _GATED),
+                 transformer("llama", _DECODER, 4096, 11008, 32, num_key_value_heads=32, vocab_size=32000), _GATED),
     )
 }  # fmt: skip
 """Name -> workload."""
