@@ -151,7 +151,7 @@ def test_blocks_by_their_numbers(language_arguments: Arguments, tmp_path: Path) 
     [
         (
             ["--data.metrics", '["accuracy"]'],
-            r"data.metrics: expected for language models loss, perplexity; found accuracy",
+            r"expected for language models loss, perplexity; found accuracy",
         ),
         (["--data.max_length", "3"], r"no row has anything to learn in its first 3 tokens; raise data.max_length"),
         (["--data.text", '["text", "nothing"]'], r"train.csv, line 2: expected a column 'nothing'"),
