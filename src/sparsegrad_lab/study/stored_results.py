@@ -67,11 +67,12 @@ class StoredResults:
         quality = {}
         for name, rate in cell.searched.items():
             trial = self.read(name)
-            if trial["status"] != "finished":
-                quality[rate] = (-math.inf, 0.0)
+            score, loss = trial.get("score"), trial.get("training_loss_last_sixth")
+            if trial["status"] != "finished" or not isinstance(score, (int, float)):
+                quality[rate] = (-math.inf, -math.inf)
                 continue
-            score = trial["score"] if higher_is_better(trial["metric"]) else -trial["score"]
-            quality[rate] = (score, -trial["training_loss_last_sixth"])
+            better = score if higher_is_better(str(trial["metric"])) else -score
+            quality[rate] = (better, -loss if isinstance(loss, (int, float)) else -math.inf)
         return max(sorted(quality), key=quality.__getitem__)
 
     def search_finished(self, cell: Cell) -> bool:
@@ -90,7 +91,7 @@ class StoredResults:
                 continue
             result = self.read(cell.name)
             arguments = arguments_from(cell.settings(self.learning_rate(cell)))
-            before = _decisive_settings(result["config"], result.get("adapter_config"))
+            before = _decisive_settings(result.get("config"), result.get("adapter_config"))
             now = decisive_settings(arguments)
             differ = [name for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]
             if differ:
@@ -108,7 +109,7 @@ class StoredResults:
                 continue
             if not isinstance(result, dict) or result.get("status") != "finished":
                 continue
-            if wanted == _given(_decisive_settings(result["config"], result.get("adapter_config"))):
+            if wanted == _given(_decisive_settings(result.get("config"), result.get("adapter_config"))):
                 return {**result, "same_as": path.relative_to(self.folder).as_posix()}
         return None
 
@@ -126,11 +127,13 @@ def decisive_settings(arguments: RunArguments) -> dict[str, Any]:
     return _decisive_settings(arguments.as_dict(), adapter_config(arguments.method))
 
 
-def _decisive_settings(config: dict[str, Any], peft_config: dict[str, Any] | None) -> dict[str, Any]:
-    settings = {name: value for name, value in flat(config).items() if name != "output"}
+def _decisive_settings(config: Any, peft_config: Any) -> dict[str, Any]:
+    """The same of a result file, which may hold anything."""
+    settings = flat(config if isinstance(config, dict) else {})
+    settings.pop("output", None)
     if peft_config is not None:  # the content of the file decides, not its path
         return {**settings, "method": peft_config}
-    method = METHODS.get(settings["method"])
+    method = METHODS.get(str(settings.get("method")))
     return {name: value for name, value in settings.items() if method is None or not method.ignores(name)}
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from grids import result_file
+from helpers import write_json
 from sparsegrad_lab.run.parsing import arguments_from
 from sparsegrad_lab.study.cell_run import describe
 from sparsegrad_lab.study.experiment import experiment_names, load_experiment, merged
@@ -36,6 +37,8 @@ def test_no_rate_before_the_search_is_over(metric: str, load: Any, places: Place
         ({**finished, "score": better}, 1e-3),
         ({**finished, "score": worse}, 1e-2),
         ({**finished, "training_loss_last_sixth": 0.5}, 1e-3),
+        ({**finished, "training_loss_last_sixth": None}, 1e-2),  # no loss was logged
+        ({**finished, "score": None}, 1e-2),  # it was not finite
         ({"status": "diverged"}, 1e-2),
     ):
         write(trials[1], second)
@@ -108,3 +111,21 @@ def test_the_committed_results_are_of_the_shipped_experiments() -> None:
     for cell in cells:  # and its search is whole
         if cell.name in files and cell.searched:
             assert stored.learning_rate(cell) is not None, cell.name
+
+
+@pytest.mark.parametrize("content", [{"status": "finished"}, {"status": "finished", "config": []}, [], {"status": 1}])
+def test_another_file_among_the_results_is_no_run(content: Any, load: Any, places: Places) -> None:
+    stored = StoredResults(places.results)
+    write_json(stored.path("something else"), content)
+    [cell, *_] = load("first").cells()
+    assert stored.equal_run(arguments_from(cell.settings(cell.trial))) is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_result_is_named(content: str, load: Any, places: Places) -> None:
+    stored = StoredResults(places.results)
+    [cell, *_] = load("first").cells()
+    stored.path(cell.name).parent.mkdir(parents=True)
+    stored.path(cell.name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"lr0\.01\.json: expected .*; remove it, and the run is done again"):
+        stored.outdated([cell])
