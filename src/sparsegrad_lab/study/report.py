@@ -30,7 +30,8 @@ def markdown(report: Report, title: str) -> str:
     if report.rejected:
         parts += ["## Left out", bullets(report.rejected)]
     parts.append(origin(report.sections))
-    return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
+    text = "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
+    return text.replace("<", "&lt;")  # names from files are no HTML
 
 
 def bullets(sentences: Sequence[str]) -> str:

@@ -135,6 +135,7 @@ def test_names_from_files_are_text(field: str, real: dict[str, Any], tmp_path: P
         "title", "data-filters", "placeholder", "aria-label",
     }  # fmt: skip
     assert all(source.startswith("data:image/svg+xml;base64,") for source in tags.sources)
+    assert "<" not in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert {path.parent for path in tmp_path.rglob("*.csv")} == {tmp_path / "out"}
     assert {path.name for path in tmp_path.iterdir()} == {"out", folder.name}
 
