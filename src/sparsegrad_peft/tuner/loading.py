@@ -47,6 +47,14 @@ class AdapterWeights:
                 weights.cores[key.removeprefix(ROOT).removesuffix(CORE)] = value
         return weights
 
+    def are_data_free(self, layers: Mapping[str, SparseGradLayer]) -> bool:
+        """True if all bases are data-free, or there are none."""
+        return all(
+            is_data_free(matrix, layers[layer].in_features if side == "U" else layers[layer].out_features)
+            for layer, sides in self.sides.items()
+            for side, matrix in sides.items()
+        )
+
     def basis_of(self, members: list[str], *, shared: bool) -> dict[str, Tensor]:
         """Return the sides of the one basis that belongs to a group of layers; none if the weights have no bases.
 
@@ -94,79 +102,78 @@ def make_room(
     weights = AdapterWeights.read(tensors)
     if not weights.cores and not weights.sides:  # modules_to_save only
         return {}
-    layers = {layer_key(model, name): layer for name, layer in layers_of(model, adapter_name).items()}
-    _check_same_layers(weights.cores, layers)
+    named = layers_of(model, adapter_name)
+    layers = {layer_key(model, name): layer for name, layer in named.items()}
+    _check_same_layers(weights, layers)
     if config.original_space and weights.sides:
         raise ValueError(
             f"adapter {adapter_name!r} trains in the original space (original_space=True), the weights come with "
             "bases; make the adapter with original_space=False to load them"
         )
-    if config.calibrated or config.original_space:
-        groups = _groups_of(config, layers)
+    is_new = not config.calibrated and not config.original_space
+    data_free = is_new and weights.are_data_free(layers)
+    groups: dict[str, list[str]] = {}
+    if is_new and not data_free:
+        wrapped = wrapped_groups(model, named, shared=config.shared)
+        groups = {g: [layer_key(model, n.removesuffix(".base_layer")) for n in names] for g, names in wrapped.items()}
     else:
-        groups = _replace_data_free(model, config, adapter_name, weights, layers)
+        for layer in layers:
+            groups.setdefault((config.core_shapes or {}).get(layer, [layer])[0], []).append(layer)
+    sides = {group: weights.basis_of(members, shared=config.shared) for group, members in groups.items()}
+    for group, members in groups.items():
+        for layer in members:
+            _check_fit(adapter_name, config, layer, layers[layer], weights.cores[layer], sides[group], data_free)
+    same = all(weights.cores[key].shape == layer.sparsegrad_S[adapter_name].shape for key, layer in layers.items())
+    if is_new and not (data_free and same):
+        _replace_bases(model, adapter_name, config, weights, groups, sides, data_free)
     expanded = {}
-    for members in groups.values():
-        sides = weights.basis_of(members, shared=config.shared)
+    for group, members in groups.items():
         for layer in members:
             basis = layers[layer].core_and_basis(adapter_name)[1]
-            if {name for name, _ in basis.named_buffers()} & {"U", "V"} != set(sides):
-                raise ValueError(_mismatch(adapter_name, config, layer, sides))
-            _check_shapes(layer, layers[layer], weights.cores[layer], sides)
-        for layer in members:
-            basis = layers[layer].core_and_basis(adapter_name)[1]
-            for side, value in sides.items():  # not to be rounded to the type that the room was made in
+            for side, value in sides[group].items():  # not to be rounded to the type that the room was made in
                 setattr(basis, side, getattr(basis, side).to(value.dtype))
                 expanded[f"{ROOT}{layer}{BASIS}{side}"] = value
     return expanded
 
 
-def _groups_of(config: SparseGradConfig, layers: Mapping[str, SparseGradLayer]) -> dict[str, list[str]]:
-    """Group -> its layers, as the configuration says."""
-    groups: dict[str, list[str]] = {}
-    for layer in layers:
-        groups.setdefault((config.core_shapes or {}).get(layer, [layer])[0], []).append(layer)
-    return groups
-
-
-def _replace_data_free(
+def _replace_bases(
     model: nn.Module,
-    config: SparseGradConfig,
     adapter_name: str,
+    config: SparseGradConfig,
     weights: AdapterWeights,
-    layers: Mapping[str, SparseGradLayer],
-) -> dict[str, list[str]]:
-    """Give a data-free adapter the groups and sizes of the weights, and return the groups."""
-    data_free = all(
-        is_data_free(matrix, layers[layer].in_features if side == "U" else layers[layer].out_features)
-        for layer, sides in weights.sides.items()
-        for side, matrix in sides.items()
-    )
-    if data_free:
-        groups = _groups_of(config, layers)
-        if all(weights.cores[key].shape == layer.sparsegrad_S[adapter_name].shape for key, layer in layers.items()):
-            return groups  # the room is there
-    else:
-        named = layers_of(model, adapter_name)
-        wrapped = wrapped_groups(model, named, shared=config.shared)
-        groups = {g: [layer_key(model, n.removesuffix(".base_layer")) for n in names] for g, names in wrapped.items()}
+    groups: Mapping[str, list[str]],
+    sides: Mapping[str, Mapping[str, Tensor]],
+    data_free: bool,
+) -> None:
+    """Give a new adapter room for the bases of the weights, and cores of their sizes."""
+    named = layers_of(model, adapter_name)
+    name_of = {layer_key(model, name): name for name in named}
     bases = {}
     for group, members in groups.items():
-        sides, layer = weights.basis_of(members, shared=config.shared), layers[members[0]]
-        if not data_free and len(sides) != 2:
-            raise ValueError(_mismatch(adapter_name, config, members[0], sides))
-        for key in members:
-            _check_shapes(key, layers[key], weights.cores[key], sides)
-        dtype = next((side.dtype for side in sides.values()), config.dtype_of_bases)
-        r, c = weights.cores[members[0]].shape
+        layer, (r, c) = named[name_of[members[0]]], weights.cores[members[0]].shape
+        dtype = next((side.dtype for side in sides[group].values()), config.dtype_of_bases)
         bases[group] = empty_basis(r, c, layer.out_features, layer.in_features, dtype, data_free=data_free)
-    by_key = {layer_key(model, name): name for name in layers_of(model, adapter_name)}
-    wrapped = {group: [f"{by_key[key]}.base_layer" for key in members] for group, members in groups.items()}
+    wrapped = {group: [f"{name_of[key]}.base_layer" for key in members] for group, members in groups.items()}
     set_bases(model, adapter_name, wrapped, bases, data_free=data_free)
-    return groups
 
 
-def _check_shapes(name: str, layer: SparseGradLayer, core: Tensor, sides: Mapping[str, Tensor]) -> None:
+def _check_fit(
+    adapter_name: str,
+    config: SparseGradConfig,
+    name: str,
+    layer: SparseGradLayer,
+    core: Tensor,
+    sides: Mapping[str, Tensor],
+    data_free: bool,
+) -> None:
+    """Refuse weights of a layer that has another shape here, or with bases if the adapter has none, or without."""
+    if config.calibrated and not sides:
+        raise ValueError(
+            f"adapter {adapter_name!r} is calibrated, the weights are of one that is not, without bases for {name}. "
+            "Load them under another name (load_adapter), or into an adapter that is not calibrated"
+        )
+    if not config.original_space and not data_free and len(sides) < 2:
+        raise ValueError(f"the weights hold {' and '.join(sides) or 'no basis'} for {name}, expected both U and V")
     found = (
         sides["V"].shape[1] if "V" in sides else len(core),
         sides["U"].shape[1] if "U" in sides else core.shape[1],
@@ -178,18 +185,11 @@ def _check_shapes(name: str, layer: SparseGradLayer, core: Tensor, sides: Mappin
         )
 
 
-def _mismatch(adapter_name: str, config: SparseGradConfig, layer: str, sides: Mapping[str, Tensor]) -> str:
-    if config.calibrated and not sides:
-        return (
-            f"adapter {adapter_name!r} is calibrated, the weights are of one that is not, without bases for {layer}. "
-            "Load them under another name (load_adapter), or into an adapter that is not calibrated"
-        )
-    return f"the weights hold {' and '.join(sides) or 'no basis'} for {layer}, the adapter needs both U and V"
-
-
-def _check_same_layers(cores: Mapping[str, Tensor], layers: Mapping[str, SparseGradLayer]) -> None:
+def _check_same_layers(weights: AdapterWeights, layers: Mapping[str, SparseGradLayer]) -> None:
     """Refuse weights with layers that the adapter does not have, or without layers that it has."""
-    for what, which in (("has no", set(cores) - set(layers)), ("also has", set(layers) - set(cores))):
+    cores = weights.cores
+    unknown = {*cores, *weights.sides} - set(layers)
+    for what, which in (("has no", unknown), ("also has", set(layers) - set(cores))):
         if which:
             one = next((name for name in cores if name in which), min(which))
             shape = f" (its core there: {tuple(cores[one].shape)})" if one in cores else ""
