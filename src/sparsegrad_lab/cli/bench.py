@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
 def table(result: dict[str, Any]) -> Table:
     """Return a table with a row for each method."""
     shown = Table(title=result["workload"], title_justify="left")
-    for name in ("", "step, ms\np20 - p50 - p80", "to floor", "to lora", "peak,\nMB", "kept for\nbackward, MB",
+    for name in ("", "step, ms\np20 - p50 - p80", "÷ floor", "÷ lora", "peak,\nMB", "saved for\nbackward, MB",
                  "optimizer,\nMB", "trained\nentries"):  # fmt: skip
         shown.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, row in result["methods"].items():
