@@ -1,4 +1,4 @@
-"""The command as it is typed: what it prints, what it leaves, and what it says of what cannot be done."""
+"""The `sparsegrad` command: output, files and error messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture) -> Run:
-    """Words -> status, what was printed, and what went to the error stream."""
+    """Return a function that runs a command: words -> (exit code, stdout, stderr)."""
 
     def run(*words: str) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -57,15 +57,15 @@ def file_of(folder: Path, content: Any) -> str:
 
 
 def plain(words: str) -> str:
-    """Without the line breaks of a help that fits a terminal."""
+    """Return the text with single spaces in place of line breaks."""
     return re.sub(r"\s+", " ", words)
 
 
-# What it teaches.
+# Help.
 
 
 def test_a_process_of_its_own() -> None:
-    """The status that a shell sees, and lines that go where they belong."""
+    """Exit code, stdout and stderr as a shell sees them."""
     command = [sys.executable, "-m", "sparsegrad_lab.cli.main"]
     wrong = subprocess.run([*command, "trian"], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout) == (2, "")
@@ -111,7 +111,7 @@ def test_help_of_train_describes_every_setting(run: Run) -> None:
 
 
 def test_help_is_quick() -> None:
-    """Nothing heavy is loaded for it."""
+    """It imports no heavy library."""
     code = (
         "import sys; from sparsegrad_lab.cli.main import main\ntry: main(['train', '--help'])\n"
         "except SystemExit: print([m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
@@ -138,16 +138,16 @@ def test_presets(run: Run) -> None:
     assert "roberta" not in err  # those that are near
 
 
-def test_every_preset_is_a_run_that_can_be_asked_for() -> None:
+def test_every_preset_is_valid() -> None:
     for name in preset_names():
         parse(["--preset", name]).check()
 
 
-# Where settings come from.
+# Settings from files, presets and the command line.
 
 
 def test_config_file_and_command_line(words: Words, run: Run, tmp_path: Path) -> None:
-    """A run from a file, with words on the command line before it; its folder says what was run."""
+    """Command-line values override the file; the run folder records the result."""
     given = parse(words(tmp_path / "run")[1:]).as_dict()
     given["training"] |= {"epochs": 1, "batch_size": 4}
     file = file_of(tmp_path, {name: value for name, value in given.items() if name != "calibration"})
@@ -171,7 +171,7 @@ def test_config_file_and_command_line(words: Words, run: Run, tmp_path: Path) ->
 
 
 def test_preset_cut_down(tiny_bert: Path, run: Run, tmp_path: Path) -> None:
-    """The paper's settings on another model and a few rows: what was not said otherwise is the preset's."""
+    """A preset with some settings overridden: the others stay."""
     folder = tmp_path / "RTE"
     folder.mkdir()
     for name, count in (("train", 20), ("dev", 8)):
@@ -205,7 +205,7 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_preset(tm
     assert (other.task, other.model, other.training.learning_rate) == ("glue/cola", "roberta-large", 1e-3)
 
 
-# Again, and something else, in the same folder.
+# Output folders that exist.
 
 
 def test_train_again(finished_run: Path, words: Words, run: Run) -> None:
@@ -255,7 +255,7 @@ def test_export_and_inspect(finished_run: Path, tiny_bert: Path, run: Run, tmp_p
     assert sum(group["layers"] for group in json.loads(out)["groups"]) == 4
 
 
-# What cannot be done.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_export_and_inspect(finished_run: Path, tiny_bert: Path, run: Run, tmp_p
         (("--config", "nowhere.yaml"), "nowhere.yaml'"),
     ],
 )  # fmt: skip
-def test_words_that_mean_nothing(words: tuple[str, ...], line: str, run: Run) -> None:
+def test_invalid_options(words: tuple[str, ...], line: str, run: Run) -> None:
     status, out, err = run("train", *words)
     assert (status, out) == (2, "")
     assert err.rstrip().endswith(line)
@@ -291,7 +291,7 @@ def test_words_that_mean_nothing(words: tuple[str, ...], line: str, run: Run) ->
         ("preset: 3\n", 2, r"Expected a <class 'str'>. Got value: 3"),
     ],
 )
-def test_config_files_that_are_wrong(content: str, status: int, words: str, run: Run, tmp_path: Path) -> None:
+def test_invalid_config_files(content: str, status: int, words: str, run: Run, tmp_path: Path) -> None:
     found, _, err = run("train", "--config", file_of(tmp_path, content))
     assert found == status
     assert re.search(words, plain(err))
@@ -299,7 +299,7 @@ def test_config_files_that_are_wrong(content: str, status: int, words: str, run:
 
 @pytest.fixture
 def weightless(tiny_bert: Path, tmp_path: Path) -> Path:
-    """A model without its weights: what says something else than that has looked before a model is loaded."""
+    """A model folder without weights: an error about anything else came before the model was loaded."""
     return shutil.copytree(tiny_bert, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
 
 
@@ -386,7 +386,7 @@ def test_refused_before_a_model_is_loaded(
 
 @pytest.fixture
 def words_of(words: Words, weightless: Path) -> Words:
-    """Words for a run of the weightless model."""
+    """Return the words of a run with the model that has no weights."""
     return lambda output, *more: words(output, "--model", str(weightless), *more)
 
 
@@ -462,10 +462,10 @@ def test_output_without_permission(words_of: Words, run: Run, tmp_path: Path) ->
         ("target_modules", r"no MLP layers found .*1000"),
     ],
 )
-def test_sizes_and_layers_that_the_model_has_not(
+def test_sizes_and_layers_that_do_not_fit_the_model(
     option: str, expected: str, words_of: Words, run: Run, tmp_path: Path
 ) -> None:
-    """The model's config alone says so."""
+    """Checked with the model's config alone."""
     more = ["--adapter.c", "null", "--adapter.r", "null"] if option in ("narrow", "wide") else []
     status, out, err = run(*words_of(tmp_path / "run", *more, f"--adapter.{option}", "1000"))
     assert (status, out) == (1, "")
@@ -473,8 +473,8 @@ def test_sizes_and_layers_that_the_model_has_not(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_that_is_not_whole(words: Words, weightless: Path, run: Run, tmp_path: Path) -> None:
-    """No weights, damaged ones, no tokenizer; and one that is not for texts."""
+def test_incomplete_models(words: Words, weightless: Path, run: Run, tmp_path: Path) -> None:
+    """No weights, damaged weights, no tokenizer, and a model for images."""
     asked = words(tmp_path / "run", "--model", str(weightless))
     status, _, err = run(*asked)
     assert status == 1
@@ -495,7 +495,7 @@ def test_a_model_that_is_not_whole(words: Words, weightless: Path, run: Run, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_traceback_on_demand(words_of: Words, tmp_path: Path) -> None:
+def test_traceback_option(words_of: Words, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"batch_size"):
         main([*words_of(tmp_path / "run", "--training.batch_size", "0"), "--traceback"])
 

@@ -1,4 +1,4 @@
-"""The nine GLUE tasks: files as in the official archive, the hub's data sets, the real rows where they are."""
+"""The nine GLUE tasks: official files, the hub's data sets, and the real rows if SPARSEGRAD_DATA is set."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from sparsegrad_lab.tasks.glue import GLUE, from_hub_splits, load_glue
 DATA = os.environ.get("SPARSEGRAD_DATA")
 NAMES = list(GLUE)
 
-# Header and two rows of each task's files, with quotation marks inside the text as the official files have them.
-# The last two fields of an entry: what the first row's text is, and both labels as numbers in the hub's order.
+# Task -> header, two rows (with quotation marks, which are text in GLUE), text of the first row, both labels.
 OFFICIAL: dict[str, tuple[str, list[str], tuple[str, ...], list[float]]] = {
     "cola": (
         "",
@@ -78,7 +77,7 @@ OFFICIAL: dict[str, tuple[str, list[str], tuple[str, ...], list[float]]] = {
 
 
 def write_official(root: Path, name: str, rows: list[str] | None = None) -> Path:
-    """All files of a task below root/glue, with the same rows in each."""
+    """Write all files of a task below root/glue, with the same rows in each."""
     header, both, _, _ = OFFICIAL[name]
     folder = root / "glue" / GLUE[name].folder
     folder.mkdir(parents=True)
@@ -124,7 +123,7 @@ def test_ragged_rows_of_qqp_are_left_out_and_counted(tmp_path: Path, caplog: pyt
     assert "train.tsv: skipped 1 rows" in caplog.text
 
 
-# Scores of GLUE are compared across libraries by number: the hub's names, in the hub's order.
+# Class names in the hub's order. Other libraries number the classes in this order.
 HUB_LABELS = {
     "cola": ["unacceptable", "acceptable"],
     "sst2": ["negative", "positive"],
@@ -227,7 +226,7 @@ def test_missing_column(tmp_path: Path) -> None:
 
 
 def test_hub_that_cannot_be_reached() -> None:
-    """Without a folder and without a network: what is missing, and where it may be put."""
+    """Without a folder and without a network, the error says where to put the files."""
     code = "from sparsegrad_lab.tasks.glue import load_glue\ntry: load_glue('rte')\nexcept OSError as e: print(e)"
     environment = {key: value for key, value in os.environ.items() if key != "SPARSEGRAD_DATA"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Scores against scikit-learn, SciPy and numbers worked out by hand."""
+"""Metrics, compared with scikit-learn, SciPy and values computed by hand."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from sparsegrad_lab.tasks.metrics import METRICS, predictions_of, score, spread
+from sparsegrad_lab.tasks.task import higher_is_better, main_metric
 
 LABELS = np.array([1, 1, 1, 0, 0, 1])
 FOUND = np.array([1, 0, 1, 0, 1, 1])  # 3 true and 1 false positive, 1 true and 1 false negative
@@ -49,7 +50,7 @@ def test_against_the_libraries(seed: int) -> None:
     ("name", "expected"), [("f1", 0.0), ("matthews_correlation", 0.0), ("pearson", 0.0), ("spearmanr", 0.0)]
 )
 def test_constant_predictions(name: str, expected: float) -> None:
-    """Undefined in the formulas; a number without a warning here."""
+    """The formulas are undefined; the metric is 0, without a warning."""
     assert METRICS[name](LABELS.astype(float), np.zeros(6)) == expected
 
 
@@ -68,3 +69,25 @@ def test_logits_that_are_not_finite(bad: float) -> None:
 def test_spread() -> None:
     assert spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
     assert spread([0.5]) == (0.5, 0.0)
+
+
+def test_perplexity_of_a_huge_loss() -> None:
+    """exp overflows."""
+    assert score(["perplexity"], np.array([1.0]), np.array([1e4])) == {"perplexity": math.inf}
+    assert score(["loss", "perplexity"], np.array([2.0, 2.0]), np.array([4.0, 0.0])) == {
+        "loss": 1.0, "perplexity": pytest.approx(math.e),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metrics", "main"),
+    [
+        (["accuracy"], "accuracy"),
+        (["accuracy", "f1"], "combined_score"),
+        (["loss", "perplexity"], "loss"),
+        (["perplexity"], "perplexity"),
+    ],
+)
+def test_the_metric_that_selects_the_best_evaluation(metrics: list[str], main: str) -> None:
+    assert main_metric(metrics) == main
+    assert higher_is_better(main) == (main not in ("loss", "perplexity"))

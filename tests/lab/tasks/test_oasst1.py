@@ -1,4 +1,4 @@
-"""Trees of messages -> conversations, and which of the trees are held out."""
+"""OpenAssistant: the conversation of a tree, and the trees that are held out."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from sparsegrad_lab.tasks.settings import DataArguments
 
 
 def message(name: str, parent: str | None, role: str, **more: Any) -> dict[str, Any]:
-    """Its text is its name."""
+    """Return a message whose text is its name."""
     there = {"message_id": name, "parent_id": parent, "role": role, "text": name, "message_tree_id": name[0]}
     return {**there, "lang": "en", "rank": None, "deleted": False, **more}
 
 
 def tree(letter: str, **more: Any) -> list[dict[str, Any]]:
-    """A prompt with two answers, the second of which is the better one and was asked on about."""
+    """Return a prompt with two answers; the second has the better rank, and two follow-ups."""
     return [
         message(letter, None, "prompter", **more),
         message(f"{letter}1", letter, "assistant", rank=1),
@@ -73,7 +73,7 @@ def test_what_is_left_out(change: dict[str, dict[str, Any]], expected: list[str]
 
 
 def test_two_files_of_two_forms(tmp_path: Path) -> None:
-    """The tree that is in both is not trained on."""
+    """A tree in both files is not trained on."""
     write(tmp_path, "some_validation.jsonl", [*tree("a"), *tree("b")])
     trees = [{"message_tree_id": letter, "prompt": nested(tree(letter), letter)} for letter in "bcd"]
     write(tmp_path, "other.jsonl", trees)
