@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,17 @@ def test_conversations(text: list[str], row: dict[str, Any], tmp_path: Path) -> 
     task = load_texts(path, path, text=text)
     assert task.text == tuple(text)
     assert [found[text[0]] for found in task.splits["train"]] == [turns(["Hi", "Hello."])] * 2
+
+
+def test_the_formats_of_the_data_page(tmp_path: Path) -> None:
+    """Each row of the table in docs/data.md can be loaded with the columns beside it."""
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `([\w,]+)` \| `(\{.*\})` \|", page, re.M)
+    assert len(table) == 5
+    for number, (columns, row) in enumerate(table):
+        path = written(tmp_path, f"{number}.jsonl", row)
+        task = load_texts(path, path, text=columns.split(","))
+        assert len(task.splits["train"]) == 1
 
 
 def test_prompt_and_completion_as_texts(tmp_path: Path) -> None:
