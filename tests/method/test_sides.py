@@ -259,8 +259,7 @@ def test_default_sizes() -> None:
     assert sizes.counts(32, 16) == (1, 5)
     assert Sizes(narrow="full", wide=None).counts(3072, 768) == (32, 768)
     assert Sizes(narrow=1, wide=None, share=0.5).counts(6, 6) == (6, 1)
-    with pytest.raises(ValueError, match="expected a size for wide"):
-        Sizes(narrow="energy:0.5", wide=None).counts(6, 4)
+    assert Sizes(narrow="energy:0.5", wide=None).counts(1536, 384) == (48, None)
 
 
 @pytest.mark.parametrize("sparse", [False, True])

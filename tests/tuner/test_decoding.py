@@ -44,7 +44,9 @@ def test_not_where_it_would_be_larger() -> None:
 
 @pytest.fixture
 def adapted() -> PeftModel:
-    model = get_peft_model(tiny_model("llama"), SparseGradConfig(task_type="CAUSAL_LM", narrow=8, wide=8))
+    model = get_peft_model(
+        tiny_model("llama"), SparseGradConfig(task_type="CAUSAL_LM", narrow=8, wide=8, neurons=False)
+    )
     calibrate_adapter(model, [tiny_batch("llama")], n_steps=4, progress=False)
     change(model)
     return model.eval()
@@ -77,6 +79,17 @@ def test_what_generate_gives_is_what_the_merged_model_gives(adapted: PeftModel) 
     assert all(used)
     assert not any(layer.folded for layer in tuner_layers(adapted))
     assert tiny_batch("llama")["input_ids"][:2, :4].numel() <= FEW
+
+
+def test_neurons_have_nothing_to_fold() -> None:
+    """`U` and `S` alone are smaller already; what is generated is still what the merged model gives."""
+    model = get_peft_model(tiny_model("llama"), SparseGradConfig(task_type="CAUSAL_LM", narrow=8, wide=8))
+    calibrate_adapter(model, [tiny_batch("llama")], n_steps=4, progress=False)
+    change(model)
+    assert fold("default", *tuner_layers(model)[0].core_and_basis("default"), torch.float32) is None
+    merged = copy.deepcopy(model.eval()).merge_and_unload()
+    for found, expected in zip(generated(model), generated(merged), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_dropped_when_generate_fails_or_nothing_is_to_be_folded(adapted: PeftModel) -> None:

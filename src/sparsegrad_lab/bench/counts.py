@@ -34,7 +34,14 @@ def _layer(method: str, out: int, in_: int, tokens: int, live: int, sizes: Sizes
         return 3 * product + chain_cost(out, out, in_, in_) + out * in_ * min(out, in_)
     if method not in ("sparsegrad", "sparsegrad-speed", "sparsegrad-complete"):
         return None
-    r, c = (COMPLETE if method == "sparsegrad-complete" else sizes).counts(out, in_)
+    if method == "sparsegrad-complete":
+        sizes = COMPLETE
+    (r, c), (select_out, select_in) = sizes.counts(out, in_), sizes.selected(out, in_)
     assert r is not None
     assert c is not None
-    return step_cost(LayerShape(out, in_, r, c), tokens, live, "memory" if method == "sparsegrad" else "speed")
+    return step_cost(
+        LayerShape(out, in_, r, c, not select_out, not select_in),
+        tokens,
+        live,
+        "memory" if method == "sparsegrad" else "speed",
+    )

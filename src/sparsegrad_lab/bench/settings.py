@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sparsegrad_peft.method.sizes import DEFAULT_NARROW, DEFAULT_WIDE, Sizes
+from sparsegrad_peft.method.sizes import Sizes, default_form
 
 DEFAULT_METHODS = (
     "floor", "sparsegrad", "sparsegrad-speed", "sparsegrad-paper", "sparsegrad-complete", "literal", "literal-sparse",
@@ -29,9 +29,9 @@ class BenchArguments:
     if a layer has a side above 4096"""
     rest: Literal["freeze", "train"] = "freeze"
     "freeze the model besides the MLP layers, or train it with AdamW"
-    narrow: int | float = DEFAULT_NARROW
+    narrow: int | float | None = None
     "rows of the basis of a layer's smaller side: a count or a fraction"
-    wide: int | float = DEFAULT_WIDE
+    wide: int | float | None = None
     "rows of the basis of a layer's larger side, likewise"
     c: int | float | None = None
     "rows of U, the input side of every layer; replaces narrow and wide"
@@ -56,7 +56,9 @@ class BenchArguments:
     @property
     def sizes(self) -> Sizes:
         """Rows of the bases, by the shape of a layer."""
-        return Sizes(self.narrow, self.wide, self.c, self.r)
+        plain = self.c is not None or self.r is not None
+        neurons, _ = default_form(None, None, plain=plain, shared=False)
+        return Sizes(self.narrow, self.wide, self.c, self.r, neurons=neurons)
 
     def problems(self) -> list[str]:
         """Return what is wrong with the numbers, one message each."""

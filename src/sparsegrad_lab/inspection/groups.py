@@ -9,9 +9,8 @@ from torch import nn
 
 from sparsegrad_peft.method.groups import linear_shape
 from sparsegrad_peft.method.selection import resolve_k
-from sparsegrad_peft.method.sizes import Sizes
 from sparsegrad_peft.method.sketch import sketch_width
-from sparsegrad_peft.tuner.config import dtype_of_bases
+from sparsegrad_peft.tuner.config import SparseGradConfig
 
 FLOAT32 = 4
 """Bytes of a float32 number: complete bases, Gram matrices, and everything that trains."""
@@ -29,8 +28,11 @@ class GroupRow:
         entries_per_layer: trained entries of a layer, r · c.
         entries: trained entries of the group.
         k_per_layer: entries of a layer that a step updates, at the given density.
-        bases_bytes: `U` (c, in) and `V` (r, out), for the group or for each layer: bfloat16, complete ones float32.
-        gram_bytes: Gram matrices of both sides, or their sketches, in float32 during calibration; as many as bases.
+        selected: True for a side (output, input) that selects features and rotates nothing.
+        bases_bytes: `U` (c, in) and `V` (r, out), for the group or for each layer: bfloat16, complete ones float32;
+            int32 indices of selected features; scales in float32.
+        gram_bytes: Gram matrices of both sides, or their sketches, in float32 during calibration; as many as bases. Of
+            a selected side, the diagonal.
     """
 
     name: str
@@ -42,24 +44,26 @@ class GroupRow:
     entries_per_layer: int
     entries: int
     k_per_layer: int
+    selected: tuple[bool, bool]
     bases_bytes: int
     gram_bytes: int
 
     @property
-    def sides(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(directions, kept rows) of the input and the output side."""
-        return (self.in_, self.c), (self.out, self.r)
+    def rotated_sides(self) -> list[tuple[int, int]]:
+        """(directions, kept rows) of the input and the output side, without selected ones."""
+        sides = ((self.in_, self.c), (self.out, self.r))
+        return [side for side, is_selected in zip(sides, self.selected[::-1], strict=True) if not is_selected]
 
 
 def group_rows(
-    model: nn.Module, groups: Mapping[str, list[str]], sizes: Sizes, shared: bool, density: float
+    model: nn.Module, groups: Mapping[str, list[str]], config: SparseGradConfig, density: float
 ) -> list[GroupRow]:
     """Return a row for each group.
 
     Raises:
         ValueError: a size or the density is out of range, or a size depends on gradients ("energy:SHARE").
     """
-    rows = []
+    rows, sizes = [], config.sizes
     for name, layers in groups.items():
         out, in_ = linear_shape(model.get_submodule(layers[0]), layers[0])
         sizes.check(out, in_, f"group {name}")
@@ -68,13 +72,19 @@ def group_rows(
             raise ValueError(
                 f"{sizes}: this size depends on the gradients, which inspect does not have; give a count or a fraction"
             )
-        pairs = 1 if shared else len(layers)
-        gram_width = sum(n * (sketch_width(kept, n) or n) for n, kept in ((in_, c), (out, r)))
+        pairs = 1 if config.shared else len(layers)
+        select_out, select_in = sizes.selected(out, in_)
+        sums = sum(
+            n if is_selected else n * (sketch_width(kept, n) or n)
+            for n, kept, is_selected in ((in_, c, select_in), (out, r, select_out))
+        )
+        scales = (r + c) * FLOAT32 if config.exponent else 0
         rows.append(GroupRow(
             name=name, layers=len(layers), out=out, in_=in_, r=r, c=c, entries_per_layer=r * c,
             entries=len(layers) * r * c, k_per_layer=resolve_k(r * c, density=density),
-            bases_bytes=pairs * (c * in_ + r * out) * dtype_of_bases(sizes).itemsize,
-            gram_bytes=pairs * gram_width * FLOAT32,
+            selected=(select_out, select_in),
+            bases_bytes=pairs * (sizes.basis_bytes(out, in_, config.dtype_of_bases.itemsize) + scales),
+            gram_bytes=pairs * sums * FLOAT32,
         ))  # fmt: skip
     return rows
 
@@ -85,7 +95,7 @@ def calibration_bytes(rows: list[GroupRow], weight_bytes: int) -> int:
     That is all Gram matrices or sketches, the random vectors of the sketches (once for each size of a side), and the
     gradient of the largest layer, with a float32 copy if the weights (`weight_bytes` an entry) are narrower.
     """
-    sketches = {(n, sketch_width(kept, n)) for row in rows for n, kept in row.sides}
+    sketches = {(n, sketch_width(kept, n)) for row in rows for n, kept in row.rotated_sides}
     random_vectors = sum(n * width for n, width in sketches if width is not None) * FLOAT32
     copy = 0 if weight_bytes == FLOAT32 else FLOAT32
     gradient = max(row.out * row.in_ for row in rows) * (weight_bytes + copy)

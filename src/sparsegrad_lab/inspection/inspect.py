@@ -127,30 +127,28 @@ def inspect(
     dtype_name = str(dtype).removeprefix("torch.")
     if dtype_name not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, found {dtype_name}")
-    defaults = SparseGradConfig()
-    sizes = Sizes(defaults.narrow if narrow is None else narrow, defaults.wide if wide is None else wide, c, r)
+    config = SparseGradConfig(narrow=narrow, wide=wide, c=c, r=r, shared=bool(shared))
     built = build_model(model, task_type, num_labels)
     targets = resolve_targets(built, target_modules, task_type)
-    shared = defaults.shared if shared is None else shared
     name = model if isinstance(model, str) else getattr(getattr(built, "config", None), "name_or_path", None)
-    return _inspect(built, name or type(built).__name__, targets, sizes, shared, density, dtype_name)
+    return _inspect(built, name or type(built).__name__, targets, config, density, dtype_name)
 
 
 def _inspect(
-    model: nn.Module, name: str, targets: list[str] | str, sizes: Sizes, shared: bool, density: float, dtype: str
+    model: nn.Module, name: str, targets: list[str] | str, config: SparseGradConfig, density: float, dtype: str
 ) -> Inspection:
     groups = group_linears(model, targets)  # by role also when each layer has its own bases, for a short table
     layers = [layer for names in groups.values() for layer in names]
-    rows = group_rows(model, groups, sizes, shared, density)
+    rows = group_rows(model, groups, config, density)
     parts = count_parts(model, set(layers))
-    weight_bytes, rank = _DTYPES[dtype].itemsize, matching_rank(model, layers, sizes)
+    weight_bytes, rank = _DTYPES[dtype].itemsize, matching_rank(model, layers, config.sizes)
     return Inspection(
         model=name,
         model_class=type(model).__name__,
         model_type=model_type_of(model),
         dtype=dtype,
-        sizes=sizes,
-        shared=shared,
+        sizes=config.sizes,
+        shared=config.shared,
         density=density,
         target_modules=targets,
         parts=parts,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sparsegrad_peft.method.sizes import Sizes
 
-from .method import LAYERS, LOOP, Adapted, Method, Setup
+from .method import LAYERS, LOOP, SIZES, Adapted, Method, Setup
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +20,7 @@ class Lora(Method):
     order = 1
     summary = "PEFT's LoRA"
     learning_rate = 2e-3
-    reads = LAYERS | LOOP | {"adapter.rank"}
+    reads = LAYERS | LOOP | SIZES | {"adapter.rank"}
 
     def adapt(self, model: nn.Module, setup: Setup) -> Adapted:
         """Add the adapter."""

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 LAYERS = frozenset({"adapter.target_modules", "adapter.layers"})
 "Settings that choose the layers."
+SIZES = frozenset({"adapter.narrow", "adapter.wide", "adapter.c", "adapter.r", "adapter.trained_share"})
+"Settings of the sizes of the bases."
+FORM = frozenset({"adapter.neurons", "adapter.exponent"})
+"Settings of the form of the bases."
 SELECTION = frozenset({"adapter.density", "adapter.k"})
 "Settings of the selection in each step."
 CALIBRATION = frozenset({"calibration.n_steps", "calibration.walk", "calibration.normalize"})
@@ -31,7 +35,7 @@ REFUSED_IF_UNREAD = (*sorted(LAYERS | SELECTION | LOOP), "adapter.products", "ca
 
 A file of settings may hold the others for all methods of a comparison.
 """
-OPTIONAL_SETTINGS = frozenset({*REFUSED_IF_UNREAD, *CALIBRATION, "adapter.rank", "adapter.shared"})
+OPTIONAL_SETTINGS = frozenset({*REFUSED_IF_UNREAD, *CALIBRATION, *SIZES, *FORM, "adapter.rank", "adapter.shared"})
 "Settings that some methods do not read."
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from sparsegrad_peft.method.sizes import DEFAULT_NARROW, DEFAULT_WIDE, Sizes, check_rows
+from sparsegrad_peft.method.sizes import DEFAULT_SHARE, Sizes, check_rows, default_form
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,20 @@ def range_problems(group: str, settings: Any, ranges: Mapping[str, Range]) -> li
 class AdapterArguments:
     """The adapter of the MLP layers."""
 
-    narrow: int | float | str = DEFAULT_NARROW
+    narrow: int | float | str | None = None
     """sparsegrad: basis vectors of a layer's smaller side: "full", a count, a fraction of the side, or "energy:0.9"
-    (enough for this share of the gradients' energy)"""
-    wide: int | float | str = DEFAULT_WIDE
-    "sparsegrad: basis vectors of a layer's larger side, in the same forms"
+    (enough for this share of the gradients' energy); default: 128, at most a third of the side"""
+    wide: int | float | str | None = None
+    """sparsegrad: neurons (or basis vectors) of a layer's larger side, in the same forms; default: as many as make
+    trained_share"""
+    trained_share: float = DEFAULT_SHARE
+    "sparsegrad: share of a layer's entries that train, if wide is not given"
+    neurons: bool | None = None
+    """sparsegrad: the larger side keeps its strongest neurons instead of basis vectors; default: yes, but no with
+    shared, c or r"""
+    exponent: float | None = None
+    """sparsegrad: how strongly steps follow the gradients' spectrum; 0 moves all entries alike; default: 0.25, but 0
+    with c or r"""
     c: int | float | str | None = None
     "sparsegrad: basis vectors of each layer's input side (rows of U); replaces narrow and wide"
     r: int | float | str | None = None
@@ -76,18 +85,41 @@ class AdapterArguments:
     layers: list[int] | None = None
     "adapt only the blocks with these numbers, counted from 0; default: all"
 
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> AdapterArguments:
+        """Read settings of this or an earlier version; one without `neurons` had directions on both sides, unscaled."""
+        earlier = {} if "neurons" in settings else {"neurons": False, "exponent": 0.0}
+        return cls(**{**settings, **earlier})
+
+    def resolved(self) -> dict[str, Any]:
+        """The settings with defaults in their place, without those that have no effect; equal for equal adapters."""
+        neurons, exponent = self.form
+        unused = dict.fromkeys(("narrow", "wide", "trained_share") if self.c is not None and self.r is not None else ())
+        return {**asdict(self), "neurons": neurons, "exponent": exponent, **unused}
+
     @property
     def sizes(self) -> Sizes:
         """Sizes of the bases, by the shape of a layer."""
-        return Sizes(self.narrow, self.wide, self.c, self.r)
+        return Sizes(self.narrow, self.wide, self.c, self.r, self.trained_share, self.form[0])
+
+    @property
+    def form(self) -> tuple[bool, float]:
+        """(neurons, exponent), with their defaults."""
+        plain = self.c is not None or self.r is not None
+        return default_form(self.neurons, self.exponent, plain=plain, shared=self.shared)
 
     def problems(self) -> list[str]:
         """What is wrong with these settings, one message each."""
-        problems = range_problems("adapter", self, {"density": SELECTED_SHARE, "k": COUNT, "rank": COUNT})
+        ranges = {"density": SELECTED_SHARE, "trained_share": SELECTED_SHARE, "k": COUNT, "rank": COUNT}
+        problems = range_problems("adapter", self, ranges)
+        if self.exponent is not None and not 0 <= self.exponent <= 2:
+            problems.append(f"adapter.exponent must be from 0 to 2, found {self.exponent}")
+        if self.neurons and self.shared:
+            problems.append("adapter.neurons and adapter.shared exclude each other: layers share no neurons")
         for name in ("narrow", "wide", "c", "r"):
             rows = getattr(self, name)
             try:
-                if rows is not None or name in ("narrow", "wide"):
+                if rows is not None:
                     check_rows(rows, None, f"adapter.{name}")
             except (TypeError, ValueError) as error:
                 problems.append(str(error))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sparsegrad_peft.method.sizes import Sizes
 
-from .method import CALIBRATION, LAYERS, LOOP, SELECTION, Adapted, Method, Setup
+from .method import CALIBRATION, FORM, LAYERS, LOOP, SELECTION, SIZES, Adapted, Method, Setup
 from .settings import AdapterArguments, CalibrationArguments
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class SparseGrad(Method):
     order = 0
     summary = "a sparse adapter in bases computed from gradients"
     learning_rate = 3e-3
-    reads = LAYERS | LOOP | SELECTION | CALIBRATION | {"adapter.shared", "calibration.refresh"}
+    reads = LAYERS | LOOP | SELECTION | CALIBRATION | SIZES | FORM | {"adapter.shared", "calibration.refresh"}
     original_space = False
     "train in the original space, without bases"
 
@@ -56,6 +56,9 @@ class SparseGrad(Method):
             task_type=setup.task_type,
             narrow=adapter.narrow,
             wide=adapter.wide,
+            trained_share=adapter.trained_share,
+            neurons=adapter.neurons,
+            exponent=adapter.exponent,
             c=adapter.c,
             r=adapter.r,
             shared=adapter.shared,

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import yaml
 
+from ..methods.settings import AdapterArguments
 from ..tasks.parse_files import read_json, read_yaml
 from .checkpoints import best_step, is_complete, writing
 from .settings import RunArguments
@@ -160,6 +161,8 @@ class RunFolder:
         """Settings that differ: name, value in the folder, value in `arguments`."""
         there, here = _with_defaults(self.read_arguments()), arguments.as_dict()
         there["output"] = here["output"]  # another name for the same folder
+        for settings in (there, here):
+            settings["adapter"] = AdapterArguments.from_dict(settings["adapter"]).resolved()
         found = _leaves(there, here)
         if there["method"] == here["method"] and (former := self.read_json("method.json")) is not None:
             found |= _leaves(former, read_json(Path(arguments.method)), "method")
@@ -277,7 +280,7 @@ def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, with the defaults of those that an earlier version did not have."""
     known = RunArguments().as_dict()
     groups = {name: {**group, **settings.get(name, {})} for name, group in known.items() if isinstance(group, dict)}
-    return {**known, **settings, **groups}
+    return {**known, **settings, **groups, "adapter": settings.get("adapter", known["adapter"])}
 
 
 def _leaves(there: Any, here: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

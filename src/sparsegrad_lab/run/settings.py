@@ -142,10 +142,11 @@ class RunArguments:
     def from_dict(cls, settings: dict[str, Any]) -> RunArguments:
         """The inverse of `as_dict`. Settings that an earlier version did not have may be missing."""
         groups = {
-            "data": DataArguments, "adapter": AdapterArguments, "calibration": CalibrationArguments,
+            "data": DataArguments, "calibration": CalibrationArguments,
             "training": TrainingArguments,
         }  # fmt: skip
-        return cls(**{**settings, **{name: group(**settings[name]) for name, group in groups.items()}})
+        found: dict[str, Any] = {name: group(**settings[name]) for name, group in groups.items()}
+        return cls(**{**settings, **found, "adapter": AdapterArguments.from_dict(settings["adapter"])})
 
     def problems(self) -> list[str]:
         """What is wrong with these settings, one message each."""

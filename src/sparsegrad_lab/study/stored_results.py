@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..methods.registry import METHODS
+from ..methods.settings import AdapterArguments
 from ..run.folder import write_whole
 from ..run.parsing import arguments_from
 from ..run.settings import RunArguments, flat
@@ -129,7 +131,11 @@ def decisive_settings(arguments: RunArguments) -> dict[str, Any]:
 
 def _decisive_settings(config: Any, peft_config: Any) -> dict[str, Any]:
     """The same of a result file, which may hold anything."""
-    settings = flat(config if isinstance(config, dict) else {})
+    config = config if isinstance(config, dict) else {}
+    if "adapter" in config:
+        with suppress(TypeError):  # settings that do not exist stay as they are, and differ from any run's
+            config = {**config, "adapter": AdapterArguments.from_dict(config["adapter"]).resolved()}
+    settings = flat(config)
     settings.pop("output", None)
     if peft_config is not None:  # the content of the file decides, not its path
         return {**settings, "method": peft_config}

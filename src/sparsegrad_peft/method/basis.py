@@ -24,6 +24,10 @@ ORTHOGONALITY_TOLERANCE = {
 """Largest allowed entry of `|U Uᵀ - I|`: a few hundred roundings of the storage type."""
 
 
+BASIS_BUFFERS = ("U", "V", "scale_in", "scale_out")
+"""The tensors of a basis that are saved, where they are not None."""
+
+
 class Basis(nn.Module):
     """Coordinates for the gradients of a group of layers: `G_tilde = V G Uᵀ` (paper: preliminary phase).
 

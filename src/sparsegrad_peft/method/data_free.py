@@ -4,8 +4,8 @@
 
 A seeded permutation deals the n columns into as many groups as there are rows, of nearly equal size, and `w` are random
 numbers of random sign. No column is in two groups, so the rows are orthonormal without an orthogonalization: seconds
-for the largest models, and the same numbers in every process. Such a basis holds rows/n of a gradient's energy in
-expectation, as any random one does.
+for the largest models, and the same numbers in every process. A side that selects features takes a seeded sample of
+them. Either kind holds rows/n of a gradient's energy in expectation, as any random choice does.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
+from .sides import is_selected
 
 _SEED = 0
 
@@ -39,14 +40,37 @@ def data_free_rows(rows: int, n: int, dtype: torch.dtype = torch.float32) -> Ten
     return matrix
 
 
-def data_free_basis(r: int, c: int, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Basis:
-    """Return the data-free basis of layers (out, in): `V` (r, out) and `U` (c, in)."""
-    return Basis(data_free_rows(c, in_features, dtype), data_free_rows(r, out_features, dtype))
+def data_free_features(count: int, n: int) -> Tensor | None:
+    """Return `count` of n features, ascending, always the same ones; None, the identity, if count = n."""
+    if count == n:
+        return None
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randperm(n, generator=generator, device="cpu")[:count].sort().values.int()
+
+
+def data_free_basis(
+    r: int,
+    c: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+    selected: tuple[bool, bool] = (False, False),
+) -> Basis:
+    """Return the data-free basis of layers (out, in), with `r` rows of `V` and `c` rows of `U`.
+
+    `selected` is True for a side (output, input) that selects features.
+    """
+    V = data_free_features(r, out_features) if selected[0] else data_free_rows(r, out_features, dtype)
+    U = data_free_features(c, in_features) if selected[1] else data_free_rows(c, in_features, dtype)
+    return Basis(U, V, in_features=in_features, out_features=out_features)
 
 
 def is_data_free(matrix: Tensor | None, n: int) -> bool:
-    """True if these are, to rounding, the rows that `data_free_rows` returns for length n."""
+    """True if this is, to rounding, the side that `data_free_basis` has for n features."""
     if matrix is None:
         return True
+    if is_selected(matrix):
+        features = data_free_features(len(matrix), n) if len(matrix) <= n else None
+        return features is not None and torch.equal(matrix.cpu(), features)
     rows = data_free_rows(len(matrix), n, matrix.dtype) if matrix.shape[1] == n else None
     return rows is not None and torch.allclose(matrix.cpu(), rows, rtol=1e-2, atol=0)

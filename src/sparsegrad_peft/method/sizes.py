@@ -11,10 +11,6 @@ Rows = int | float | str
 A fraction gives the nearest multiple of 8 rows, if that is 16 or more: 0.1 of 768 directions is 80, of 3072 it is 304.
 """
 
-DEFAULT_NARROW = 0.33
-"""Default rows for a layer's smaller side, the hidden size."""
-DEFAULT_WIDE = 0.03
-"""Default rows for a layer's larger side. Together they train 1 % of a layer's entries."""
 DEFAULT_SHARE = 0.01
 """Default share of a layer's entries that train."""
 DEFAULT_EXPONENT = 0.25
@@ -22,7 +18,24 @@ DEFAULT_EXPONENT = 0.25
 _DIRECTIONS = 128  # default rows for a layer's smaller side, the hidden size
 _LARGEST_NARROW = 0.33  # but at most this share of it
 
+_INDEX = 4  # bytes of an int32
 _ALIGN = 8  # a size that the matrix units of CPUs and GPUs are made for
+
+
+def default_form(neurons: bool | None, exponent: float | None, *, plain: bool, shared: bool) -> tuple[bool, float]:
+    """Return (neurons, exponent of the scales) with the defaults in place of None.
+
+    Args:
+        neurons: see `Sizes`.
+        exponent: see `gram.py`.
+        plain: the sizes are given by side (`c`, `r`), as for the paper's bases: no neurons and no scales by default.
+        shared: layers share their bases, and neurons of different layers have nothing in common.
+    """
+    if neurons is None:
+        neurons = not plain and not shared
+    if exponent is None:
+        exponent = 0.0 if plain else DEFAULT_EXPONENT
+    return neurons, exponent
 
 
 def check_rows(rows: Rows, n: int | None, what: str) -> None:
@@ -94,17 +107,13 @@ class Sizes:
     def of(self, out_features: int, in_features: int) -> tuple[Rows, Rows]:
         """Return (r, c) for a layer of that shape, with the defaults in place of None.
 
-        Raises:
-            ValueError: `wide` is None and `narrow` a share of energy, so that the default of `wide` is unknown.
+        If `narrow` is a share of energy, the default of `wide` is that for the default of `narrow`.
         """
-        small, narrow, wide = min(out_features, in_features), self.narrow, self.wide
-        if narrow is None:
-            narrow = min(_DIRECTIONS, row_count(_LARGEST_NARROW, small) or small)
+        small, wide = min(out_features, in_features), self.wide
+        default = min(_DIRECTIONS, row_count(_LARGEST_NARROW, small) or small)
+        narrow = default if self.narrow is None else self.narrow
         if wide is None:
-            count = row_count(narrow, small)
-            if count is None:
-                raise ValueError(f"narrow={narrow!r} depends on the gradients: expected a size for wide, found None")
-            fraction = self.share * small / count
+            fraction = self.share * small / (row_count(narrow, small) or default)
             wide = fraction if fraction < 1 else "full"
         r, c = (wide, narrow) if in_features <= out_features else (narrow, wide)
         return (r if self.r is None else self.r, c if self.c is None else self.c)
@@ -132,6 +141,17 @@ class Sizes:
         """Return (r, c) as row counts; None if one depends on the spectrum."""
         r, c = self.of(out_features, in_features)
         return row_count(r, out_features), row_count(c, in_features)
+
+    def basis_bytes(self, out_features: int, in_features: int, itemsize: int) -> int:
+        """Return the bytes of the basis of a layer: directions of `itemsize` bytes a number, int32 indices of features.
+
+        A side whose size depends on the spectrum counts as 0.
+        """
+        r, c = self.counts(out_features, in_features)
+        select_out, select_in = self.selected(out_features, in_features)
+        V = (r or 0) * (_INDEX if select_out else out_features * itemsize)
+        U = (c or 0) * (_INDEX if select_in else in_features * itemsize)
+        return V + U
 
     def __str__(self) -> str:
         narrow = f"{_DIRECTIONS} or {_LARGEST_NARROW:g}" if self.narrow is None else self.narrow

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from ..method.basis import Basis
-from ..method.sizes import DEFAULT_NARROW, DEFAULT_WIDE, Sizes
+from ..method.sides import is_selected
+from ..method.sizes import Sizes
 from .adapters import holder_of, layer_key, layers_of
 from .config import SparseGradConfig
 
-_DEFAULTS = Sizes(DEFAULT_NARROW, DEFAULT_WIDE)
+_DEFAULTS = Sizes(narrow=None, wide=None)
 
 
 def data_free_sizes(config: SparseGradConfig, out_features: int, in_features: int, layer: str) -> tuple[int, int]:
@@ -28,13 +29,28 @@ def data_free_sizes(config: SparseGradConfig, out_features: int, in_features: in
     return r or default_r or 1, c or default_c or 1
 
 
-def empty_basis(r: int, c: int, out_features: int, in_features: int, dtype: torch.dtype, *, data_free: bool) -> Basis:
-    """Return room for a basis from a file: NaN until it is loaded. A complete data-free side is the identity."""
-    basis = Basis.allocate(r=r, c=c, out_features=out_features, in_features=in_features, dtype=dtype)
+def empty_basis(
+    r: int,
+    c: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    *,
+    data_free: bool,
+    selected: tuple[bool, bool] = (False, False),
+    scales: bool = False,
+) -> Basis:
+    """Return room for a basis from a file, which `check_numbers` refuses until it is loaded.
+
+    A complete data-free side is the identity. `selected` is True for a side (output, input) that selects features.
+    """
+    basis = Basis.allocate(
+        r=r, c=c, out_features=out_features, in_features=in_features, dtype=dtype, selected=selected, scales=scales
+    )
     if data_free:
         basis.U, basis.V = (None if c == in_features else basis.U), (None if r == out_features else basis.V)
     for side in basis.buffers():
-        side.fill_(torch.nan)
+        side.fill_(-1 if is_selected(side) else torch.nan)
     return basis
 
 

@@ -71,8 +71,9 @@ def calibrate_adapter(
     else:
         check_groups(calibration, groups)
     bases = calibration.bases(
-        sizes=peft_config.sizes, dtype=peft_config.dtype_of_bases, progress=bool(options.get("progress", True))
-    )
+        sizes=peft_config.sizes, exponent=float(peft_config.exponent or 0), dtype=peft_config.dtype_of_bases,
+        progress=bool(options.get("progress", True)),
+    )  # fmt: skip
     set_bases(model, adapter_name, groups, bases)
     return calibration
 
@@ -120,8 +121,7 @@ def _warn_of_large_bases(
     """Warn before the work starts if a pair of bases for each layer takes gigabytes."""
 
     def size(layer: SparseGradLayer) -> int:
-        r, c = config.sizes.counts(layer.out_features, layer.in_features)
-        return config.dtype_of_bases.itemsize * ((r or 0) * layer.out_features + (c or 0) * layer.in_features)
+        return config.sizes.basis_bytes(layer.out_features, layer.in_features, config.dtype_of_bases.itemsize)
 
     own = sum(map(size, layers.values()))
     together = sum(size(layers[names[0].removesuffix(".base_layer")]) for names in shared.values())

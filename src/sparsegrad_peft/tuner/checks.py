@@ -38,7 +38,10 @@ def check_side(side: Tensor, name: str) -> None:
         TypeError, ValueError: as in `check_core`, or the rows are not orthonormal within `ORTHOGONALITY_TOLERANCE`.
     """
     if is_selected(side):
-        check_selected(side, None, name)
+        try:
+            check_selected(side, None, name)
+        except (TypeError, ValueError) as problem:
+            raise type(problem)(f"{name} is damaged: {problem}") from None
         return
     check_core(side, name)
     rows = side.to(at_least_float32(side.dtype))
@@ -51,6 +54,25 @@ def check_side(side: Tensor, name: str) -> None:
         raise ValueError(
             f"{name} is damaged: its rows are not orthonormal, by {error:.2g} where {side.dtype} allows {tolerance:g}"
         )
+
+
+def check_scale(scale: Tensor, name: str) -> None:
+    """Check the scales of one side of a core.
+
+    Raises:
+        TypeError, ValueError: they are no vector of positive, finite floating-point numbers.
+    """
+    if scale.dim() != 1 or not scale.is_floating_point():
+        raise TypeError(
+            f"{name} is damaged: expected a floating-point vector, found {scale.dtype} of shape {tuple(scale.shape)}"
+        )
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise ValueError(f"{name} is damaged: expected positive, finite numbers")
+
+
+def check_buffer(buffer: Tensor, name: str) -> None:
+    """Check a tensor of a basis, `U`, `V`, `scale_in` or `scale_out`, by the end of its name."""
+    (check_scale if name.rpartition(".")[2].startswith("scale") else check_side)(buffer, name)
 
 
 def check_adapter_name(name: str) -> None:

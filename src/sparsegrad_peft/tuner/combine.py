@@ -19,8 +19,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..method.basis import Basis
+from ..method.basis import BASIS_BUFFERS, Basis
 from ..method.precision import at_least_float32
+from ..method.sides import as_matrix, scaled
 from .adapters import layer_key, layers_of
 from .config import SparseGradConfig
 from .layer import SparseGradLayer
@@ -96,8 +97,10 @@ def _check_layers(tuner: BaseTuner, adapters: Sequence[str], first: dict[str, Sp
 
 def _same(one: Basis, other: Basis) -> bool:
     """True if two bases hold the same numbers."""
-    pairs = ((one.U, other.U), (one.V, other.V))
-    return one is other or all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+    pairs = [(getattr(one, name), getattr(other, name)) for name in BASIS_BUFFERS]
+    return one is other or all(
+        a is b if a is None or b is None else a.shape == b.shape and torch.equal(a, b) for a, b in pairs
+    )
 
 
 def _add(
@@ -125,6 +128,7 @@ def _join(
     found: dict[tuple[int, ...], _Joined] = {}
     sums = {}
     config.core_shapes, config.data_free = {}, False
+    config.neurons, config.exponent = False, 0.0  # the joined bases are directions without scales
     for name, layer in layers.items():
         pairs = [layer.core_and_basis(adapter) for adapter in adapters]
         key = tuple(id(basis) for _, basis in pairs)
@@ -132,8 +136,8 @@ def _join(
             found[key] = _joined([basis for _, basis in pairs], at_least_float32(pairs[0][0].dtype))
         group = found[key]
         parts = [
-            weight * (R @ S.double() @ T.T)
-            for weight, R, (S, _), T in zip(weights, group.left, pairs, group.right, strict=True)
+            weight * (R @ scaled(S.double(), basis.scales) @ T.T)
+            for weight, R, (S, basis), T in zip(weights, group.left, pairs, group.right, strict=True)
         ]
         core = torch.stack(parts).sum(0).to(pairs[0][0].dtype)
         sums[name] = group.basis, core
@@ -146,14 +150,17 @@ def _join(
 
 
 def _joined(bases: Sequence[Basis], dtype: torch.dtype) -> _Joined:
-    U, right = _rows([basis.U for basis in bases if basis.U is not None], dtype)
-    V, left = _rows([basis.V for basis in bases if basis.V is not None], dtype)
+    first = bases[0]
+    assert first.in_features is not None
+    assert first.out_features is not None
+    U, right = _rows([as_matrix(basis.U, first.in_features, torch.float64) for basis in bases], dtype)
+    V, left = _rows([as_matrix(basis.V, first.out_features, torch.float64) for basis in bases], dtype)
     return _Joined(Basis(U, V, layers=bases[0].layers), left, right)
 
 
 def _rows(sides: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """Return an orthonormal basis (m, n) of the rows of all matrices, and each matrix in it, (m, its rows)."""
-    X, T = torch.linalg.qr(torch.cat([side.double() for side in sides]).T)  # (n, m), (m, rows of all)
+    X, T = torch.linalg.qr(torch.cat(list(sides)).T)  # (n, m), (m, rows of all)
     return X.T.to(dtype).contiguous(), list(T.split([len(side) for side in sides], dim=1))
 
 

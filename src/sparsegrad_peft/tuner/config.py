@@ -9,7 +9,7 @@ import torch
 from peft import PeftConfig
 
 from ..method.costs import Prefer
-from ..method.sizes import DEFAULT_NARROW, DEFAULT_WIDE, Rows, Sizes, check_rows
+from ..method.sizes import DEFAULT_SHARE, Rows, Sizes, check_rows, default_form
 from .peft_private import ensure_peft_type
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -27,13 +27,22 @@ class SparseGradConfig(PeftConfig):
     A new adapter is a no-op with data-free bases and trains like any PEFT method. `calibrate_adapter`, or one of the
     trainers, replaces these bases by bases of the model's gradients, which gives the method its quality.
 
-    The defaults train 1 % of a layer's entries. docs/results.md compares them with other settings and methods.
+    By default an update is `ΔW[neurons] = S U` for the up- and gate-projections of an MLP, and `ΔW[:, neurons] = Vᵀ S`
+    for the down-projection: 128 directions of the hidden side (a third of it, if that is less), and as many neurons as
+    make 1 % of the layer's entries. docs/results.md compares this with other settings and methods.
 
     Args:
         narrow: rows of the basis of a layer's smaller side (the hidden size): "full", a count, a fraction, or
-            "energy:SHARE". A share of energy is known after calibration; until then the default size holds.
-        wide: rows of the basis of a layer's larger side, likewise.
-        c: rows of `U` (input side) of every layer; replaces `narrow` and `wide`.
+            "energy:SHARE". A share of energy is known after calibration; until then the default size holds. None: 128,
+            or a third of the side if that is less.
+        wide: rows of the basis of a layer's larger side, likewise. None: as many as make `trained_share`.
+        trained_share: share of a layer's entries that train, where `wide` is None.
+        neurons: the larger side selects features, the neurons with the most gradient energy, and rotates nothing. Such
+            a basis is a list of indices. None: True, but False with `shared`, `c` or `r`.
+        exponent: q in the scale `(σ_i τ_j)^q` of entry (i, j) of a core, from the spectrum of the gradients on both
+            sides. 0: no scales. None: 0.25, but 0 with `c` or `r`. docs/method.md explains it.
+        c: rows of `U` (input side) of every layer; replaces `narrow` and `wide`. With `r`, this is the paper's form:
+            directions on both sides, without scales.
         r: rows of `V` (output side) of every layer, likewise. Not a LoRA rank.
         shared: one pair of bases for all layers with the same role and shape (the paper), or one for each layer.
             Recommended for models of billions of parameters, whose bases would take gigabytes.
@@ -55,8 +64,11 @@ class SparseGradConfig(PeftConfig):
         data_free: written by the library: the bases are not calibrated.
     """
 
-    narrow: Rows = field(default=DEFAULT_NARROW, metadata={"help": "rows of the basis of a layer's smaller side"})
-    wide: Rows = field(default=DEFAULT_WIDE, metadata={"help": "rows of the basis of a layer's larger side"})
+    narrow: Rows | None = field(default=None, metadata={"help": "rows of the basis of a layer's smaller side"})
+    wide: Rows | None = field(default=None, metadata={"help": "rows of the basis of a layer's larger side"})
+    trained_share: float = field(default=DEFAULT_SHARE, metadata={"help": "share of the entries that train"})
+    neurons: bool | None = field(default=None, metadata={"help": "the larger side selects features"})
+    exponent: float | None = field(default=None, metadata={"help": "of the spectrum in the scales of a core"})
     c: Rows | None = field(default=None, metadata={"help": "rows of U (input side); replaces narrow and wide"})
     r: Rows | None = field(default=None, metadata={"help": "rows of V (output side); replaces narrow and wide"})
     shared: bool = field(default=False, metadata={"help": "one pair of bases for each group of layers"})
@@ -85,18 +97,34 @@ class SparseGradConfig(PeftConfig):
             raise ValueError(f'prefer must be "memory" or "speed", found {self.prefer!r}')
         if self.basis_dtype not in (None, *_DTYPES):
             raise ValueError(f"basis_dtype must be one of {', '.join(_DTYPES)}, or None; found {self.basis_dtype!r}")
-        for name in ("narrow", "wide", "c", "r"):
-            rows = getattr(self, name)
-            if rows is not None or name in ("narrow", "wide"):
-                check_rows(rows, None, name)  # against the layers' sizes: when the adapter is made
         if self.core_shapes == {} and not self.original_space:  # a file of an early version, without calibration
             self.c, self.r, self.core_shapes = "full", "full", None
+        for name in ("narrow", "wide", "c", "r"):
+            rows = getattr(self, name)
+            if rows is not None:
+                check_rows(rows, None, name)  # against the layers' sizes: when the adapter is made
+        self._resolve_form()
         if not isinstance(self.core_shapes, dict | None):
             raise ValueError(
                 f"core_shapes of the adapter's config is damaged: expected a table, {self.core_shapes!r:.80}"
             )
         for layer, shape in (self.core_shapes or {}).items():
             _check_core_shape(layer, shape)
+
+    def _resolve_form(self) -> None:
+        """Put the defaults of `neurons` and `exponent` in their place, and check both."""
+        # A trained adapter without these fields is of an early version, which had neither.
+        plain = self.c is not None or self.r is not None or self.original_space or bool(self.core_shapes)
+        self.neurons, self.exponent = default_form(self.neurons, self.exponent, plain=plain, shared=self.shared)
+        if self.neurons and self.shared:
+            raise ValueError(
+                "found neurons=True and shared=True; expected one of them, since the neurons of different layers have "
+                "nothing in common"
+            )
+        if not 0 <= self.exponent <= 2:
+            raise ValueError(f"exponent must be between 0 and 2, found {self.exponent}")
+        if not 0 < self.trained_share <= 1:
+            raise ValueError(f"trained_share must be above 0 and at most 1, found {self.trained_share}")
 
     @classmethod
     def paper(cls, **overrides: Any) -> SparseGradConfig:
@@ -116,12 +144,22 @@ class SparseGradConfig(PeftConfig):
         Args:
             overrides: fields of the configuration, such as `task_type`.
         """
-        return cls(**{"c": "full", "r": "full", "shared": True, "prefer": "speed", **overrides})
+        return cls(
+            **{
+                "c": "full",
+                "r": "full",
+                "shared": True,
+                "neurons": False,
+                "exponent": 0.0,
+                "prefer": "speed",
+                **overrides,
+            }
+        )
 
     @property
     def sizes(self) -> Sizes:
         """Rows of the bases, by the shape of a layer."""
-        return Sizes(self.narrow, self.wide, self.c, self.r)
+        return Sizes(self.narrow, self.wide, self.c, self.r, self.trained_share, bool(self.neurons))
 
     @property
     def dtype_of_bases(self) -> torch.dtype:

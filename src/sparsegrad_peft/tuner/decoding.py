@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..method.basis import Basis
+from ..method.sides import is_selected, scaled
 
 FEW = 16
 """Tokens up to which the bytes of the matrices decide, and not the multiply-adds."""
@@ -47,8 +48,9 @@ class Folded:
 def fold(adapter: str, S: Tensor, basis: Basis, dtype: torch.dtype) -> Folded | None:
     """Return an adapter's two matrices, or None if they would be no smaller than `U`, `S` and `V`."""
     U, V = basis.U, basis.V
-    if U is None or V is None or S.is_meta:
+    if U is None or V is None or S.is_meta or is_selected(U) or is_selected(V):
         return None
+    S = scaled(S, basis.scales)
     (r, c), in_, out = S.shape, U.shape[1], V.shape[1]
     if min(r, c) * (in_ + out) >= c * in_ + r * c + r * out:
         return None

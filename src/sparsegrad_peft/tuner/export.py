@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..method.products import chain
+from ..method.sides import as_matrix, check_selected, is_selected, scaled
 from .adapters import ROOT
 from .loading import AdapterWeights
 from .peft_private import NAME, PREFIX
@@ -161,9 +162,11 @@ def _factors(config: dict[str, Any], weights: AdapterWeights) -> dict[str, _Fact
         sides = weights.basis_of(members, shared=bool(config.get("shared")))
         for layer in members:
             S, U, V = weights.cores[layer], sides.get("U"), sides.get("V")  # None is the identity
+            S = scaled(S, (sides.get("scale_out"), sides.get("scale_in")))
             if core_shapes:
                 _, r, c, out_features, in_features = core_shapes[layer]
                 expected = [(r, c), (c, in_features), (r, out_features)]
+                U, V = _matrix(U, in_features, S.dtype), _matrix(V, out_features, S.dtype)
                 found = [None if tensor is None else tuple(tensor.shape) for tensor in (S, U, V)]
                 if config.get("data_free"):
                     found[1:] = [
@@ -176,6 +179,14 @@ def _factors(config: dict[str, Any], weights: AdapterWeights) -> dict[str, _Fact
                     )
             factors[layer] = _decompose(S, U, V)
     return factors
+
+
+def _matrix(side: Tensor | None, features: int, dtype: torch.dtype) -> Tensor | None:
+    """Write a side that selects features as a matrix (k, n)."""
+    if not is_selected(side):
+        return side
+    check_selected(side, features, "a basis of the adapter")
+    return as_matrix(side, features, dtype)
 
 
 def _decompose(S: Tensor, U: Tensor | None, V: Tensor | None) -> _Factors:

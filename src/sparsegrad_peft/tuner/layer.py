@@ -15,13 +15,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from ..method.basis import Basis
+from ..method.basis import BASIS_BUFFERS, Basis
 from ..method.costs import Prefer
 from ..method.linear import apply_core
 from ..method.plain import is_conv1d, weight_and_bias
 from ..method.precision import at_least_float32, autocast_kind
 from ..method.refresh import set_core
-from .checks import check_core, check_side
+from ..method.sides import cast as cast_side
+from ..method.sides import put, scaled, take
+from .checks import check_buffer, check_core
 from .config import SparseGradConfig
 from .decoding import Folded, fold
 from .offload import REMEDY, fetched, is_offloaded
@@ -161,9 +163,9 @@ class SparseGradLayer(BaseTunerLayer):
             return
         try:
             check_core(core, "S")
-            for side in ("U", "V"):
-                if getattr(basis, side) is not None:
-                    check_side(getattr(basis, side), side)
+            for name in BASIS_BUFFERS:
+                if getattr(basis, name) is not None:
+                    check_buffer(getattr(basis, name), name)
         except (TypeError, ValueError) as error:
             raise RuntimeError(
                 f"adapter {adapter!r} cannot be used: {error}. Its config belongs to a trained adapter, whose weights "
@@ -285,10 +287,8 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
         """`x Uᵀ Sᵀ V` by itself: beside a quantized layer, a layer with hooks, or another adapter."""
         S, basis = self.core_and_basis(adapter)
         x = self._cast_input_dtype(x, S.dtype)
-        U, V = (None if side is None else side.to(x.dtype) for side in (basis.U, basis.V))
-        x_tilde = x if U is None else nn.functional.linear(x, U)
-        y_tilde = nn.functional.linear(x_tilde, S)
-        return y_tilde if V is None else y_tilde @ V
+        y_tilde = nn.functional.linear(take(x, cast_side(basis.U, x.dtype)), scaled(S, basis.scales))
+        return put(y_tilde, cast_side(basis.V, x.dtype), self.out_features)
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):  # also where a model folds examples and positions into one dimension

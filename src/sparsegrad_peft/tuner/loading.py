@@ -1,7 +1,7 @@
 """Weights from a file: checked before anything changes, then made to fit the adapter that they are loaded into.
 
 A file holds a core for each layer, `LAYER.sparsegrad_S`, and each basis once, with the first layer of its group:
-`LAYER.sparsegrad_basis.U` and `.V`. Sides that are the identity are left out.
+`LAYER.sparsegrad_basis.U`, `.V`, `.scale_in` and `.scale_out`. What is None in a `Basis` is left out.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from ..method.basis import BASIS_BUFFERS
 from ..method.data_free import is_data_free
-from .adapters import BASIS, CORE, ROOT, layer_key, layers_of, wrapped_groups
+from ..method.sides import is_selected
+from .adapters import BASIS, CORE, ROOT, config_of, layer_key, layers_of, wrapped_groups
 from .bases import empty_basis, set_bases
-from .checks import check_core, check_side
+from .checks import check_buffer, check_core
 from .config import SparseGradConfig
 from .layer import SparseGradLayer
 
@@ -27,20 +29,20 @@ class AdapterWeights:
     cores: dict[str, Tensor] = field(default_factory=dict)
     "layer -> `S` (r, c)"
     sides: dict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
-    "first layer of a group -> `U` (c, in) and `V` (r, out)"
+    "first layer of a group -> the tensors of its basis, by name: `U`, `V`, `scale_in`, `scale_out`"
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> AdapterWeights:
         """Sort the tensors of a file, and check their numbers.
 
         Raises:
-            TypeError, ValueError: a tensor is not floating-point or not finite, or a basis is not orthonormal.
+            TypeError, ValueError: a tensor has another type, is not finite, or a basis is not orthonormal.
         """
         weights = cls()
         for key, value in tensors.items():
             if BASIS in key:
                 layer, _, side = key.removeprefix(ROOT).partition(BASIS)
-                check_side(value, key)
+                check_buffer(value, key)
                 weights.sides[layer][side] = value
             elif key.endswith(CORE):
                 check_core(value, key)
@@ -50,7 +52,8 @@ class AdapterWeights:
     def are_data_free(self, layers: Mapping[str, SparseGradLayer]) -> bool:
         """True if all bases are data-free, or there are none."""
         return all(
-            is_data_free(matrix, layers[layer].in_features if side == "U" else layers[layer].out_features)
+            side in ("U", "V")  # scales come from calibration
+            and is_data_free(matrix, layers[layer].in_features if side == "U" else layers[layer].out_features)
             for layer, sides in self.sides.items()
             for side, matrix in sides.items()
         )
@@ -70,7 +73,7 @@ class AdapterWeights:
         found = holders[0] if holders else {}
         for layer in members:
             r, c = self.cores[layer].shape
-            for side, rows in (("U", c), ("V", r)):
+            for side, rows in (("U", c), ("V", r), ("scale_in", c), ("scale_out", r)):
                 if side in found and len(found[side]) != rows:
                     raise ValueError(
                         f"{layer}: its core has shape {(r, c)}, and {side} has {len(found[side])} rows; the tensors of "
@@ -123,7 +126,12 @@ def make_room(
     for group, members in groups.items():
         for layer in members:
             _check_fit(adapter_name, config, layer, layers[layer], weights.cores[layer], sides[group], data_free)
-    same = all(weights.cores[key].shape == layer.sparsegrad_S[adapter_name].shape for key, layer in layers.items())
+    same = all(
+        weights.cores[layer].shape == layers[layer].sparsegrad_S[adapter_name].shape
+        and _kinds(_tensors_of(layers[layer], adapter_name)) == _kinds(sides[group])
+        for group, members in groups.items()
+        for layer in members
+    )
     if is_new and not (data_free and same):
         _replace_bases(model, adapter_name, config, weights, groups, sides, data_free)
     expanded = {}
@@ -151,10 +159,19 @@ def _replace_bases(
     bases = {}
     for group, members in groups.items():
         layer, (r, c) = named[name_of[members[0]]], weights.cores[members[0]].shape
-        dtype = next((side.dtype for side in sides[group].values()), config.dtype_of_bases)
-        bases[group] = empty_basis(r, c, layer.out_features, layer.in_features, dtype, data_free=data_free)
+        tensors = sides[group]
+        matrices = [tensors[side] for side in ("U", "V") if side in tensors and not is_selected(tensors[side])]
+        bases[group] = empty_basis(
+            r, c, layer.out_features, layer.in_features, matrices[0].dtype if matrices else config.dtype_of_bases,
+            data_free=data_free, selected=(is_selected(tensors.get("V")), is_selected(tensors.get("U"))),
+            scales="scale_in" in tensors,
+        )  # fmt: skip
     wrapped = {group: [f"{name_of[key]}.base_layer" for key in members] for group, members in groups.items()}
     set_bases(model, adapter_name, wrapped, bases, data_free=data_free)
+    made = config_of(model, adapter_name)  # a copy of the caller's: from here on it says what the weights are
+    made.neurons = any(is_selected(side) for basis in bases.values() for side in (basis.U, basis.V))
+    if not data_free and not any(basis.is_scaled for basis in bases.values()):
+        made.exponent = 0.0
 
 
 def _check_fit(
@@ -172,17 +189,42 @@ def _check_fit(
             f"adapter {adapter_name!r} is calibrated, the weights are of one that is not, without bases for {name}. "
             "Load them under another name (load_adapter), or into an adapter that is not calibrated"
         )
-    if not config.original_space and not data_free and len(sides) < 2:
+    if not config.original_space and not data_free and not {"U", "V"} <= set(sides):
         raise ValueError(f"the weights hold {' and '.join(sides) or 'no basis'} for {name}, expected both U and V")
+    if config.calibrated:
+        expected = dict(zip("VU", config.sizes.selected(layer.out_features, layer.in_features), strict=True))
+        found_kinds = {side: is_selected(sides[side]) for side in expected}
+        if found_kinds != expected or ("scale_in" in sides) is not bool(config.exponent):
+            raise ValueError(
+                f"the weights hold {', '.join(sides)} for {name}, of another form than the adapter's config: neurons="
+                f"{config.neurons}, exponent={config.exponent}; load them with their own adapter_config.json"
+            )
     found = (
-        sides["V"].shape[1] if "V" in sides else len(core),
-        sides["U"].shape[1] if "U" in sides else core.shape[1],
+        _features(sides.get("V"), len(core), layer.out_features),
+        _features(sides.get("U"), core.shape[1], layer.in_features),
     )
     if found != (layer.out_features, layer.in_features):
         raise ValueError(
             f"the adapter belongs to another model: {name} has (out, in) = {found} there and "
             f"({layer.out_features}, {layer.in_features}) here"
         )
+
+
+def _features(side: Tensor | None, rows: int, features: int) -> int:
+    """The number of features that a side is for; of selected ones, at least the largest index + 1."""
+    if side is None:
+        return rows
+    return max(int(side.max()) + 1, features) if is_selected(side) else side.shape[1]
+
+
+def _tensors_of(layer: SparseGradLayer, adapter_name: str) -> dict[str, Tensor]:
+    basis = layer.core_and_basis(adapter_name)[1]
+    return {name: tensor for name in BASIS_BUFFERS if (tensor := getattr(basis, name)) is not None}
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, bool]:
+    """Which tensors a basis has -> whether each holds indices."""
+    return {name: is_selected(tensor) for name, tensor in tensors.items()}
 
 
 def _check_same_layers(weights: AdapterWeights, layers: Mapping[str, SparseGradLayer]) -> None:

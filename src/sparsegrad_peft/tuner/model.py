@@ -169,10 +169,14 @@ class SparseGradModel(BaseTuner):
             elif config.original_space:
                 bases[place] = Basis.identity()
             elif self._injection.is_new:
-                bases[place] = data_free_basis(r, c, out_features, in_features, config.dtype_of_bases)
+                selected = config.sizes.selected(out_features, in_features)
+                bases[place] = data_free_basis(r, c, out_features, in_features, config.dtype_of_bases, selected)
             else:
-                sizes = {"r": r, "c": c, "out_features": out_features, "in_features": in_features}
-                bases[place] = empty_basis(**sizes, dtype=config.dtype_of_bases, data_free=config.data_free)
+                bases[place] = empty_basis(
+                    r, c, out_features, in_features, config.dtype_of_bases, data_free=config.data_free,
+                    selected=config.sizes.selected(out_features, in_features),
+                    scales=bool(config.exponent) and not config.data_free,
+                )  # fmt: skip
         return bases[place]
 
     @staticmethod

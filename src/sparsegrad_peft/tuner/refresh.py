@@ -20,8 +20,6 @@ from .bases import on_device
 from .calibration import adapter_calibration, check_groups, frozen
 from .layer import SparseGradLayer
 
-_COMPLETE = Sizes("full", "full")
-
 
 def refresh_adapter(
     model: nn.Module,
@@ -63,6 +61,33 @@ def refresh_adapter(
     if not peft_config.calibrated:
         raise ValueError(f"adapter {adapter_name!r} is not calibrated; call calibrate_adapter")
     held = {name: layer.core_and_basis(adapter_name) for name, layer in layers.items()}
+    _check_can_refresh(adapter_name, layers, held, optimizer)
+    groups = wrapped_groups(model, layers, shared=peft_config.shared)
+    sizes = Sizes("full", "full", neurons=bool(peft_config.neurons))
+    if calibration is None:
+        config = adapter_calibration(config, options)
+        with frozen(S for S, _ in held.values()):
+            calibration = calibrate(model, batches, groups=groups, sizes=sizes, config=config, **options)
+    else:
+        check_groups(calibration, groups)
+    sides = (side for _, basis in held.values() for side in (basis.U, basis.V) if side is not None)
+    dtype = next((side.dtype for side in sides if side.is_floating_point()), torch.float32)
+    bases = calibration.bases(
+        sizes=sizes,
+        exponent=float(peft_config.exponent or 0),
+        dtype=dtype,
+        progress=bool(options.get("progress", True)),
+    )
+    _change_bases(groups, layers, held, bases, optimizer)
+    return calibration
+
+
+def _check_can_refresh(
+    adapter_name: str,
+    layers: Mapping[str, SparseGradLayer],
+    held: Mapping[str, tuple[nn.Parameter, Basis]],
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
     for name, (S, basis) in held.items():
         layers[name].check_numbers(adapter_name)
         if not basis.is_complete:
@@ -71,17 +96,6 @@ def refresh_adapter(
             raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() first")
         if optimizer is not None:
             check_moments(optimizer, S)
-    groups = wrapped_groups(model, layers, shared=peft_config.shared)
-    if calibration is None:
-        config = adapter_calibration(config, options)
-        with frozen(S for S, _ in held.values()):
-            calibration = calibrate(model, batches, groups=groups, sizes=_COMPLETE, config=config, **options)
-    else:
-        check_groups(calibration, groups)
-    dtype = next(side.dtype for _, basis in held.values() for side in (basis.U, basis.V) if side is not None)
-    bases = calibration.bases(sizes=_COMPLETE, dtype=dtype, progress=bool(options.get("progress", True)))
-    _change_bases(groups, layers, held, bases, optimizer)
-    return calibration
 
 
 def truncated(adapter_name: str) -> str:

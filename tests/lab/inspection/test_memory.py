@@ -26,17 +26,17 @@ def method(inspection: Inspection, key: str) -> Any:
 
 
 def test_bytes_by_hand() -> None:
-    """BERT-base with the defaults: 24 cores of 256 x 96, long on the hidden side."""
+    """BERT-base with the defaults: 24 cores of 184 neurons x 128 directions of the hidden side."""
     inspection = inspect(BertConfig(), density=0.01)
-    total, layers, entries = 109_482_240, 24 * 768 * 3072, 24 * 256 * 96
-    sketches = 24 * 4 * (768**2 + 3072 * (2 * 96 + 16)) + 4 * 3072 * (2 * 96 + 16)  # and their random vectors, once
+    total, layers, entries = 109_482_240, 24 * 768 * 3072, 24 * 184 * 128
+    sums = 24 * 4 * (768**2 + 3072)  # the Gram matrix of the hidden side, the energies of the neurons
     complete = 2 * 4 * (768**2 + 3072**2)
-    bases = 24 * 2 * (256 * 768 + 96 * 3072)
-    k, k_complete = 24 * 245, 24 * 23592
+    bases = 24 * (2 * 128 * 768 + 4 * 184 + 4 * (184 + 128))  # directions, indices, scales
+    k, k_complete = 24 * 235, 24 * 23592
     rank = 6
-    assert [(g.r, g.c, g.k_per_layer) for g in inspection.groups] == [(96, 256, 245), (256, 96, 245)]
+    assert [(g.r, g.c, g.k_per_layer) for g in inspection.groups] == [(184, 128, 235), (128, 184, 235)]
     assert (inspection.layers, inspection.entries, inspection.k, inspection.lora_rank) == (24, entries, k, rank)
-    assert inspection.calibration_bytes == sketches + 4 * 768 * 3072
+    assert inspection.calibration_bytes == sums + 4 * 768 * 3072
     lora = rank * 24 * (768 + 3072)
     assert abs(lora - entries) <= 24 * (768 + 3072) / 2
     expected = {  # trained entries; bytes of weights, bases, gradients, optimizer at first and at most

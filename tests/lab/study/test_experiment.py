@@ -34,8 +34,8 @@ RUN = [
 
 def test_all_are_found() -> None:
     """A folder that is not listed, or a config that no experiment uses, would never be run."""
-    assert len(EXPERIMENTS) == 13
-    assert len(METHODS) == 77
+    assert len(EXPERIMENTS) == 14
+    assert len(METHODS) == 81
     folders = {path.name for path in SHIPPED.iterdir() if path.is_dir()}
     assert folders == set(EXPERIMENTS)
     used = {Path(EXPERIMENTS[name].methods[method].settings.get("method", "")).resolve() for name, method in METHODS}
@@ -66,7 +66,7 @@ def test_settings_are_valid(name: str, scale: str) -> None:
 
 def test_scales() -> None:
     assert experiment_names(scale="paper") == AT_PAPER
-    assert len(experiment_names(scale="cpu")) == 12
+    assert len(experiment_names(scale="cpu")) == 13
     with pytest.raises(ValueError, match="experiment sizes is for scale cpu"):
         load_experiment("sizes", "paper")
     lora = load_experiment("comparison", "paper").methods["lora"]
