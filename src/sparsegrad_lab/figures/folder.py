@@ -19,11 +19,14 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ..run.folder import RunFolder, write_whole
+from ..tasks.parse_files import read_json
 from . import ageing, gradient_before_after, spectrum, strided_structure, touched, update_norms
 from .drawing import Drawing, run_title
 
 FIGURES = (gradient_before_after, strided_structure, spectrum, ageing, touched, update_norms)
 """The measured figures, in the order of the page. Each module has `draw(data) -> Drawing`."""
+PARTS = {"gradient", "rows", "spectrum", "ageing", "touched", "runs"}
+"""The parts of the numbers, which the figures read."""
 
 
 def draw(data: dict[str, Any]) -> list[Drawing]:
@@ -81,13 +84,15 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / "figures.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, so there is nothing to redraw; remove figures.redraw")
+    data: dict[str, Any] = read_json(path)
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        run_title(data)
+        if missing := PARTS - data.keys():
+            raise KeyError(", ".join(sorted(missing)))
         if any(isinstance(layer["images"], list) for layer in data["gradient"].values()):
             return _from_json_arrays(data)
         with (folder / "figures.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             data = _put_arrays(data, arrays)
-        run_title(data)
     except (OSError, zipfile.BadZipFile, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path}: expected the numbers of figures, with figures.npz beside it ({error}); run sparsegrad figures "

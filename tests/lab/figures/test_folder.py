@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from helpers import write_json
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.figures import touched, update_norms
 from sparsegrad_lab.figures.folder import read
@@ -78,16 +80,20 @@ def test_folders_that_hold_something_else(
 
 
 def test_damaged_numbers(folder: Path, tmp_path: Path) -> None:
-    """A record of something else; no arrays, cut-off ones, and an array that is missing."""
+    """A record of something else or without a part; no arrays, cut-off ones, and an array that is missing."""
     record, arrays = tmp_path / "figures.json", tmp_path / "figures.npz"
 
     def refused() -> None:
         with pytest.raises(ValueError, match=r"figures\.json: expected the numbers of figures"):
             read(tmp_path)
 
-    for text in ('{"task": 1}', "[]", "{"):
-        record.write_text(text, encoding="utf-8")
+    whole = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    for content in ({"task": 1}, [], {key: value for key, value in whole.items() if key != "ageing"}):
+        write_json(record, content)
         refused()
+    record.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"figures\.json: expected JSON"):
+        read(tmp_path)
     record.write_bytes((folder / "figures.json").read_bytes())
     refused()
     arrays.write_bytes((folder / "figures.npz").read_bytes()[:-100])
