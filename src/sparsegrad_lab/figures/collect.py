@@ -107,8 +107,8 @@ def calibration_ways(arguments: RunArguments) -> tuple[str, dict[str, Way]]:
         PER_LAYER: (_along_trajectory(arguments), False),
     }
     own = (calibration_config(arguments.calibration), arguments.adapter.shared)
-    ways.setdefault(next((name for name, way in ways.items() if way == own), OWN), own)
-    return next(name for name, way in ways.items() if way == own), ways
+    name = next((name for name, way in ways.items() if way == own), OWN)
+    return name, {**ways, name: own}
 
 
 def _along_trajectory(arguments: RunArguments) -> CalibrationConfig:

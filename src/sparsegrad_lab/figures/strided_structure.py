@@ -56,19 +56,23 @@ def token_kinds(
     Returns:
         key -> for each batch, the `TokenKind` of each token (batch, sequence).
     """
-    masks: list[Tensor] = []
+    masks: list[Tensor | None] = []  # None for images, whose patches are never padding
     live: dict[str, list[Tensor]] = {key: [] for key in layers}
 
     def before_backward(batch: Any) -> None:
-        ids = batch["input_ids"]
-        masks.append(batch.get("attention_mask", torch.ones_like(ids)).bool().cpu())
-        for seen in live.values():
-            seen.append(torch.zeros(ids.shape, dtype=torch.bool))
+        ids = batch.get("input_ids")
+        mask = batch.get("attention_mask", None if ids is None else torch.ones_like(ids))
+        masks.append(None if mask is None else mask.bool().cpu())
         advance()
 
     def watch(key: str) -> Callable[..., None]:
-        def note(delta: Tensor) -> None:  # may come several times, where blocks share a layer
-            live[key][-1] |= (delta != 0).any(-1).reshape(masks[-1].shape).cpu()
+        def note(delta: Tensor) -> None:
+            mask = masks[-1]
+            rows = (delta != 0).any(-1).cpu()
+            rows = rows if mask is None else rows.reshape(mask.shape)
+            if len(live[key]) == len(masks):  # blocks share this layer, and it ran before
+                rows |= live[key].pop()
+            live[key].append(rows)
 
         def forward_hook(module: Any, inputs: Any, y: Tensor) -> None:
             if y.requires_grad:
@@ -84,7 +88,13 @@ def token_kinds(
             setup.model, dict.fromkeys(layers.values()), lambda name, G: None,
             step=setup.loss_step(offset, before_backward), n_steps=n_batches,
         )  # fmt: skip
-    return {key: [classify(*pair) for pair in zip(live[key], masks, strict=True)] for key in layers}
+    return {
+        key: [
+            classify(rows, torch.ones_like(rows) if mask is None else mask)
+            for rows, mask in zip(live[key], masks, strict=True)
+        ]
+        for key in layers
+    }
 
 
 def classify(live: Tensor, mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""All measurements together, for a BERT and a GPT-2."""
+"""All measurements together, for a BERT, a GPT-2, a LLaMA and a ViT."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsegrad_lab.figures import touched
+from transformers import ViTConfig, ViTModel
+
+from sparsegrad_lab.figures import strided_structure, touched, update_norms
 from sparsegrad_lab.figures.collect import collect
 from sparsegrad_lab.figures.settings import FiguresArguments
 from sparsegrad_lab.figures.strided_structure import TokenKind
@@ -42,3 +44,31 @@ def test_a_decoder_with_transposed_weights(arguments: Callable[..., RunArguments
         assert real == [TokenKind.unread] * (len(real) - 1) + [TokenKind.live]
     assert {side["group"] for side in data["spectrum"]} == {"transformer.h.2.mlp.c_fc", "transformer.h.2.mlp.c_proj"}
     assert touched.draw(data).svg.startswith("<svg")
+
+
+def test_images(arguments: Callable[..., RunArguments], tmp_path: Path) -> None:
+    """Patches are never padding; in a ViT's last block only the class token has a gradient."""
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4,
+        num_channels=1,
+    )  # fmt: skip
+    ViTModel(config).save_pretrained(tmp_path / "vit")
+    run = arguments(tmp_path / "out", "--model", str(tmp_path / "vit"), "--task", "digits", "--data.train_rows", "40")
+    run.data.train_file = run.data.validation_file = None
+    run.data.text = []
+    data = collect(run, FiguresArguments(steps=2, points=2, batches=1), progress=False)
+    middle, last = (data["rows"]["tokens"][key] for key in ("middle", "last"))
+    assert middle.tolist() == [[TokenKind.live] * 17] * 8
+    assert last.tolist() == [[TokenKind.live] + [TokenKind.unread] * 16] * 8
+    assert strided_structure.draw(data).svg.startswith("<svg")
+
+
+def test_a_language_model(language_arguments: Callable[..., RunArguments], tmp_path: Path) -> None:
+    """Two of three groups are "up". In the last block, the prompt's tokens have no gradient."""
+    data = collect(language_arguments(tmp_path / "out"), FiguresArguments(steps=2, points=2, batches=1), progress=False)
+    assert list(data["roles"].values()) == ["up", "up", "down"]
+    assert list(data["gradient"]) == ["up", "down"]
+    shares = data["rows"]["shares"][0]
+    assert 0 < shares["last"]["live"] < shares["middle"]["live"] < 1
+    assert shares["last"]["unread"] > 0
+    assert update_norms.draw(data).svg.startswith("<svg")
