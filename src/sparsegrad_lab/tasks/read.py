@@ -186,7 +186,13 @@ def _parsed(text: str, path: Path, line: int | None = None) -> Any:
         return found
 
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        found = json.loads(text, object_pairs_hook=unique)
+        if "\\ud" in text.lower():  # half of a pair of surrogates is no character
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"{path}, line {line or 1}: {code} is not a character; repair the file") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {line or error.lineno}: {error.msg}; the file may be truncated") from None
     except RecursionError:

@@ -121,6 +121,7 @@ def test_broken_utf8_with_its_line(kind: str, tmp_path: Path) -> None:
         ("i.csv", "text,label,label\nx,0,1\n", r"expected different column names, found several columns label"),
         ("j.jsonl", '{"text": "x", "label": 0, "label": 1}\n', r"found several columns label"),
         ("k.json", "[" * 100_000, r"line 1: the JSON is nested too deeply"),
+        ("l.jsonl", '{"text": "x"}\n{"text": "\\ud800"}', r"line 2: \\ud800 is not a character"),
     ],
     ids=lambda value: value if len(str(value)) < 20 else "",
 )  # fmt: skip
