@@ -81,15 +81,20 @@ def best_path(tree: Tree, language: str | None = None) -> list[str]:
             children[message.get("parent_id")].append(message)
     for siblings in children.values():
         siblings.sort(key=_rank)
-
-    def answers(parent: str | None) -> list[str]:
-        for prompt in children[parent]:
-            for answer in children[prompt["message_id"]]:
-                if (prompt["role"], answer["role"]) == ("prompter", "assistant"):
-                    return [prompt["text"], answer["text"], *answers(answer["message_id"])]
-        return []
-
-    return answers(None)
+    texts: list[str] = []
+    parent: str | None = None
+    while True:
+        exchanges = (
+            (prompt, answer)
+            for prompt in children.pop(parent, ())
+            for answer in children.get(prompt["message_id"], ())
+            if (prompt["role"], answer["role"]) == ("prompter", "assistant")
+        )
+        prompt, answer = next(exchanges, (None, None))
+        if prompt is None or answer is None:
+            return texts
+        texts += [prompt["text"], answer["text"]]
+        parent = answer["message_id"]
 
 
 def _rank(message: Mapping[str, Any]) -> float:
@@ -121,23 +126,30 @@ def _from_folder(folder: Path) -> dict[str, dict[str, Tree]]:
         for line, item in read_objects(path):
             nested = isinstance(item.get("prompt"), dict)
             for message in _flat(item["prompt"], None) if nested else [item]:
-                needed = _NEEDED if nested else (*_NEEDED, "message_tree_id")
-                missing = [name for name in needed if not isinstance(message.get(name), str)]
-                if missing:
-                    raise ValueError(
-                        f"{path}, line {line}: expected a message with {', '.join(needed)} as text, found no "
-                        f"{', '.join(missing)}"
-                    )
-                if message["message_id"] not in seen:
+                _check_message(message, _NEEDED if nested else (*_NEEDED, "message_tree_id"), f"{path}, line {line}")
+                if message["message_id"] not in seen:  # a message of an earlier file, or a copy
+                    seen.add(message["message_id"])
                     tree = item["prompt"]["message_id"] if nested else item["message_tree_id"]  # the root's id
                     split[tree].append(message)
     return trees
 
 
-def _flat(message: dict[str, Any], parent: str | None) -> Iterator[dict[str, Any]]:
+def _check_message(message: dict[str, Any], texts: tuple[str, ...], where: str) -> None:
+    """Raise ValueError unless the fields `texts` are texts and the others that are read have their type or are null."""
+    missing = [name for name in texts if not isinstance(message.get(name), str)]
+    if missing:
+        raise ValueError(f"{where}: expected a message with {', '.join(texts)} as text, found no {', '.join(missing)}")
+    for name, kinds, words in (("parent_id", (str,), "a text"), ("rank", (int, float), "a number")):
+        if not isinstance(message.get(name), (*kinds, type(None))):
+            raise ValueError(f"{where}: expected {words} as {name}, found {message[name]!r}")
+
+
+def _flat(message: Any, parent: str | None) -> Iterator[dict[str, Any]]:
     """Yield a nested message and all replies below it, each with its parent's id."""
+    message = message if isinstance(message, dict) else {}
     yield {**message, "parent_id": parent, "replies": None}
-    for reply in message.get("replies") or ():
+    replies = message.get("replies")
+    for reply in replies if isinstance(replies, list) else ():
         yield from _flat(reply, message.get("message_id"))
 
 

@@ -16,7 +16,7 @@ from sparsegrad_lab.tasks.oasst1 import best_path, from_messages, load_oasst1
 from sparsegrad_lab.tasks.settings import DataArguments
 
 
-def message(name: str, parent: str | None, role: str, **more: Any) -> dict[str, Any]:
+def message(name: str, parent: Any, role: str, **more: Any) -> dict[str, Any]:
     """Return a message whose text is its name."""
     there = {"message_id": name, "parent_id": parent, "role": role, "text": name, "message_tree_id": name[0]}
     return {**there, "lang": "en", "rank": None, "deleted": False, **more}
@@ -51,6 +51,12 @@ def test_the_best_answer_and_the_first_follow_up_that_has_one() -> None:
     later = [message("a20", "a2", "prompter"), message("a201", "a20", "assistant")]
     assert best_path([*tree("a"), *later]) == ["a", "a2", "a22", "a221"]
     assert best_path([*later, *tree("a")]) == ["a", "a2", "a20", "a201"]  # the order of the file
+
+
+def test_a_message_that_is_its_own_ancestor(tmp_path: Path) -> None:
+    loop = [*tree("a"), *tree("b"), message("a", "a221", "prompter")]
+    splits = load_oasst1(write(tmp_path, "x.jsonl", loop)).splits.values()
+    assert sorted(len(row["conversation"]) for split in splits for row in split) == [4, 4]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +117,9 @@ def test_messages_of_the_hub() -> None:
         ([*tree("a"), {**tree("b")[0], "text": None}], r"x.jsonl, line 7: .*found no text"),
         ([{"message_tree_id": "a", "prompt": {"message_id": "a", "text": "a"}}], r"line 1: .*found no role"),
         (["a"], r"x.jsonl, line 1: expected an object, found str"),
+        ([message("a", ["x"], "prompter")], r"x.jsonl, line 1: expected a text as parent_id, found \['x'\]"),
+        ([message("a", None, "prompter", rank="x")], r"x.jsonl, line 1: expected a number as rank, found 'x'"),
+        ([{"prompt": {**tree("a")[0], "replies": ["x"]}}], r"x.jsonl, line 1: .*found no message_id, text, role"),
         ([message("a", None, "prompter")], r"expected conversations with an answer .* found none in 0 trees"),
     ],
 )
