@@ -109,7 +109,7 @@ def _run_rounds(
             milliseconds = worker.timed_step()
             if turn >= 0 and milliseconds is not None:
                 times[name].append(milliseconds)
-    return {name: found for name, found in times.items() if workers[name].ended is None}
+    return {name: steps for name, steps in times.items() if workers[name].ended is None}
 
 
 def _times(arguments: BenchArguments, times: dict[str, list[float]], name: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import signal
 import time
 import traceback
 import warnings
@@ -72,6 +73,7 @@ _runner: Runner
 
 def _prepare(arguments: BenchArguments, method: str, layers: int) -> None:
     global _runner
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process at once, without a traceback
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     _runner = Runner(arguments, method, layers)

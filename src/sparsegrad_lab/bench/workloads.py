@@ -59,11 +59,11 @@ def transformer(model_type: str, auto: str, hidden: int, wide: int, heads: int, 
     def build(layers: int) -> nn.Module:
         import transformers
 
-        found = transformers.AutoConfig.for_model(
+        settings = transformers.AutoConfig.for_model(
             model_type, hidden_size=hidden, intermediate_size=wide, num_attention_heads=heads,
             num_hidden_layers=layers, **config,
         )  # fmt: skip
-        model: nn.Module = getattr(transformers, auto).from_config(found)
+        model: nn.Module = getattr(transformers, auto).from_config(settings)
         return model
 
     return build
