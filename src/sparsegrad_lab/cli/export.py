@@ -38,7 +38,10 @@ def main(argv: list[str]) -> None:
     RunFolder(options.output).check_writable()
     from sparsegrad_peft.tuner.export import export_lora
 
-    errors = export_lora(adapter, options.output, options.rank)
+    from ..run.checkpoints import writing
+
+    with writing(Path(options.output)):
+        errors = export_lora(adapter, options.output, options.rank)
     table = Table("layer", "relative error of the update")
     for layer, error in errors.items():
         table.add_row(layer, f"{error:.2e}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..methods.ranges import COUNT, Range, range_problems
 from ..methods.registry import METHODS
-from ..methods.settings import COUNT, Range, range_problems
 from ..run.settings import RunArguments, refuse
 
 

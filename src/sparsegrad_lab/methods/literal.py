@@ -35,10 +35,7 @@ class Literal(Method):
         """Sizes other than complete bases."""
         if {adapter.c, adapter.r} <= {None, "full"}:
             return []
-        return [
-            "method literal has complete bases: leave out adapter.c and adapter.r; found "
-            f"{adapter.c} and {adapter.r}"
-        ]  # fmt: skip
+        return [f"method literal has complete bases: leave out adapter.c and r; found {adapter.c} and {adapter.r}"]
 
     def target_layers(self, model: nn.Module, adapter: AdapterArguments) -> list[str]:
         """Names of the layers to replace, checked against `k`."""

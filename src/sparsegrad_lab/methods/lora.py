@@ -30,12 +30,9 @@ class Lora(Method):
 
         targets = self.target_layers(model, setup.adapter)
         rank = setup.adapter.rank or matching_rank(model, targets, setup.adapter.sizes)
+        others = modules_to_save(model, targets, setup.heads, train_rest=setup.train_rest)
         config = LoraConfig(
-            task_type=setup.task_type,
-            r=rank,
-            lora_alpha=rank,
-            target_modules=targets,
-            modules_to_save=modules_to_save(model, targets, setup.heads, train_rest=setup.train_rest),
+            task_type=setup.task_type, r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=others
         )
         return Adapted(get_peft_model(model, config))
 

@@ -2,46 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from sparsegrad_peft.method.sizes import DEFAULT_SHARE, Sizes, check_rows, default_form
 
-
-@dataclass(frozen=True)
-class Range:
-    """The numbers that a setting may have, and their description for error messages."""
-
-    description: str
-    contains: Callable[[float], bool]
-
-
-COUNT = Range("at least 1", lambda value: value >= 1)
-POSITIVE = Range("above 0 and finite", lambda value: 0 < value < math.inf)
-NOT_NEGATIVE = Range("at least 0 and finite", lambda value: 0 <= value < math.inf)
-SHARE = Range("from 0 to 1", lambda value: 0 <= value <= 1)
-SELECTED_SHARE = Range("above 0 and at most 1", lambda value: 0 < value <= 1)
-
-
-def range_problems(group: str, settings: Any, ranges: Mapping[str, Range]) -> list[str]:
-    """Fields of a dataclass that are outside their range. None is valid if the field's type allows it.
-
-    Args:
-        group: name of the dataclass in `RunArguments`, for the messages.
-        settings: an instance of the dataclass.
-        ranges: field name -> valid numbers.
-    """
-    optional = {field.name for field in fields(settings) if "None" in str(field.type)}
-    problems = []
-    for name, expected in ranges.items():
-        value = getattr(settings, name)
-        if value is None and name in optional:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not expected.contains(value):
-            problems.append(f"{group}.{name} must be {expected.description}, found {value}")
-    return problems
+from .ranges import COUNT, POSITIVE, SELECTED_SHARE, range_problems
 
 
 @dataclass

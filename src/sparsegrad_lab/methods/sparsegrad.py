@@ -30,10 +30,7 @@ class SparseGrad(Method):
         """`calibration.refresh` without complete bases."""
         if calibration.refresh is None or adapter.sizes.complete:
             return []
-        return [
-            "calibration.refresh is for complete bases (adapter.c and adapter.r: full), found sizes "
-            f"{adapter.sizes}"
-        ]  # fmt: skip
+        return [f"calibration.refresh is for complete bases (adapter.c and r: full), found sizes {adapter.sizes}"]
 
     def target_layers(self, model: nn.Module, adapter: AdapterArguments) -> list[str]:
         """Names of the layers to adapt, checked against the sizes and `k`."""
@@ -53,20 +50,12 @@ class SparseGrad(Method):
 
         adapter, targets = setup.adapter, self.target_layers(model, setup.adapter)
         config = SparseGradConfig(
-            task_type=setup.task_type,
-            narrow=adapter.narrow,
-            wide=adapter.wide,
-            trained_share=adapter.trained_share,
-            neurons=adapter.neurons,
-            exponent=adapter.exponent,
-            c=adapter.c,
-            r=adapter.r,
-            shared=adapter.shared,
-            prefer=adapter.prefer,
-            original_space=self.original_space,
+            task_type=setup.task_type, narrow=adapter.narrow, wide=adapter.wide, c=adapter.c, r=adapter.r,
+            trained_share=adapter.trained_share, neurons=adapter.neurons, exponent=adapter.exponent,
+            shared=adapter.shared, prefer=adapter.prefer, original_space=self.original_space,
             target_modules=adapter.target_modules if adapter.layers is None else targets,
             modules_to_save=modules_to_save(model, targets, setup.heads, train_rest=setup.train_rest),
-        )
+        )  # fmt: skip
         calibration = None if self.original_space else calibration_config(setup.calibration)
         return Adapted(get_peft_model(model, config), calibration, setup.density, adapter.k)
 

@@ -18,7 +18,7 @@ import yaml
 from ..methods.settings import AdapterArguments
 from ..tasks.parse_files import read_json, read_yaml
 from .checkpoints import best_step, is_complete, writing
-from .settings import RunArguments
+from .settings import RunArguments, flat
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -163,10 +163,11 @@ class RunFolder:
         there["output"] = here["output"]  # another name for the same folder
         for settings in (there, here):
             settings["adapter"] = AdapterArguments.from_dict(settings["adapter"]).resolved()
-        found = _leaves(there, here)
         if there["method"] == here["method"] and (former := self.read_json("method.json")) is not None:
-            found |= _leaves(former, read_json(Path(arguments.method)), "method")
-        return [(name, *found[name]) for name in sorted(found) if found[name][0] != found[name][1]]
+            there["method"], here["method"] = former, read_json(Path(arguments.method))
+        there, here = flat(there), flat(here)
+        names = sorted(there.keys() | here.keys())
+        return [(name, there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)]
 
     def check_writable(self) -> None:
         """Check by writing a temporary file in the nearest folder that exists; permissions alone do not tell.
@@ -281,14 +282,3 @@ def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     known = RunArguments().as_dict()
     groups = {name: {**group, **settings.get(name, {})} for name, group in known.items() if isinstance(group, dict)}
     return {**known, **settings, **groups, "adapter": settings.get("adapter", known["adapter"])}
-
-
-def _leaves(there: Any, here: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> both values, for all values of two nested dictionaries."""
-    if not (isinstance(there, dict) and isinstance(here, dict)):
-        return {prefix: (there, here)}
-    return {
-        name: pair
-        for key in {*there, *here}
-        for name, pair in _leaves(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else key).items()
-    }

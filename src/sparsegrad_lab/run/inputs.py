@@ -1,21 +1,27 @@
-"""The task and the model of a run, checked together before any weights are loaded or downloaded."""
+"""Load the task and the model of a run. They are checked together before any weights are loaded or downloaded."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
+from transformers import set_seed
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from ..methods.method import Adapted
 from ..methods.registry import find_method
 from ..tasks.kinds import KINDS
+from ..tasks.library_logs import suppress_library_logs
 from ..tasks.load import load_task
 from ..tasks.model_folder import model_path
 from ..tasks.pretrained import NeedsWeightsError, load_config
 from ..tasks.task import LANGUAGE, Task
+from .interrupts import interrupts_kept
 from .settings import RunArguments
 
 _UNUSED_POSITIONS = {
@@ -23,6 +29,37 @@ _UNUSED_POSITIONS = {
     "camembert": 2, "mpnet": 2, "roberta": 2, "xlm-roberta": 2,
 }  # fmt: skip
 """`model_type` of models with learned position embeddings -> how many of these no token uses."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a trainer is made of."""
+
+    task: Task
+    processor: Any
+    "tokenizer or image processor"
+    adapted: Adapted
+    features: dict[str, Dataset]
+    "split -> model inputs"
+
+
+def load_inputs(arguments: RunArguments) -> Inputs:
+    """Load task, tokenizer and model, add the adapter, and tokenize.
+
+    Raises:
+        ValueError: see `load_run_task`; the weights cannot be read, or rows and model do not fit.
+    """
+    task, _ = load_run_task(arguments)
+    kind = KINDS[task.kind]
+    set_seed(arguments.seeds[0])
+    processor = kind.processor(arguments.model)
+    with suppress_library_logs(), interrupts_kept():
+        model = kind.load_model(arguments.model, task, processor)
+        adapted = find_method(arguments.method).adapt(model, arguments.setup())
+        features = {split: kind.features(task, split, processor, arguments.data) for split in task.splits}
+    for rows in features.values():
+        kind.check_features(rows, adapted.model, processor)
+    return Inputs(task, processor, adapted, features)
 
 
 def load_run_task(arguments: RunArguments) -> tuple[Task, nn.Module | None]:

@@ -45,6 +45,13 @@ class VerbParser(ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         return super().parse_args(self._with_lists(words), *more, **options)
 
+    def instantiate(self, namespace: Any, *args: Any, **options: Any) -> Any:
+        """Create the settings. `training: null` in a file would be a TypeError."""
+        for name in sorted({action.dest.partition(".")[0] for action in self._actions if "." in action.dest}):
+            if namespace.get(name) is None:
+                self.error(f"{name}: expected settings, found null")
+        return super().instantiate(namespace, *args, **options)
+
     def _with_lists(self, words: list[str]) -> list[str]:
         types = {
             option: str(getattr(action, "_typehint", ""))

@@ -10,17 +10,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ..methods.method import REFUSED_IF_UNREAD, Method, Setup
+from ..methods.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range, null_problems, range_problems
 from ..methods.registry import METHODS, find_method
-from ..methods.settings import (
-    COUNT,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    AdapterArguments,
-    CalibrationArguments,
-    Range,
-    range_problems,
-)
+from ..methods.settings import AdapterArguments, CalibrationArguments
 from ..tasks.model_folder import check_model_folder
 from ..tasks.registry import kind_of
 from ..tasks.settings import DataArguments
@@ -150,6 +142,8 @@ class RunArguments:
 
     def problems(self) -> list[str]:
         """What is wrong with these settings, one message each."""
+        if problems := null_problems(self):
+            return problems  # the other checks need values
         problems = self.data.problems(self.task)
         try:
             check_model_folder(self.model)
@@ -211,6 +205,8 @@ class SearchArguments:
 
     def problems(self) -> list[str]:
         """What is wrong with these settings, one message each."""
+        if problems := null_problems(self, "search."):
+            return problems
         problems = range_problems("search", self, {"trials": COUNT, "lowest": POSITIVE, "highest": POSITIVE})
         if not problems and not self.lowest < self.highest:
             problems.append(f"search.lowest must be below search.highest, found {self.lowest} and {self.highest}")

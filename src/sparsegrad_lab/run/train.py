@@ -5,27 +5,22 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
-from ..methods.method import Adapted
 from ..methods.registry import find_method
 from ..methods.training.trainer import MethodTrainer
 from ..tasks.kinds import KINDS
 from ..tasks.library_logs import suppress_library_logs
 from ..tasks.model_folder import model_path
-from ..tasks.task import Task
 from .card import make_card
 from .checkpoints import writing
 from .console import ProgressCallback
 from .folder import RunFolder, save_whole, write_whole
-from .inputs import load_run_task
-from .interrupts import interrupts_kept
+from .inputs import Inputs, load_inputs
 from .machine import environment, slow_precision_warning
 from .plots import plot_curves
 from .settings import RunArguments
@@ -73,16 +68,6 @@ def output_folder(arguments: RunArguments) -> Path:
     return Path(arguments.output.replace("{task}", task).replace("{method}", method))
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """All that a trainer is made of."""
-
-    task: Task
-    processor: Any
-    adapted: Adapted
-    features: dict[str, Dataset]
-
-
 def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     folder = RunFolder(arguments.output)
     reporter = ProgressCallback(folder, show=progress)
@@ -91,16 +76,13 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         reporter.say(f"{folder}: this run is finished; nothing to do")
         shutil.rmtree(folder.checkpoints, ignore_errors=True)  # left behind if the run was killed while it ended
         return folder.read_result()
-    inputs = _load(arguments)
+    inputs = load_inputs(arguments)
     folder.start(arguments)  # the inputs were accepted: from here on, the folder belongs to this run
     folder.write_json("environment.json", {**environment(), "seed": arguments.seeds[0]})
     checkpoint = _find_checkpoint(folder, inputs, arguments, reporter)
     reporter.metric = inputs.task.main_metric
     measure = MeasureTraining()
-    trainer = make_trainer(
-        arguments, folder, inputs.task, inputs.processor, inputs.adapted, inputs.features,
-        [reporter, measure, *callbacks],
-    )  # fmt: skip
+    trainer = make_trainer(arguments, folder, inputs, [reporter, measure, *callbacks])
     with suppress_library_logs():
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -135,23 +117,8 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
     return folder.read_result()
 
 
-def _load(arguments: RunArguments) -> _Inputs:
-    """Load task, tokenizer and model, add the adapter, and tokenize."""
-    task, _ = load_run_task(arguments)
-    kind = KINDS[task.kind]
-    set_seed(arguments.seeds[0])
-    processor = kind.processor(arguments.model)
-    with suppress_library_logs(), interrupts_kept():
-        model = kind.load_model(arguments.model, task, processor)
-        adapted = find_method(arguments.method).adapt(model, arguments.setup())
-        features = {split: kind.features(task, split, processor, arguments.data) for split in task.splits}
-    for rows in features.values():
-        kind.check_features(rows, adapted.model, processor)
-    return _Inputs(task, processor, adapted, features)
-
-
 def _find_checkpoint(
-    folder: RunFolder, inputs: _Inputs, arguments: RunArguments, reporter: ProgressCallback
+    folder: RunFolder, inputs: Inputs, arguments: RunArguments, reporter: ProgressCallback
 ) -> Path | None:
     """The checkpoint to resume from. Tells the user what is about to run."""
     skipped = folder.drop_broken_checkpoints()
@@ -170,7 +137,7 @@ def _find_checkpoint(
     return checkpoint
 
 
-def _save(trainer: MethodTrainer, arguments: RunArguments, inputs: _Inputs, folder: RunFolder) -> None:
+def _save(trainer: MethodTrainer, arguments: RunArguments, inputs: Inputs, folder: RunFolder) -> None:
     """Write the weights, the tokenizer or image processor, the log and the plot."""
     task, log = inputs.task, trainer.state.log_history
     method = find_method(arguments.method)
@@ -188,7 +155,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def _describe(
-    arguments: RunArguments, inputs: _Inputs, scores: dict[str, dict[str, float]], state: Any
+    arguments: RunArguments, inputs: Inputs, scores: dict[str, dict[str, float]], state: Any
 ) -> dict[str, Any]:
     """The first part of `result.json`: what was trained, and how well."""
     task, log = inputs.task, state.log_history

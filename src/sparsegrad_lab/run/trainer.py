@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from ..methods.method import Adapted
 from ..methods.training.trainer import MethodTrainer
 from ..tasks.kinds import KINDS
 from ..tasks.task import Task, higher_is_better
 from .checkpoints import writing
 from .folder import RunFolder
+from .inputs import Inputs
 from .machine import Phase, measured
 from .sampler import LengthSampler
 from .settings import RunArguments
@@ -45,25 +44,10 @@ class MeasureTraining(TrainerCallback):
 
 
 def make_trainer(
-    arguments: RunArguments,
-    folder: RunFolder,
-    task: Task,
-    processor: Any,
-    adapted: Adapted,
-    features: dict[str, Dataset],
-    callbacks: Sequence[TrainerCallback],
+    arguments: RunArguments, folder: RunFolder, inputs: Inputs, callbacks: Sequence[TrainerCallback]
 ) -> MethodTrainer:
-    """The trainer of a run.
-
-    Args:
-        arguments: the run's settings.
-        folder: the run's folder.
-        task: the task.
-        processor: tokenizer or image processor.
-        adapted: the model, as the method has prepared it.
-        features: split -> model inputs.
-        callbacks: for the trainer. Early stopping is added if the settings ask for it.
-    """
+    """The trainer of a run. Early stopping is added to the callbacks if the settings ask for it."""
+    task, adapted, features = inputs.task, inputs.adapted, inputs.features
     kind, training = KINDS[task.kind], arguments.training
     stopping = [] if training.patience is None else [EarlyStoppingCallback(early_stopping_patience=training.patience)]
     rows_per_step = training.batch_size * training.gradient_accumulation
@@ -73,7 +57,7 @@ def make_trainer(
         args=_trainer_arguments(arguments, folder, task, len(features["train"]), adapted.optimizer),
         train_dataset=features["train"],
         eval_dataset=features[task.evaluation_splits[0]],
-        data_collator=kind.collator(processor, arguments.padded_length),
+        data_collator=kind.collator(inputs.processor, arguments.padded_length),
         compute_metrics=_scorer(task),
         preprocess_logits_for_metrics=kind.reduced,
         callbacks=[*callbacks, *stopping],

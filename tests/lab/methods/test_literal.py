@@ -1,4 +1,4 @@
-"""Runs with the published layer: the same numbers as the adapter in whole bases, and a plain model in the end."""
+"""Runs with the published layer give the numbers of the adapter with complete bases, and leave a plain model."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.parametrize("rest", ["freeze", "train"])
 @pytest.mark.parametrize("products", ["regular", "sparse"])
-def test_it_is_the_adapter_in_whole_bases(products: str, rest: str, arguments: Arguments, tmp_path: Path) -> None:
-    """Step by step, and in the weights that are left. Unclipped: the adapter clips before it selects."""
+def test_equal_to_the_complete_adapter(products: str, rest: str, arguments: Arguments, tmp_path: Path) -> None:
+    """Equal losses at each step and equal final weights. Without clipping, which the adapter does before selection."""
     common = ("--rest", rest, "--training.max_grad_norm", "0", "--training.learning_rate", "0.003", *WHOLE_BASES)
     (adapter,) = train(arguments(tmp_path / "adapter", *common), progress=False)
     asked = arguments(tmp_path / "literal", *common, "--method", "literal", "--adapter.products", products)
@@ -59,8 +59,8 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_a_stopped_run_goes_on(arguments: Arguments, tmp_path: Path) -> None:
-    """From a checkpoint with its bases, into a model that has plain layers: to the bit as if never stopped."""
+def test_a_stopped_run_resumes(arguments: Arguments, tmp_path: Path) -> None:
+    """A resumed run, which starts with plain layers, equals an uninterrupted one to the bit."""
     (expected,) = train(arguments(tmp_path / "whole", *LITERAL), progress=False)
     with pytest.raises(KeyboardInterrupt):
         train(arguments(tmp_path / "stopped", *LITERAL), progress=False, callbacks=[Interrupt(8)])
@@ -77,7 +77,7 @@ def test_a_stopped_run_goes_on(arguments: Arguments, tmp_path: Path) -> None:
 
 
 def test_gpt2(arguments: Arguments, tmp_path: Path) -> None:
-    """Its layers keep their weights as (in, out); what is saved has to be what its classes load."""
+    """GPT-2's Conv1D stores its weight as (in, out), and the saved model must do so as well."""
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40, "bos_token_id": 2, "eos_token_id": 3}
     model = hf.GPT2Model(hf.GPT2Config(vocab_size=save_tokenizer(tmp_path / "base"), **sizes, pad_token_id=0))
     model.save_pretrained(tmp_path / "base")
@@ -89,7 +89,7 @@ def test_gpt2(arguments: Arguments, tmp_path: Path) -> None:
 
 
 class Norms(TrainerCallback):
-    """Of all gradients, after clipping."""
+    """Records the norm of all gradients after clipping."""
 
     def __init__(self) -> None:
         self.found: list[float] = []

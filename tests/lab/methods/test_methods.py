@@ -1,4 +1,4 @@
-"""What trains and what does not, by name; sizes that a layer does not have."""
+"""The parameters that each method trains, by name, and sizes that a layer cannot have."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def adapted(method: str, rest: str, **adapter: Any) -> Adapted:
 
 
 def trained(model: Any) -> tuple[set[str], set[str]]:
-    """Names of what trains as in the plain model: the adapter's, and the rest's."""
+    """Names of trained parameters as in the plain model: of the adapter, and of the rest."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     plain = [name.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for name in names]
     marks = ("sparsegrad_S", "lora_", "ia3_")
@@ -117,21 +117,21 @@ def test_k_of_a_whole_core_is_allowed() -> None:
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "no JSON", '{"peft_type": "NONE_SUCH"}', '{"peft_type": "IA3", "r":'])
-def test_a_method_file_that_is_none(content: str, tmp_path: Path) -> None:
+def test_a_method_file_that_is_not_a_peft_config(content: str, tmp_path: Path) -> None:
     path = tmp_path / "adapter_config.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"adapter_config.json: expected an adapter_config.json of PEFT"):
         adapted(str(path), "freeze")
 
 
-def test_a_sparsegrad_config_of_a_saved_adapter_is_calibrated_anew(finished_run: Path, tiny_bert: Path) -> None:
+def test_the_config_of_a_saved_adapter_is_calibrated_again(finished_run: Path, tiny_bert: Path) -> None:
     found = adapted(str(finished_run / "adapter" / "adapter_config.json"), "freeze")
     assert found.calibration is not None
     assert not found.model.peft_config["default"].calibrated
     assert trained(found.model)[1] == HEAD
 
 
-def test_shared_weights_are_refused_where_the_rest_trains() -> None:
+def test_shared_weights_are_refused_if_the_rest_trains() -> None:
     model = bert()
     model.bert.embeddings.token_type_embeddings.weight = model.bert.embeddings.position_embeddings.weight
     with pytest.raises(ValueError, match=r"rest: train cannot save .*which share a weight; use rest: freeze"):
@@ -157,7 +157,7 @@ def test_head_that_comes_with_the_model(tiny_bert: Path, tmp_path: Path) -> None
 
 
 def test_galore_without_its_package(arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused before any work, with what to install."""
+    """The error says what to install."""
     monkeypatch.setattr("sparsegrad_lab.methods.galore.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="method galore needs its package: pip install galore-torch"):
         arguments(tmp_path / "run", "--method", "galore").check()

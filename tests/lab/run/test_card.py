@@ -1,4 +1,4 @@
-"""The README beside an adapter: its own code, as it stands there, loads it."""
+"""The model card beside an adapter: the code in it loads the adapter."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sparsegrad_lab.run.train import train
 
 
 @pytest.mark.parametrize("method", ["sparsegrad", "full"])
-def test_its_code_loads_it(method: str, arguments: Callable[..., Any], tmp_path: Path) -> None:
-    """In a process that has imported nothing: PEFT knows SparseGrad only after an import, which the card names."""
+def test_the_code_in_the_card_loads_the_model(method: str, arguments: Callable[..., Any], tmp_path: Path) -> None:
+    """Run in a fresh process: PEFT knows SparseGrad only after an import, which the card names."""
     [result] = train(arguments(tmp_path / "run", "--method", method, "--training.epochs", "1"), progress=False)
     folder = tmp_path / "run" / ("model" if method == "full" else "adapter")
     text = (folder / "README.md").read_text(encoding="utf-8")

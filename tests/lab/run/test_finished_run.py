@@ -1,4 +1,4 @@
-"""A finished run put to use: evaluate, predict from files and texts, merge; and what is refused, before it loads."""
+"""Evaluate, predict and merge with a finished run. Wrong input is refused before the model is loaded."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Arguments = Callable[..., RunArguments]
 
 @pytest.fixture
 def run(finished_run: Path, tmp_path: Path) -> Path:
-    """A copy, to be changed."""
+    """A copy that the test may change."""
     return shutil.copytree(finished_run, tmp_path / "run")
 
 
 @pytest.fixture
 def gone(run: Path) -> Path:
-    """A run whose weights are damaged: what says something else than that looks at what was asked for first."""
+    """A run with damaged weights: any other error shows that the input was checked before the model was loaded."""
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"no weights")
     with pytest.raises(Exception, match=r"deserializing header"):
         open_run(run)
@@ -44,19 +44,19 @@ def test_evaluate_a_split(finished_run: Path) -> None:
     assert evaluate(finished_run, "validation") == scores
     on_train = evaluate(finished_run, "train")
     assert on_train.keys() == {"train"}
-    # By hand, from the predictions.
+    # The same from the predictions.
     config = RunFolder(finished_run).read_arguments()
     rows = predict(finished_run, config["data"]["train_file"])
     assert on_train["train"]["accuracy"] == sum(row["prediction"] == row["label"] for row in rows) / len(rows)
 
 
-def test_evaluate_a_split_that_is_not_there(gone: Path) -> None:
+def test_evaluate_an_unknown_split(gone: Path) -> None:
     with pytest.raises(ValueError, match=r"train has splits train, validation; found 'test'"):
         evaluate(gone, "test")
 
 
-def test_evaluate_where_the_rows_have_changed(gone: Path, tmp_path: Path) -> None:
-    """Other labels than were learnt, or no rows at all."""
+def test_evaluate_after_the_rows_have_changed(gone: Path, tmp_path: Path) -> None:
+    """Labels that the run was not trained with, and a file that is gone."""
     config = RunFolder(gone).read_arguments()
     other = tmp_path / "other.csv"
     other.write_text("text,other,label,score\nwarm,x,yes,1\ndull,x,no,0\n", encoding="utf-8")
@@ -72,7 +72,7 @@ def test_evaluate_where_the_rows_have_changed(gone: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl"])
 def test_predict_a_file(kind: str, finished_run: Path, tmp_path: Path) -> None:
-    """The rows with what they had, the class, and the probabilities: softmax of the logits."""
+    """Rows keep their columns and get the class and its probabilities, the softmax of the logits."""
     rows = [{"id": str(number), "text": text} for number, (text,) in enumerate(TEXTS)]
     file = tmp_path / f"rows.{kind}"
     if kind in ("csv", "tsv"):
@@ -87,7 +87,7 @@ def test_predict_a_file(kind: str, finished_run: Path, tmp_path: Path) -> None:
         assert row["p(bad)"] == pytest.approx(float(probabilities[number, 0]), abs=1e-6)
         assert row["p(good)"] == pytest.approx(float(probabilities[number, 1]), abs=1e-6)
         assert row["prediction"] == ("good" if row["p(good)"] > row["p(bad)"] else "bad")
-    # One at a time there is no padding, which changes nothing.
+    # A single row has no padding, which must not matter.
     (alone,) = predict(finished_run, texts=["quiet"])
     assert alone["p(good)"] == pytest.approx(found[2]["p(good)"], abs=1e-5)
     write_csv(tmp_path / "new" / "predictions.csv", found)
@@ -118,7 +118,7 @@ def test_predict_without_the_file(gone: Path) -> None:
 
 
 def test_regression(arguments: Arguments, tmp_path: Path) -> None:
-    """The prediction is the model's one output."""
+    """The prediction is the model's single output."""
     run = tmp_path / "run"
     train(arguments(run, "--data.label", "score", "--data.regression", "true"), progress=False)
     file = tmp_path / "rows.csv"
@@ -134,7 +134,7 @@ def test_regression(arguments: Arguments, tmp_path: Path) -> None:
 
 
 def check_logits(folder: Path, run: Path) -> None:
-    """A plain `transformers` folder, opened without anything of ours, says what the run says."""
+    """Check that a merged folder, loaded with transformers alone, gives the run's logits."""
     model: Any = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     assert not hasattr(model, "peft_config")
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Drafts of a killed process are not content, and what `result.json` vouches for is on the disk before it."""
+"""Drafts of a killed process do not count as content, and weights are on the disk before `result.json`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DRAFT = ".config.yaml.0123456789ab.draft"
 
 @pytest.fixture
 def killed(tmp_path: Path) -> Path:
-    """A folder as a kill in the first write leaves it."""
+    """A folder in the state that a kill during the first write leaves."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / DRAFT).write_text("model: min", encoding="utf-8")
@@ -47,7 +47,7 @@ def test_other_hidden_files_are_content(killed: Path, arguments: Arguments) -> N
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files: Linux's")
-def test_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_synced_before_the_folder_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`result.json` is written after the weights' folder. A power cut between the two must not leave empty weights."""
     events: list[str] = []
     real_sync, real_replace = os.fsync, os.replace

@@ -1,4 +1,4 @@
-"""Batches by length: every row once, little padding, the same order for the same seed and epoch."""
+"""Batches by length contain every row once and little padding, in an order set by seed and epoch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_order() -> None:
 
 
 class Seen(TrainerCallback):
-    """The rows of each batch that the trainer's model gets."""
+    """Records the width of each training batch."""
 
     def __init__(self) -> None:
         self.widths: list[int] = []

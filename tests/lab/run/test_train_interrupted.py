@@ -1,4 +1,4 @@
-"""Kills, full disks and damaged checkpoints: the same command again ends as if nothing had happened."""
+"""After kills, full disks and damaged checkpoints, the same command gives the result of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in the tests: equal t
 
 
 def check_same(found: Path, expected: Path) -> None:
-    """Both runs came to the same end: files, weights, scores, and all that was logged on the way."""
+    """Check that two runs have equal files, weights, scores and logs."""
     assert {file.name for file in found.iterdir()} == {file.name for file in expected.iterdir()}
     weights, expected_weights = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (found, expected))
     assert weights.keys() == expected_weights.keys()
@@ -54,20 +54,20 @@ LONG = ("--training.epochs", "30", "--training.learning_rate", "0.003", "--train
 
 @pytest.fixture(scope="module")
 def long_run(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Never interrupted."""
+    """A run that is not interrupted."""
     folder = tmp_path_factory.mktemp("long") / "run"
     assert main(words(folder, *LONG)) == 0
     return folder
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_killed_run_goes_on(
+def test_a_killed_run_resumes(
     number: signal.Signals, long_run: Path, words: Words, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run = tmp_path / "run"
-    # Behind the one that watches it, or it may be over before it is seen where the machine is busy.
+    # With low priority: on a busy machine, it could finish before this process sees its checkpoint.
     command = ["nice", "-n", "10", sys.executable, "-m", "sparsegrad_lab.cli.main", *words(run, *LONG)]
-    # As in a terminal, also where the tests themselves were started in the background, with Ctrl-C ignored.
+    # As in a terminal, even if the tests were started in the background, where Ctrl-C is ignored.
     heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
     until = time.monotonic() + 120
@@ -116,12 +116,12 @@ LIMITS = {
     12000: "checkpoints",  # the optimizer's state, by PyTorch
     16000: "curves.png",
 }
-"""Bytes that a file may have -> which one meets the limit, by its name."""
+"""Largest size of a file in bytes -> pattern of the file that exceeds it."""
 
 
 @pytest.fixture(scope="module")
 def full_disks(words: Words, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run for each limit in one process: most of the time goes into its imports."""
+    """A run for each limit, all in one process, because importing takes most of the time."""
     folder = tmp_path_factory.mktemp("full")
     limits = ",".join(map(str, LIMITS))
     command = [sys.executable, "-c", FULL, limits, *words(folder / "run-")]
@@ -141,7 +141,7 @@ def test_a_full_disk(
     assert line.endswith("free some space, then run the same command to continue")
     assert "Traceback" not in err
 
-    # Nothing is left that looks whole and is not.
+    # No truncated file is left.
     assert not list(run.rglob(".*"))
     for file in run.glob("*.json"):
         json.loads(file.read_text(encoding="utf-8"))
@@ -159,7 +159,7 @@ def test_a_full_disk(
 
 @pytest.fixture
 def stopped_run(arguments: Callable[..., RunArguments], words: Words, tmp_path: Path) -> Path:
-    """Ended by an error after the last step, whose cause is gone: with checkpoints of steps 6 (the best) and 12."""
+    """A run that failed after its last step. It has checkpoints of steps 6 (the best) and 12."""
     folder = tmp_path / "run"
     RunFolder(folder).start(arguments(folder))
     (folder / "curves.png").mkdir()  # where a file is to be written
@@ -174,7 +174,7 @@ def truncated(content: bytes) -> bytes:
 
 
 def garbled(content: bytes) -> bytes:
-    """As long as before; zeros in its middle, as after a power cut."""
+    """The same length with zeros in the middle, as after a power cut."""
     third = len(content) // 3
     return content[:third] + bytes(third) + content[2 * third :]
 
@@ -215,10 +215,10 @@ def test_a_damaged_checkpoint_is_skipped(
     check_same(stopped_run, finished_run)
 
 
-def test_without_its_best_checkpoint_a_run_starts_anew(
+def test_a_run_without_its_best_checkpoint_starts_again(
     stopped_run: Path, words: Words, finished_run: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Its last step's weights are there, but not those that it is to end with."""
+    """The weights of the last step exist, but not the best ones, which the result needs."""
     (stopped_run / "checkpoints" / "checkpoint-6" / "adapter_model.safetensors").write_bytes(b"")
     capsys.readouterr()
     assert main(words(stopped_run)) == 0
@@ -229,8 +229,8 @@ def test_without_its_best_checkpoint_a_run_starts_anew(
     check_same(stopped_run, finished_run)
 
 
-def test_a_copy_goes_on_by_itself(stopped_run: Path, words: Words, finished_run: Path, tmp_path: Path) -> None:
-    """Nothing is taken from the folder that it was copied from, such as the best checkpoint's weights."""
+def test_a_copied_run_resumes(stopped_run: Path, words: Words, finished_run: Path, tmp_path: Path) -> None:
+    """It reads nothing from the original folder, such as the weights of the best checkpoint."""
     copy = tmp_path / "copy"
     shutil.copytree(stopped_run, copy)
     for file in stopped_run.rglob("adapter_model.safetensors"):
@@ -239,10 +239,8 @@ def test_a_copy_goes_on_by_itself(stopped_run: Path, words: Words, finished_run:
     check_same(copy, finished_run)
 
 
-def test_the_config_of_a_run_goes_on_with_it(
-    stopped_run: Path, finished_run: Path, capsys: pytest.CaptureFixture
-) -> None:
-    """Which is what evaluate advises of a run that is not finished."""
+def test_the_config_of_a_run_resumes_it(stopped_run: Path, finished_run: Path, capsys: pytest.CaptureFixture) -> None:
+    """`evaluate` names this command for an unfinished run."""
     assert main(["evaluate", str(stopped_run)]) == 1
     err: str = capsys.readouterr().err
     command: list[Any] = err.rpartition("resume it: sparsegrad ")[2].split()
@@ -251,8 +249,8 @@ def test_the_config_of_a_run_goes_on_with_it(
     check_same(stopped_run, finished_run)
 
 
-def test_a_language_model_goes_on_as_well(language_words: Words, tmp_path: Path) -> None:
-    """From a step in the middle; the best evaluation is the one with the lowest loss, before and after."""
+def test_a_language_model_resumes(language_words: Words, tmp_path: Path) -> None:
+    """It resumes from a step in the middle, and keeps the evaluation with the lowest loss."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert main(language_words(whole)) == 0
     RunFolder(run).start(parse(language_words(run)[1:]))

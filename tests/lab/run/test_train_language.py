@@ -1,4 +1,4 @@
-"""Whole runs of a tiny LLaMA: the loss is that of the answers, by hand; and what is saved is what was trained."""
+"""Runs of a tiny LLaMA: the loss equals one computed by hand, and the saved weights are the trained ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Arguments = Callable[..., RunArguments]
 
 
 def loss_by_hand(model: Any, folder: Path, file: Path) -> float:
-    """Row by row, without padding: over the tokens of the answer and the one that ends it."""
+    """Mean loss over the tokens of the answers and their end tokens, row by row without padding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     losses = []
     for row in read_rows(file):
@@ -52,7 +52,7 @@ def test_each_method(method: str, language_arguments: Arguments, tiny_llama: Pat
     assert result["score"] == min(entry["loss"] for entry in result["evaluations"])
     assert result["scores"]["validation"]["perplexity"] == pytest.approx(math.exp(result["score"]))
 
-    # Nothing besides the adapter is trained, or the MLPs themselves: 4 blocks of three matrices.
+    # Only the adapter is trained, or the MLP weights: 4 blocks of three matrices.
     of_mlps = 4 * 3 * 16 * 32
     assert result["trained_entries"]["all"] == result["trained_entries"]["adapter"] or method == "full"
     if method == "full":
@@ -70,7 +70,7 @@ def test_each_method(method: str, language_arguments: Arguments, tiny_llama: Pat
 
 
 def test_neither_batch_nor_padding_changes_the_loss(language_arguments: Arguments, tmp_path: Path) -> None:
-    """A rate of next to nothing: it is the same model each time. 24 rows are not a multiple of 7."""
+    """With a tiny learning rate the model stays the same. 24 rows are not a multiple of 7."""
     scores = []
     for number, (size, padding) in enumerate(
         [("8", "dynamic"), ("7", "dynamic"), ("1", "dynamic"), ("5", "max_length")]
@@ -83,8 +83,8 @@ def test_neither_batch_nor_padding_changes_the_loss(language_arguments: Argument
     assert scores == pytest.approx([scores[0]] * 4, abs=1e-6)
 
 
-def test_predict_goes_on_with_the_prompt(language_arguments: Arguments, tiny_llama: Path, tmp_path: Path) -> None:
-    """Together as one by one, which is what greedy decoding by hand gives."""
+def test_predict_continues_the_prompt(language_arguments: Arguments, tiny_llama: Path, tmp_path: Path) -> None:
+    """Batches and single prompts give the same text as greedy decoding by hand."""
     run = tmp_path / "run"
     train(language_arguments(run, "--training.epochs", "1"), progress=False)
     prompts = ["the warm film", "a dull one in spring again", "quiet"]
@@ -107,7 +107,7 @@ def test_predict_goes_on_with_the_prompt(language_arguments: Arguments, tiny_lla
 def test_early_stopping_and_the_lowest_loss(
     language_words: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A rate that spoils the model: the first evaluation stays the best, and two more are made."""
+    """With a learning rate that ruins the model, the first evaluation stays the best, and two more follow."""
     words = ["--training.patience", "2", "--training.epochs", "9", "--training.learning_rate", "3.0"]
     assert main(language_words(tmp_path / "run", *words, "--training.schedule", "constant")) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
@@ -130,7 +130,7 @@ def test_search_takes_the_lowest(language_arguments: Arguments, tmp_path: Path) 
 
 
 def test_blocks_by_their_numbers(language_arguments: Arguments, tmp_path: Path) -> None:
-    """The paper's LLaMA setting: up and down projections of the blocks whose number is divisible by 3."""
+    """The paper's LLaMA setting: up and down projections of every third block."""
     words = ["--adapter.target_modules", '["up_proj", "down_proj"]', "--adapter.layers", "[0, 3]"]
     for method in ("sparsegrad", "lora"):
         asked = language_arguments(tmp_path / method, "--method", method, "--training.epochs", "1", *words)
@@ -173,7 +173,7 @@ def test_perplexity_may_be_what_decides(language_arguments: Arguments, tmp_path:
 
 
 def test_a_real_llama(stories: Path) -> None:
-    """Which knows its stories, where one with the same sizes and random weights does not."""
+    """It predicts its stories better than a model of the same size with random weights."""
     tokenizer, model = AutoTokenizer.from_pretrained(stories), AutoModelForCausalLM.from_pretrained(stories)
     batch = {"input_ids": tokenizer(STORY, return_tensors="pt").input_ids}
     assert sum(p.numel() for p in model.parameters()) == 260_032
@@ -186,7 +186,7 @@ def test_a_real_llama(stories: Path) -> None:
 
 
 def test_a_real_llama_reads_more_than_it_was_trained_on(stories: Path, tmp_path: Path) -> None:
-    """With YaRN's rotary embedding: what `long-sequences` trains at the size of two cores."""
+    """With YaRN's rotary embedding: the model of the experiment `long-sequences` on a CPU."""
     write_llama(data_folder("weights/stories260K"), tmp_path, length=1024)
     tokenizer, model = AutoTokenizer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
     assert tokenizer.model_max_length == model.config.max_position_embeddings == 1024

@@ -5,7 +5,7 @@ model ──► calibrate ──► LiteralSparseGradLinear ──► training �
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,15 +33,8 @@ class LiteralLayers:
 
     def replace_in(self, model: nn.Module, bases: Mapping[str, Basis]) -> None:
         """Replace the layers, in place. Weights are trained in the basis, biases as before."""
-        replace_linears(
-            model,
-            self.groups,
-            bases,
-            LiteralSparseGradLinear.from_linear,
-            k=self.k,
-            density=self.density,
-            products=self.products,
-        )
+        make, options = LiteralSparseGradLinear.from_linear, {"k": self.k, "density": self.density}
+        replace_linears(model, self.groups, bases, make, products=self.products, **options)
 
 
 class LiteralTrainer(MethodTrainer):
@@ -59,10 +52,6 @@ class LiteralTrainer(MethodTrainer):
         self.literal = literal
         if self.args.world_size > 1:
             raise ValueError(f"method literal trains in one process, found {self.args.world_size}")
-        # PyTorch's `clip_grad_norm_`, which accelerate calls, refuses COO gradients. A method of the Trainer that can
-        # be overridden, `_clip_grad_norm`, is only in later versions of transformers than the lowest one supported.
-        accelerator: Any = self.accelerator
-        accelerator.clip_grad_norm_ = self._clip
 
     @property
     def _layers(self) -> list[LiteralSparseGradLinear]:
@@ -88,15 +77,15 @@ class LiteralTrainer(MethodTrainer):
             self.literal.replace_in(self.model, bases)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        """Clip by the norm of all gradients, and return the norm before clipping."""
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip by the norm of all gradients, and return it. PyTorch's function refuses COO gradients."""
         self.accelerator.unscale_gradients()
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         # A COO gradient comes from one backward pass, in which no position occurs twice.
         values = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
         device = values[0].device
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value).to(device) for value in values]))
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for value in values:
             value.mul_(scale.to(value.device))
         return norm
