@@ -23,7 +23,7 @@ from ..pretrained import load_config
 from ..settings import DataArguments
 from ..task import Task
 from .kind import Kind, Rows
-from .text import class_options, with_probabilities
+from .text import with_probabilities
 
 _FILE = "pixels.json"
 _MEAN = _DEVIATION = 0.5
@@ -81,10 +81,6 @@ class ImagesKind(Kind):
             )
         height, width = (size, size) if isinstance(size, int) else size
         return Pixels(height, width, channels)
-
-    def model_options(self, task: Task) -> dict[str, Any]:
-        """Return the number of classes and their names."""
-        return class_options(task)
 
     def features(self, task: Task, split: str, processor: Any, data: DataArguments) -> Dataset:
         """Return the images as they are, in "pixel_values"; the collator reads them batch by batch.

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from ..library_logs import suppress_library_logs
 from ..model_folder import model_path
-from ..pretrained import build_without_weights, first_line
+from ..pretrained import build_without_weights, first_line, load_tokenizer
 from ..read import Row, check_columns
 from ..settings import DataArguments
 from ..task import Task
@@ -40,17 +40,24 @@ class Kind(ABC):
     heads: tuple[str, ...] = ()
     processor_folder: str = "tokenizer"
 
-    @abstractmethod
     def processor(self, model: str | Path) -> Any:
         """Load the model's tokenizer or image processor.
 
         Raises:
             ValueError: the model has none.
         """
+        return load_tokenizer(model)
 
     def model_options(self, task: Task) -> dict[str, Any]:
-        """Return the options of `from_pretrained` that the task needs, such as `num_labels`."""
-        return {}
+        """Return the options of `from_pretrained` for a head with an output per class, or with one for regression."""
+        if task.labels is None:
+            return {"num_labels": 1, "problem_type": "regression"}
+        return {
+            "num_labels": len(task.labels),
+            "problem_type": "single_label_classification",
+            "label2id": {name: number for number, name in enumerate(task.labels)},
+            "id2label": dict(enumerate(task.labels)),
+        }
 
     def load_model(self, model: str, task: Task, processor: Any, folder: str | Path | None = None) -> nn.Module:
         """Load a pretrained model with a head for the task, in float32.
@@ -94,8 +101,10 @@ class Kind(ABC):
         """
 
     def check_features(self, features: Dataset, model: nn.Module, processor: Any) -> None:
-        """Raise ValueError for features that the model cannot read."""
-        return
+        """Raise ValueError for a token that the model has no embedding for."""
+        if "input_ids" in features.column_names:
+            for ids in features["input_ids"]:
+                check_token_ids(ids, model, processor)
 
     @abstractmethod
     def collator(self, processor: Any, length: int | None) -> Callable[[Rows], dict[str, Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from ..conversations import CONVERSATION_COLUMNS, prompt_conversation
 from ..library_logs import suppress_library_logs
 from ..metrics import check_finite, score
-from ..pretrained import check_length, load_tokenizer
+from ..pretrained import check_length
 from ..read import Row, check_columns
 from ..settings import DataArguments
 from ..task import Task
@@ -36,9 +35,9 @@ class LanguageKind(Kind):
     auto = AutoModelForCausalLM
     task_type = TaskType.CAUSAL_LM
 
-    def processor(self, model: str | Path) -> Any:
-        """Load the tokenizer."""
-        return load_tokenizer(model)
+    def model_options(self, task: Task) -> dict[str, Any]:
+        """Return no options: there is no head."""
+        return {}
 
     def features(self, task: Task, split: str, processor: Any, data: DataArguments) -> Dataset:
         """Tokenize a split and label the tokens to learn. Rows with nothing to learn in `max_length` are skipped."""
@@ -132,11 +131,6 @@ class LanguageKind(Kind):
                 prompt_conversation(row[column], f"{where}, line {row.line}, {column}")
             else:
                 check_columns([row], [column], where)
-
-    def check_features(self, features: Dataset, model: nn.Module, processor: Any) -> None:
-        """Raise ValueError for a token id that the model has no embedding for."""
-        for ids in features["input_ids"]:
-            check_token_ids(ids, model, processor)
 
 
 def _generation_ends(model: Any) -> set[int]:

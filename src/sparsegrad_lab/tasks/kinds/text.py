@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from ..metrics import predictions_of, score
-from ..pretrained import check_length, load_tokenizer
+from ..pretrained import check_length
 from ..settings import DataArguments
 from ..task import Task
 from .kind import Kind, Rows, check_token_ids
@@ -28,14 +27,6 @@ class TextKind(Kind):
     auto = AutoModelForSequenceClassification
     task_type = TaskType.SEQ_CLS
     heads = ("classifier", "score", "pooler", "pre_classifier", "classification_head")
-
-    def processor(self, model: str | Path) -> Any:
-        """Load the tokenizer."""
-        return load_tokenizer(model)
-
-    def model_options(self, task: Task) -> dict[str, Any]:
-        """Return the number of classes and their names."""
-        return class_options(task)
 
     def features(self, task: Task, split: str, processor: Any, data: DataArguments) -> Dataset:
         """Tokenize a split. Long rows are truncated, the longer text of a pair first. Nothing is written to disk."""
@@ -57,11 +48,6 @@ class TextKind(Kind):
                 f"remove such rows ({len(empty)} of {len(rows)})"
             )
         return features
-
-    def check_features(self, features: Dataset, model: nn.Module, processor: Any) -> None:
-        """Raise ValueError for a token id that the model has no embedding for."""
-        for ids in features["input_ids"]:
-            check_token_ids(ids, model, processor)
 
     def collator(self, processor: Any, length: int | None) -> Callable[[Rows], dict[str, Tensor]]:
         """Return transformers' collator."""
@@ -101,18 +87,6 @@ def text_logits(
         check_token_ids(batch["input_ids"].flatten().tolist(), model, tokenizer)
         found.append(model(**batch.to(device)).logits.float().cpu())
     return torch.cat(found).numpy()
-
-
-def class_options(task: Task) -> dict[str, Any]:
-    """Return the options of `from_pretrained` for a head with one output per class, or with one for regression."""
-    if task.labels is None:
-        return {"num_labels": 1, "problem_type": "regression"}
-    return {
-        "num_labels": len(task.labels),
-        "problem_type": "single_label_classification",
-        "label2id": {name: i for i, name in enumerate(task.labels)},
-        "id2label": dict(enumerate(task.labels)),
-    }
 
 
 def with_probabilities(rows: Sequence[dict[str, Any]], logits: np.ndarray[Any, Any], labels: Sequence[str]) -> Rows:
