@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from sparsegrad_peft.method.sizes import Sizes
 
@@ -21,6 +21,10 @@ class Lora(Method):
     summary = "PEFT's LoRA"
     learning_rate = 2e-3
     reads = LAYERS | LOOP | SIZES | {"adapter.rank"}
+
+    def without_effect(self, settings: Mapping[str, Any]) -> frozenset[str]:
+        """The sizes, if the rank is given: they only serve to find the matching rank."""
+        return frozenset() if settings.get("adapter.rank") is None else SIZES
 
     def adapt(self, model: nn.Module, setup: Setup) -> Adapted:
         """Add the adapter."""

@@ -6,7 +6,7 @@ To add a method, add a file with a subclass of `Method` and an instance of it na
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,6 +96,10 @@ class Method(ABC):
     def ignores(self, setting: str) -> bool:
         """True if the method does not read this setting (a dotted name as on the command line)."""
         return setting in OPTIONAL_SETTINGS - self.reads
+
+    def without_effect(self, settings: Mapping[str, Any]) -> frozenset[str]:
+        """Names of settings that the method reads and that others of these settings (by dotted name) replace."""
+        return frozenset()
 
     def problems(self, adapter: AdapterArguments, calibration: CalibrationArguments) -> list[str]:
         """What this method cannot run with, one message each."""

@@ -140,7 +140,10 @@ def _decisive_settings(config: Any, peft_config: Any) -> dict[str, Any]:
     if peft_config is not None:  # the content of the file decides, not its path
         return {**settings, "method": peft_config}
     method = METHODS.get(str(settings.get("method")))
-    return {name: value for name, value in settings.items() if method is None or not method.ignores(name)}
+    if method is None:
+        return settings
+    unused = method.without_effect(settings)
+    return {name: value for name, value in settings.items() if name not in unused and not method.ignores(name)}
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
