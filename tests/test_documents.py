@@ -130,7 +130,7 @@ def test_readme_commands_run_one_after_the_other(reader: Path, capsys: pytest.Ca
         if words[0] == "export":
             assert (reader / "runs" / "rte-as-lora" / "adapter_model.safetensors").is_file()
         if words[0] == "reproduce" and len(words) > 1:
-            assert "2 runs, 0 of them failed" in out
+            assert "2 runs, 0 failed" in out
 
 
 @pytest.mark.slow

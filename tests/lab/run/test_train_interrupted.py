@@ -70,7 +70,7 @@ def test_a_killed_run_resumes(
     # As in a terminal, even if the tests were started in the background, where Ctrl-C is ignored.
     heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 240
     while not any(map(is_complete, (run / "checkpoints").glob("checkpoint-*"))) and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.01)
