@@ -9,11 +9,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .overview import overview, parameters
+from .contents import contents_of
 from .scatter_plots import Plot, scatter_plots
 from .sections import Report
-from .tables import every_run, tables_of
-from .verdict import verdict
 
 _TEMPLATE = Path(__file__).parent / "page_template"
 
@@ -24,8 +22,8 @@ def render_page(report: Report, title: str) -> str:
     All text is escaped. A content security policy allows the page's own style and script, by their hashes, and images
     within the page; nothing else runs or is loaded.
     """
-    sections = report.sections
-    known = [run for section in sections for run in (*section.runs, *section.trials)]
+    contents = contents_of(report)
+    known = [run for section in report.sections for run in (*section.runs, *section.trials)]
     number = {id(run): position for position, run in enumerate(known)}
     style, script = ((_TEMPLATE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     environment = Environment(
@@ -39,18 +37,8 @@ def render_page(report: Report, title: str) -> str:
         script=script,
         policy=f"default-src 'none'; img-src data:; style-src {_source(style)}; script-src {_source(script)}; "
         "base-uri 'none'; form-action 'none'",
-        overview=overview(sections),
-        sections=[
-            {
-                "about": section,
-                "verdict": verdict(section),
-                "tables": tables_of(section),
-                "plots": [_as_image(plot) for plot in scatter_plots(section)],
-            }
-            for section in sections
-        ],
-        parameters=parameters() if any(section.experiment for section in sections) else None,
-        every_run=every_run(run for section in sections for run in section.runs),
+        contents=contents,
+        plots=[[_as_image(plot) for plot in scatter_plots(chapter.section)] for chapter in contents.chapters],
         runs=known,
         report=report,
     )

@@ -6,25 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..run.folder import write_whole
-from .overview import overview, parameters
+from .contents import contents_of
 from .page import render_page
 from .sections import Report, Section, safe_name
-from .tables import every_run, tables_of
-from .verdict import verdict
 
 
 def markdown(report: Report, title: str) -> str:
     """Verdict and tables of each section, and where the numbers come from."""
-    parts = [f"# {title}"]
-    if (summary := overview(report.sections)) is not None:
-        parts.append(f"## {summary.title}\n\n{summary.markdown()}")
-    for section in report.sections:
-        parts += [f"## {section.title}", section.question, bullets(verdict(section)), section.setting]
+    contents, parts = contents_of(report), [f"# {title}"]
+    if contents.overview is not None:
+        parts.append(f"## {contents.overview.title}\n\n{contents.overview.markdown()}")
+    for chapter in contents.chapters:
+        section = chapter.section
+        parts += [f"## {section.title}", section.question, bullets(chapter.verdict), section.setting]
         parts.append("\n".join(f"- `{method}`: {words}" for method, words in section.methods.items() if words))
-        parts += [f"### {table.title}\n\n{table.markdown()}" for table in tables_of(section).values()]
-    if any(section.experiment for section in report.sections):
-        table = parameters()
-        parts.append(f"## {table.title}\n\n{table.markdown()}")
+        parts += [f"### {table.title}\n\n{table.markdown()}" for table in chapter.tables.values()]
+    if contents.parameters is not None:
+        parts.append(f"## {contents.parameters.title}\n\n{contents.parameters.markdown()}")
     if report.unfinished:
         parts += ["## Not finished", bullets([str(folder) for folder in report.unfinished])]
     if report.rejected:
@@ -58,10 +56,10 @@ def write_report(report: Report, folder: Path, title: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "index.html", render_page(report, title))
     _write(folder / "results.md", markdown(report, title))
-    for section in report.sections:
-        for name, table in tables_of(section).items():
-            _write(folder / f"{safe_name(f'{section.name}-{name}')}.csv", table.csv())
-    _write(folder / "runs.csv", every_run(run for section in report.sections for run in section.runs).csv())
+    for chapter in contents_of(report).chapters:
+        for name, table in chapter.tables.items():
+            _write(folder / f"{safe_name(f'{chapter.section.name}-{name}')}.csv", table.csv())
+    _write(folder / "runs.csv", contents_of(report).every_run.csv())
 
 
 def _write(path: Path, text: str) -> None:

@@ -75,9 +75,9 @@ class Section:
         return f"Model {models}. Rows to train on (and to score on): {'; '.join(rows)}. {count} steps a run."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report:
-    """All that a report shows."""
+    """The results that a report is made of."""
 
     sections: list[Section]
     unfinished: tuple[Path, ...] = ()

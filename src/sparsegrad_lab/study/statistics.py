@@ -86,28 +86,36 @@ def by_unit(section: Section) -> dict[str, Section]:
 
 def common_seeds(section: Section) -> set[int]:
     """Seeds that every method with runs on all tasks has on each of them."""
-    scores = score_table(section.runs)
-    seeds = []
-    for method in section.methods:
-        own = scores[method].dropna() if method in scores else pd.Series(index=scores.index[:0])
-        if set(section.tasks) <= set(own.index.get_level_values("task")):
-            seeds += [set(own.loc[task].index) for task in section.tasks]
+    return _common_seeds(score_table(section.runs), section.tasks)
+
+
+def _common_seeds(scores: pd.DataFrame, tasks: Sequence[str]) -> set[int]:
+    with_run = {method: own[own.notna()].index for method, own in scores.items()}
+    seeds = [
+        {seed for task, seed in index if task == wanted}
+        for index in with_run.values()
+        if set(tasks) <= {task for task, _ in index}
+        for wanted in tasks
+    ]
     return set.intersection(*seeds) if seeds else set()
 
 
-def mean_of_tasks(section: Section, method: str) -> float:
-    """Mean over tasks of the means over seeds, of runs of one unit; nan unless the method has run on all tasks.
+def means_of_tasks(section: Section) -> dict[str, float]:
+    """Mean over tasks of each method's means over seeds, of runs of one unit; nan unless it has run on all tasks.
 
     Only the seeds of `common_seeds` count, if there are any. Otherwise a method would gain from a seed that is easy for
     all of them and that it alone has run.
     """
-    scores, seeds = score_table(section.runs), common_seeds(section)
-    if method not in scores:
-        return math.nan
-    own = scores[method]
-    if seeds:
-        own = own[own.index.get_level_values("seed").isin(seeds)]
-    return float(own.groupby(level="task").mean().reindex(section.tasks).mean(skipna=False))
+    scores = score_table(section.runs)
+    if seeds := _common_seeds(scores, section.tasks):
+        scores = scores[scores.index.get_level_values("seed").isin(seeds)]
+    by_task = scores.groupby(level="task").mean().reindex(index=section.tasks, columns=list(section.methods))
+    return {str(method): float(mean) for method, mean in by_task.mean(skipna=False).items()}
+
+
+def mean_of_tasks(section: Section, method: str) -> float:
+    """One method's entry of `means_of_tasks`."""
+    return means_of_tasks(section)[method]
 
 
 def at_last_evaluation(section: Section) -> Section:
@@ -122,15 +130,25 @@ def at_last_evaluation(section: Section) -> Section:
 
 def compare(runs: Sequence[Run], method: str, other: str) -> Comparison:
     """Compare two methods over all pairs of runs with the same task and seed; all runs of one unit."""
-    pairs = score_table(runs).reindex(columns=[method, other]).dropna()
-    difference = pairs[method] - pairs[other]
-    low, high, p = _paired_t_test(pairs[method], pairs[other])
-    of_tasks = pairs.groupby(level="task").mean()
+    return compare_all(runs, [method], other)[0]
+
+
+def compare_all(runs: Sequence[Run], methods: Iterable[str], other: str) -> list[Comparison]:
+    """Compare each of several methods with another, see `compare`."""
+    scores = score_table(runs)
     better = 1 if not runs or runs[0].higher_is_better else -1
-    return Comparison(
-        method, other, len(pairs), float(difference.mean()), low, high, p, int((better * difference > 0).sum()),
-        len(of_tasks), _paired_t_test(of_tasks[method], of_tasks[other])[2], runs[0].unit if runs else "points",
-    )  # fmt: skip
+    unit = runs[0].unit if runs else "points"
+    found = []
+    for method in methods:
+        pairs = scores.reindex(columns=[method, other]).dropna()
+        difference = pairs[method] - pairs[other]
+        low, high, p = _paired_t_test(pairs[method], pairs[other])
+        of_tasks = pairs.groupby(level="task").mean()
+        p_tasks = _paired_t_test(of_tasks[method], of_tasks[other])[2]
+        ahead = int((better * difference > 0).sum())
+        mean = float(difference.mean())
+        found.append(Comparison(method, other, len(pairs), mean, low, high, p, ahead, len(of_tasks), p_tasks, unit))
+    return found
 
 
 def _paired_t_test(first: pd.Series, second: pd.Series) -> tuple[float, float, float]:

@@ -12,7 +12,7 @@ from ..tasks.task import display_name
 from .cost_tables import costs, costs_by_task
 from .runs import Failure, Run
 from .sections import Section
-from .statistics import at_last_evaluation, by_unit, compare, mean_of_tasks
+from .statistics import at_last_evaluation, by_unit, compare_all, means_of_tasks
 from .table import Linked, Table
 
 _Found = TypeVar("_Found", Run, Failure)
@@ -70,8 +70,8 @@ def _mean_and_deviation(runs: list[Run]) -> str:
 
 
 def _means(section: Section) -> list[str]:
-    means = [mean_of_tasks(section, method) for method in section.methods]
-    return [section.runs[0].format(mean) if math.isfinite(mean) else "not all run" for mean in means]
+    means = means_of_tasks(section)
+    return [section.runs[0].format(mean) if math.isfinite(mean) else "not all run" for mean in means.values()]
 
 
 def comparisons(section: Section) -> Table:
@@ -83,10 +83,8 @@ def comparisons(section: Section) -> Table:
     rows = []
     for unit, part in units.items():
         show = partial(part.runs[0].format, digits=2, sign="+")
-        for method in section.methods:
-            if method == baseline:
-                continue
-            found = compare(part.runs, method, baseline)
+        others = [method for method in section.methods if method != baseline]
+        for method, found in zip(others, compare_all(part.runs, others, baseline), strict=True):
             tested = not math.isnan(found.p)
             row = [
                 f"{method}, {unit}" if unit != "points" else method, str(found.pairs),

@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from .sections import Section
-from .statistics import by_unit, common_seeds, compare, mean_of_tasks, score_table
+from .statistics import by_unit, common_seeds, compare_all, means_of_tasks, score_table
 
 
 def verdict(section: Section) -> list[str]:
@@ -23,12 +23,11 @@ def verdict(section: Section) -> list[str]:
         runs = f"{len(section.runs)} run{'s' if len(section.runs) > 1 else ''}"
         return [f"{runs} of {', '.join(methods)}; no comparison with {baseline} is possible.", *_missing(section)]
     parts = list(by_unit(section).values())
-    comparisons = [
-        str(compare(part.runs, method, baseline))
-        for part in parts
-        for method in methods
-        if method != baseline and {method, baseline} <= {run.method_name for run in part.runs}
-    ]
+    comparisons: list[str] = []
+    for part in parts:
+        here = {run.method_name for run in part.runs}
+        others = [method for method in methods if method in here - {baseline}] if baseline in here else []
+        comparisons += map(str, compare_all(part.runs, others, baseline))
     return [*(_ranking(part, methods) for part in parts), *comparisons, *_missing(section), *section.shared]
 
 
@@ -38,9 +37,9 @@ def _ranking(section: Section, methods: list[str]) -> str:
     If no method has run on all tasks, the tasks that all methods have run on.
     """
     first = section.runs[0]
-    means = {method: mean_of_tasks(section, method) for method in methods}
+    means = means_of_tasks(section)
     ranked = sorted(
-        ((mean, method) for method, mean in means.items() if not math.isnan(mean)), reverse=first.higher_is_better
+        ((means[method], method) for method in methods if not math.isnan(means[method])), reverse=first.higher_is_better
     )
     if not ranked:
         scores = score_table(section.runs).reindex(columns=methods).groupby(level="task").count().min(axis=1)
