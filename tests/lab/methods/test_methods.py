@@ -70,6 +70,13 @@ def test_what_an_adapter_trains(method: str, rest: str, ia3: str) -> None:
     assert found.density == (0.01 if method == "meprop" else None)
 
 
+def test_heads_are_saved_whole() -> None:
+    """With `rest: train` too: "bert.pooler" and not "bert.pooler.dense", which is what PEFT would save by itself."""
+    saved = adapted("lora", "train").model.peft_config["default"].modules_to_save
+    assert {"bert.pooler", "classifier"} <= set(saved)
+    assert "bert.embeddings.word_embeddings" in saved
+
+
 @pytest.mark.parametrize("rest", ["freeze", "train"])
 def test_what_full_trains(rest: str) -> None:
     model = adapted("full", rest).model

@@ -80,12 +80,13 @@ def modules_to_save(
     Raises:
         ValueError: two modules share a weight, which their copies would not.
     """
+    full_heads = head_modules(model, heads)
     if not train_rest:
-        return head_modules(model, heads)
+        return full_heads
     found: list[str] = []
     owner: dict[int, str] = {}
     for name, module in model.named_modules():
-        parameters = list(module.parameters(recurse=name in heads))  # PEFT saves a head whole
+        parameters = list(module.parameters(recurse=name in full_heads))  # PEFT saves a head whole
         inside = any(name.startswith(f"{other}.") for other in found)
         if not parameters or name in targets or inside:
             continue
