@@ -10,7 +10,7 @@ import pytest
 
 from sparsegrad_lab.bench.methods import METHODS
 from sparsegrad_lab.bench.settings import DEFAULT_METHODS, BenchArguments
-from sparsegrad_lab.bench.speed import check, measure, percentiles
+from sparsegrad_lab.bench.speed import _shapes, check, measure, percentiles
 from sparsegrad_lab.bench.workloads import WORKLOADS
 from sparsegrad_lab.cli.main import main
 
@@ -32,6 +32,14 @@ def test_a_run_gives_a_result_file(tmp_path: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "sparsegrad" in shown
     assert f"written: {path}" in shown
+
+
+def test_shapes_and_live_tokens() -> None:
+    """Eight sequences of 16, 32, ..., 128 tokens."""
+    shapes, live = _shapes(BenchArguments(workload="bert-base-padded", tokens=1024), layers=2)
+    assert shapes == [(3072, 768), (768, 3072)] * 2
+    assert live == sum(range(16, 129, 16))
+    assert _shapes(BenchArguments(workload="llama-long", tokens=64), layers=1)[1] == 64
 
 
 def test_defaults_are_methods_that_exist() -> None:
