@@ -117,6 +117,8 @@ def _print_help() -> None:
     console.print(table)
     console.print("\n  sparsegrad VERB --help       options and an example")
     console.print("  sparsegrad VERB --traceback  show the traceback of an error\n")
+    codes = ", ".join(f"{code.value} {code.name.lower().replace('_', ' ')}" for code in ExitCode)
+    console.print(f"Exit codes: {codes}\n")
     console.print("Start here (minutes, no download):\n  sparsegrad demo")
 
 

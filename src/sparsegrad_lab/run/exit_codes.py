@@ -53,4 +53,7 @@ def status_of(returncode: int) -> str:
     """
     if returncode < 0:
         return ExitCode.INTERRUPTED.status
-    return ExitCode(returncode).status if returncode in ExitCode._value2member_map_ else ExitCode.FAILED.status
+    try:
+        return ExitCode(returncode).status
+    except ValueError:  # not a code of this command
+        return ExitCode.FAILED.status

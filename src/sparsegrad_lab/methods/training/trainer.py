@@ -1,4 +1,14 @@
-"""The trainer of a run, which methods specialise."""
+"""The trainer of a run, which methods specialise.
+
+The trainers here override private methods of `transformers.Trainer` (5.5 to 5.23), for which it has no hook:
+
+_get_train_sampler              an order of the rows that a resumed run repeats
+_save_checkpoint                errors of a full disk that name the checkpoint
+_load_best_model                a run folder that was moved
+_clip_grad_norm                 method literal: COO gradients
+_load_from_checkpoint           method literal: layers that the checkpoint holds and a new model does not
+_load_optimizer_and_scheduler   method galore: objects in the optimizer's state
+"""
 
 from __future__ import annotations
 
