@@ -15,6 +15,7 @@ from transformers import Trainer
         ("_save_checkpoint", ["model", "trial"]),
         ("_load_best_model", []),
         ("_clip_grad_norm", ["model"]),
+        ("_get_grad_norm", ["model", "grad_norm"]),
         ("_load_from_checkpoint", ["resume_from_checkpoint", "model"]),
         ("_load_optimizer_and_scheduler", ["checkpoint"]),
     ],

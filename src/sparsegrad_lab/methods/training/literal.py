@@ -5,6 +5,7 @@ model ──► calibrate ──► LiteralSparseGradLinear ──► training �
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,13 +80,20 @@ class LiteralTrainer(MethodTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip by the norm of all gradients, and return it. PyTorch's function refuses COO gradients."""
+        return self._clip(model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
+        """The norm for the log. It is None if gradients are not clipped."""
+        return self._clip(model, math.inf) if grad_norm is None else grad_norm
+
+    def _clip(self, model: nn.Module, max_norm: float) -> Tensor:
         self.accelerator.unscale_gradients()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         # A COO gradient comes from one backward pass, in which no position occurs twice.
         values = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
         device = values[0].device
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value).to(device) for value in values]))
-        scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for value in values:
             value.mul_(scale.to(value.device))
         return norm

@@ -6,6 +6,7 @@ _get_train_sampler              an order of the rows that a resumed run repeats
 _save_checkpoint                errors of a full disk that name the checkpoint
 _load_best_model                a run folder that was moved
 _clip_grad_norm                 method literal: COO gradients
+_get_grad_norm                  the same, where gradients are not clipped
 _load_from_checkpoint           method literal: layers that the checkpoint holds and a new model does not
 _load_optimizer_and_scheduler   method galore: objects in the optimizer's state
 """
