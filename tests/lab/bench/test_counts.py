@@ -32,7 +32,9 @@ def test_counted_is_computed(method: str, tokens: int) -> None:
     with counted() as counter:
         found.step()
     shapes = [(64, 32), (32, 64)]
-    assert counter.get_total_flops() == 2 * multiply_adds(method, shapes, tokens, tokens, Sizes(narrow=8, wide=4, neurons=True))
+    assert counter.get_total_flops() == 2 * multiply_adds(
+        method, shapes, tokens, tokens, Sizes(narrow=8, wide=4, neurons=True)
+    )
 
 
 def test_counted_is_computed_with_selection_in_the_basis() -> None:
