@@ -69,27 +69,10 @@ def reproduce(
     grid = Grid([cell for experiment in experiments for cell in experiment.cells() if keep(cell)], places)
     grid.check()
     grid.open()
-    if retry:
-        grid.forget_failures()
-    grid.forget_outdated(retry)
-    grid.share_results()
-    progress = progress or GridProgress()
-    waiting = False
-    while True:
-        grid.fetch_results()
-        left = [cell for cell in grid.cells if cell.name not in grid.results]
-        progress.advance(len(grid.cells) - len(left), len(grid.cells))
-        if not left:
-            if grid.forget_outdated(retry):  # the search found another learning rate
-                continue
-            return {cell.name: grid.results.read(cell.name) for cell in grid.cells}
-        if any(grid.run(cell, threads, progress) for cell in left):
-            waiting = False
-            continue
-        if not waiting:
-            progress.waiting(left)
-        waiting = True
-        time.sleep(_POLL)
+    try:
+        return grid.work_off(threads, retry, progress or GridProgress())
+    finally:
+        grid.close()
 
 
 class Grid:
@@ -129,6 +112,34 @@ class Grid:
         (self.places.runs / STUDY_MARKS[0]).touch()
         self.shared = SharedRuns(self.places.storage) if self.places.storage else None
         self.locks = Locks(self.places.runs, self.shared)
+
+    def close(self) -> None:
+        """Close the connection to the database."""
+        if self.shared is not None:
+            self.shared.close()
+
+    def work_off(self, threads: int | None, retry: bool, progress: GridProgress) -> dict[str, dict[str, Any]]:
+        """Do the runs and wait for those of others, see `reproduce`."""
+        if retry:
+            self.forget_failures()
+        self.forget_outdated(retry)
+        self.share_results()
+        waiting = False
+        while True:
+            self.fetch_results()
+            left = [cell for cell in self.cells if cell.name not in self.results]
+            progress.advance(len(self.cells) - len(left), len(self.cells))
+            if not left:
+                if self.forget_outdated(retry):  # the search found another learning rate
+                    continue
+                return {cell.name: self.results.read(cell.name) for cell in self.cells}
+            if any(self.run(cell, threads, progress) for cell in left):
+                waiting = False
+                continue
+            if not waiting:
+                progress.waiting(left)
+            waiting = True
+            time.sleep(_POLL)
 
     def forget_failures(self) -> None:
         """Remove results of failed runs. A killed run keeps its folder, and goes on from its last checkpoint."""

@@ -156,6 +156,11 @@ class SharedRuns:
 
         self.study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"run": name, "forget": True}))
 
+    def close(self) -> None:
+        """Close the connections to the database."""
+        self.storage.remove_session()
+        self.storage.engine.dispose()
+
     def results(self) -> dict[str, dict[str, Any]]:
         """Name -> result of the finished runs."""
         results: dict[str, dict[str, Any]] = {}

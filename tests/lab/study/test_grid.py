@@ -217,6 +217,8 @@ def test_a_shared_storage_writes_only_results_of_these_runs(name: str, load: Any
         shared.finish(trial, {"task": "a", "method": "b", "seed": "../c", "score": 1})
     with pytest.raises(ValueError, match=f"shared.db, result of {cell.name}: seed: Input should be a valid integer"):
         grid.fetch_results()
+    grid.close()
+    shared.close()
 
 
 @pytest.mark.parametrize(
