@@ -266,11 +266,14 @@ def _rates_of(source: str, scale: str, folder: Path, where: str) -> tuple[float,
 
 
 @cache  # a study reads each file hundreds of times
-def _parsed(path: Path) -> Any:
+def _parsed(path: Path, modified_ns: int) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def _read(path: Path) -> dict[str, Any]:
     """Content of a YAML file; empty if it does not exist."""
-    content: dict[str, Any] = copy.deepcopy(_parsed(path)) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    # By its absolute path: the same relative one is another file after a change of the working directory.
+    content: dict[str, Any] = copy.deepcopy(_parsed(path.absolute(), path.stat().st_mtime_ns))
     return content or {}

@@ -148,3 +148,19 @@ def test_each_method_trains(name: str, method: str, models: dict[str, Path], row
     assert result["steps"] == 2
     assert result["trained_entries"]["adapter"] > 0
     assert json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8")) == result
+
+
+def test_the_same_relative_folder_elsewhere_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are parsed once, by absolute path and time: not by a name that the working directory decides."""
+    for place, title in (("here", "First"), ("there", "Second")):
+        folder = tmp_path / place / "experiments" / "mine"
+        folder.mkdir(parents=True)
+        (folder / "experiment.yaml").write_text(
+            f"title: {title}\nquestion: Which?\ntasks: [files]\nmethods: {{lora: {{learning_rates: [0.001]}}}}\n",
+            encoding="utf-8",
+        )
+    titles = []
+    for place in ("here", "there"):
+        monkeypatch.chdir(tmp_path / place)
+        titles.append(load_experiment("mine", folder=Path("experiments")).title)
+    assert titles == ["First", "Second"]
