@@ -163,7 +163,7 @@ def _run_trial(
         shutil.rmtree(single.output, ignore_errors=True)
         say(f"{name}: {code.status}")
         return
-    score = sum(result["score"] for result in results) / len(results)
+    score = sum(result["selection_score"] for result in results) / len(results)
     trial.set_user_attr("score", score)
     trial.set_user_attr("seconds", sum(result["training"]["seconds"] for result in results))
     for weights in (*Path(single.output).rglob("adapter"), *Path(single.output).rglob("model")):

@@ -169,7 +169,8 @@ def _describe(
         "metrics": task.metrics,
         "rows": {split: len(rows) for split, rows in inputs.features.items()},
         "metric": task.main_metric,
-        "score": scores[task.evaluation_splits[0]][task.main_metric],
+        "score": scores[task.scored_split][task.main_metric],
+        "selection_score": scores[task.evaluation_splits[0]][task.main_metric],
         "scores": scores,
         "steps": state.global_step,
         "evaluations": [

@@ -6,7 +6,7 @@ Settings come from `default.yaml`, its scale, the experiment, its scale and the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, reduce
 from importlib.resources import files
@@ -37,16 +37,23 @@ class Variant(_Spec):
     settings: dict[str, Any] = {}
     learning_rates: tuple[float, ...] = ()
     "a trial for each on every task; the runs use the best"
+    seeds: tuple[int, ...] | None = None
+    "seeds of its own; None: the experiment's"
     rates_of: str | None = None
     "EXPERIMENT/METHOD whose search gives the learning rate, in place of a search of its own"
     searched_rates: tuple[float, ...] = ()
-    "learning rates of that search, or of its own; not to be set"
+    "learning rates with which that search, or its own, starts; not to be set"
+    most_rates: int | None = None
+    "`Search.most_rates` of that search, or of its own; not to be set"
 
 
 class Search(_Spec):
     """What is different for the runs that try learning rates."""
 
     seed: int = 100
+    most_rates: int | None = None
+    """while the best learning rate is the lowest or the highest of those tried, try the next one, up to this number;
+    None: only those that are given"""
     settings: dict[str, Any] = {}
     task_settings: dict[str, dict[str, Any]] = {}
 
@@ -85,11 +92,13 @@ class Experiment(_Spec):
                 for method, variant in self.methods.items():
                     for rate in variant.learning_rates:
                         yield Cell(self, model, task, method, self.search.seed, rate)
-        for seed in self.seeds:
+        own = {method: variant.seeds or self.seeds for method, variant in self.methods.items()}
+        for seed in sorted(set().union(*own.values())):
             for model in self.models:
                 for task in self.tasks:
                     for method in self.methods:
-                        yield Cell(self, model, task, method, seed, None)
+                        if seed in own[method]:
+                            yield Cell(self, model, task, method, seed, None)
 
 
 @dataclass(frozen=True)
@@ -116,13 +125,10 @@ class Cell:
             return f"{self._search_of(f'{self.experiment.name}/{self.method}')}{self.trial:g}"
         return f"{self.experiment.name}/{self._model_and_task}/{self.method}-{self.seed}"
 
-    @property
-    def searched(self) -> dict[str, float]:
-        """Name -> learning rate of the runs that decide its learning rate. Empty for those runs themselves."""
-        if self.trial is not None:
-            return {}
+    def trials(self, rates: Iterable[float]) -> dict[str, float]:
+        """Name -> learning rate of runs of its search."""
         search = self._search_of(self.variant.rates_of or f"{self.experiment.name}/{self.method}")
-        return {f"{search}{rate:g}": rate for rate in self.variant.searched_rates}
+        return {f"{search}{rate:g}": rate for rate in rates}
 
     @property
     def _model_and_task(self) -> str:
@@ -143,7 +149,7 @@ class Cell:
         return reduce(merged, [*parts, {"model": self.model, "task": self.task, "seeds": [self.seed]}], {})
 
 
-_NOT_SET = {"name", "scale", "searched_rates"}
+_NOT_SET = {"name", "scale", "searched_rates", "most_rates"}
 "Fields that are no keys of the files."
 
 
@@ -190,8 +196,9 @@ def load_experiment(name: str, scale: str | None = "cpu", folder: Path = SHIPPED
     own_scales = own.pop("scales", {})
     settings = reduce(merged, [default, scales[scale] or {}, own, own_scales.get(scale) or {}])
     methods = settings.get("methods") or {}
+    most = (settings.get("search") or {}).get("most_rates")
     settings["methods"] = {
-        key: _method(value or {}, key, where, folder / name, scale) for key, value in methods.items()
+        key: _method(value or {}, key, where, folder / name, scale, most) for key, value in methods.items()
     }
     try:
         experiment = Experiment.model_validate({**settings, "name": name, "scale": scale})
@@ -235,34 +242,35 @@ def _check(experiment: Experiment, where: str) -> None:
             raise ValueError(f"{where}: expected models with a name, found {model!r}; name the model's own folder")
 
 
-def _method(given: dict[str, Any], name: str, where: str, folder: Path, scale: str) -> dict[str, Any]:
+def _method(given: dict[str, Any], name: str, where: str, folder: Path, scale: str, most: int | None) -> dict[str, Any]:
     """A method's keys, with the path of its PEFT config and the rates of its search."""
     config = folder / str((given.get("settings") or {}).get("method", ""))
     if config.suffix == ".json":
         given = merged(given, {"settings": {"method": str(config)}})
-    source, own = given.get("rates_of"), given.get("learning_rates", ())
-    rates = _rates_of(source, scale, folder.parent, where) if source else own
-    return {"words": name, **given, "searched_rates": rates}
+    source = given.get("rates_of")
+    rates, most = _rates_of(source, scale, folder.parent, where) if source else (given.get("learning_rates", ()), most)
+    return {"words": name, **given, "searched_rates": rates, "most_rates": most}
 
 
-def _rates_of(source: str, scale: str, folder: Path, where: str) -> tuple[float, ...]:
-    """Learning rates that a method of another experiment tries.
+def _rates_of(source: str, scale: str, folder: Path, where: str) -> tuple[tuple[float, ...], int | None]:
+    """Learning rates that a method of another experiment tries first, and that experiment's `Search.most_rates`.
 
     Raises:
         ValueError: there is no such experiment or method, or it has no search of its own.
     """
     experiment, _, name = source.partition("/")
-    rates = None
+    rates = most = None
     if experiment in experiment_names(folder, scale):
         own = _read(folder / experiment / "experiment.yaml")
-        methods = merged(own, own.get("scales", {}).get(scale, {})).get("methods", {})
-        rates = (methods.get(name) or {}).get("learning_rates")
+        other = merged(own, own.get("scales", {}).get(scale) or {})
+        rates = ((other.get("methods") or {}).get(name) or {}).get("learning_rates")
+        most = (other.get("search") or {}).get("most_rates")
     if not rates:
         raise ValueError(
             f"{where}: rates_of: expected EXPERIMENT/METHOD, a method that has learning_rates at scale {scale}; "
             f"found {source}"
         )
-    return tuple(float(rate) for rate in rates)  # YAML reads 1e-3 as a string
+    return tuple(float(rate) for rate in rates), most  # YAML reads 1e-3 as a string
 
 
 @cache  # a study reads each file hundreds of times

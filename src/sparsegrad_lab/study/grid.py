@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,9 @@ class Grid:
         names = {cell.name for cell in self.cells}
         checked: set[str] = set()
         for cell in self.cells:
-            missing = [name for name in cell.searched if name not in names and name not in self.results]
-            if missing:
+            own_search = names.issuperset(cell.trials(cell.variant.searched_rates))  # it ends before the run starts
+            missing = [] if own_search else [name for name in self.results.search(cell) if name not in self.results]
+            if cell.trial is None and missing:
                 raise ValueError(
                     f"{cell.name} takes its learning rate from a search that has no result for {', '.join(missing)} in "
                     f"{self.results.folder}; run it first: sparsegrad reproduce {missing[0].split('/')[0]}"
@@ -127,6 +128,7 @@ class Grid:
         waiting = False
         while True:
             self.fetch_results()
+            self.add_trials()
             left = [cell for cell in self.cells if cell.name not in self.results]
             progress.advance(len(self.cells) - len(left), len(self.cells))
             if not left:
@@ -140,6 +142,17 @@ class Grid:
                 progress.waiting(left)
             waiting = True
             time.sleep(_POLL)
+
+    def add_trials(self) -> None:
+        """Add the trials that the results of a search ask for."""
+        names, cells = {cell.name for cell in self.cells}, []
+        for cell in self.cells:
+            cells.append(cell)
+            for name, rate in self.results.search(cell).items() if cell.trial is not None else ():
+                if name not in names:
+                    names.add(name)
+                    cells.append(replace(cell, trial=rate))
+        self.cells = cells
 
     def forget_failures(self) -> None:
         """Remove results of failed runs. A killed run keeps its folder, and goes on from its last checkpoint."""
@@ -185,7 +198,7 @@ class Grid:
         """Write the database's results of these runs and of their searches. What else is in it is not written."""
         if self.shared is None:
             return
-        wanted = {name for cell in self.cells for name in (cell.name, *cell.searched)}
+        wanted = {name for cell in self.cells for name in (cell.name, *self.results.search(cell))}
         for name, result in self.shared.results().items():
             if name in wanted and name not in self.results:
                 try:

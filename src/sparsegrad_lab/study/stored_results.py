@@ -61,15 +61,39 @@ class StoredResults:
     def learning_rate(self, cell: Cell) -> float | None:
         """Learning rate of a run: the one that it tries, or the best of its search.
 
-        None if the run has no search, or the search is not finished, see `search_finished`. Of equal scores, as where
-        nothing was learnt, the trial with the lowest training loss wins. If all trials failed, the lowest rate wins.
+        None if the run has no search, or the search is not finished, see `search_finished`.
         """
-        if cell.trial is not None or not cell.searched or not self.search_finished(cell):
+        if cell.trial is not None or not cell.variant.searched_rates or not self.search_finished(cell):
             return cell.trial
+        return self._best(self.search(cell))
+
+    def search(self, cell: Cell) -> dict[str, float]:
+        """Name -> learning rate of the trials in the search of a run, or of a trial.
+
+        These are the given learning rates, and those that the results ask for: while the best one is the lowest or the
+        highest, the next one in the same ratio, up to `Search.most_rates`.
+        """
+        rates = sorted(cell.variant.searched_rates)
+        while 1 < len(rates) < (cell.variant.most_rates or 0) and self._all_there(cell.trials(rates)):
+            best = self._best(cell.trials(rates))
+            if best == rates[0]:
+                rates.insert(0, _next(rates[1], rates[0]))
+            elif best == rates[-1]:
+                rates.append(_next(rates[-2], rates[-1]))
+            else:
+                break
+        return cell.trials(rates)
+
+    def _best(self, trials: dict[str, float]) -> float:
+        """The learning rate with the best score on the rows that select.
+
+        Of equal scores, as where nothing was learnt, the trial with the lowest training loss wins. If all trials
+        failed, the lowest rate wins.
+        """
         quality = {}
-        for name, rate in cell.searched.items():
+        for name, rate in trials.items():
             trial = self.read(name)
-            score, loss = trial.get("score"), trial.get("training_loss_last_sixth")
+            score, loss = trial.get("selection_score", trial.get("score")), trial.get("training_loss_last_sixth")
             if trial["status"] != "finished" or not isinstance(score, (int, float)):
                 quality[rate] = (-math.inf, -math.inf)
                 continue
@@ -78,8 +102,11 @@ class StoredResults:
         return max(sorted(quality), key=quality.__getitem__)
 
     def search_finished(self, cell: Cell) -> bool:
-        """Whether all runs of its search have results; True without a search."""
-        return all(name in self for name in cell.searched)
+        """Whether all runs of its search have results; True without a search, and for a trial."""
+        return cell.trial is not None or self._all_there(self.search(cell))
+
+    def _all_there(self, names: Iterable[str]) -> bool:
+        return all(name in self for name in names)
 
     def outdated(self, cells: Iterable[Cell]) -> list[tuple[Cell, str]]:
         """Results with other settings than their runs have now, or another learning rate than their search found.
@@ -114,6 +141,11 @@ class StoredResults:
             if wanted == _given(_decisive_settings(result.get("config"), result.get("adapter_config"))):
                 return {**result, "same_as": path.relative_to(self.folder).as_posix()}
         return None
+
+
+def _next(before: float, last: float) -> float:
+    """The next learning rate after two, in the same ratio, with two digits."""
+    return float(f"{last * last / before:.2g}")
 
 
 def adapter_config(method: str) -> dict[str, Any] | None:

@@ -24,4 +24,5 @@ def load_task(name: str, data: DataArguments | None = None) -> Task:
     if data.metrics:
         task = replace(task, metrics=tuple(data.metrics))
     check_metrics(task.metrics, task.labels, task.kind)
-    return task.limited(data.train_rows, data.validation_rows)
+    task = task.limited(data.train_rows, data.validation_rows)
+    return task if data.development_share is None else task.with_development_split(data.development_share)

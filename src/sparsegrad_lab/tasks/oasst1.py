@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 HUB_NAME = "OpenAssistant/oasst1"
 COLUMN = "conversation"
-_HELD_OUT = 10  # one tree in ten is held out if there are no validation files
+_HELD_OUT = 0.1  # share of the trees that is evaluated if there are no validation files
 _NEEDED = ("message_id", "text", "role")
 
 Tree = list[dict[str, Any]]
 """The messages of a tree in the order of the file, each with its parent's id."""
 
 
-def load_oasst1(folder: str | Path | None = None, language: str | None = None) -> Task:
+def load_oasst1(folder: str | Path | None = None, language: str | None = None, val_size: float | None = None) -> Task:
     """Load conversations, in the column "conversation"; the assistant's messages are learnt.
 
     Files with "validation" in their names are evaluation rows, the others training rows. A tree in both is not trained
@@ -39,6 +39,7 @@ def load_oasst1(folder: str | Path | None = None, language: str | None = None) -
     Args:
         folder: see `find_folder`; None: the folder in the environment variable SPARSEGRAD_DATA, else the hub.
         language: skip messages in other languages, and their answers.
+        val_size: share of all trees that is evaluated; None: by the names of the files.
 
     Raises:
         FileNotFoundError: there are no such files, or the hub cannot be reached.
@@ -54,8 +55,10 @@ def load_oasst1(folder: str | Path | None = None, language: str | None = None) -
         source, trees = str(files), _from_folder(files)
     validation, train = trees["validation"], trees["train"]
     train = {name: tree for name, tree in train.items() if name not in validation}
-    if not train or not validation:
-        train, validation = _held_out(train or validation)
+    if val_size is not None:
+        train, validation = _held_out({**train, **validation}, val_size)
+    elif not train or not validation:
+        train, validation = _held_out(train or validation, _HELD_OUT)
     splits = {}
     for split, found in (("train", train), ("validation", validation)):
         conversations = [turns(texts) for tree in found.values() if (texts := best_path(tree, language))]
@@ -174,10 +177,13 @@ def from_messages(messages: Iterable[dict[str, Any]]) -> dict[str, Tree]:
     return trees
 
 
-def _held_out(trees: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]:
-    """Return training and held-out trees, split by a hash of their ids, so that the order of files does not matter."""
+def _held_out(trees: dict[str, Tree], share: float) -> tuple[dict[str, Tree], dict[str, Tree]]:
+    """Return training trees and a share of held-out trees.
+
+    A hash of the tree's id decides, so the order of the files does not matter.
+    """
     names = sorted(trees, key=lambda name: hashlib.sha256(name.encode()).digest())
-    held = set(names[: max(1, len(names) // _HELD_OUT)])
+    held = set(names[: max(1, int(len(names) * share))])
     return (
         {name: tree for name, tree in trees.items() if name not in held},
         {name: tree for name, tree in trees.items() if name in held},

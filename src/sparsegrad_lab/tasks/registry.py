@@ -80,7 +80,7 @@ TASKS: dict[str, TaskSource] = {
     ),
     **_GLUE,
     "oasst1": TaskSource(
-        LANGUAGE, "oasst1.load_oasst1", ("folder", "language"), features=("template",),
+        LANGUAGE, "oasst1.load_oasst1", ("folder", "language", "val_size"), features=("template",),
         check=partial(_check_folder, oasst1.find_folder),
     ),
     "text": TaskSource(

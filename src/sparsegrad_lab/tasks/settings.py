@@ -41,6 +41,12 @@ class DataArguments:
     "train on a random sample of this size, the same in each run; default: all rows"
     validation_rows: int | None = None
     "evaluate on a random sample of this size; default: all rows"
+    development_share: float | None = None
+    """share of the evaluation rows, the same rows in each run, that selects the best evaluation; only the other rows
+    are scored; default: all rows select and are scored"""
+    val_size: float | None = None
+    """oasst1: evaluate on this share of the conversations and train on the others, whichever files they are from;
+    default: the files with "validation" in their names"""
     max_length: int = 128
     "maximum number of tokens per row; longer rows are truncated"
     language: str | None = None
@@ -79,6 +85,10 @@ class DataArguments:
             problems.append(f"data.labels: expected at least two classes, found {len(self.labels)}")
         if (repeated := repeated_class(self.labels or ())) is not None:
             problems.append(f"data.labels: expected different classes, found {repeated!r} twice")
+        for name in ("development_share", "val_size"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                problems.append(f"data.{name} must be between 0 and 1, found {value:g}")
         for name in ("train_rows", "validation_rows", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:

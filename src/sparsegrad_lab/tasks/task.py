@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 TEXT, LANGUAGE, IMAGES = "text classification", "causal language modelling", "image classification"
 """Kinds of task. Text regression belongs to the first kind."""
 
+DEVELOPMENT = "development"
+"""Evaluation split that selects the best evaluation, where another one is scored."""
+
 LOSSES = ("loss", "perplexity")
 """Metrics for which lower is better."""
 
@@ -41,8 +44,13 @@ class Task:
 
     @property
     def evaluation_splits(self) -> list[str]:
-        """All splits except "train"."""
+        """All splits except "train". The first one selects the best evaluation."""
         return [name for name in self.splits if name != "train"]
+
+    @property
+    def scored_split(self) -> str:
+        """The evaluation split that gives a run its score."""
+        return next(name for name in self.evaluation_splits if name != DEVELOPMENT)
 
     @property
     def main_metric(self) -> str:
@@ -57,6 +65,25 @@ class Task:
             whole = limit is None or limit >= len(data)
             splits[name] = data if whole else data.shuffle(seed=0).select(range(limit))  # type: ignore[arg-type]
         return replace(self, splits=splits)
+
+    def with_development_split(self, share: float) -> Task:
+        """Return the task with a random share of the first evaluation split, the same in each run, as "development".
+
+        Raises:
+            ValueError: one of both parts would be empty.
+        """
+        name = self.evaluation_splits[0]
+        rows = self.splits[name].shuffle(seed=0)
+        count = round(share * len(rows))
+        if not 0 < count < len(rows):
+            raise ValueError(
+                f"data.development_share: expected rows to select and rows to score, found {len(rows)} rows in split "
+                f"{name} and a share of {share:g}"
+            )
+        parts = {DEVELOPMENT: rows.select(range(count)), name: rows.select(range(count, len(rows)))}
+        others = {other: data for other, data in self.splits.items() if other not in ("train", name)}
+        train = {"train": self.splits["train"]} if "train" in self.splits else {}
+        return replace(self, splits={**train, **parts, **others})
 
     def with_label_order(self, labels: Sequence[str]) -> Task:
         """Return the task with its classes numbered in another order.

@@ -170,6 +170,21 @@ def test_result_fields(finished_run: Path) -> None:
     assert (finished_run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_other_rows_select_than_are_scored(arguments: Arguments, tmp_path: Path) -> None:
+    """Each evaluation row does one of both, and the best evaluation is that of the rows that select."""
+    (result,) = train(arguments(tmp_path / "run", "--data.development_share", "0.25"), progress=False)
+    assert result["rows"] == {"train": N_TRAIN, "development": N_DEV // 4, "validation": N_DEV - N_DEV // 4}
+    assert result["score"] == result["scores"]["validation"]["accuracy"]
+    best = max(found["accuracy"] for found in result["evaluations"])
+    assert result["selection_score"] == result["scores"]["development"]["accuracy"] == best
+    assert evaluate(tmp_path / "run")["validation"]["accuracy"] == result["score"]
+    whole = load_task("files", arguments(tmp_path / "other").data).splits["validation"]
+    split = load_task("files", arguments(tmp_path / "other", "--data.development_share", "0.25").data).splits
+    assert sorted([*split["development"]["text"], *split["validation"]["text"]]) == sorted(whole["text"])
+    with pytest.raises(ValueError, match=r"expected rows to select and rows to score, found 24 rows .* of 0\.01"):
+        train(arguments(tmp_path / "none", "--data.development_share", "0.01"), progress=False)
+
+
 def test_last_sixth() -> None:
     log = [{"step": step, "loss": float(step)} for step in range(1, 13)] + [{"step": 12, "eval_loss": 100.0}]
     assert last_sixth(log) == 11.5

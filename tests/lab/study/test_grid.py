@@ -59,7 +59,7 @@ def test_grid_search_best_and_again(load: Any, places: Places) -> None:
 
     # The search would give another rate now: what ran with the old one is named, and with retry run again.
     worse = result_file(places, next(name for name in results if name.endswith(f"sparsegrad-lr{best:g}")))
-    worse.write_text(json.dumps({**read(worse), "score": -1.0}), encoding="utf-8")
+    worse.write_text(json.dumps({**read(worse), "selection_score": -1.0}), encoding="utf-8")
     new = 1e-3 if best == 1e-2 else 1e-2
     words = rf"1 results.*sparsegrad-0\.json \(training\.learning_rate {best:g}, now {new:g}\).*--retry"
     with pytest.raises(ValueError, match=words):

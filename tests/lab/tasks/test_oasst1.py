@@ -105,6 +105,16 @@ def test_one_file_is_split_by_trees(name: str, tmp_path: Path) -> None:
     assert len(second["train"]) == 36
 
 
+def test_val_size_pools_the_files(tmp_path: Path) -> None:
+    letters = [chr(ord("A") + number) for number in range(40)]
+    write(tmp_path, "validation.jsonl", [m for letter in letters[:10] for m in tree(letter)])
+    write(tmp_path, "other.jsonl", [m for letter in letters[10:] for m in tree(letter)])
+    splits = load_oasst1(tmp_path, val_size=0.25).splits
+    found = {split: {row[0]["content"] for row in rows["conversation"]} for split, rows in splits.items()}
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 30, "validation": 10}
+    assert found["train"] | found["validation"] == set(letters)
+
+
 def test_messages_of_the_hub() -> None:
     found = from_messages([*tree("a"), *tree("b")])
     assert {name: best_path(messages)[0] for name, messages in found.items()} == {"a": "a", "b": "b"}
