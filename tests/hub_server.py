@@ -2,11 +2,13 @@
 
     ROOT/models/NAMESPACE/NAME/...      ROOT/datasets/NAMESPACE/NAME/...
 
-What it knows of the protocol: a repository's description, its list of files, and the files, each with commit and hash.
+What it knows of the protocol: a repository's description, its list of files, and the files, each with commit and hash;
+creating a repository, and uploading to it. The token "reader" may not create one.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -43,9 +45,48 @@ class _Hub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.asked.append(f"{self.command} {self.path}")
-        wanted = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+        body = self._read().decode()
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        repository = self.root.joinpath(*parts[1:4])
+        if self.headers.get("Authorization") == "Bearer reader" and parts[1] == "repos":
+            self._refuse("", 403)
+        elif parts[1] in ("repos", "validate-yaml") or parts[4:5] in (["preupload"], ["commit"]):
+            self._write(parts, body)
+        else:
+            self._send_paths(self.root.joinpath(*parts[1:4]), parse_qs(body)["paths"])
+
+    def _read(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def _write(self, parts: list[str], body: str) -> None:
+        """Create a repository, or upload to it: first what is to come, then a commit with the files' content."""
+        if parts[1] == "repos":
+            name = json.loads(body)
+            name = f"{name.get('organization') or 'me'}/{name['name']}"
+            (self.root / "models" / name).mkdir(parents=True, exist_ok=True)
+            found: Any = {"url": f"http://{self.headers['Host']}/{name}", "name": name}
+        elif parts[1] == "validate-yaml":
+            found = {"errors": [], "warnings": []}
+        elif parts[4] == "preupload":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            found = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+        else:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    path = self.root.joinpath(*parts[1:4], line["value"]["path"])
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(base64.b64decode(line["value"]["content"]))
+            url = f"http://{self.headers['Host']}/{parts[2]}/{parts[3]}/commit/{COMMIT}"
+            found = {"commitUrl": url, "commitOid": COMMIT, "success": True}
+        self._send(json.dumps(found).encode())
+
+    def _send_paths(self, repository: Path, wanted: list[str]) -> None:
         self._send(
             json.dumps([_entry(repository, repository / p) for p in wanted if (repository / p).exists()]).encode()
         )
@@ -79,8 +120,8 @@ class _Hub(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _refuse(self, code: str) -> None:
-        self.send_response(404)
+    def _refuse(self, code: str, status: int = 404) -> None:
+        self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..bench.settings import BenchArguments
 from ..run.folder import check_file, write_whole
-from ..run.parsing import make_parser
+from ..run.parsing import add_quiet, make_parser
 
 EXAMPLE = (
     "sparsegrad bench --workload mlp --tokens 512 --json bench.json; prints for each method the time of a step, its "
@@ -29,8 +29,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_class_arguments(BenchArguments)
     parser.add_argument("--json", type=Path | None, default=None, help="result file to write")
+    add_quiet(parser)
     options = parser.instantiate(parser.parse_args(argv))
-    path = options.pop("json")
+    path, quiet = options.pop("json"), options.pop("quiet")
     arguments = BenchArguments(**vars(options))
     if path is not None and not path.parent.is_dir():
         raise FileNotFoundError(f"--json: there is no folder {path.parent}")
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     from ..bench.speed import measure
     from ..run.machine import slow_precision_warning
 
-    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
     if warning := slow_precision_warning(arguments.precision):
         console.print(warning, soft_wrap=True)
     with console.status("starting") as status:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..run.parsing import make_parser
+from ..run.parsing import add_quiet, make_parser
 from ..run.settings import RunArguments
 from ..tasks.task import display_name
 
@@ -28,16 +28,18 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--output", type=str, default="runs/demo", help="folder to write")
     parser.add_argument("--epochs", type=float, default=2.0, help="passes over the 4,000 training rows")
+    add_quiet(parser)
     options = parser.parse_args(argv)
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     results = []
     for method in ("sparsegrad", "lora"):
         arguments = demo_arguments(method, Path(options.output), options.epochs)
         arguments.check()
-        console.print(f"\n{method}, {arguments.task}: folder {arguments.output}")
+        if not options.quiet:
+            console.print(f"\n{method}, {arguments.task}: folder {arguments.output}")
         from ..run.train import train
 
-        results += train(arguments)
+        results += train(arguments, progress=not options.quiet)
     console.print()
     console.print(comparison(results))
     generated = results[0]["task"] == "acceptability"

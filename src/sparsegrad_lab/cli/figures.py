@@ -35,7 +35,8 @@ def main(argv: list[str]) -> None:
         data = read(folder)
     else:
         check_output(folder)
-        data = collect(arguments, settings, command=shlex.join(["sparsegrad", "figures", *argv]))
+        command = shlex.join(["sparsegrad", "figures", *argv])
+        data = collect(arguments, settings, command=command, progress=not options["quiet"])
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     for drawing in write(data, folder):
         console.print(f"{drawing.name}.svg: {drawing.title}. {drawing.alt}")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
 
 from rich.console import Console
 from rich.table import Table
 
 from ..run.exit_codes import ExitCode, exit_code_of
+from .completion import complete
 
 VERBS = {
     "demo": "compare SparseGrad and LoRA on a small model, in minutes and without a download",
@@ -43,20 +46,24 @@ _NEEDS_ARGUMENTS = ("train", "search", "figures", "bench")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return an `ExitCode`."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and "_ARGCOMPLETE" in os.environ:
+        complete(VERBS, lambda verb: import_module(f".{verb}", __package__).main([]))
     traceback = "--traceback" in words
     if traceback:
         words.remove("--traceback")
     if not words or words[0] in ("-h", "--help"):
         _print_help()
         return ExitCode.FINISHED
-    if words[0] == "--version":
+    if words[0] in ("-V", "--version"):
         from sparsegrad_peft import __version__
 
         print(__version__)
         return ExitCode.FINISHED
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
-        print(f"sparsegrad: no verb {verb!r}; expected one of {', '.join(VERBS)}", file=sys.stderr)
+        near = get_close_matches(verb, VERBS, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(VERBS)}"
+        print(f"sparsegrad: no verb {verb!r}; {advice}", file=sys.stderr)
         return ExitCode.REFUSED
     if not rest and verb in _NEEDS_ARGUMENTS:
         rest = ["--help"]
@@ -116,7 +123,9 @@ def _print_help() -> None:
     )
     console.print(table)
     console.print("\n  sparsegrad VERB --help       options and an example")
-    console.print("  sparsegrad VERB --traceback  show the traceback of an error\n")
+    console.print("  sparsegrad VERB --traceback  show the traceback of an error")
+    console.print("  sparsegrad --version         print the version")
+    console.print('\nCompletion in bash and zsh: eval "$(register-python-argcomplete sparsegrad)"\n')
     codes = ", ".join(f"{code.value} {code.name.lower().replace('_', ' ')}" for code in ExitCode)
     console.print(f"Exit codes: {codes}\n")
     console.print("Start here (minutes, no download):\n  sparsegrad demo")

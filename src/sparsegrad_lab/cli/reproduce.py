@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ..run.parsing import make_parser
+from ..run.parsing import add_quiet, make_parser
 
 if TYPE_CHECKING:
     from ..study.experiment import Cell, Experiment
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--retry", action="store_true", help="repeat failed runs, and runs whose settings have changed")
     parser.add_argument("--folder", type=str, default=None,
                         help="folder with your own experiments and a default.yaml")  # fmt: skip
+    add_quiet(parser)
     options = parser.parse_args(argv)
     from ..study.experiment import SHIPPED, experiment_names, load_experiment
 
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> None:
         if warning := slow_precision_warning(precision):
             console.print(f"{warning}. The experiments set this precision; --folder runs experiments of your own")
     places = Places(Path(options.results), Path(options.runs), options.storage)
-    with GridProgress(console) as progress:
+    with GridProgress(None if options.quiet else console) as progress:
         results = reproduce(
             experiments, places, keep=keep, threads=options.threads, retry=options.retry, progress=progress
         )

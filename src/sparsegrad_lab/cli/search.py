@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     from ..run.train import output_folder
 
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    result = search(arguments, settings, console.print)
+    result = search(arguments, settings, (lambda line: None) if options["quiet"] else console.print)
     best, folder = result["best"], output_folder(arguments)
     console.print(
         f"\nbest of {len(result['trials'])} trials: learning rate {best['learning_rate']:g}, batch size "

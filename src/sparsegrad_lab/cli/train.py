@@ -21,17 +21,24 @@ EXAMPLE = (
 
 def parse(argv: list[str]) -> RunArguments:
     """Return the settings: the preset's, overridden by the config file's, overridden by the command line's."""
+    return run_arguments(_options(argv))
+
+
+def _options(argv: list[str]) -> dict[str, Any]:
     parser = run_parser("train", RunArguments.__doc__ or "", EXAMPLE, argv)
-    return run_arguments(vars(parser.instantiate(parser.parse_args(argv))))
+    return vars(parser.instantiate(parser.parse_args(argv)))
 
 
 def main(argv: list[str]) -> None:
     """Train, then print the result and the next command."""
-    arguments = parse(argv)
+    options = _options(argv)
+    arguments = run_arguments(options)
     arguments.check()
     from ..run.train import output_folder, train
 
-    print_results(train(arguments), str(output_folder(arguments)))
+    print_results(train(arguments, progress=not options["quiet"]), str(output_folder(arguments)))
+    if arguments.push_to_hub is not None:
+        print(f"uploaded to the hub: {arguments.push_to_hub}")
 
 
 def print_results(results: list[dict[str, Any]], output: str) -> None:

@@ -2,6 +2,8 @@
 
 settings      what can be set, and its checks
 parsing       settings from the command line and from YAML
+aliases       other names of settings: those of transformers and PEFT, and short ones
+completers    what a shell offers as values
 presets       settings that come with the package
 inputs        task and model, checked before weights are loaded
 train         the run itself
@@ -11,6 +13,7 @@ console       output and progress bar
 folder        the files of a run, each written completely or not at all
 checkpoints   which checkpoints are complete
 card, plots   model card and plots
+hub           upload to the Hugging Face Hub
 finished_run  evaluate, predict and merge
 search        learning rate and batch size by Optuna
 machine       versions, time and memory, processes

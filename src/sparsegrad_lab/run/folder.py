@@ -18,7 +18,7 @@ import yaml
 from ..methods.settings import AdapterArguments
 from ..tasks.parse_files import read_json, read_yaml
 from .checkpoints import best_step, is_complete, writing
-from .settings import RunArguments, flat
+from .settings import WITHOUT_EFFECT, RunArguments, flat
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -107,6 +107,7 @@ class RunFolder:
     metrics.json      the trainer's log: losses, learning rates, scores
     adapter/          adapter of the best evaluation; model/ for a method that trains the weights themselves
     tokenizer/        tokenizer; processor/ for images
+    logs/             TensorBoard's, with `report_to`
     curves.png        loss and score
     result.json       scores, times, memory; written last: the run is finished if it is there
     checkpoints/      while the run is not finished
@@ -160,7 +161,7 @@ class RunFolder:
     def _differences(self, arguments: RunArguments) -> list[tuple[str, Any, Any]]:
         """Settings that differ: name, value in the folder, value in `arguments`."""
         there, here = _with_defaults(self.read_arguments()), arguments.as_dict()
-        there["output"] = here["output"]  # another name for the same folder
+        there |= {name: here[name] for name in WITHOUT_EFFECT}
         for settings in (there, here):
             settings["adapter"] = AdapterArguments.from_dict(settings["adapter"]).resolved()
         if there["method"] == here["method"] and (former := self.read_json("method.json")) is not None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
-from argparse import ArgumentError
+from argparse import Action, ArgumentError
 from argparse import ArgumentParser as PlainParser
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader, set_loader, set_parsing_settings
 
 from ..methods.registry import METHODS
 from ..tasks.parse_files import check_yaml, read_yaml
+from .aliases import INSTEAD, aliases_of, check_given_once, given_names
+from .completers import add_completers
 from .presets import preset
 from .settings import RunArguments, flat
 
@@ -37,13 +41,72 @@ _PLAIN = re.compile(r"(?!all-linear$)[\w.]+(,[\w.]+)*$")
 "Names of layers; not a regular expression with another meaning."
 
 
+_NO_SETTINGS = ("config", "preset", "quiet")
+"Options of a run's command that are no settings of the run."
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Shows the placeholder of the value once: `--training.epochs, --epochs EPOCHS`."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        names = [name for name in action.option_strings if not name.endswith("+")]
+        placeholder = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(names)} {placeholder}"
+
+
 class VerbParser(ArgumentParser):
-    """Suggests the option that an unknown one may stand for: `--training.learning_rate` for `--learning_rate`."""
+    """Accepts other names of settings, lists as `a,b`, and flags without a value; suggests the nearest option."""
+
+    aliases: Mapping[str, str] = {}
+    "Other name -> name of the setting."
+
+    def add_aliases(self) -> None:
+        """Accept other names of the options that were added so far, also in YAML files, and show them in the help."""
+        actions = {action.dest: action for action in self._actions if action.option_strings}
+        self.aliases = {
+            alias: name
+            for alias, name in aliases_of(actions).items()
+            if f"--{alias}" not in self._option_string_actions
+        }
+        for alias, name in self.aliases.items():
+            actions[name].option_strings = [*actions[name].option_strings, f"--{alias}"]
+            self._option_string_actions[f"--{alias}"] = actions[name]
 
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
         """Parse the command line. A list may be written `a,b`; shells read `[a,b]` as a file pattern."""
-        words = list(sys.argv[1:] if args is None else args)
+        if "_ARGCOMPLETE" in os.environ:
+            add_completers(self)
+        words = self._with_values(list(sys.argv[1:] if args is None else args))
+        self._check_given_once(word.partition("=")[0][2:] for word in words if word.startswith("--"))
         return super().parse_args(self._with_lists(words), *more, **options)
+
+    def parse_string(self, content: str, *more: Any, **options: Any) -> Any:
+        """Parse the text of a YAML file."""
+        settings = _load_checked_yaml(content)
+        if isinstance(settings, dict):
+            self._check_given_once(given_names(settings))
+        return super().parse_string(content, *more, **options)
+
+    def _check_given_once(self, names: Iterable[str]) -> None:
+        try:
+            check_given_once(names, self.aliases)
+        except ValueError as error:
+            self.error(str(error))
+
+    def _with_values(self, words: list[str]) -> list[str]:
+        """The words, with "true" after each flag that has no value: `--shared` is `--shared true`."""
+        flags = {
+            option
+            for action in self._actions
+            for option in action.option_strings
+            if getattr(action, "_typehint", None) in (bool, bool | None)
+        }
+        found = []
+        for word, following in zip(words, [*words, "--"][1:], strict=True):
+            found += [word, "true"] if word in flags and following.startswith("--") else [word]
+        return found
 
     def instantiate(self, namespace: Any, *args: Any, **options: Any) -> Any:
         """Create the settings. `training: null` in a file would be a TypeError."""
@@ -76,10 +139,13 @@ class VerbParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and a suggestion, and exit with code 2."""
         names = [action.dest for action in self._actions if action.option_strings]
-        ends = {name.rpartition(".")[2]: name for name in names}
+        ends = {name.rpartition(".")[2]: name for name in names} | dict(self.aliases)
         found = []
         for word in re.findall(r"arguments: --([\w.]+)|[Oo]ption '([\w.]+)' is not|option '([\w.]+)'$", message):
             unknown = "".join(word)
+            if self.aliases and unknown in INSTEAD:
+                found.append(INSTEAD[unknown])
+                continue
             near = get_close_matches(unknown, names, n=1) or get_close_matches(unknown.rpartition(".")[2], ends, n=1)
             found += [f"--{ends.get(name, name)}" for name in near]
         if found:
@@ -91,9 +157,16 @@ class VerbParser(ArgumentParser):
 
 def make_parser(verb: str, description: str, example: str) -> VerbParser:
     """A parser for `sparsegrad VERB`. Its help ends with an example and what the example prints."""
-    parser = VerbParser(prog=f"sparsegrad {verb}", description=description, allow_abbrev=False)
+    parser = VerbParser(
+        prog=f"sparsegrad {verb}", description=description, allow_abbrev=False, formatter_class=_HelpFormatter
+    )
     parser.epilog = f"example: {example}"
     return parser
+
+
+def add_quiet(parser: VerbParser) -> None:
+    """Add `--quiet`."""
+    parser.add_argument("--quiet", action="store_true", help="print the results only, no progress")
 
 
 def run_parser(verb: str, description: str, example: str, argv: list[str]) -> VerbParser:
@@ -102,6 +175,7 @@ def run_parser(verb: str, description: str, example: str, argv: list[str]) -> Ve
     parser.usage = "%(prog)s [--OPTION VALUE ...]"  # the list of all options would hide an error's one line
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_argument("--preset", type=str, default=None, help="settings to start from; list: sparsegrad presets")
+    add_quiet(parser)
     parser.add_class_arguments(RunArguments)
     methods = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values())
     rates = ", ".join(f"{method.learning_rate:g} ({method.name})" for method in METHODS.values())
@@ -110,6 +184,7 @@ def run_parser(verb: str, description: str, example: str, argv: list[str]) -> Ve
             action.help = f"{action.help}. {methods}"
         if action.dest == "training.learning_rate":
             action.help = f"{action.help}: {rates}"
+    parser.add_aliases()
     name = _preset_name(argv)
     if name is not None:
         parser.set_defaults(flat(preset(name)))
@@ -118,7 +193,7 @@ def run_parser(verb: str, description: str, example: str, argv: list[str]) -> Ve
 
 def run_arguments(parsed: dict[str, Any]) -> RunArguments:
     """The run's settings from what a `run_parser` has parsed."""
-    return RunArguments(**{name: value for name, value in parsed.items() if name not in ("config", "preset")})
+    return RunArguments(**{name: value for name, value in parsed.items() if name not in _NO_SETTINGS})
 
 
 def arguments_from(settings: dict[str, Any]) -> RunArguments:

@@ -26,10 +26,10 @@ from .exit_codes import ExitCode, exit_code_of
 from .folder import RunFolder, content_of, write_whole
 from .machine import is_alive, is_on_this_host, process_identity, slow_precision_warning
 from .plots import plot_search
-from .settings import RunArguments, SearchArguments, flat
+from .settings import WITHOUT_EFFECT, RunArguments, SearchArguments, flat
 from .train import output_folder, train
 
-_SEARCHED = ("output", "training.learning_rate", "training.batch_size")
+_SEARCHED = (*WITHOUT_EFFECT, "training.learning_rate", "training.batch_size")
 "Settings that differ between the trials."
 _SEARCH_FILES = ("trials.journal", "search.json", "trial-000")
 "The folder of a search holds at least one of these."
@@ -149,6 +149,7 @@ def _run_trial(
     single.training.learning_rate = _rounded(trial.params["learning_rate"])
     single.training.batch_size = trial.params["batch_size"]
     single.output = str(folder / trial.user_attrs["folder"])
+    single.push_to_hub = None
     name = f"trial {trial.number}: learning rate {single.training.learning_rate:g}, batch {single.training.batch_size}"
     # Optuna sees the evaluations of the first seed. The other seeds count only in the final score.
     report = _ReportToOptuna(trial)

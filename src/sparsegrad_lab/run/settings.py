@@ -5,8 +5,10 @@ Light, so that the command's help is quick: torch is imported only when a settin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from ..methods.method import REFUSED_IF_UNREAD, Method, Setup
@@ -24,6 +26,9 @@ SCHEDULES = (
 )  # fmt: skip
 _EPOCHS = Range("above 0 and at most 1,000,000", lambda value: 0 < value <= 1e6)
 _SEEDS = 2**32  # NumPy's seeds are below it
+_REPOSITORY = re.compile(r"([\w][\w.-]*/)?[\w][\w.-]*")
+WITHOUT_EFFECT = ("output", "report_to", "push_to_hub")
+"Settings that do not change what a run computes."
 
 
 @dataclass
@@ -96,6 +101,11 @@ class RunArguments:
     "random seeds; one run for each"
     output: str = "runs/{task}/{method}"
     "folder to write"
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    "also log losses and scores there; tensorboard: in the folder's logs/"
+    push_to_hub: str | None = None
+    """repository on the Hugging Face Hub that gets the adapter after the run, such as me/my-adapter; also of a finished
+    run"""
     data: DataArguments = field(default_factory=DataArguments)
     adapter: AdapterArguments = field(default_factory=AdapterArguments)
     calibration: CalibrationArguments = field(default_factory=CalibrationArguments)
@@ -163,6 +173,16 @@ class RunArguments:
         seeds = self.seeds or []
         if not seeds or len(set(seeds)) != len(seeds) or not all(0 <= seed < _SEEDS for seed in seeds):
             problems.append(f"seeds: expected different numbers from 0 to {_SEEDS - 1:,}, at least one; found {seeds}")
+        return [*problems, *self._reporting_problems()]
+
+    def _reporting_problems(self) -> list[str]:
+        problems = []
+        if self.report_to != "none" and find_spec(self.report_to) is None:
+            problems.append(f"report_to: {self.report_to} is not installed; pip install {self.report_to}")
+        if self.push_to_hub is not None and _REPOSITORY.fullmatch(self.push_to_hub) is None:
+            problems.append(f"push_to_hub: expected a repository, such as me/my-adapter; found {self.push_to_hub!r}")
+        if self.push_to_hub is not None and len(self.seeds or ()) > 1:
+            problems.append(f"push_to_hub: a repository holds the adapter of one seed; found seeds {self.seeds}")
         return problems
 
     def _unread(self, method: Method) -> list[str]:

@@ -20,6 +20,7 @@ from .card import make_card
 from .checkpoints import writing
 from .console import ProgressCallback
 from .folder import RunFolder, save_whole, write_whole
+from .hub import create_repository, push
 from .inputs import Inputs, load_inputs
 from .machine import environment, slow_precision_warning
 from .plots import plot_curves
@@ -48,6 +49,8 @@ def train(
         OSError: a file could not be written. The files written before are complete.
     """
     arguments.check()
+    if arguments.push_to_hub is not None:
+        create_repository(arguments.push_to_hub)
     several = len(arguments.seeds) > 1
     output = output_folder(arguments)
     if several and (output / "config.yaml").is_file():
@@ -59,6 +62,8 @@ def train(
         single.output = str(output / f"seed-{seed}" if several else output)
         with writing(Path(single.output)):
             results.append(_train_one(single, progress, callbacks))
+        if single.push_to_hub is not None:
+            push(RunFolder(single.output), single.push_to_hub)
     return results
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from ..methods.training.trainer import MethodTrainer
@@ -72,6 +73,10 @@ def make_trainer(
         sampler=by_length if training.batches == "by_length" else None,
     )
     trainer.remove_callback(PrinterCallback)  # `ProgressCallback` prints
+    if arguments.report_to == "tensorboard":
+        board = trainer.pop_callback(TensorBoardCallback)
+        board.logging_dir = str(folder.path / "logs")  # its default is in the folder of the checkpoints
+        trainer.add_callback(board)
     return trainer
 
 
@@ -120,7 +125,8 @@ def _trainer_arguments(
         use_cpu=not torch.accelerator.is_available(),  # without it, the Trainer refuses bf16 on a CPU
         seed=arguments.seeds[0],
         disable_tqdm=True,
-        report_to="none",
+        report_to=arguments.report_to,
+        run_name=f"{task.name}, {arguments.method}, seed {arguments.seeds[0]}",
         dataloader_pin_memory=torch.cuda.is_available(),
         **optimizer,
     )

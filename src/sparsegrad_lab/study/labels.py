@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from ..run.settings import flat
+from ..run.settings import WITHOUT_EFFECT, flat
 from .runs import Run
 
 _OWN_TASKS = ("files", "text", "images")
@@ -50,7 +50,8 @@ def label_runs(runs: tuple[Run, ...]) -> tuple[Run, ...]:
 
 def _settings(run: Run) -> dict[str, Any]:
     """Settings by dotted name, without seed and folder, and with the learning rate that the run had."""
-    settings = {name: value for name, value in flat(run.config.model_dump()).items() if name not in ("output", "seeds")}
+    other = (*WITHOUT_EFFECT, "seeds")
+    settings = {name: value for name, value in flat(run.config.model_dump()).items() if name not in other}
     return {**settings, "training.learning_rate": run.learning_rate}
 
 

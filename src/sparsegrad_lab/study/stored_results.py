@@ -13,7 +13,7 @@ from ..methods.registry import METHODS
 from ..methods.settings import AdapterArguments
 from ..run.folder import write_whole
 from ..run.parsing import arguments_from
-from ..run.settings import RunArguments, flat
+from ..run.settings import WITHOUT_EFFECT, RunArguments, flat
 from ..tasks.task import higher_is_better
 from .experiment import Cell
 from .runs import RejectedFileError, read_json
@@ -167,8 +167,7 @@ def _decisive_settings(config: Any, peft_config: Any) -> dict[str, Any]:
     if "adapter" in config:
         with suppress(TypeError):  # settings that do not exist stay as they are, and differ from any run's
             config = {**config, "adapter": AdapterArguments.from_dict(config["adapter"]).resolved()}
-    settings = flat(config)
-    settings.pop("output", None)
+    settings = {name: value for name, value in flat(config).items() if name not in WITHOUT_EFFECT}
     if peft_config is not None:  # the content of the file decides, not its path
         return {**settings, "method": peft_config}
     method = METHODS.get(str(settings.get("method")))

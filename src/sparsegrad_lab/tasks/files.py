@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .conversations import CONVERSATION_COLUMNS, completed_prompt, training_conversation
+from .hold_out import hold_out
 from .labels import class_names, labelled_dataset
 from .read import Row, check_columns, read_rows
 from .task import LANGUAGE, LOSSES, Task
@@ -14,29 +15,31 @@ from .task import LANGUAGE, LOSSES, Task
 
 def load_files(
     train_file: str | Path | None,
-    validation_file: str | Path,
+    validation_file: str | Path | None,
     text: Sequence[str],
     label: str = "label",
     labels: Sequence[str] | None = None,
     regression: bool = False,
     quoting: str | None = None,
+    val_size: float | None = None,
 ) -> Task:
     """Load texts with labels.
 
     Args:
         train_file: training rows; None if there is nothing to train on.
-        validation_file: evaluation rows, with the same columns.
+        validation_file: evaluation rows, with the same columns; None: see `val_size`.
         text: one or two text columns.
         label: the label column.
         labels: class names in the order of their numbers; None: the sorted labels of the training rows.
         regression: labels are values to predict.
         quoting: see `read_rows`.
+        val_size: without a validation file, the share of the training rows that is evaluated instead, see `hold_out`.
 
     Raises:
         ValueError: a column is missing, a label is unknown, there is a single class; and see `read_rows`.
     """
-    rows = _read(train_file, validation_file, text, quoting)
-    paths = {"train": str(train_file), "validation": str(validation_file)}
+    rows = _read(train_file, validation_file, text, quoting, val_size)
+    paths = {"train": str(train_file), "validation": str(validation_file or train_file)}
     for split, found in rows.items():
         check_columns(found, (*text, label), paths[split])
     names = None
@@ -48,16 +51,20 @@ def load_files(
                 f"{paths[split]}: expected at least two different labels in {label!r}, found {', '.join(names)}; to "
                 "predict a number set data.regression"
             )
+    if val_size is not None:
+        of_rows = None if names is None else [row[label].strip() for row in rows["train"]]
+        rows["train"], rows["validation"] = hold_out(rows["train"], val_size, of_rows, paths["train"])
     splits = {split: labelled_dataset(found, text, label, names, paths[split]) for split, found in rows.items()}
     metrics = ("pearson", "spearmanr") if regression else ("accuracy",)
     classes = None if names is None else tuple(names)
-    name, source = Path(train_file or validation_file).stem, _source(train_file, validation_file)
+    name, source = Path(train_file or validation_file or "").stem, _source(train_file, validation_file)
     return Task(name, tuple(text), classes, metrics, splits, source)
 
 
 def load_texts(
-    train_file: str | Path | None, validation_file: str | Path, text: Sequence[str], quoting: str | None = None
-) -> Task:
+    train_file: str | Path | None, validation_file: str | Path | None, text: Sequence[str], quoting: str | None = None,
+    val_size: float | None = None,
+) -> Task:  # fmt: skip
     """Load texts, prompts with answers, or conversations for a language model.
 
     Args:
@@ -66,17 +73,21 @@ def load_texts(
         text: one column, of texts or of conversations (see `CONVERSATION_COLUMNS`); or two, prompt and answer. These
             hold texts or messages.
         quoting: see `read_rows`.
+        val_size: see `load_files`.
 
     Raises:
         ValueError: a column is missing, a conversation is malformed; and see `read_rows`.
     """
     from datasets import Dataset
 
+    found = _read(train_file, validation_file, text, quoting, val_size)
+    if val_size is not None:
+        found["train"], found["validation"] = hold_out(found["train"], val_size, None, str(train_file))
     splits = {}
-    for split, rows in _read(train_file, validation_file, text, quoting).items():
-        where = str(train_file if split == "train" else validation_file)
+    for split, rows in found.items():
+        where = str(train_file if split == "train" else validation_file or train_file)
         splits[split] = Dataset.from_list(_language_rows(rows, tuple(text), where))
-    name, source = Path(train_file or validation_file).stem, _source(train_file, validation_file)
+    name, source = Path(train_file or validation_file or "").stem, _source(train_file, validation_file)
     return Task(name, tuple(text), None, LOSSES, splits, source, LANGUAGE)
 
 
@@ -95,8 +106,11 @@ def _language_rows(rows: list[Row], text: tuple[str, ...], where: str) -> list[d
 
 
 def _read(
-    train: str | Path | None, validation: str | Path, text: Sequence[str], quoting: str | None
-) -> dict[str, list[Row]]:
+    train: str | Path | None, validation: str | Path | None, text: Sequence[str], quoting: str | None,
+    val_size: float | None,
+) -> dict[str, list[Row]]:  # fmt: skip
+    if (validation is None) == (val_size is None) or (validation is None and train is None):
+        raise ValueError("expected data.validation_file, or data.train_file and data.val_size, and not both")
     if not 1 <= len(text) <= 2:
         raise ValueError(f"data.text: expected one or two text columns, found {len(text)}: {', '.join(text)}")
     paths = {"train": train, "validation": validation}

@@ -64,7 +64,7 @@ def _find_images(folder: str) -> None:
         raise FileNotFoundError(f"data.folder: there is no folder {folder}")
 
 
-_ROWS, _NEEDED = ("train_file", "validation_file", "text", "quoting"), ("validation_file", "text")
+_ROWS, _NEEDED = ("train_file", "validation_file", "text", "quoting", "val_size"), ("text",)
 _GLUE = {
     f"glue/{name}": TaskSource(
         TEXT, "glue.load_glue", ("folder",), (("name", name),),

@@ -45,8 +45,9 @@ class DataArguments:
     """share of the evaluation rows, the same rows in each run, that selects the best evaluation; only the other rows
     are scored; default: all rows select and are scored"""
     val_size: float | None = None
-    """oasst1: evaluate on this share of the conversations and train on the others, whichever files they are from;
-    default: the files with "validation" in their names"""
+    """evaluate on this share of the rows, the same rows in each run, and train on the others. files, text: of the
+    training file, in place of a validation_file, and the same share of each class. oasst1: of the conversations of all
+    files; default: the files with "validation" in their names"""
     max_length: int = 128
     "maximum number of tokens per row; longer rows are truncated"
     language: str | None = None
@@ -69,8 +70,16 @@ class DataArguments:
         else:
             problems += self._unread(task, (*source.reads, *source.features))
             missing = [f"data.{name}" for name in source.needs if not getattr(self, name)]
+            if (
+                "validation_file" in source.reads
+                and not self.validation_file
+                and not (self.train_file and self.val_size)
+            ):
+                missing.insert(0, "data.validation_file (or data.train_file and data.val_size)")
             if missing:
                 problems.append(f"task {task} needs {', '.join(missing)}")
+            elif self.validation_file and self.val_size:
+                problems.append("data.validation_file and data.val_size exclude each other; give one")
             elif files:
                 try:
                     source.check(self)

@@ -20,6 +20,7 @@ import yaml
 
 from sparsegrad_lab.cli.main import VERBS, main
 from sparsegrad_lab.cli.train import parse
+from sparsegrad_lab.run.aliases import ALIASES
 from sparsegrad_lab.run.presets import preset_names
 from sparsegrad_lab.run.settings import RunArguments
 from sparsegrad_peft import __version__
@@ -69,7 +70,7 @@ def test_a_process_of_its_own() -> None:
     command = [sys.executable, "-m", "sparsegrad_lab.cli.main"]
     wrong = subprocess.run([*command, "trian"], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr == f"sparsegrad: no verb 'trian'; expected one of {', '.join(VERBS)}\n"
+    assert wrong.stderr == "sparsegrad: no verb 'trian'; did you mean train?\n"
     found = subprocess.run([*command, "presets"], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines() == preset_names()
     assert found.stderr == ""
@@ -107,6 +108,7 @@ def test_help_of_train_describes_every_setting(run: Run) -> None:
     names = {f"{group}.{name}" for group, inner in settings.items() if isinstance(inner, dict) for name in inner}
     names |= {name for name, value in settings.items() if not isinstance(value, dict)}
     assert len(names) > 40
+    names |= set(ALIASES)
     assert {name for name in names if not re.search(rf"--{re.escape(name)}[ ,]", out)} == set()
 
 
@@ -121,7 +123,30 @@ def test_help_is_quick() -> None:
 
 
 def test_version(run: Run) -> None:
-    assert run("--version") == (0, f"{__version__}\n", "")
+    assert run("--version") == run("-V") == (0, f"{__version__}\n", "")
+
+
+def test_a_verb_like_no_other(run: Run) -> None:
+    assert run("xyzzy") == (2, "", f"sparsegrad: no verb 'xyzzy'; expected one of {', '.join(VERBS)}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("sparsegrad tr", {"train "}),
+        ("sparsegrad train --learning", {"--learning_rate "}),
+        ("sparsegrad train --task glue/m", {"glue/mrpc", "glue/mnli"}),
+        ("sparsegrad train --report_to ", {"none", "tensorboard", "wandb", "trackio"}),
+        ("sparsegrad report --o", {"--output "}),
+    ],
+)
+def test_completion(line: str, offered: set[str], tmp_path: Path) -> None:
+    """As the function that register-python-argcomplete gives a shell asks for it."""
+    variables = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9", "_ARGCOMPLETE": "1", "IFS": "\v",
+                 "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "offered")}  # fmt: skip
+    command = [sys.executable, "-m", "sparsegrad_lab.cli.main"]
+    subprocess.run(command, env={**os.environ, **variables}, check=True, cwd=tmp_path)
+    assert set((tmp_path / "offered").read_text().split("\v")) == offered
 
 
 def test_presets(run: Run) -> None:
@@ -215,6 +240,12 @@ def test_train_again(finished_run: Path, words: Words, run: Run) -> None:
     assert "(step " in out
 
 
+def test_quiet(finished_run: Path, words: Words, run: Run) -> None:
+    status, out, err = run(*words(finished_run, "--quiet"))
+    assert (status, err) == (0, "")
+    assert "(step " in out
+
+
 def test_train_another_in_its_folder(finished_run: Path, words: Words, run: Run) -> None:
     status, out, err = run(*words(finished_run, "--training.batch_size", "4", "--method", "lora"))
     assert (status, out) == (1, "")
@@ -261,7 +292,7 @@ def test_export_and_inspect(finished_run: Path, tiny_bert: Path, run: Run, tmp_p
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("--learning_rate", "1"), "unrecognized arguments: --learning_rate 1; did you mean --training.learning_rate?"),
+        (("--learn_rate", "1"), "unrecognized arguments: --learn_rate 1; did you mean --training.learning_rate?"),
         (("--training.epoch", "1"), "unrecognized arguments: --training.epoch 1; did you mean --training.epochs?"),
         (("--xyzzy", "1"), "unrecognized arguments: --xyzzy 1"),
         (("more",), "unrecognized arguments: more"),

@@ -18,7 +18,7 @@ FILES = {"validation_file": __file__, "text": ["a"]}
     ("name", "data", "words"),
     [
         ("glue/ax", {}, r"unknown task 'glue/ax'; expected one of acceptability, files, glue/cola"),
-        ("files", {}, r"task files needs data.validation_file, data.text"),
+        ("files", {}, r"task files needs data.validation_file \(or data.train_file and data.val_size\), data.text"),
         ("images", {}, r"task images needs data.folder"),
         ("glue/rte", {"train_file": "x.csv"}, r"data.train_file is for files, text; task glue/rte does not read it"),
         ("acceptability", {"folder": "x"}, r"data.folder is for glue/\*, oasst1, images; task acceptability does not"),
@@ -30,6 +30,9 @@ FILES = {"validation_file": __file__, "text": ["a"]}
         ("files", FILES, r"test_settings.py: expected a file that ends in .csv"),
         ("files", {**FILES, "text": ["a", "b", "c"]}, r"data.text: expected one or two columns, found 3"),
         ("files", {**FILES, "labels": ["0", "0", "1"]}, r"data.labels: expected different classes, found '0' twice"),
+        ("files", {**FILES, "val_size": 0.1}, r"data.validation_file and data.val_size exclude each other; give one"),
+        ("acceptability", {"val_size": 0.1}, r"data.val_size is for files, oasst1, text; task acceptability does not read it"),
+        ("text", {"train_file": "a.csv", "text": ["a"], "val_size": 1.5}, r"data.val_size must be between 0 and 1"),
         ("files", {**FILES, "labels": ["0"]}, r"data.labels: expected at least two classes, found 1"),
         ("glue/rte", {"folder": "nowhere"}, r"nowhere: expected train.tsv and dev.tsv of RTE"),
         ("oasst1", {"folder": "nowhere"}, r"nowhere: expected .jsonl files"),
