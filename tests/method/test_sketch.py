@@ -94,7 +94,7 @@ def test_directions_below_rounding_are_not_counted() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "n", "expected"),
-    [(0.03, 3072, 2 * 96 + 16), (45, 1536, 106), (45, 512, None), (0.33, 3072, None), ("energy:0.9", 3072, None),
+    [(0.03, 3072, 2 * 96 + 16), (45, 1536, 106), (45, 511, None), (0.33, 3072, None), ("energy:0.9", 3072, None),
      ("full", 3072, None)],
 )  # fmt: skip
 def test_only_where_it_saves_half(rows: Rows, n: int, expected: int | None) -> None:

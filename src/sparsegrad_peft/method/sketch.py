@@ -23,7 +23,7 @@ from .hosvd import Eigenbasis, fix_signs, no_energy
 from .precision import without_autocast
 from .sizes import Rows, row_count
 
-_SMALLEST_SIDE = 1024  # below it the Gram matrix itself takes less than 4 MB
+_SMALLEST_SIDE = 512  # below it the Gram matrix itself takes less than 1 MB
 _EXTRA = 16
 
 

@@ -29,7 +29,9 @@ def test_bytes_by_hand() -> None:
     """BERT-base with the defaults: 24 cores of 184 neurons x 128 directions of the hidden side."""
     inspection = inspect(BertConfig(), density=0.01)
     total, layers, entries = 109_482_240, 24 * 768 * 3072, 24 * 184 * 128
-    sums = 24 * 4 * (768**2 + 3072)  # the Gram matrix of the hidden side, the energies of the neurons
+    width = 2 * 128 + 16
+    # The sketch of the hidden side and the energies of the neurons; the random vectors are shared.
+    sums = 24 * 4 * (768 * width + 3072) + 4 * 768 * width
     complete = 2 * 4 * (768**2 + 3072**2)
     bases = 24 * (2 * 128 * 768 + 4 * 184 + 4 * (184 + 128))  # directions, indices, scales
     k, k_complete = 24 * 235, 24 * 23592
