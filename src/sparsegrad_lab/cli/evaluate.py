@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 
 from ..run.folder import RunFolder
 from ..run.parsing import make_parser
 
-EXAMPLE = "sparsegrad evaluate runs/glue-rte/sparsegrad; prints {'validation': {'accuracy': 0.5632}}, as JSON."
+EXAMPLE = "sparsegrad evaluate runs/glue-rte/sparsegrad; prints {'validation': {'accuracy': 0.5632, ...}}, as JSON."
 
 
 def main(argv: list[str]) -> None:
     """Print the scores of a finished run as JSON."""
-    parser = make_parser("evaluate", "Print the scores of a finished run on its task, as JSON.", EXAMPLE)
+    parser = make_parser(
+        "evaluate",
+        "Print the scores of a finished run on its task, as JSON. A task with classes has precision, recall and F1 of "
+        "each class too, and the confusion matrix: a row for each true class, a column for each predicted one.",
+        EXAMPLE,
+    )
     parser.add_argument("run", type=str, help="folder of a finished run")
     parser.add_argument("--split", type=str, default=None, help="train, validation, ...; default: all but train")
     options = parser.parse_args(argv)
     RunFolder(options.run).check_finished()
     from ..run.finished_run import evaluate
 
-    print(json.dumps(evaluate(options.run, options.split), indent=2))
+    text = json.dumps(evaluate(options.run, options.split), indent=2)
+    print(re.sub(r"\[[\d\s,]+\]", lambda row: " ".join(row[0].split()), text))  # a row of the confusion matrix a line

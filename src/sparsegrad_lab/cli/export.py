@@ -8,7 +8,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from ..run.folder import RunFolder
+from ..run.folder import RunFolder, write_whole
 from ..run.parsing import make_parser
 
 EXAMPLE = (
@@ -40,8 +40,13 @@ def main(argv: list[str]) -> None:
 
     from ..run.checkpoints import writing
 
-    with writing(Path(options.output)):
-        errors = export_lora(adapter, options.output, options.rank)
+    output = Path(options.output)
+    with writing(output):
+        errors = export_lora(adapter, output, options.rank)
+        if RunFolder(adapter.parent).finished:
+            from ..run.card import make_lora_card
+
+            write_whole(output / "README.md", make_lora_card(RunFolder(adapter.parent).read_result(), output, errors))
     table = Table("layer", "relative error of the update")
     for layer, error in errors.items():
         table.add_row(layer, f"{error:.2e}")

@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 from rich.console import Console
+from rich.table import Column, Table
 
 from ..methods.registry import find_method
 from ..run.parsing import run_arguments, run_parser
@@ -17,6 +18,8 @@ EXAMPLE = (
     "evaluation, then the best score, times, memory and the next command. The same command resumes an interrupted run. "
     "--config FILE reads these settings from YAML; command-line values override the file."
 )
+
+_SHOWN_CLASSES = 20
 
 
 def parse(argv: list[str]) -> RunArguments:
@@ -55,6 +58,8 @@ def print_results(results: list[dict[str, Any]], output: str) -> None:
             f"  trained entries: {entries['adapter']:,} in the {where}, {entries['all']:,} in all; saved: "
             f"{result['weights_bytes'] / 1e6:.1f} MB"
         )
+        if by_class := result.get("by_class"):
+            console.print(class_table(by_class["classes"]))
         if result["calibration"] is not None:
             console.print(f"  calibration: {_cost(result['calibration'])}")
         console.print(f"  training: {_cost(result['training'])}")
@@ -64,6 +69,16 @@ def print_results(results: list[dict[str, Any]], output: str) -> None:
         console.print(f"\nover {len(results)} seeds: {mean:.4f} ± {deviation:.4f}")
         folder = f"{output}/seed-{results[0]['seed']}"
     console.print(f"\nfolder: {output}\nnext:   sparsegrad evaluate {shlex.quote(folder)}")
+
+
+def class_table(classes: dict[str, dict[str, float]]) -> Table:
+    """Return precision, recall and F1 of each class, the worst F1 first, of at most twenty classes."""
+    table = Table("class", *(Column(name, justify="right") for name in ("precision", "recall", "F1", "rows")), box=None)
+    for name, scores in sorted(classes.items(), key=lambda item: item[1]["f1"])[:_SHOWN_CLASSES]:
+        table.add_row(name, *(f"{scores[key]:.4f}" for key in ("precision", "recall", "f1")), f"{scores['rows']:,}")
+    if len(classes) > _SHOWN_CLASSES:
+        table.add_row(f"... and {len(classes) - _SHOWN_CLASSES} more in result.json")
+    return table
 
 
 def _cost(phase: dict[str, Any]) -> str:

@@ -100,7 +100,7 @@ def read_run(path: str | Path) -> tuple[RunFolder, RunArguments, Task]:
     return folder, arguments, task
 
 
-def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, float]]:
+def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, Any]]:
     """Evaluate a finished run on its task.
 
     Args:
@@ -108,7 +108,7 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
         split: the split; None: all except "train".
 
     Returns:
-        Split -> metric -> score.
+        Split -> metric -> score. Of a task with classes also "classes" and "confusion", see `scores_by_class`.
 
     Raises:
         ValueError: the task has no such split, or other labels than the run was trained with.
@@ -122,12 +122,16 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
         )
     if split is not None and split not in task.splits:
         raise ValueError(f"{task.name} has splits {', '.join(task.splits)}; found {split!r}")
-    run, kind, scores = open_run(path), KINDS[task.kind], {}
+    run, kind = open_run(path), KINDS[task.kind]
+    scores: dict[str, dict[str, Any]] = {}
     for name in [split] if split else task.evaluation_splits:
         with suppress_library_logs(), interrupts_kept():
             features = kind.features(task, name, run.processor, arguments.data)
             kind.check_features(features, run.model, run.processor)
-            scores[name] = kind.score(task, run.outputs(features, arguments), features["labels"][:])
+            outputs, labels = run.outputs(features, arguments), features["labels"][:]
+            scores[name] = {
+                **kind.score(task, outputs, labels), **(kind.score_by_class(task, outputs, labels) or {})
+            }  # fmt: skip
     return scores
 
 

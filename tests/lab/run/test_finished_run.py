@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ def test_evaluate_a_split(finished_run: Path) -> None:
     config = RunFolder(finished_run).read_arguments()
     rows = predict(finished_run, config["data"]["train_file"])
     assert on_train["train"]["accuracy"] == sum(row["prediction"] == row["label"] for row in rows) / len(rows)
+    found = Counter((row["label"], row["prediction"]) for row in rows)
+    names = ["bad", "good"]
+    assert on_train["train"]["confusion"] == [[found[label, prediction] for prediction in names] for label in names]
+    assert on_train["train"]["classes"]["good"]["recall"] == found["good", "good"] / 24
 
 
 def test_evaluate_an_unknown_split(gone: Path) -> None:

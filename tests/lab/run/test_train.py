@@ -142,8 +142,10 @@ def test_result_fields(finished_run: Path) -> None:
     # Two blocks with two cores each, 16 by 8 and 8 by 16; pooler and head.
     assert result["trained_entries"]["adapter"] == 4 * 128
     assert result["trained_entries"]["all"] == 4 * 128 + 16 * 16 + 16 + 2 * 16 + 2
-    files = [file for file in (finished_run / "adapter").iterdir() if file.name != "README.md"]
-    assert result["weights_bytes"] == sum(file.stat().st_size for file in files)
+    assert result["weights_bytes"] == (finished_run / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert evaluate(finished_run)["validation"].items() >= result["by_class"].items()
+    (bad, good) = result["by_class"]["confusion"]
+    assert (sum(bad), sum(good), bad[0] + good[1]) == (12, 12, result["score"] * N_DEV)
     assert 0 < result["trained_entries"]["touched"] <= result["trained_entries"]["adapter"]
     at_best = [found for found in result["evaluations"] if found["step"] == result["best_step"]]
     assert [found["accuracy"] for found in at_best] == [result["scores"]["validation"]["accuracy"]]

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from sparsegrad_lab.tasks.metrics import METRICS, predictions_of, score, spread
+from sparsegrad_lab.tasks.metrics import METRICS, predictions_of, score, scores_by_class, spread
 from sparsegrad_lab.tasks.task import higher_is_better, main_metric
 
 LABELS = np.array([1, 1, 1, 0, 0, 1])
@@ -91,3 +91,16 @@ def test_perplexity_of_a_huge_loss() -> None:
 def test_the_metric_that_selects_the_best_evaluation(metrics: list[str], main: str) -> None:
     assert main_metric(metrics) == main
     assert higher_is_better(main) == (main not in ("loss", "perplexity"))
+
+
+def test_scores_by_class() -> None:
+    """A class that is never predicted, and one without rows, have 0; nothing is undefined."""
+    labels, predictions = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 1, 1])
+    found = scores_by_class(["a", "b", "c", "d"], labels, predictions)
+    assert found["classes"]["a"] == pytest.approx({"precision": 1, "recall": 2 / 3, "f1": 0.8, "rows": 3})
+    assert found["classes"]["b"] == pytest.approx({"precision": 0.5, "recall": 1, "f1": 2 / 3, "rows": 2})
+    assert found["classes"]["c"] == {"precision": 0, "recall": 0, "f1": 0, "rows": 1}
+    assert found["classes"]["d"] == {"precision": 0, "recall": 0, "f1": 0, "rows": 0}
+    assert found["confusion"] == [[2, 1, 0, 0], [0, 2, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    many = scores_by_class([str(n) for n in range(101)], labels, predictions)
+    assert (len(many["classes"]), "confusion" in many) == (101, False)

@@ -31,7 +31,11 @@ FILES = {"validation_file": __file__, "text": ["a"]}
         ("files", {**FILES, "text": ["a", "b", "c"]}, r"data.text: expected one or two columns, found 3"),
         ("files", {**FILES, "labels": ["0", "0", "1"]}, r"data.labels: expected different classes, found '0' twice"),
         ("files", {**FILES, "val_size": 0.1}, r"data.validation_file and data.val_size exclude each other; give one"),
-        ("acceptability", {"val_size": 0.1}, r"data.val_size is for files, oasst1, text; task acceptability does not read it"),
+        (
+            "acceptability",
+            {"val_size": 0.1},
+            r"data.val_size is for files, oasst1, text; task acceptability does not read it",
+        ),
         ("text", {"train_file": "a.csv", "text": ["a"], "val_size": 1.5}, r"data.val_size must be between 0 and 1"),
         ("files", {**FILES, "labels": ["0"]}, r"data.labels: expected at least two classes, found 1"),
         ("glue/rte", {"folder": "nowhere"}, r"nowhere: expected train.tsv and dev.tsv of RTE"),

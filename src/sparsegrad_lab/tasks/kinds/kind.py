@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..library_logs import suppress_library_logs
+from ..metrics import predictions_of, scores_by_class
 from ..model_folder import model_path
 from ..pretrained import build_without_weights, first_line, load_tokenizer
 from ..read import Row, check_columns
@@ -136,6 +137,12 @@ class Kind(ABC):
         Raises:
             ValueError: the outputs are not finite.
         """
+
+    def score_by_class(self, task: Task, outputs: np.ndarray[Any, Any], labels: Any) -> dict[str, Any] | None:
+        """Return `scores_by_class` of the same outputs and labels; None for a task without classes."""
+        if task.labels is None:
+            return None
+        return scores_by_class(task.labels, np.asarray(labels), predictions_of(outputs, regression=False))
 
     @abstractmethod
     def predict(
