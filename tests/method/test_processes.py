@@ -1,9 +1,12 @@
-"""Two processes with different batches: one sum, and bases equal to the bit."""
+"""Calibration in several processes gives the bases that one process finds on the whole batches."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +14,85 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from groups_of_processes import in_group, message_of, run_in_processes
 from helpers import F64
-from sparsegrad_peft import GramStatistics, calibrate, group_linears
+from sparsegrad_peft import CalibrationConfig, GramStatistics, calibrate, group_linears
+from sparsegrad_peft.method import processes
 from sparsegrad_peft.method.calibrate import Calibration
+from sparsegrad_peft.method.config import Trajectory, normalized_step, sign_step
+from sparsegrad_peft.method.positions import select_positions
 
-SIZES: list[dict[str, Any]] = [
-    {},
-    {"c": "energy:0.9", "r": "energy:0.9"},
-    {"c": 3, "r": 0.5},
-    {"dtype": F64},
-]
-N_STEPS = (2, 3)  # not the same number on both
-
-
-def build() -> tuple[nn.Module, dict[str, list[str]]]:
-    torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(9, 12), nn.Tanh(), nn.Dropout(0.1), nn.Linear(12, 9)) for _ in range(2)]
-    model = nn.Sequential(*blocks)
-    return model, group_linears(model)
+ROWS, STEPS = 8, 5
+CONFIGS = {
+    "paper": CalibrationConfig(n_steps=STEPS, gram_dtype=F64),
+    "signs": CalibrationConfig(n_steps=STEPS, gram_dtype=F64, normalize=True, trajectory=Trajectory(1e-2, sign_step)),
+    "steps": CalibrationConfig(n_steps=STEPS, gram_dtype=F64, trajectory=Trajectory(1e-2, normalized_step)),
+}
+SIZES: list[dict[str, Any]] = [{}, {"c": "energy:0.9", "r": "energy:0.9"}, {"c": 3, "r": 0.5}]
 
 
-def own_calibration(rank: int, dtype: torch.dtype) -> Calibration:
-    """Calibrate on one process's batches and dropout, on whichever process this runs."""
-    model, groups = build()
-    torch.manual_seed(100 + rank)
-    batches = [torch.randn(5, 9) for _ in range(N_STEPS[rank])]
-    return calibrate(
-        model, batches, groups=groups, n_steps=N_STEPS[rank], gram_dtype=dtype,
-        loss_fn=lambda model, batch: model(batch).square().mean(),
-    )  # fmt: skip
+class Experts(nn.Module):
+    """Two experts; the sign of a row's first entry chooses one. The head trains beside them, and one part is unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(4, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(9, 12), nn.Tanh(), nn.Linear(12, 9)) for _ in range(2))
+        self.head = nn.Linear(9, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = (x[:, 0] > 0).long()
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            if bool((chosen == number).any()):
+                y = y.index_add(0, (chosen == number).nonzero().squeeze(1), expert(x[chosen == number]))
+        return self.head(y)
+
+
+def experts(dtype: torch.dtype = F64, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return Experts().to(dtype)
+
+
+def batches(rank: int, n: int, dtype: torch.dtype = F64, *, sorted_rows: bool = True) -> list[Tensor]:
+    """A process's share of the same global batches. Sorted, the first process has no row for the second expert."""
+    torch.manual_seed(7)
+    whole = torch.randn(STEPS, ROWS, 9, dtype=dtype)
+    if sorted_rows:
+        whole = torch.stack([batch[batch[:, 0].sort().indices] for batch in whole])
+    share = ROWS // n
+    return list(whole[:, rank * share : (rank + 1) * share])
+
+
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
+
+
+def statistics(rank: int, n: int, dtype: torch.dtype, config: CalibrationConfig) -> Calibration:
+    model = experts(dtype)
+    groups = group_linears(model, r".*experts.*")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = calibrate(model, batches(rank, n, dtype), groups=groups, config=config, loss_fn=loss)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return found
+
+
+def described(calibration: Calibration) -> dict[str, Any]:
+    return {
+        "grams": {name: (gram.gram_in, gram.gram_out, gram.n_gradients) for name, gram in calibration.groups.items()},
+        "bases": [buffers(calibration, **sizes) for sizes in SIZES],
+    }
+
+
+def buffers(calibration: Calibration, **sizes: Any) -> dict[str, dict[str, Tensor]]:
+    return {name: dict(basis.named_buffers()) for name, basis in calibration.bases(**sizes, dtype=F64).items()}
+
+
+def positions(rank: int, n: int) -> dict[str, Tensor]:
+    model = experts()
+    groups = group_linears(model, r".*experts.*")
+    bases = statistics(rank, n, F64, CONFIGS["paper"]).bases(dtype=F64)
+    return select_positions(model, groups, bases, batches(rank, n), k=9, n_steps=STEPS, loss_fn=loss, progress=False)
 
 
 def disagreeing(rank: int) -> Calibration:
@@ -54,72 +107,108 @@ def disagreeing(rank: int) -> Calibration:
     return Calibration({"g": gram})
 
 
-def buffers(calibration: Calibration, **sizes: Any) -> dict[str, dict[str, Tensor]]:
-    return {name: dict(basis.named_buffers()) for name, basis in calibration.bases(**sizes).items()}
+def refusals(rank: int) -> dict[str, str]:
+    """The messages of calibrations that cannot be right."""
+
+    def run(model: nn.Module, loss_fn: Callable[..., Tensor] = loss) -> Calibration:
+        groups = group_linears(model, r".*experts.*")
+        return calibrate(model, batches(rank, 2), groups=groups, n_steps=2, loss_fn=loss_fn, progress=False)
+
+    def not_finite(model: nn.Module, batch: Tensor) -> Tensor:
+        return loss(model, batch) * (float("nan") if rank == 1 else 1)
+
+    larger = experts()
+    if rank == 1:
+        larger.more = nn.Linear(2, 2)
+    return {
+        "seed": message_of(lambda: run(experts(seed=rank))),
+        "layers": message_of(lambda: run(larger)),
+        "loss": message_of(lambda: run(experts(), not_finite)),
+    }
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results: dict[str, Any] = {}
-    for dtype in (torch.float32, F64):
-        with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            calibration = own_calibration(rank, dtype)
-        grams = {name: (gram.gram_in, gram.gram_out, gram.n_gradients) for name, gram in calibration.groups.items()}
-        results[str(dtype)] = {
-            "grams": grams,
-            "bases": [buffers(calibration, **sizes) for sizes in SIZES],
-            "stderr": stderr.getvalue(),
+def alone(rank: int) -> str:
+    """Calibrate on rank 0 only, while rank 1 does something else for longer than the others have patience."""
+    processes.PATIENCE = 0.5
+    if rank == 1:
+        time.sleep(1.5)
+        return ""
+    return message_of(lambda: statistics(0, 2, F64, CONFIGS["paper"]))
+
+
+def group_work(rank: int, n: int) -> dict[str, Any]:
+    processes.PATIENCE = 30
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        results: dict[str, Any] = {
+            name: described(statistics(rank, n, F64, config)) for name, config in CONFIGS.items()
         }
-    results["disagreeing"] = buffers(disagreeing(rank), c="energy:0.9", r="energy:0.9", dtype=F64)
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    results["stderr"] = stderr.getvalue()
+    results["float32"] = described(statistics(rank, n, torch.float32, CalibrationConfig(n_steps=STEPS)))
+    results["positions"] = positions(rank, n)
+    if n == 2:
+        results["disagreeing"] = buffers(disagreeing(rank), c="energy:0.9", r="energy:0.9")
+        results["refusals"] = refusals(rank)
+    return results
+
+
+def work(rank: int, folder: Path) -> dict[str, Any]:
+    return {
+        "2": in_group(2, rank, folder, "two", partial(group_work, n=2)),
+        "4": in_group(4, rank, folder, "four", partial(group_work, n=4)),
+        "alone": in_group(2, rank, folder, "alone", alone),
+    }
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(worker, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return run_in_processes(4, work, tmp_path_factory.mktemp("gloo"))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (F64, 1e-12)])
-def test_the_sum_of_both(results: list[dict[str, Any]], dtype: torch.dtype, tolerance: float) -> None:
-    alone = [own_calibration(rank, dtype).groups for rank in range(2)]
-    found = [result[str(dtype)]["grams"] for result in results]
-    assert list(found[0]) == list(found[1]) == list(alone[0]) == ["*.0", "*.3"]
-    for name, (gram_in, gram_out, n_gradients) in found[0].items():
-        assert gram_in.dtype == dtype
-        assert n_gradients == found[1][name][2] == 2 * sum(N_STEPS)
-        assert torch.equal(gram_in, found[1][name][0])
-        assert torch.equal(gram_out, found[1][name][1])
-        for gram, own in ((gram_in, "gram_in"), (gram_out, "gram_out")):
-            expected = sum(getattr(one[name], own) for one in alone)
-            torch.testing.assert_close(gram, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
-            assert not torch.allclose(gram, getattr(alone[0][name], own), rtol=0.01)  # neither's own
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("name", [*CONFIGS, "float32"])
+def test_statistics_of_the_whole_batches(results: list[dict[str, Any]], n: int, name: str) -> None:
+    """Also along a common walk, and where some processes have no row for an expert."""
+    dtype = torch.float32 if name == "float32" else F64
+    config = CONFIGS.get(name, CalibrationConfig(n_steps=STEPS))
+    expected = described(statistics(0, 1, dtype, config))
+    tolerance = 1e-10 if dtype == F64 else 1e-5
+    assert list(expected["grams"]) == ["experts.*.0", "experts.*.2"]
+    for rank in range(n):
+        found = results[rank][str(n)][name]
+        for group, (gram_in, gram_out, n_gradients) in expected["grams"].items():
+            assert n_gradients == found["grams"][group][2] == 2 * STEPS
+            for value, other in zip((gram_in, gram_out), found["grams"][group], strict=False):
+                assert float((value - other).norm()) <= tolerance * float(value.norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("name", list(CONFIGS))
 @pytest.mark.parametrize("size", range(len(SIZES)))
-def test_bases_are_equal_to_the_bit(results: list[dict[str, Any]], dtype: torch.dtype, size: int) -> None:
-    """They are the bases of the sum."""
-    first, second = (result[str(dtype)]["bases"][size] for result in results)
-    for name, (gram_in, gram_out, n_gradients) in results[0][str(dtype)]["grams"].items():
-        assert list(first[name]) == ["U", "V", "spectrum_in", "spectrum_out"]
-        for buffer, value in first[name].items():
-            assert torch.equal(value, second[name][buffer])
-        gram = GramStatistics(name, (), gram_in, gram_out, n_gradients)
-        expected = Calibration({name: gram}).bases(**SIZES[size])[name]
-        for buffer, value in expected.named_buffers():
-            torch.testing.assert_close(
-                first[name][buffer], value, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-6
-            )
+def test_bases_of_the_whole_batches(results: list[dict[str, Any]], n: int, name: str, size: int) -> None:
+    """Equal to the bit on all processes, and to rounding to those of one process."""
+    expected = described(statistics(0, 1, F64, CONFIGS[name]))["bases"][size]
+    first = results[0][str(n)][name]["bases"][size]
+    for group, sides in expected.items():
+        assert list(first[group]) == ["U", "V", "spectrum_in", "spectrum_out"]
+        for buffer, value in sides.items():
+            for rank in range(1, n):
+                assert torch.equal(results[rank][str(n)][name]["bases"][size][group][buffer], first[group][buffer])
+            # Directions of next to no gradient energy are not determined.
+            kept = slice(0, 6) if size == 0 and buffer in "UV" else slice(None)
+            torch.testing.assert_close(first[group][buffer][kept], value[kept], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_positions_of_the_whole_batches(results: list[dict[str, Any]], n: int) -> None:
+    for layer, chosen in positions(0, 1).items():
+        for rank in range(n):
+            assert torch.equal(results[rank][str(n)]["positions"][layer], chosen)
 
 
 def test_bases_agree_where_the_eigenvalues_do_not(results: list[dict[str, Any]]) -> None:
     """Every process gets rank 0's bases and number of rows, also where it would decompose in another way."""
-    first, second = (result["disagreeing"]["g"] for result in results)
-    own = [buffers(disagreeing(rank), c="energy:0.9", r="energy:0.9", dtype=F64)["g"] for rank in range(2)]
+    first, second = (result["2"]["disagreeing"]["g"] for result in results[:2])
+    own = [buffers(disagreeing(rank), c="energy:0.9", r="energy:0.9")["g"] for rank in range(2)]
     assert [(len(one["U"]), len(one["V"])) for one in own] == [(47, 2), (139, 3)]
     for buffer, value in own[0].items():
         assert torch.equal(first[buffer], second[buffer])
@@ -127,6 +216,25 @@ def test_bases_agree_where_the_eigenvalues_do_not(results: list[dict[str, Any]])
 
 
 def test_one_progress_bar(results: list[dict[str, Any]]) -> None:
-    shown = [result[str(F64)]["stderr"] for result in results]
+    shown = [result["2"]["stderr"] for result in results[:2]]
     assert "Calibrating" in shown[0]
     assert shown[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("seed", "ValueError: the processes start from different weights: 12 of 12 differ, such as unused.weight"),
+        ("layers", "ValueError: the processes hold different layers"),
+        ("loss", "ValueError: the loss of step 1 is nan"),
+    ],
+)
+def test_every_process_refuses(results: list[dict[str, Any]], case: str, words: str) -> None:
+    for rank in range(2):
+        assert results[rank]["2"]["refusals"][case].startswith(words)
+
+
+def test_on_one_process_alone(results: list[dict[str, Any]]) -> None:
+    assert results[0]["alone"].startswith(
+        "RuntimeError: Calibration runs on every process, and rank 1 of 2 processes did not call it within"
+    )

@@ -11,42 +11,39 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsegrad_peft import CalibrationConfig
+from sparsegrad_peft.method.config import Trajectory, normalized_step
 
-def train(folder: str, *, by_hand: bool = False, **options: Any) -> dict[str, Any]:
+CALIBRATION = CalibrationConfig(n_steps=8, trajectory=Trajectory(1e-3, normalized_step), gram_dtype=torch.float64)
+"A walk by rounded gradients: signs would differ where a gradient is nearly zero."
+
+
+def train(folder: str, **options: Any) -> dict[str, Any]:
     from trainers import arguments, rows, saved
-    from transformers import Trainer
 
     from helpers import uncalibrated_adapter  # here: not before the environment is set
-    from sparsegrad_peft import CalibrationConfig, calibrate_adapter
     from sparsegrad_peft.tuner.trainer import SparseGradTrainer
 
-    def config(n_steps: int) -> CalibrationConfig:
-        return CalibrationConfig(n_steps=n_steps, trajectory=None)  # each process would walk on its own batches
-
-    model, data, steps = uncalibrated_adapter(dropout=0), rows(), {"max_steps": 3, "warmup_steps": 2}
-    if by_hand:  # the same batches of two, one after the other
-        loader = Trainer(model, arguments(folder, per_device_train_batch_size=2), train_dataset=data)
-        calibrate_adapter(model, loader.get_train_dataloader(), config=config(16), progress=False)
+    model = uncalibrated_adapter(dropout=0)
     trainer = SparseGradTrainer(
-        model=model, args=arguments(folder, **steps, **options), train_dataset=data,
-        calibration=config(8), density=0.2,
+        model=model, args=arguments(folder, max_steps=3, warmup_steps=2, **options), train_dataset=rows(),
+        calibration=CALIBRATION, density=0.2,
     )  # fmt: skip
     trainer.train()
     deltas = {n: m.get_delta_weight("default").detach() for n, m in model.named_modules() if hasattr(m, "sparsegrad_S")}
     return {"model": saved(model), "deltas": deltas, "processes": trainer.accelerator.num_processes}
 
 
-def train_with_new_bases(folder: str, n_steps: int, **options: Any) -> dict[str, Any]:
+def train_with_new_bases(folder: str, **options: Any) -> dict[str, Any]:
     from trainers import arguments, rows, saved
 
     from helpers import uncalibrated_adapter
-    from sparsegrad_peft import CalibrationConfig
     from sparsegrad_peft.tuner.trainer import SparseGradTrainer
 
     model = uncalibrated_adapter(dropout=0, c="full", r="full")
     trainer = SparseGradTrainer(
         model=model, args=arguments(folder, max_steps=3, warmup_steps=2, **options), train_dataset=rows(),
-        calibration=CalibrationConfig(n_steps=n_steps, trajectory=None), density=0.2, refresh_every=2,
+        calibration=CalibrationConfig(n_steps=12, trajectory=None), density=0.2, refresh_every=2,
     )  # fmt: skip
     trainer.train()
     state = {
@@ -61,7 +58,7 @@ def train_with_new_bases(folder: str, n_steps: int, **options: Any) -> dict[str,
 
 
 def diverges_on_one(folder: str, rank: int) -> str:
-    from trainers import CALIBRATION, arguments, rows
+    from trainers import arguments, rows
 
     from helpers import uncalibrated_adapter
     from sparsegrad_peft.tuner.trainer import SparseGradTrainer, TrainingDivergedError
@@ -102,7 +99,7 @@ def worker(rank: int, folder: str, port: int) -> None:
     }  # fmt: skip
     options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False, "per_device_train_batch_size": 2}
     result = train(folder, **options)
-    torch.save(train_with_new_bases(folder, 6, **options), f"{folder}/refreshed-{rank}.pt")
+    torch.save(train_with_new_bases(folder, **options), f"{folder}/refreshed-{rank}.pt")
     torch.save({**result, "words": [diverges_on_one(folder, rank), too_late(folder)]}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -120,7 +117,7 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path) -> None:
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
     # The same up to the order of summation, and the signs of the basis vectors.
-    alone = train(str(tmp_path), by_hand=True)
+    alone = train(str(tmp_path))
     for name, value in alone["model"].items():
         if "sparsegrad_basis" in name:
             same = (value.float() @ first["model"][name].float().T).abs()
@@ -136,7 +133,7 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path) -> None:
     assert any(name.endswith("sparsegrad_S.default.positions") for name in first["model"])
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
-    alone = train_with_new_bases(str(tmp_path), 12, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    alone = train_with_new_bases(str(tmp_path))
     for name, value in alone["model"].items():
         if "sparsegrad_basis" in name:  # signs aside; the last directions are those of next to no gradient
             assert ((value @ first["model"][name].T).abs().diagonal()[:10] > 0.999).all(), name

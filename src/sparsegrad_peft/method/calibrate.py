@@ -85,11 +85,12 @@ def calibrate(
     r"""Collect the gradient statistics of each group of layers. The model does not change.
 
     Peak extra memory is the Gram matrices and one layer's gradient (and, with a `Trajectory`, a copy of what moves).
-    Under `torch.distributed` each process passes its own batches. The sums are all-reduced, so every process returns
-    the same bits.
+    Under `torch.distributed` every process calls this with its own batches. The gradients are averaged layer by layer
+    as they arrive, so N processes find the bases that one process finds on the whole batches, to rounding.
 
     Args:
-        model: any module; unwrap DDP and FSDP first. Everything but the target layers is frozen meanwhile.
+        model: any module, or one sharded by `fully_shard` (FSDP2); unwrap DDP first. Everything but the target layers
+            is frozen meanwhile.
         batches: inputs of `loss_fn`, iterated again from the start when they run out.
         groups: group name -> layer names, from `group_linears`; None takes every linear layer of the model.
         sizes: the largest bases that will be asked for. A large side with few wanted rows is then summed as a sketch, a
@@ -106,6 +107,7 @@ def calibrate(
     Raises:
         ValueError: the layers of a group differ in shape, a layer is named twice, or whatever `stream_gradients`
             refuses.
+        RuntimeError: not all processes of the group call this.
 
     Example:
         >>> groups = group_linears(model, r".*layer\.\d+\.(intermediate|output)\.dense")
@@ -125,8 +127,6 @@ def calibrate(
         model, group_of, lambda layer, G: group_of[layer].add(G, normalize=config.normalize), batches, step=step,
         loss_fn=loss_fn, config=config, progress="Calibrating" if progress else None,
     )  # fmt: skip
-    for gram in statistics.values():
-        gram.sum_over_processes()
     return Calibration(statistics, config)
 
 

@@ -27,7 +27,7 @@ class Trajectory:
     """A short training run during calibration, undone afterwards, so that later gradients are seen too.
 
     Every parameter with `requires_grad` moves, and so do the target weights. The update needs no optimizer state. The
-    starting values are kept on the CPU. Under `torch.distributed` every process moves on its own batches.
+    starting values are kept on the CPU. Several processes move together, by the gradients of the whole batch.
     """
 
     lr: float = 1e-4
@@ -46,7 +46,7 @@ class CalibrationConfig:
     """How the gradients of the preliminary phase are taken and summed."""
 
     n_steps: int = 30
-    "backward passes (paper: 30; the authors' code: 11)"
+    "backward passes, on each process (paper: 30; the authors' code: 11)"
     trajectory: Trajectory | None = None
     "None takes all gradients at the starting point (paper), else they are taken along a short training run"
     normalize: bool = False

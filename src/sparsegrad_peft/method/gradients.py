@@ -3,6 +3,9 @@
 Calibration, the choice of positions and every measurement of sparsity need the same thing: the gradient `G` of each
 target weight over some batches. `stream_gradients` hands on each gradient and drops it, so it never holds more than
 one. It restores whatever it changed, to the bit, also after an exception.
+
+Several processes take each step together: their gradients are averaged one layer at a time (`averaging.py`), so all of
+them see the gradients, and follow the trajectory, of the whole batch.
 """
 
 from __future__ import annotations
@@ -15,10 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .averaging import Averaging
 from .config import CalibrationConfig, Trajectory, resolve_config
 from .groups import linear_shape
 from .plain import is_conv1d
-from .processes import progress_bar
+from .processes import (
+    check_starting_together,
+    gather_from_all,
+    gathered,
+    is_distributed,
+    progress_bar,
+)
 from .restored_state import restored_state
 
 Step = Callable[[], Tensor]
@@ -62,11 +72,14 @@ def stream_gradients(
     """Run a few steps of backpropagation and pass each target's gradient to `on_gradient(name, G)`.
 
     `G` is (out, in) in whichever layout the layer stores its weight. It is dropped after the call: copy it to keep it,
-    and do not write into it. Everything but the targets is frozen, as in the paper's preliminary phase. Afterwards the
-    model and the random number generators are as before (see `restored_state`), and all hooks are removed.
+    and do not write into it. Everything but the targets is frozen, as in the paper. Afterwards the model and the random
+    number generators are as before (see `restored_state`).
+
+    Under `torch.distributed` every process calls this, each with its own batches. `G` is then the mean over the
+    processes, the same on all of them, as in a step of DDP. FSDP2's sharded gradients are gathered one at a time.
 
     Args:
-        model: a plain module; unwrap DDP and FSDP first.
+        model: a plain module, or one sharded by FSDP2; unwrap DDP first.
         targets: names of linear layers in it.
         on_gradient: called during each backward pass, once for each target.
         batches: inputs of `loss_fn`, iterated again from the start when they run out.
@@ -78,33 +91,32 @@ def stream_gradients(
 
     Raises:
         ValueError: none or both of `batches` and `step`; unknown targets; no batches or too few; a loss or gradient
-            that is not finite; a target that no gradient reached.
+            that is not finite; a target that no gradient reached; processes with different weights.
         TypeError: a target is not a linear layer; the loss is not a scalar tensor.
+        RuntimeError: not all processes call this.
     """
     config = resolve_config(config, fields)
     layers = _find_targets(model, list(targets))
-    if (batches is None) == (step is None):
-        raise ValueError("expected exactly one of batches and step")
-    next_loss = step if batches is None else _loss_of(model, batches, loss_fn, config.n_steps)
-    assert next_loss is not None
-
+    next_loss = _next_loss(model, batches, step, loss_fn, config.n_steps)
+    check_starting_together("Calibration", model)
     weights = [layer.get_parameter("weight") for layer in layers.values()]
-    moving = [*(p for p in model.parameters() if p.requires_grad), *weights] if config.trajectory else []
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in set(map(id, weights))]
     with (
-        restored_state(model, keep_values_of=moving),
+        restored_state(model, keep_values_of=[*others, *weights] if config.trajectory else []),
         torch.inference_mode(False),
         torch.enable_grad(),
         ExitStack() as hooks,
     ):
         _prepare(model, config)
-        counts = _hook_targets(layers, on_gradient, config.trajectory, hooks)
+        averaging = Averaging(hooks)
+        counts = _hook_targets(model, layers, on_gradient, config.trajectory, averaging)
         if config.trajectory is not None:
-            targeted = {id(weight) for weight in weights}
-            _hook_moving([p for p in moving if id(p) not in targeted], config.trajectory, hooks)
+            _hook_moving(others, config.trajectory, averaging)
         for number in progress_bar(range(1, config.n_steps + 1), progress):
             loss = next_loss()
             _check_loss(loss, number)
             loss.backward()
+            averaging.finish()
             _check_reached(counts, number, config.n_steps)
 
 
@@ -119,16 +131,19 @@ def _prepare(model: nn.Module, config: CalibrationConfig) -> None:
 
 
 def _hook_targets(
-    layers: Mapping[str, nn.Module], on_gradient: OnGradient, trajectory: Trajectory | None, hooks: ExitStack
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    on_gradient: OnGradient,
+    trajectory: Trajectory | None,
+    averaging: Averaging,
 ) -> dict[str, int]:
     """Hand on each target's gradient as soon as it is complete, and drop it. Return the number of gradients so far."""
     counts = dict.fromkeys(layers, 0)
 
-    def hook(name: str, transposed: bool) -> Callable[[Tensor], None]:
+    def receiver(name: str, weight: Tensor, transposed: bool) -> Callable[[Tensor], None]:
         @torch.no_grad()
-        def receive(weight: Tensor) -> None:
-            G, weight.grad = weight.grad, None
-            assert G is not None
+        def receive(gradient: Tensor) -> None:
+            G = gathered(gradient)
             if not bool(G.isfinite().all()):
                 raise ValueError(
                     f"{name}: the gradient of step {counts[name] + 1} is not finite; calibrate in float32 or bfloat16, "
@@ -137,27 +152,29 @@ def _hook_targets(
             counts[name] += 1
             on_gradient(name, G.T if transposed else G)
             if trajectory is not None:
-                trajectory.update(weight, G, trajectory.lr)
+                trajectory.update(weight, gradient, trajectory.lr)
 
         return receive
 
-    for name, layer in layers.items():
+    for name in (name for name, _ in reversed(list(model.named_modules())) if name in layers):
+        layer = layers[name]
         weight = layer.get_parameter("weight").requires_grad_(True)
-        hooks.callback(weight.register_post_accumulate_grad_hook(hook(name, is_conv1d(layer))).remove)
+        averaging.add(weight, receiver(name, weight, is_conv1d(layer)))
     return counts
 
 
-def _hook_moving(parameters: Iterable[nn.Parameter], trajectory: Trajectory, hooks: ExitStack) -> None:
-    """Move each parameter as soon as its gradient is complete, and drop the gradient."""
+def _hook_moving(parameters: Iterable[nn.Parameter], trajectory: Trajectory, averaging: Averaging) -> None:
+    """Move each parameter when its gradient is complete, and drop the gradient."""
 
-    @torch.no_grad()
-    def move(parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        trajectory.update(parameter, gradient, trajectory.lr)
+    def mover(parameter: Tensor) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def move(gradient: Tensor) -> None:
+            trajectory.update(parameter, gradient, trajectory.lr)
+
+        return move
 
     for parameter in parameters:
-        hooks.callback(parameter.register_post_accumulate_grad_hook(move).remove)
+        averaging.add(parameter, mover(parameter), at_end=True)
 
 
 def _find_targets(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
@@ -190,10 +207,19 @@ def _find_targets(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     return layers
 
 
-def _loss_of(
-    model: nn.Module, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor], n_steps: int
+def _next_loss(
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    step: Step | None,
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    n_steps: int,
 ) -> Step:
     """Return a function that computes the loss of the next batch, starting again when the batches run out."""
+    if (batches is None) == (step is None):
+        raise ValueError("expected exactly one of batches and step")
+    if step is not None:
+        return step
+    assert batches is not None
     taken = 0
 
     def endless() -> Iterator[Any]:
@@ -215,8 +241,10 @@ def _check_loss(loss: Any, number: int) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
         raise TypeError(f"expected the loss as a tensor with one element, found {type(loss).__name__}{shape}")
-    if not bool(loss.isfinite().all()):
-        raise ValueError(f"the loss of step {number} is {loss.item()}; no gradient can be taken from it")
+    losses = gather_from_all(loss) if is_distributed() else loss.detach().reshape(1)  # all processes stop, or none
+    if not bool(losses.isfinite().all()):
+        bad = losses[~losses.isfinite()][0].item()
+        raise ValueError(f"the loss of step {number} is {bad}; no gradient can be taken from it")
     if not loss.requires_grad:
         raise ValueError(
             f"the loss of step {number} does not depend on any target weight: it was computed under no_grad, detached, "

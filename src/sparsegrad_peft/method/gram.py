@@ -19,7 +19,6 @@ from torch import Tensor
 from .basis import Basis
 from .hosvd import Eigenbasis, StrongestFeatures, eigenbasis, strongest_features
 from .precision import unit_norm_, without_autocast
-from .processes import sum_over_processes
 from .sizes import Rows, check_rows
 from .sketch import eigenbasis_of_sketch
 
@@ -41,7 +40,7 @@ class GramStatistics:
     gram_out: Tensor
     "`Σ GGᵀ` (out, out); with `probe_out`, its product with that (out, width); for a selected side, its diagonal (out,)"
     n_gradients: int = 0
-    "number of gradients summed, over layers, steps and processes"
+    "number of gradients summed, over layers and steps"
     probe_in: Tensor | None = None
     "(in, width), the random vectors of the input side if only a few leading directions are wanted (see `sketch`)"
     probe_out: Tensor | None = None
@@ -61,13 +60,6 @@ class GramStatistics:
         if self.probe_in is not None or self.probe_out is not None:
             self.energy += float(G.square().sum())
         self.n_gradients += 1
-
-    def sum_over_processes(self) -> None:
-        """Add up the statistics of all processes, on each of them."""
-        count, energy = torch.tensor(self.n_gradients), torch.tensor(self.energy, dtype=torch.float64)
-        for tensor in (self.gram_in, self.gram_out, count, energy):
-            sum_over_processes(tensor)
-        self.n_gradients, self.energy = int(count), float(energy)
 
     def basis(
         self,

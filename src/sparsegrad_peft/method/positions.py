@@ -12,7 +12,7 @@ from .config import CalibrationConfig, resolve_config
 from .gradients import Step, default_loss, stream_gradients
 from .groups import check_same_groups, linear_shape
 from .precision import at_least_float32
-from .processes import sum_over_processes
+from .processes import broadcast_from_rank0
 from .selection import resolve_k, topk_positions
 
 _TEN_STEPS = CalibrationConfig(n_steps=10)
@@ -35,7 +35,7 @@ def select_positions(
     """Return positions for `SparseGradLinear.pack` or `renew_positions`: the `k` largest entries of `Σ G_tilde²`.
 
     The layers may be plain linear layers or SparseGrad layers in training. One float32 matrix (r, c) is held for each
-    layer. The model does not change. Under `torch.distributed` the sums are all-reduced.
+    layer. The model does not change. Several processes choose together, from the gradients of the whole batches.
 
     Args:
         model: see `stream_gradients`, as for `batches`, `step` and `loss_fn`.
@@ -70,12 +70,11 @@ def select_positions(
         model, basis_of, add, batches, step=step, loss_fn=loss_fn, config=config,
         progress="Choosing positions" if progress else None,
     )  # fmt: skip
-    for layer in basis_of:  # the same order on every process, unlike that in which gradients arrive
-        sum_over_processes(squares[layer])
-    return {
+    chosen = {
         layer: topk_positions(squares[layer].reshape(-1), resolve_k(squares[layer].numel(), k, density)).int()
         for layer in basis_of
     }
+    return {layer: broadcast_from_rank0(positions) for layer, positions in chosen.items()}
 
 
 def _check_k(model: nn.Module, basis_of: Mapping[str, Basis], k: int | None, density: float | None) -> None:

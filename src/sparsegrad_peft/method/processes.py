@@ -1,20 +1,38 @@
-"""Collective operations of calibration, and the progress bar of rank 0. Without a process group they do nothing."""
+"""What the processes of a group do together: wait for each other, average, broadcast. Without a group: nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+
+from .precision import at_least_float32
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
+PATIENCE = 180.0
+"Seconds that `wait_for_all` waits for the other processes."
+_WARN_AFTER = 20.0
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def world_size() -> int:
+    """Return the number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
 
 def is_distributed() -> bool:
-    """True if there is a process group, also one of a single process."""
-    return dist.is_available() and dist.is_initialized()
+    """True if there are several processes."""
+    return world_size() > 1
 
 
 def is_rank0() -> bool:
@@ -33,13 +51,97 @@ def progress_bar(items: Sequence[Item], description: str | None) -> Iterator[Ite
     yield from track(items, description=description, console=Console(stderr=True))
 
 
-def sum_over_processes(tensor: Tensor) -> None:
-    """Sum a tensor in place, with the same bits on every process (a reduction alone may round differently)."""
-    if is_distributed():
-        shared = _reachable(tensor)
-        dist.all_reduce(shared)
-        dist.broadcast(shared, src=0)
-        tensor.copy_(shared)
+def check_starting_together(what: str, model: nn.Module) -> None:
+    """Wait until every process is about to start the work, and check that all have the same weights.
+
+    Raises:
+        RuntimeError, ValueError: see `wait_for_all` and `check_equal_weights`.
+    """
+    wait_for_all(what)
+    check_equal_weights(dict(model.named_parameters()))
+
+
+def wait_for_all(what: str, patience: float | None = None) -> None:
+    """Wait until every process has called this, so that a call on some of them ends with an error and not in a hang.
+
+    The processes meet in the key-value store of the group, which has no time-out of its own.
+
+    Args:
+        what: the work that is about to start, for the messages.
+        patience: in seconds; None is `PATIENCE`.
+
+    Raises:
+        RuntimeError: some processes have not called it in time.
+    """
+    if not is_distributed():
+        return
+    patience = PATIENCE if patience is None else patience
+    store = dist.distributed_c10d._get_default_store()
+    number = store.add(f"sparsegrad/calls/{dist.get_rank()}", 1)  # the same on every process
+    keys = [f"sparsegrad/{number}/{rank}" for rank in range(world_size())]
+    store.set(keys[dist.get_rank()], what)
+    start, warned, pause = time.monotonic(), False, 0.001
+    while not store.check(keys):
+        waited = time.monotonic() - start
+        if (waited > min(_WARN_AFTER, patience) and not warned) or waited > patience:
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            ranks = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            if waited > patience:
+                raise RuntimeError(
+                    f"{what} runs on every process, and rank {ranks} of {len(keys)} processes did not call it within "
+                    f"{patience:.0f} s. Call it on all ranks, each with its own batches"
+                )
+            warned = True
+            logger.warning("%s waits for rank %s of %d processes", what, ranks, len(keys))
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+
+
+def check_equal_weights(weights: Mapping[str, Tensor]) -> None:
+    """Raise on every process unless all have the same weights, to the bit. Sharded weights are left out.
+
+    Raises:
+        ValueError: the names or the values differ.
+    """
+    if not is_distributed():
+        return
+    whole = {name: w.detach() for name, w in weights.items() if not is_sharded(w) and not w.is_meta}
+    named = hashlib.sha256("\n".join(f"{name} {tuple(w.shape)} {w.dtype}" for name, w in whole.items()).encode())
+    if _differ(torch.tensor([len(whole), int.from_bytes(named.digest()[:7], "big")])).any():
+        raise ValueError(
+            f"the processes hold different layers: this one has {len(whole)} weights, the first is "
+            f"{next(iter(whole), 'none')}. Calibrate before the model is split into pipeline stages or by tensor "
+            "parallelism, or pass ready statistics, calibration=..."
+        )
+    # Sums of the bit patterns as integers: the order of summation, and so the device, does not matter.
+    bits = (weight.contiguous().view(_BITS[weight.element_size()]) for weight in whole.values())
+    sums = [pattern.sum(dtype=torch.int64).cpu() for pattern in bits]
+    differs = _differ(torch.stack(sums)).tolist() if sums else []
+    different = [name for name, differ in zip(whole, differs, strict=True) if differ]
+    if different:
+        raise ValueError(
+            f"the processes start from different weights: {len(different)} of {len(whole)} differ, such as "
+            f"{different[0]}. Load the same checkpoint on every process, or set the same seed before the model is made"
+        )
+
+
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """Return the mean over the processes, computed in float32 at least."""
+    if not is_distributed():
+        return tensor
+    shared = _reachable(tensor.to(at_least_float32(tensor.dtype)).contiguous())
+    if shared is tensor:
+        shared = tensor.clone()
+    dist.all_reduce(shared)
+    return shared.div_(world_size()).to(tensor.device)
+
+
+def gather_from_all(number: Tensor) -> Tensor:
+    """Return a number of each process (a tensor with one element), by rank."""
+    shared = _reachable(number.detach().reshape(1))
+    found = [torch.empty_like(shared) for _ in range(world_size())]
+    dist.all_gather(found, shared)
+    return torch.cat(found)
 
 
 def broadcast_from_rank0(tensor: Tensor) -> Tensor:
@@ -53,6 +155,29 @@ def broadcast_from_rank0(tensor: Tensor) -> Tensor:
         shared = shared.new_empty(shape.tolist())
     dist.broadcast(shared, src=0)
     return shared.to(tensor.device)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """True for a `DTensor`, as `fully_shard` makes them; its package takes a second to import."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor gathered from all processes, all of which must call this; others as they are."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def own_shard(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor; others as they are. It shares the storage."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _differ(numbers: Tensor) -> Tensor:
+    """Tell which of some integers differ between the processes."""
+    lowest, highest = _reachable(numbers.clone()), _reachable(numbers.clone())
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return (lowest != highest).cpu()
 
 
 def _reachable(tensor: Tensor) -> Tensor:

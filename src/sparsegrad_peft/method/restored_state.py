@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .basis import Basis
+from .processes import own_shard
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def restored_state(model: nn.Module, keep_values_of: list[nn.Parameter]) -> Iter
     buffers = [(b, b.detach().clone()) for b in model.buffers() if id(b) not in of_bases]
     places = [(m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items()]
     unique = {id(t): t for t in keep_values_of}
-    values = [(t, t.detach().to("cpu", copy=True)) for t in unique.values()]
+    values = [(t, own_shard(t.detach()).to("cpu", copy=True)) for t in unique.values()]
     python_state = random.getstate()
     numpy_random = sys.modules["numpy"].random if "numpy" in sys.modules else None
     numpy_state = numpy_random.get_state() if numpy_random else None
@@ -38,7 +39,7 @@ def restored_state(model: nn.Module, keep_values_of: list[nn.Parameter]) -> Iter
     finally:
         with torch.no_grad():
             for tensor, value in values:
-                tensor.copy_(value)
+                own_shard(tensor.detach()).copy_(value)
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):  # batch_norm writes without raising the buffer's version
                     buffer.copy_(value)
