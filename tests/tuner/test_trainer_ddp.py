@@ -97,7 +97,10 @@ def worker(rank: int, folder: str, port: int) -> None:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False, "per_device_train_batch_size": 2}
+    options = {
+        "ddp_backend": "gloo", "ddp_find_unused_parameters": False, "per_device_train_batch_size": 2,
+        "average_tokens_across_devices": False,  # with it, the Trainer doubles BERT's loss on two processes
+    }  # fmt: skip
     result = train(folder, **options)
     torch.save(train_with_new_bases(folder, **options), f"{folder}/refreshed-{rank}.pt")
     torch.save({**result, "words": [diverges_on_one(folder, rank), too_late(folder)]}, f"{folder}/{rank}.pt")

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..run.exit_codes import ExitCode, exit_code_of
+from ..run.processes import is_rank0, only_rank0_speaks, process_count, rank, reports
 from .completion import complete
 
 VERBS = {
@@ -38,6 +39,9 @@ VERBS = {
 
 RESUMABLE = ("train", "search", "reproduce", "demo")
 """Verbs that resume interrupted work when they are run again."""
+
+DISTRIBUTED = ("train", "search", "reproduce")
+"""Verbs that `torchrun` and `accelerate launch` may start in several processes."""
 
 _NEEDS_ARGUMENTS = ("train", "search", "figures", "bench")
 """Verbs that print their help without arguments: their defaults would start a long run."""
@@ -65,11 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(VERBS)}"
         print(f"sparsegrad: no verb {verb!r}; {advice}", file=sys.stderr)
         return ExitCode.REFUSED
+    if process_count() > 1 and verb not in DISTRIBUTED:
+        if is_rank0():
+            print(
+                f"sparsegrad {verb}: runs in one process, found {process_count()}; start it without torchrun or "
+                "accelerate launch",
+                file=sys.stderr,
+            )
+        return ExitCode.REFUSED
     if not rest and verb in _NEEDS_ARGUMENTS:
         rest = ["--help"]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; its warnings do not concern us
     try:
-        with _sigterm_as_ctrl_c():
+        with _sigterm_as_ctrl_c(), only_rank0_speaks():
             import_module(f".{verb}", __package__).main(rest)
     except ModuleNotFoundError as error:
         if traceback or (error.name or "").startswith(("sparsegrad_peft", "sparsegrad_lab")):
@@ -80,11 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if traceback:
             raise
-        print(f"sparsegrad {verb}: {_message(error)}", file=sys.stderr)
+        if reports(error):
+            where = f" (rank {rank()})" if process_count() > 1 else ""
+            print(f"sparsegrad {verb}{where}: {_message(error)}", file=sys.stderr)
         return exit_code_of(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         advice = "; run the same command to resume from the last checkpoint" if verb in RESUMABLE else ""
-        print(f"sparsegrad {verb}: interrupted{advice}", file=sys.stderr)
+        if reports(interrupt):
+            print(f"sparsegrad {verb}: interrupted{advice}", file=sys.stderr)
         return ExitCode.INTERRUPTED
     return ExitCode.FINISHED
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXAMPLE = (
     "sparsegrad reproduce comparison --tasks glue/rte --methods sparsegrad,lora; prints a line per run and writes "
     "results/, which sparsegrad report reads. The same command resumes an interrupted study. Run it several times at "
-    "once to share the runs: on one machine, or with --storage on several."
+    "once to share the runs: on one machine, also with torchrun, or with --storage on several."
 )
 
 
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
                         help="folder with your own experiments and a default.yaml")  # fmt: skip
     add_quiet(parser)
     options = parser.parse_args(argv)
+    work_alone()
     from ..study.experiment import SHIPPED, experiment_names, load_experiment
 
     folder = SHIPPED if options.folder is None else Path(options.folder)

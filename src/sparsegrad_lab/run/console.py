@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from ..tasks.task import display_name, higher_is_better
 from .folder import RunFolder
+from .processes import is_rank0
 
 
 def make_progress_bar(console: Console, *, disable: bool = False) -> Progress:
@@ -31,11 +32,11 @@ class ProgressCallback(TrainerCallback):
     Args:
         folder: of the run.
         metric: the score to print, without "eval_".
-        show: print and show the bar.
+        show: print and show the bar, on rank 0.
     """
 
     def __init__(self, folder: RunFolder, metric: str = "loss", show: bool = True) -> None:
-        self.folder, self.metric, self.show = folder, metric, show
+        self.folder, self.metric, self.show = folder, metric, show and is_rank0()
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self.bar: Progress | None = None
         self.best: float | None = None

@@ -1,4 +1,7 @@
-"""The files of a run. Each is written completely or not at all: a kill or a full disk leaves the previous version."""
+"""The files of a run. Each is written completely or not at all: a kill or a full disk leaves the previous version.
+
+Of several processes of one run, rank 0 writes. The functions that write do nothing on the others.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,14 @@ import yaml
 from ..methods.settings import AdapterArguments
 from ..tasks.parse_files import read_json, read_yaml
 from .checkpoints import best_step, is_complete, writing
+from .processes import is_rank0, process_count
 from .settings import WITHOUT_EFFECT, RunArguments, flat
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file under a draft name, then rename it: readers see the old file or the new one, both complete."""
+    if not is_rank0():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}.draft")
     try:
@@ -41,6 +47,8 @@ def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
 
     The files are on the disk when this returns, so that a file written later may say so.
     """
+    if not is_rank0():
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.draft")
     former = folder.with_name(f".{folder.name}.former")
@@ -102,7 +110,7 @@ class RunFolder:
 
     config.yaml       the settings
     method.json       the PEFT config, if it was given as the method
-    environment.json  commit, versions, device, seed
+    environment.json  commit, versions, device, number of processes, seed
     calibration.json  time and memory of the calibration, if there was one; a resumed run does not calibrate again
     metrics.json      the trainer's log: losses, learning rates, scores
     adapter/          adapter of the best evaluation; model/ for a method that trains the weights themselves
@@ -156,7 +164,17 @@ class RunFolder:
                 f"{self} is not empty and holds no run (no config.yaml); choose another output folder"
             )
         if not self.finished:
+            self._check_processes()
             self.check_writable()
+
+    def _check_processes(self) -> None:
+        """Raise FileExistsError if the run was started on another number of processes: its steps have other rows."""
+        there = (self.read_json("environment.json") or {}).get("processes", 1)
+        if self.last_checkpoint() is not None and there != process_count():
+            raise FileExistsError(
+                f"{self} holds a run on {there} processes, found {process_count()}. A step takes training.batch_size "
+                f"rows on each: resume it on {there}, or choose another output folder"
+            )
 
     def _differences(self, arguments: RunArguments) -> list[tuple[str, Any, Any]]:
         """Settings that differ: name, value in the folder, value in `arguments`."""

@@ -20,6 +20,8 @@ import psutil
 import torch
 from torch.nn.functional import linear
 
+from .processes import engine, process_count
+
 _PACKAGES = ("sparsegrad-peft", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn")
 _SAMPLING_SECONDS = 0.02
 _SLOW = 1.5  # a processor with bfloat16 instructions takes less time than in float32
@@ -27,7 +29,7 @@ _CLOCK_SECONDS = 2.0  # a process's start time may shift by this much when the s
 
 
 def environment() -> dict[str, Any]:
-    """Commit, versions and device, for the record of a run or a benchmark.
+    """Commit, versions, device and number of processes, for the record of a run or a benchmark.
 
     Raises:
         subprocess.CalledProcessError: git cannot read the checkout that this package is imported from.
@@ -42,6 +44,8 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "device": device,
         "threads": torch.get_num_threads(),
+        "processes": process_count(),
+        "engine": engine(),
     }
 
 

@@ -22,6 +22,7 @@ from ..tasks.parse_files import check_yaml, read_yaml
 from .aliases import INSTEAD, aliases_of, check_given_once, given_names
 from .completers import add_completers
 from .presets import preset
+from .processes import is_rank0
 from .settings import RunArguments, flat
 
 # The docstring under a field of a dataclass is its help.
@@ -138,6 +139,8 @@ class VerbParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and a suggestion, and exit with code 2."""
+        if not is_rank0():  # which prints the same
+            sys.exit(2)
         names = [action.dest for action in self._actions if action.option_strings]
         ends = {name.rpartition(".")[2]: name for name in names} | dict(self.aliases)
         found = []

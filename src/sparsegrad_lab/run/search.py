@@ -1,4 +1,7 @@
-"""Search the learning rate and the batch size with Optuna. Every trial is a run in a folder of its own."""
+"""Search the learning rate and the batch size with Optuna. Every trial is a run in a folder of its own.
+
+Of several processes (`torchrun`), rank 0 asks Optuna and tells the others what to train; all train each trial together.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from .exit_codes import ExitCode, exit_code_of
 from .folder import RunFolder, content_of, write_whole
 from .machine import is_alive, is_on_this_host, process_identity, slow_precision_warning
 from .plots import plot_search
+from .processes import from_rank0, is_rank0, joined
 from .settings import WITHOUT_EFFECT, RunArguments, SearchArguments, flat
 from .train import output_folder, train
 
@@ -33,6 +37,8 @@ _SEARCHED = (*WITHOUT_EFFECT, "training.learning_rate", "training.batch_size")
 "Settings that differ between the trials."
 _SEARCH_FILES = ("trials.journal", "search.json", "trial-000")
 "The folder of a search holds at least one of these."
+_FAILED_TRIAL = (ExitCode.DIVERGED, ExitCode.OUT_OF_MEMORY)
+"Ends of a run that count as a trial."
 _STATES = {"COMPLETE": "complete", "PRUNED": "cut short", "RUNNING": "under way"}
 
 
@@ -60,6 +66,47 @@ def search(
     """
     what.check()
     arguments.check()
+    with joined():
+        if not is_rank0():
+            return _follow()
+        try:
+            result = _search(arguments, what, say, progress)
+        except Exception as error:
+            from_rank0(_Message(error=error))
+            raise
+        from_rank0(_Message(result=result))
+        return result
+
+
+@dataclass(frozen=True)
+class _Message:
+    """From rank 0 to the other processes: what to train, or how the search ended."""
+
+    arguments: RunArguments | None = None
+    result: dict[str, Any] | None = None
+    error: Exception | None = None
+
+
+def _follow() -> dict[str, Any]:
+    """Train what rank 0 says, until the search has ended."""
+    while True:
+        message: _Message = from_rank0(None)
+        if message.error is not None:
+            vars(message.error)["of_all"] = True
+            raise message.error
+        if message.result is not None:
+            return message.result
+        assert message.arguments is not None
+        try:
+            train(message.arguments, progress=False, callbacks=[_ReportToOptuna(None)])
+        except Exception as error:
+            if exit_code_of(error) not in _FAILED_TRIAL:
+                raise
+
+
+def _search(
+    arguments: RunArguments, what: SearchArguments, say: Callable[[str], None], progress: bool
+) -> dict[str, Any]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if warning := slow_precision_warning(arguments.training.precision):
         say(warning)
@@ -153,11 +200,12 @@ def _run_trial(
     name = f"trial {trial.number}: learning rate {single.training.learning_rate:g}, batch {single.training.batch_size}"
     # Optuna sees the evaluations of the first seed. The other seeds count only in the final score.
     report = _ReportToOptuna(trial)
+    from_rank0(_Message(arguments=single))
     try:
         results = train(single, progress=progress, callbacks=[report])
     except Exception as error:
         code = exit_code_of(error)
-        if code not in (ExitCode.DIVERGED, ExitCode.OUT_OF_MEMORY):
+        if code not in _FAILED_TRIAL:
             raise
         trial.set_user_attr("error", code.status)
         study.tell(trial, state=TrialState.FAIL)
@@ -177,9 +225,13 @@ def _run_trial(
 
 
 class _ReportToOptuna(TrainerCallback):
-    """Reports the scores of a trial to Optuna, and stops the run if Optuna prunes it."""
+    """Reports the scores of a trial to Optuna, and stops the run if Optuna prunes it.
 
-    def __init__(self, trial: Trial) -> None:
+    Args:
+        trial: None on the processes that follow rank 0.
+    """
+
+    def __init__(self, trial: Trial | None) -> None:
         self.trial = trial
         self.pruned = False
         self._reported_steps: set[int] = set()
@@ -190,8 +242,11 @@ class _ReportToOptuna(TrainerCallback):
         if score is None or self.pruned or state.global_step in self._reported_steps:
             return
         self._reported_steps.add(state.global_step)
-        self.trial.report(score, len(self._reported_steps))
-        if state.global_step < state.max_steps and self.trial.should_prune():
+        prune = False
+        if self.trial is not None:
+            self.trial.report(score, len(self._reported_steps))
+            prune = state.global_step < state.max_steps and self.trial.should_prune()
+        if from_rank0(prune):
             self.pruned = control.should_training_stop = True
 
 

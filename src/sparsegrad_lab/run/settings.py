@@ -38,7 +38,7 @@ class TrainingArguments:
     epochs: float = 3
     "passes over the training rows"
     batch_size: int = 32
-    "rows per step on one device"
+    "rows per step on each process"
     gradient_accumulation: int = 1
     "micro-batches per step"
     learning_rate: float | None = None

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .hub import create_repository, push
 from .inputs import Inputs, load_inputs
 from .machine import environment, slow_precision_warning
 from .plots import plot_curves
+from .processes import is_rank0, joined, on_rank0, process_count
 from .settings import RunArguments
 from .trainer import MeasureTraining, make_trainer
 
@@ -33,6 +35,8 @@ def train(
     arguments: RunArguments, *, progress: bool = True, callbacks: Sequence[TrainerCallback] = ()
 ) -> list[dict[str, Any]]:
     """Train once per seed. Finished runs are skipped, interrupted ones are resumed from their last checkpoint.
+
+    Under `torchrun` or `accelerate launch` the processes train together with DDP. All of them call this; rank 0 writes.
 
     Args:
         arguments: the settings.
@@ -50,21 +54,22 @@ def train(
         OSError: a file could not be written. The files written before are complete.
     """
     arguments.check()
-    if arguments.push_to_hub is not None:
-        create_repository(arguments.push_to_hub)
     several = len(arguments.seeds) > 1
     output = output_folder(arguments)
     if several and (output / "config.yaml").is_file():
         raise FileExistsError(f"{output} holds the run of one seed; choose another output folder for several seeds")
     results = []
-    for seed in arguments.seeds:
-        single = copy.deepcopy(arguments)
-        single.seeds = [seed]
-        single.output = str(output / f"seed-{seed}" if several else output)
-        with writing(Path(single.output)):
-            results.append(_train_one(single, progress, callbacks))
-        if single.push_to_hub is not None:
-            push(RunFolder(single.output), single.push_to_hub)
+    with joined():
+        if (repository := arguments.push_to_hub) is not None:
+            on_rank0(partial(create_repository, repository))
+        for seed in arguments.seeds:
+            single = copy.deepcopy(arguments)
+            single.seeds = [seed]
+            single.output = str(output / f"seed-{seed}" if several else output)
+            with writing(Path(single.output)):
+                results.append(_train_one(single, progress, callbacks))
+            if repository is not None:
+                on_rank0(partial(push, RunFolder(single.output), repository))
     return results
 
 
@@ -77,15 +82,11 @@ def output_folder(arguments: RunArguments) -> Path:
 def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     folder = RunFolder(arguments.output)
     reporter = ProgressCallback(folder, show=progress)
-    folder.check(arguments)
-    if folder.finished:
+    if (finished := on_rank0(lambda: _finished_result(folder, arguments))) is not None:
         reporter.say(f"{folder}: this run is finished; nothing to do")
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)  # left behind if the run was killed while it ended
-        return folder.read_result()
+        return finished
     inputs = load_inputs(arguments)
-    folder.start(arguments)  # the inputs were accepted: from here on, the folder belongs to this run
-    folder.write_json("environment.json", {**environment(), "seed": arguments.seeds[0]})
-    checkpoint = _find_checkpoint(folder, inputs, arguments, reporter)
+    checkpoint = on_rank0(lambda: _start(folder, inputs, arguments, reporter))
     reporter.metric = inputs.task.main_metric
     measure = MeasureTraining()
     trainer = make_trainer(arguments, folder, inputs, [reporter, measure, *callbacks])
@@ -93,7 +94,8 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except OSError:
-            folder.drop_broken_checkpoints()  # the disk is full: the checkpoint being written is of no use
+            if is_rank0():
+                folder.drop_broken_checkpoints()  # the disk is full: the checkpoint being written is of no use
             raise
         finally:
             reporter.stop()
@@ -101,23 +103,43 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         parameter_counts = trainer.parameter_counts(inputs.adapted.targets)
         trainer.make_plain()
         scores, by_class = _final_scores(trainer, inputs)
-    _save(trainer, arguments, inputs, folder, by_class)
-    result = {
-        **_describe(arguments, inputs, scores, trainer.state),
-        "by_class": by_class,
-        "trained_entries": parameter_counts,
-        "weights_bytes": sum(file.stat().st_size for file in folder.weights.glob("*.safetensors")),
-        "calibration": folder.read_json("calibration.json"),
-        "training": measure.phase.as_dict(),
-        "resumed": checkpoint is not None,
-        "config": arguments.as_dict(),
-        "environment": {**environment(), "seed": arguments.seeds[0]},
-    }
-    adapter_config = getattr(trainer.model, "peft_config", {}).get("default")
-    write_whole(folder.weights / "README.md", make_card(result, adapter_config))
-    folder.write_json("result.json", result)
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+
+    def finish() -> dict[str, Any]:
+        _save(trainer, arguments, inputs, folder, by_class)
+        result = {
+            **_describe(arguments, inputs, scores, trainer.state),
+            "by_class": by_class,
+            "trained_entries": parameter_counts,
+            "weights_bytes": sum(file.stat().st_size for file in folder.weights.glob("*.safetensors")),
+            "calibration": folder.read_json("calibration.json"),
+            "training": measure.phase.as_dict(),
+            "resumed": checkpoint is not None,
+            "config": arguments.as_dict(),
+            "environment": {**environment(), "seed": arguments.seeds[0]},
+        }
+        adapter_config = getattr(trainer.model, "peft_config", {}).get("default")
+        write_whole(folder.weights / "README.md", make_card(result, adapter_config))
+        folder.write_json("result.json", result)
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        return folder.read_result()
+
+    return on_rank0(finish)
+
+
+def _finished_result(folder: RunFolder, arguments: RunArguments) -> dict[str, Any] | None:
+    """The result of a finished run; None if it is still to be done. Checks that the run may use the folder."""
+    folder.check(arguments)
+    if not folder.finished:
+        return None
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)  # left behind if the run was killed while it ended
     return folder.read_result()
+
+
+def _start(folder: RunFolder, inputs: Inputs, arguments: RunArguments, reporter: ProgressCallback) -> Path | None:
+    """Write the settings into the folder, now that the inputs were accepted. Returns the checkpoint to resume from."""
+    folder.start(arguments)
+    folder.write_json("environment.json", {**environment(), "seed": arguments.seeds[0]})
+    return _find_checkpoint(folder, inputs, arguments, reporter)
 
 
 def _find_checkpoint(
@@ -128,8 +150,8 @@ def _find_checkpoint(
     checkpoint = folder.last_checkpoint()
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in inputs.features.items())
     reporter.say(
-        f"{inputs.task.name} ({sizes} rows), {arguments.method} on {arguments.model}, seed {arguments.seeds[0]}: "
-        f"{folder}"
+        f"{inputs.task.name} ({sizes} rows), {arguments.method} on {arguments.model}, seed {arguments.seeds[0]}"
+        f"{f', {process_count()} processes' if process_count() > 1 else ''}: {folder}"
     )
     if warning := slow_precision_warning(arguments.training.precision):
         reporter.say(warning)

@@ -15,13 +15,14 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..methods.training.trainer import MethodTrainer
 from ..tasks.kinds import KINDS
-from ..tasks.task import Task, higher_is_better
+from ..tasks.task import LANGUAGE, Task, higher_is_better
 from .checkpoints import writing
 from .folder import RunFolder
 from .inputs import Inputs
 from .machine import Phase, measured
+from .processes import process_count
 from .sampler import LengthSampler
-from .settings import RunArguments
+from .settings import RunArguments, TrainingArguments
 
 
 class MeasureTraining(TrainerCallback):
@@ -51,7 +52,7 @@ def make_trainer(
     task, adapted, features = inputs.task, inputs.adapted, inputs.features
     kind, training = KINDS[task.kind], arguments.training
     stopping = [] if training.patience is None else [EarlyStoppingCallback(early_stopping_patience=training.patience)]
-    rows_per_step = training.batch_size * training.gradient_accumulation
+    rows_per_step = _rows_per_step(training)
     by_length = partial(LengthSampler.of_dataset, rows_per_step, arguments.seeds[0])
     trainer: MethodTrainer = (adapted.trainer or MethodTrainer)(
         model=adapted.model,
@@ -72,6 +73,9 @@ def make_trainer(
         saving=partial(writing, folder.checkpoints),
         sampler=by_length if training.batches == "by_length" else None,
     )
+    # Classifiers of transformers take the number of labels in a step and ignore it: their loss is a batch's mean. The
+    # Trainer would then scale it by the number of micro-batches and processes.
+    trainer.model_accepts_loss_kwargs = task.kind == LANGUAGE
     trainer.remove_callback(PrinterCallback)  # `ProgressCallback` prints
     if arguments.report_to == "tensorboard":
         board = trainer.pop_callback(TensorBoardCallback)
@@ -95,7 +99,7 @@ def _trainer_arguments(
 ) -> transformers.TrainingArguments:
     """The run's settings as `transformers.TrainingArguments`."""
     training = arguments.training
-    steps_per_epoch = -(-n_train // (training.batch_size * training.gradient_accumulation))
+    steps_per_epoch = -(-n_train // _rows_per_step(training))
     evaluation_steps = max(1, steps_per_epoch // training.evaluations)
     total = max(1, round(steps_per_epoch * training.epochs))
     return transformers.TrainingArguments(
@@ -130,6 +134,10 @@ def _trainer_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         **optimizer,
     )
+
+
+def _rows_per_step(training: TrainingArguments) -> int:
+    return training.batch_size * training.gradient_accumulation * process_count()
 
 
 def _scorer(task: Task) -> Callable[[transformers.EvalPrediction], dict[str, float]]:

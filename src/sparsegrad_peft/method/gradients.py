@@ -110,8 +110,7 @@ def stream_gradients(
         _prepare(model, config)
         averaging = Averaging(hooks)
         counts = _hook_targets(model, layers, on_gradient, config.trajectory, averaging)
-        if config.trajectory is not None:
-            _hook_moving(others, config.trajectory, averaging)
+        _hook_moving(others, config.trajectory, averaging)
         for number in progress_bar(range(1, config.n_steps + 1), progress):
             loss = next_loss()
             _check_loss(loss, number)
@@ -163,8 +162,10 @@ def _hook_targets(
     return counts
 
 
-def _hook_moving(parameters: Iterable[nn.Parameter], trajectory: Trajectory, averaging: Averaging) -> None:
-    """Move each parameter when its gradient is complete, and drop the gradient."""
+def _hook_moving(parameters: Iterable[nn.Parameter], trajectory: Trajectory | None, averaging: Averaging) -> None:
+    """Move each parameter along the trajectory when its gradient is complete, and drop the gradient."""
+    if trajectory is None:
+        return
 
     def mover(parameter: Tensor) -> Callable[[Tensor], None]:
         @torch.no_grad()

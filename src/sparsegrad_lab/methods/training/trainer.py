@@ -53,7 +53,7 @@ class MethodTrainer(SparseGradTrainer):
             super()._on_training_batches(calibrate, **options)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.sampler is None or self.args.world_size > 1:
+        if self.sampler is None:
             return super()._get_train_sampler(train_dataset)
         return self.sampler(self.train_dataset if train_dataset is None else train_dataset)
 
