@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..run.parsing import add_quiet, make_parser
+from ..run.processes import work_alone
 
 if TYPE_CHECKING:
     from ..study.experiment import Cell, Experiment
