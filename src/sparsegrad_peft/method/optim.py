@@ -15,13 +15,16 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from .basis import Basis
 from .precision import HALF_PRECISION, at_least_float32
+from .processes import is_sharded, own_shard
 from .products import add_chain
 from .selection import coo_from_flat, flat_from_coo, resolve_k, topk_positions
+from .sharded import check_row_sharded, select_from_shards, shard_group, step_shard
 from .sides import cast
 from .sparse_adam import match_dtype, step_selected
 
@@ -42,6 +45,9 @@ class SparseGradAdamW(Optimizer):
 
     The state takes 12 bytes for each entry that was ever selected (its position, and two moments in float32; 20 bytes
     in float64) and nothing for the others. Dense Adam takes 8 bytes for every entry. `touched` counts the entries.
+
+    Parameters that FSDP2 (`fully_shard`) has cut into rows are selected from as a whole: the same entries as on one
+    process, and exactly `k` (`sharded.py`). Their moments are held for every entry of a process's rows.
 
     Args:
         params: parameters, or groups as above.
@@ -68,6 +74,7 @@ class SparseGradAdamW(Optimizer):
         bases: Mapping[nn.Parameter, Basis] | None = None,
     ) -> None:
         self.bases = dict(bases or {})
+        self._given: set[int] = set()
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "sparse": False, "k": None, "density": None,
@@ -81,6 +88,7 @@ class SparseGradAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give groups saved by another optimizer, such as AdamW, the flags that they lack."""
         super().__setstate__(state)
+        self._given = {id(parameter) for group in self.param_groups for parameter in group["params"]}
         for group in self.param_groups:
             for name in ("sparse", "k", "density"):
                 group.setdefault(name, self.defaults[name])
@@ -122,12 +130,33 @@ class SparseGradAdamW(Optimizer):
                     f"{where}: a weight in {parameter.dtype} would round its changes away; keep it in float32, and use "
                     "autocast for products in half precision"
                 )
+            self._given.add(id(parameter))
             if _selects(group):
+                self._check_selectable(parameter, where)
                 shape = _selection_shape(parameter, basis)
                 try:
                     resolve_k(math.prod(shape), group["k"], group["density"])
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{where}, parameter of shape {tuple(parameter.shape)}: {error}") from None
+
+    def _check_selectable(self, parameter: Tensor, where: str) -> None:
+        """Raise ValueError if an engine has cut the parameter in a way that hides which entries are the largest."""
+        flat = None
+        if (id(parameter) not in self._given and not isinstance(parameter, nn.Parameter)) or hasattr(
+            parameter, "ds_id"
+        ):
+            flat = "DeepSpeed ZeRO"
+        elif getattr(parameter, "_fsdp_flattened", False):
+            flat = "FSDP1 (FullyShardedDataParallel)"
+        if flat is not None:
+            raise ValueError(
+                f"{where}: k and density select the largest entries of whole parameters, found parts made by {flat}; "
+                "train the cores whole (k=None, density=None), or use DDP or FSDP2 (fully_shard)"
+            )
+        if is_sharded(parameter):
+            if parameter in self.bases:
+                raise ValueError(f"{where}: a weight with a basis cannot be sharded; train it with DDP")
+            check_row_sharded(parameter)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -152,10 +181,15 @@ class SparseGradAdamW(Optimizer):
             for number, group in enumerate(self.param_groups)
             if group["sparse"]
             for parameter in group["params"]
-            if parameter.grad is not None
+            if parameter.grad is not None and not is_sharded(parameter)
         ]
+        shards = self._select_shards()
         for parameter, group, positions, values in selected:
             self._sparse_step(parameter, group, positions, values)
+        for parameter, group, positions, values in shards:
+            step_shard(
+                parameter, self.state[parameter], positions, values, float(group["lr"]), group["betas"], group["eps"]
+            )
         for group in self.param_groups:
             if not group["sparse"]:
                 self._dense_step(group)
@@ -169,6 +203,8 @@ class SparseGradAdamW(Optimizer):
                 if grad is None:
                     continue
                 where = f"parameter group {number}, gradient of shape {tuple(parameter.shape)}"
+                if _selects(group):
+                    self._check_selectable(parameter, where)
                 if not grad.is_sparse:
                     if group["sparse"] and not _selects(group):
                         raise ValueError(
@@ -207,6 +243,21 @@ class SparseGradAdamW(Optimizer):
             positions = topk_positions(entries.abs(), resolve_k(entries.numel(), group["k"], group["density"]))
             values = entries[positions]
         return positions, values
+
+    def _select_shards(self) -> list[tuple[Any, dict[str, Any], Tensor, Tensor]]:
+        """Select from all parameters that are sharded over the same processes at once."""
+        found: dict[dist.ProcessGroup | None, list[tuple[Any, dict[str, Any], Tensor, int]]] = {}
+        for group in self.param_groups:
+            for parameter in group["params"] if group["sparse"] else ():
+                if is_sharded(parameter) and parameter.grad is not None:
+                    entries = own_shard(parameter.grad).reshape(-1).to(at_least_float32(parameter.dtype))
+                    k = resolve_k(parameter.numel(), group["k"], group["density"])
+                    found.setdefault(shard_group(parameter), []).append((parameter, group, entries, k))
+        selected = []
+        for processes, members in found.items():
+            chosen = select_from_shards([entries for _, _, entries, _ in members], [k for *_, k in members], processes)
+            selected += [(member[0], member[1], *one) for member, one in zip(members, chosen, strict=True)]
+        return selected
 
     def _sparse_step(self, parameter: nn.Parameter, group: dict[str, Any], positions: Tensor, values: Tensor) -> None:
         change = step_selected(
@@ -267,8 +318,13 @@ class SparseGradAdamW(Optimizer):
         )
 
     def touched(self, parameter: nn.Parameter) -> int:
-        """Return how many entries of a `sparse` parameter were ever selected."""
-        return self.state[parameter]["positions"].numel() if self.state.get(parameter) else 0
+        """Return how many entries of a `sparse` parameter were ever selected; of a sharded one, on this process."""
+        state = self.state.get(parameter)
+        if not state:
+            return 0
+        if "positions" not in state:
+            return int(own_shard(state["exp_avg_sq"]).count_nonzero())
+        return int(state["positions"].numel())
 
 
 def _selects(group: Mapping[str, Any]) -> bool:

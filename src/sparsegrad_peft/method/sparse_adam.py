@@ -49,6 +49,11 @@ def step_selected(
         state["positions"] = positions.new_empty(0, dtype=torch.int32)
         state["exp_avg"] = values.new_empty(0)
         state["exp_avg_sq"] = values.new_empty(0)
+    if "positions" not in state:  # of a sharded parameter, which holds the moments of all entries
+        state["positions"] = state["exp_avg_sq"].flatten().nonzero().squeeze(1).int()
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].flatten()[state["positions"]]
+        state["step"] = int(state["step"])
     match_dtype(state, values.dtype)
     state["step"] += 1
     slots = _slots(state, positions)
