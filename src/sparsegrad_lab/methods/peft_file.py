@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ class PeftFile(Method):
         from sparsegrad_peft.tuner.targets import mlp_linears
 
         from .training.layers import modules_to_save
+        from .training.lora_start import STARTS, LoraStartTrainer
 
         config = read_config(self.path)
         for name in ("target_modules", "feedforward_modules"):
@@ -63,11 +65,16 @@ class PeftFile(Method):
         if getattr(config, "modules_to_save", None) is None and hasattr(config, "modules_to_save"):
             targets = mlp_linears(model, getattr(config, "target_modules", None)) if setup.train_rest else []
             config.modules_to_save = modules_to_save(model, targets, setup.heads, train_rest=setup.train_rest)
-        calibration = None
+        calibration = trainer = None
         if isinstance(config, SparseGradConfig):
             config.forget_bases()  # they belong to the saved adapter
             calibration = calibration_config(setup.calibration)
-        return Adapted(get_peft_model(model, config), calibration)
+        elif getattr(config, "init_lora_weights", None) in STARTS:
+            calibration, trainer = calibration_config(setup.calibration), LoraStartTrainer
+        with warnings.catch_warnings():
+            # PEFT advises to keep EVA's adapter on the meta device until it starts, which saves little memory.
+            warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage=False")
+            return Adapted(get_peft_model(model, config), calibration, trainer=trainer)
 
 
 def read_config(path: str) -> PeftConfig:

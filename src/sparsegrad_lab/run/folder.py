@@ -176,6 +176,10 @@ class RunFolder:
                 f"rows on each: resume it on {there}, or choose another output folder"
             )
 
+    def holds_another_run(self, arguments: RunArguments) -> bool:
+        """True if it is a run folder, and its run has other settings."""
+        return (self.path / "config.yaml").is_file() and bool(self._differences(arguments))
+
     def _differences(self, arguments: RunArguments) -> list[tuple[str, Any, Any]]:
         """Settings that differ: name, value in the folder, value in `arguments`."""
         there, here = _with_defaults(self.read_arguments()), arguments.as_dict()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..run.folder import RunFolder
 from ..run.parsing import arguments_from
 from ..tasks.model_folder import model_path
 from ..tasks.pretrained import load_config
@@ -221,6 +222,8 @@ class Grid:
             result = self.results.equal_run(arguments)
             if result is None:
                 arguments.output = str(self.places.runs / cell.name)
+                if RunFolder(arguments.output).holds_another_run(arguments):  # interrupted, before its settings changed
+                    shutil.rmtree(arguments.output)
                 result = run_in_process(arguments, threads, attempt)
                 if result["status"] == "killed" and attempt.number < _ATTEMPTS:
                     return True

@@ -23,8 +23,8 @@ EXPERIMENTS = {
     for name in experiment_names()
 }
 METHODS = [(name, method) for name, experiment in EXPERIMENTS.items() for method in experiment.methods]
-ALIKE = ("kept-entries", "calibration", "sizes")
-"Experiments whose methods differ in a number: the first and the last of them are run."
+ALIKE = ("kept-entries", "calibration", "openassistant", "sizes")
+"Experiments whose methods are alike: the first and the last of them are run."
 RUN = [
     (name, method)
     for name, method in METHODS
@@ -35,7 +35,7 @@ RUN = [
 def test_all_are_found() -> None:
     """A folder that is not listed, or a config that no experiment uses, would never be run."""
     assert len(EXPERIMENTS) == 15
-    assert len(METHODS) == 83
+    assert len(METHODS) == 88
     folders = {path.name for path in SHIPPED.iterdir() if path.is_dir()}
     assert folders == set(EXPERIMENTS)
     used = {Path(EXPERIMENTS[name].methods[method].settings.get("method", "")).resolve() for name, method in METHODS}
@@ -108,7 +108,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         max_position_embeddings=48,
     )).save_pretrained(root / "bert")  # fmt: skip
     LlamaForCausalLM(LlamaConfig(
-        vocab_size=words, hidden_size=64, intermediate_size=172, num_hidden_layers=31, num_attention_heads=4,
+        vocab_size=words, hidden_size=128, intermediate_size=172, num_hidden_layers=31, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=48,
     )).save_pretrained(root / "llama")  # fmt: skip
     T5Model(T5Config(

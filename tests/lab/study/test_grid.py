@@ -18,7 +18,9 @@ import yaml
 
 from grids import Lines, read, result_file
 from sparsegrad_lab.cli.main import main
+from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.run.parsing import arguments_from
+from sparsegrad_lab.study.experiment import merged
 from sparsegrad_lab.study.grid import Grid, Places, reproduce
 from sparsegrad_lab.study.locks import SharedRuns
 from sparsegrad_lab.study.sections import read_sections
@@ -29,6 +31,9 @@ from sparsegrad_lab.study.stored_results import StoredResults
 def test_grid_search_best_and_again(load: Any, places: Places) -> None:
     options: dict[str, Any] = {"keep": lambda cell: cell.method != "lora" and cell.seed != 1, "threads": 1}
     experiments, reporter = [load("first"), load("second")], Lines()
+    interrupted = next(cell for cell in experiments[0].cells() if options["keep"](cell))
+    other = arguments_from(merged(interrupted.settings(1e-3), {"data": {"max_length": 7}}))
+    RunFolder(places.runs / interrupted.name).start(other)  # before its settings changed
     results = reproduce(experiments, places, progress=reporter, **options)
     assert len(results) == 2 + 1 + 2 == len(reporter.begun)
     # The search is run before what depends on it, on its own rows and seed.
