@@ -26,7 +26,7 @@ from helpers import (
 )
 from sparsegrad_peft import Calibration, SparseGradConfig, Trajectory, calibrate_adapter
 from sparsegrad_peft.method.config import sign_step
-from sparsegrad_peft.tuner.layer import SparseGradTunerLinear
+from sparsegrad_peft.tuner.linear import SparseGradTunerLinear
 
 
 def test_original_space_is_not_calibrated() -> None:

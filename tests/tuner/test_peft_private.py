@@ -15,7 +15,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsegrad_peft import SparseGradConfig
-from sparsegrad_peft.tuner.layer import SparseGradLayer, SparseGradTunerLinear
+from sparsegrad_peft.tuner.experts import SparseGradExperts
+from sparsegrad_peft.tuner.layer import SparseGradLayer
+from sparsegrad_peft.tuner.linear import SparseGradTunerLinear
 from sparsegrad_peft.tuner.model import SparseGradModel
 from sparsegrad_peft.tuner.peft_private import HOOKS, NAME, PREFIX, ensure_peft_type, in_out_features, register
 
@@ -32,7 +34,7 @@ def test_upstream_hooks_are_unchanged(owner: type, name: str, parameters: tuple[
 
 def test_every_private_override_is_listed() -> None:
     for owner, own in ((BaseTuner, SparseGradModel), (BaseTunerLayer, SparseGradLayer)):
-        classes = (own, SparseGradTunerLinear) if own is SparseGradLayer else (own,)
+        classes = (own, SparseGradTunerLinear, SparseGradExperts) if own is SparseGradLayer else (own,)
         overridden = {name for cls in classes for name in vars(cls) if name.startswith("_") and hasattr(owner, name)}
         overridden = {
             name for name in overridden if inspect.isroutine(getattr(owner, name)) and not name.startswith("__")

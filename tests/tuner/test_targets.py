@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel
 from helpers import tiny_batch, tiny_model
 from sparsegrad_peft import SparseGradConfig
 from sparsegrad_peft.method.groups import group_linears
+from sparsegrad_peft.tuner.experts import SparseGradExperts
 from sparsegrad_peft.tuner.layer import SparseGradLayer
 from sparsegrad_peft.tuner.targets import TARGETS, find_mlp_linears
 
@@ -171,34 +172,45 @@ def test_routed_experts_that_are_linear_layers_are_adapted(caplog: pytest.LogCap
 MOE = {**DECODER, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 
 
-@pytest.mark.parametrize(
-    ("kind", "sizes", "share"),
-    [
-        ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 24}, 20.0),  # one shared expert beside four
-        ("deepseek_v3", {**DECODER, "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2,
-                         "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
-                         "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
-                         "qk_nope_head_dim": 8, "head_dim": 4}, None),
-    ],
-)  # fmt: skip
-def test_what_is_adapted_beside_fused_experts_is_in_the_log(
-    kind: str, sizes: dict[str, Any], share: float | None, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = get_peft_model(AutoModel.from_config(AutoConfig.for_model(kind, **sizes)), SparseGradConfig())
-    names = [name for name, module in model.named_modules() if isinstance(module, SparseGradLayer)]
-    assert names
-    if share is not None:
-        assert all("shared_expert" in name for name in names)
-        assert f"{share:.1f} % of the MLP weights" in caplog.text
+DEEPSEEK = {**DECODER, "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "head_dim": 4,
+            "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 8,
+            "kv_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 8}  # fmt: skip
+BESIDE_EXPERTS = {
+    "qwen2_moe": ({**MOE, "shared_expert_intermediate_size": 24}, 6, 4),
+    "deepseek_v3": (DEEPSEEK, 6, 2),  # the first block is dense
+}
+"Model type -> configuration, number of MLP linears, number of fused experts' parameters."
+
+
+@pytest.mark.parametrize("kind", BESIDE_EXPERTS)
+def test_linears_and_fused_experts_are_adapted(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    sizes, linears, fused = BESIDE_EXPERTS[kind]
+    with caplog.at_level(logging.INFO, logger="sparsegrad_peft"):
+        model = get_peft_model(AutoModel.from_config(AutoConfig.for_model(kind, **sizes)), SparseGradConfig())
+    layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
+    assert sum(isinstance(layer, SparseGradExperts) for layer in layers) == fused
+    assert len(layers) == linears + fused
+    assert f"adapts {linears + fused} layers with 100.0 % of the MLP weights" in caplog.text
+    assert len(model.peft_config["default"].target_parameters) == fused
+
+
+@pytest.mark.parametrize("kind", BESIDE_EXPERTS)
+def test_a_form_that_rotates_both_sides_leaves_fused_experts_out(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    sizes, linears, _ = BESIDE_EXPERTS[kind]
+    base = AutoModel.from_config(AutoConfig.for_model(kind, **sizes))
+    model = get_peft_model(base, SparseGradConfig(c=0.5, r=0.5))
+    assert sum(isinstance(module, SparseGradLayer) for module in model.modules()) == linears
+    if kind == "qwen2_moe":  # one shared expert beside four
+        assert "20.0 % of the MLP weights" in caplog.text
     assert "fused expert parameters such as layers." in caplog.text
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 @pytest.mark.parametrize(("kind", "key"), [("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts")])
-def test_a_model_of_fused_experts_is_refused_with_what_works(kind: str, key: str) -> None:
+def test_a_form_that_adapts_nothing_is_refused_with_what_works(kind: str, key: str) -> None:
     base = AutoModel.from_config(AutoConfig.for_model(kind, **{**MOE, key: 4}))
     with pytest.raises(ValueError, match=r"fused expert parameters, such as layers.*of shape \(4, .*target_modules"):
-        get_peft_model(base, SparseGradConfig())
+        get_peft_model(base, SparseGradConfig.paper())
     assert get_peft_model(base, SparseGradConfig(target_modules=["q_proj", "v_proj"]))  # what the message says
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparsegrad_peft.method.groups import linear_shape
+from sparsegrad_peft.method.experts import expert_layout, owner_of, target_shape
 from sparsegrad_peft.method.selection import resolve_k
 from sparsegrad_peft.method.sketch import sketch_width
 from sparsegrad_peft.tuner.config import SparseGradConfig
@@ -31,6 +31,7 @@ class GroupRow:
         selected: True for a side (output, input) that selects features and rotates nothing.
         bases_bytes: `U` (c, in) and `V` (r, out), for the group or for each layer: bfloat16, complete ones float32;
             int32 indices of selected features; scales in float32.
+        experts: number of experts that are one layer here; 1 for a linear layer.
         gram_bytes: Gram matrices of both sides, or their sketches, in float32 during calibration; as many as bases. Of
             a selected side, the diagonal.
     """
@@ -47,6 +48,13 @@ class GroupRow:
     selected: tuple[bool, bool]
     bases_bytes: int
     gram_bytes: int
+    experts: int = 1
+
+    @property
+    def lora_entries_per_rank(self) -> int:
+        """Entries that LoRA trains in a layer for each rank; PEFT gives every expert its own pair of matrices."""
+        wide, narrow = max(self.out, self.in_), min(self.out, self.in_)
+        return wide + self.experts * narrow
 
     @property
     def rotated_sides(self) -> list[tuple[int, int]]:
@@ -65,7 +73,8 @@ def group_rows(
     """
     rows, sizes = [], config.sizes
     for name, layers in groups.items():
-        out, in_ = linear_shape(model.get_submodule(layers[0]), layers[0])
+        out, in_ = target_shape(model, layers[0])
+        owner, parameter = owner_of(model, layers[0])
         sizes.check(out, in_, f"group {name}")
         r, c = sizes.counts(out, in_)
         if r is None or c is None:
@@ -85,6 +94,7 @@ def group_rows(
             selected=(select_out, select_in),
             bases_bytes=pairs * (sizes.basis_bytes(out, in_, config.dtype_of_bases.itemsize) + scales),
             gram_bytes=pairs * sums * FLOAT32,
+            experts=1 if parameter is None else expert_layout(owner, parameter).experts,
         ))  # fmt: skip
     return rows
 
@@ -93,10 +103,11 @@ def calibration_bytes(rows: list[GroupRow], weight_bytes: int) -> int:
     """Return the extra memory of calibration at its peak.
 
     That is all Gram matrices or sketches, the random vectors of the sketches (once for each size of a side), and the
-    gradient of the largest layer, with a float32 copy if the weights (`weight_bytes` an entry) are narrower.
+    gradient of the largest layer, with a float32 copy (of one expert) if the weights (`weight_bytes` an entry) are
+    narrower.
     """
     sketches = {(n, sketch_width(kept, n)) for row in rows for n, kept in row.rotated_sides}
     random_vectors = sum(n * width for n, width in sketches if width is not None) * FLOAT32
     copy = 0 if weight_bytes == FLOAT32 else FLOAT32
-    gradient = max(row.out * row.in_ for row in rows) * (weight_bytes + copy)
+    gradient = max(row.out * row.in_ * weight_bytes + row.out * row.in_ // row.experts * copy for row in rows)
     return sum(row.gram_bytes for row in rows) + random_vectors + gradient

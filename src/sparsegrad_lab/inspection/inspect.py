@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from sparsegrad_peft.method.experts import group_experts
 from sparsegrad_peft.method.groups import group_linears
 from sparsegrad_peft.method.sizes import Rows, Sizes
 from sparsegrad_peft.tuner.config import SparseGradConfig
@@ -129,15 +130,17 @@ def inspect(
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, found {dtype_name}")
     config = SparseGradConfig(narrow=narrow, wide=wide, c=c, r=r, shared=bool(shared))
     built = build_model(model, task_type, num_labels)
-    targets = resolve_targets(built, target_modules, task_type)
+    targets, experts = resolve_targets(built, target_modules, task_type, experts=bool(config.neurons))
     name = model if isinstance(model, str) else getattr(getattr(built, "config", None), "name_or_path", None)
-    return _inspect(built, name or type(built).__name__, targets, config, density, dtype_name)
+    groups = group_linears(built, targets) if targets else {}  # by role, also for bases of each layer: a short table
+    groups |= group_experts(built, experts)
+    return _inspect(built, name or type(built).__name__, targets, groups, config, density, dtype_name)
 
 
 def _inspect(
-    model: nn.Module, name: str, targets: list[str] | str, config: SparseGradConfig, density: float, dtype: str
-) -> Inspection:
-    groups = group_linears(model, targets)  # by role also when each layer has its own bases, for a short table
+    model: nn.Module, name: str, targets: list[str] | str, groups: dict[str, list[str]], config: SparseGradConfig,
+    density: float, dtype: str,
+) -> Inspection:  # fmt: skip
     layers = [layer for names in groups.values() for layer in names]
     rows = group_rows(model, groups, config, density)
     parts = count_parts(model, set(layers))
@@ -157,12 +160,17 @@ def _inspect(
         calibration_bytes=calibration_bytes(rows, weight_bytes),
         lora_rank=rank,
         methods=method_bytes(parts.total, rows, rank, density, weight_bytes),
-        notes=_notes(dtype),
+        notes=_notes(dtype, experts=any(row.experts > 1 for row in rows)),
     )
 
 
-def _notes(dtype: str) -> list[str]:
+def _notes(dtype: str, *, experts: bool) -> list[str]:
+    fused = (
+        "Fused experts: the experts in one parameter count as one layer, whose larger side holds the neurons of all. "
+        "The paper's own form does not exist for them."
+    )
     return [
+        *([fused] if experts else []),
         "Activations are not counted. They depend on the batch, the length and checkpointing.",
         f"Frozen weights are {dtype} and truncated bases bfloat16. Complete bases are float32, and so is what trains, "
         "with its gradients and moments.",

@@ -58,7 +58,7 @@ def method_bytes(
     k_complete = sum(row.layers * resolve_k(row.out * row.in_, density=density) for row in rows)
     bases = sum(row.bases_bytes for row in rows)
     complete = sum(row.in_**2 + row.out**2 for row in rows) * FLOAT32
-    lora = lora_rank * sum(row.layers * (row.in_ + row.out) for row in rows)
+    lora = lora_rank * sum(row.layers * row.lora_entries_per_rank for row in rows)
     in_float32 = (total - layers) * weight_bytes + layers * FLOAT32
     adapted = total * weight_bytes + FLOAT32 * entries
 
@@ -70,12 +70,17 @@ def method_bytes(
         name = f"{name}, top {density:.4g}"
         return MethodBytes(key, name, trained, weights, bases, gradients, TOUCHED * k, TOUCHED * trained)
 
-    return [
+    methods = [
         dense("full", "all weights, AdamW", total, FLOAT32 * total),
         dense("layers", "these layers, AdamW", layers, in_float32),
         dense("lora", f"LoRA rank {lora_rank}, AdamW", lora, total * weight_bytes + FLOAT32 * lora),
         dense("block", "SparseGrad, all of S", entries, adapted, bases),
         selecting("topk", "SparseGrad", entries, adapted, bases, FLOAT32 * entries, k),
+    ]
+    if any(row.experts > 1 for row in rows):  # complete bases of all experts' neurons are no option
+        return methods
+    return [
+        *methods,
         selecting("published", "published layer", layers, in_float32, complete, COO * k_complete, k_complete),
         selecting("published_plain", "plain weights", layers, in_float32, complete, FLOAT32 * layers, k_complete),
     ]

@@ -54,15 +54,21 @@ def build_model(model: str | nn.Module | PretrainedConfig, task_type: str | None
 
 
 def resolve_targets(
-    model: nn.Module, target_modules: Iterable[str] | str | None, task_type: str | None
-) -> list[str] | str:
-    """Return what `SparseGradConfig(target_modules=...)` adapts, in a form that `group_linears` takes.
+    model: nn.Module, target_modules: Iterable[str] | str | None, task_type: str | None, *, experts: bool
+) -> tuple[list[str] | str, list[str]]:
+    """Return the linear layers and the fused experts that `SparseGradConfig(target_modules=...)` adapts.
+
+    The layers are in a form that `group_linears` takes. `experts` is False for a form that leaves fused experts out.
 
     Raises:
         ValueError: None was given, and the model has no known MLP layers.
     """
     if target_modules is None:
-        return choose_targets(model, model_type_of(model))
+        return choose_targets(model, model_type_of(model), experts=experts)
+    return _named_targets(model, target_modules, task_type), []
+
+
+def _named_targets(model: nn.Module, target_modules: Iterable[str] | str, task_type: str | None) -> list[str] | str:
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         config = SparseGradConfig(target_modules="all-linear", task_type=task_type)
         names = set(include_all_linear_layers(config, model).target_modules or ())

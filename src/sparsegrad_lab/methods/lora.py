@@ -46,22 +46,27 @@ def matching_rank(model: nn.Module, targets: Sequence[str], sizes: Sizes) -> int
 
     Args:
         model: the model, also on the meta device.
-        targets: names of the adapted layers.
+        targets: names of the adapted layers, and of fused experts' parameters.
         sizes: of SparseGrad's bases.
 
     Raises:
         ValueError: a size is a share of energy, so that SparseGrad's entries are known only after calibration.
     """
-    from sparsegrad_peft.method.groups import linear_shape
+    from sparsegrad_peft.method.experts import expert_layout, owner_of, target_shape
 
     cores = per_rank = 0
     for name in targets:
-        out_features, in_features = linear_shape(model.get_submodule(name), name)
+        out_features, in_features = target_shape(model, name)
         r, c = sizes.counts(out_features, in_features)
         if r is None or c is None:
             raise ValueError("adapter.rank: the matching rank is not known for sizes by energy; give a rank")
         cores += r * c
-        per_rank += out_features + in_features
+        owner, parameter = owner_of(model, name)
+        if parameter is None:
+            per_rank += out_features + in_features
+        else:
+            layout = expert_layout(owner, parameter)
+            per_rank += layout.experts * (layout.out + layout.in_)
     return max(1, round(cores / per_rank))
 
 

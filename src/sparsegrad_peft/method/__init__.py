@@ -16,6 +16,7 @@ Around these:
     positions    choose fixed entries for a packed core
     refresh      new bases, or new positions, during training
     literal      the layer as published
+    experts      fused experts, seen as one matrix
     reference    all of it again: dense, slow, in the order of the paper's equations
 
 Helpers: config (calibration's settings), groups (which layers share a basis), sizes (rows of a basis), costs

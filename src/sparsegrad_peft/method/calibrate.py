@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .basis import Basis
 from .config import CalibrationConfig, resolve_config
+from .experts import check_selects_neurons, expert_layout, fused_parameters, owner_of, target_shape
 from .gradients import Step, default_loss, stream_gradients
 from .gram import GramStatistics, warn_of_completed
-from .groups import group_linears, linear_shape
+from .groups import group_linears
 from .processes import broadcast_from_rank0, progress_bar
 from .sizes import Rows, Sizes
 from .sketch import random_vectors, sketch_width
@@ -92,7 +93,8 @@ def calibrate(
         model: any module, or one sharded by `fully_shard` (FSDP2); unwrap DDP first. Everything but the target layers
             is frozen meanwhile.
         batches: inputs of `loss_fn`, iterated again from the start when they run out.
-        groups: group name -> layer names, from `group_linears`; None takes every linear layer of the model.
+        groups: group name -> names of linear layers, from `group_linears`, or of fused experts' parameters. None takes
+            every linear layer of the model.
         sizes: the largest bases that will be asked for. A large side with few wanted rows is then summed as a sketch, a
             small part of the Gram matrix's size and work (see `sketch`). None sums whole Gram matrices.
         step: in place of `batches`: a function without arguments that returns the loss of its next batch.
@@ -135,7 +137,7 @@ def _empty_statistics(
     model: nn.Module, groups: Mapping[str, Sequence[str]], sizes: Sizes | None, config: CalibrationConfig
 ) -> dict[str, GramStatistics]:
     """Allocate the sums of each group: a Gram matrix per side, or the smaller sketch of it."""
-    modules = dict(model.named_modules())
+    known = {*dict(model.named_modules()), *fused_parameters(model)}
     probes: dict[tuple[int, int, torch.device], Tensor] = {}  # sides of one size use the same random vectors
 
     def allocate(n: int, rows: Rows, selected: bool, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -152,16 +154,19 @@ def _empty_statistics(
 
     statistics = {}
     for name, layers in groups.items():
-        unknown = [layer for layer in layers if layer not in modules]
+        unknown = [layer for layer in layers if layer not in known]
         if unknown:
             raise ValueError(f"group {name!r}: the model has no modules named {', '.join(unknown)}")
-        shapes = {layer: linear_shape(modules[layer], layer) for layer in layers}
+        shapes = {layer: target_shape(model, layer) for layer in layers}
         if len(set(shapes.values())) != 1:
             raise ValueError(f"group {name!r}: the layers of a group share a shape, found (out, in) = {shapes}")
         out_features, in_features = next(iter(shapes.values()))
         r, c = sizes.check(out_features, in_features, f"group {name}") if sizes is not None else ("full", "full")
         select_out, select_in = (False, False) if sizes is None else sizes.selected(out_features, in_features)
-        device = torch.device(config.gram_device or modules[layers[0]].weight.device)
+        owner, parameter = owner_of(model, layers[0])
+        if parameter is not None:
+            check_selects_neurons(expert_layout(owner, parameter), sizes or Sizes(), layers[0])
+        device = torch.device(config.gram_device or getattr(owner, parameter or "weight").device)
         gram_in, probe_in = allocate(in_features, c, select_in, device)
         gram_out, probe_out = allocate(out_features, r, select_out, device)
         statistics[name] = GramStatistics(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from .averaging import Averaging
 from .config import CalibrationConfig, Trajectory, resolve_config
-from .groups import linear_shape
+from .experts import expert_layout, fused_parameters, owner_of, target_shape
 from .plain import is_conv1d
 from .processes import (
     check_starting_together,
@@ -71,16 +72,16 @@ def stream_gradients(
 ) -> None:
     """Run a few steps of backpropagation and pass each target's gradient to `on_gradient(name, G)`.
 
-    `G` is (out, in) in whichever layout the layer stores its weight. It is dropped after the call: copy it to keep it,
-    and do not write into it. Everything but the targets is frozen, as in the paper. Afterwards the model and the random
-    number generators are as before (see `restored_state`).
+    `G` is (out, in) in whichever layout the layer stores its weight, and (E, out, in) for fused experts. It is dropped
+    after the call: copy it to keep it, and do not write into it. Everything but the targets is frozen, as in the paper.
+    Afterwards the model and the random number generators are as before (see `restored_state`).
 
     Under `torch.distributed` every process calls this, each with its own batches. `G` is then the mean over the
     processes, the same on all of them, as in a step of DDP. FSDP2's sharded gradients are gathered one at a time.
 
     Args:
         model: a plain module, or one sharded by FSDP2; unwrap DDP first.
-        targets: names of linear layers in it.
+        targets: names of linear layers in it, or of parameters that hold fused experts (see `experts.py`).
         on_gradient: called during each backward pass, once for each target.
         batches: inputs of `loss_fn`, iterated again from the start when they run out.
         step: in place of `batches`: a function without arguments that returns the loss of its next batch.
@@ -96,10 +97,10 @@ def stream_gradients(
         RuntimeError: not all processes call this.
     """
     config = resolve_config(config, fields)
-    layers = _find_targets(model, list(targets))
+    found = _find_targets(model, list(targets))
     next_loss = _next_loss(model, batches, step, loss_fn, config.n_steps)
     check_starting_together("Calibration", model)
-    weights = [layer.get_parameter("weight") for layer in layers.values()]
+    weights = [target.weight for target in found.values()]
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in set(map(id, weights))]
     with (
         restored_state(model, keep_values_of=[*others, *weights] if config.trajectory else []),
@@ -109,7 +110,7 @@ def stream_gradients(
     ):
         _prepare(model, config)
         averaging = Averaging(hooks)
-        counts = _hook_targets(model, layers, on_gradient, config.trajectory, averaging)
+        counts = _hook_targets(model, found, on_gradient, config.trajectory, averaging)
         _hook_moving(others, config.trajectory, averaging)
         for number in progress_bar(range(1, config.n_steps + 1), progress):
             loss = next_loss()
@@ -129,15 +130,22 @@ def _prepare(model: nn.Module, config: CalibrationConfig) -> None:
             parameter.requires_grad_(False)
 
 
+@dataclass(frozen=True)
+class _Target:
+    weight: nn.Parameter
+    transposed: bool
+    "stored with the last two dimensions as (in, out)"
+
+
 def _hook_targets(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    targets: Mapping[str, _Target],
     on_gradient: OnGradient,
     trajectory: Trajectory | None,
     averaging: Averaging,
 ) -> dict[str, int]:
     """Hand on each target's gradient as soon as it is complete, and drop it. Return the number of gradients so far."""
-    counts = dict.fromkeys(layers, 0)
+    counts = dict.fromkeys(targets, 0)
 
     def receiver(name: str, weight: Tensor, transposed: bool) -> Callable[[Tensor], None]:
         @torch.no_grad()
@@ -149,17 +157,25 @@ def _hook_targets(
                     "and check the batch's labels"
                 )
             counts[name] += 1
-            on_gradient(name, G.T if transposed else G)
+            on_gradient(name, G.mT if transposed else G)
             if trajectory is not None:
                 trajectory.update(weight, gradient, trajectory.lr)
 
         return receive
 
-    for name in (name for name, _ in reversed(list(model.named_modules())) if name in layers):
-        layer = layers[name]
-        weight = layer.get_parameter("weight").requires_grad_(True)
-        averaging.add(weight, receiver(name, weight, is_conv1d(layer)))
+    for name in reversed(_modules_and_parameters(model)):
+        if name in targets:
+            weight = targets[name].weight.requires_grad_(True)
+            averaging.add(weight, receiver(name, weight, targets[name].transposed))
     return counts
+
+
+def _modules_and_parameters(model: nn.Module) -> list[str]:
+    """Return the names of all modules, each followed by those of its own parameters."""
+    names = []
+    for path, module in model.named_modules():
+        names += [path, *(f"{path}.{parameter}".removeprefix(".") for parameter in module._parameters)]
+    return names
 
 
 def _hook_moving(parameters: Iterable[nn.Parameter], trajectory: Trajectory | None, averaging: Averaging) -> None:
@@ -178,34 +194,41 @@ def _hook_moving(parameters: Iterable[nn.Parameter], trajectory: Trajectory | No
         averaging.add(parameter, mover(parameter), at_end=True)
 
 
-def _find_targets(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+def _find_targets(model: nn.Module, names: list[str]) -> dict[str, _Target]:
     if not names:
         raise ValueError("expected at least one target layer, found none")
-    modules = dict(model.named_modules())
-    unknown = [name for name in names if name not in modules]
+    known = {*dict(model.named_modules()), *fused_parameters(model)}
+    unknown = [name for name in names if name not in known]
     if unknown:
-        some = ", ".join([name for name, module in modules.items() if isinstance(module, nn.Linear)][:4])
+        some = ", ".join([name for name, module in model.named_modules() if isinstance(module, nn.Linear)][:4])
         raise ValueError(f"the model has no modules named {', '.join(unknown)}; it has, for instance: {some}")
-    layers = {name: modules[name] for name in names}
+    targets = {name: _find_target(model, name) for name in names}
     first_name: dict[int, str] = {}
-    for name, layer in layers.items():
-        shape, weight = linear_shape(layer, name), layer.weight
-        if not (
-            isinstance(weight, nn.Parameter)
-            and weight.is_floating_point()
-            and sorted(weight.shape) == sorted(shape)  # sharded weights are flat
-        ):
-            raise TypeError(
-                f"{name}: expected a floating point weight of shape {shape}, found {type(weight).__name__} of "
-                f"{weight.dtype} with shape {tuple(weight.shape)}; "
-                "calibrate before quantizing or sharding the model, or pass ready statistics"
-            )
-        first = first_name.setdefault(id(weight), name)
+    for name, target in targets.items():
+        first = first_name.setdefault(id(target.weight), name)
         if first != name:
             raise ValueError(
                 f"{first} and {name} share one weight tensor, and so one gradient, the sum over both; name one of them"
             )
-    return layers
+    return targets
+
+
+def _find_target(model: nn.Module, name: str) -> _Target:
+    shape, (owner, parameter) = target_shape(model, name), owner_of(model, name)
+    if parameter is not None:
+        return _Target(owner.get_parameter(parameter), expert_layout(owner, parameter).transposed)
+    weight: Any = owner.weight
+    if not (
+        isinstance(weight, nn.Parameter)
+        and weight.is_floating_point()
+        and sorted(weight.shape) == sorted(shape)  # sharded weights are flat
+    ):
+        raise TypeError(
+            f"{name}: expected a floating point weight of shape {shape}, found {type(weight).__name__} of "
+            f"{weight.dtype} with shape {tuple(weight.shape)}; "
+            "calibrate before quantizing or sharding the model, or pass ready statistics"
+        )
+    return _Target(weight, is_conv1d(owner))
 
 
 def _next_loss(

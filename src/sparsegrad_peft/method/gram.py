@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .basis import Basis
 from .hosvd import Eigenbasis, StrongestFeatures, eigenbasis, strongest_features
-from .precision import unit_norm_, without_autocast
+from .precision import without_autocast
 from .sizes import Rows, check_rows
 from .sketch import eigenbasis_of_sketch
 
@@ -50,15 +50,24 @@ class GramStatistics:
 
     @torch.no_grad()
     def add(self, G: Tensor, *, normalize: bool = False) -> None:
-        """Add one gradient (out, in). `normalize` scales it to Frobenius norm 1; a zero gradient adds nothing."""
-        given, G = G, G.to(self.gram_in.device, self.gram_in.dtype)
-        if normalize:
-            G = unit_norm_(G.clone() if G is given else G)
-        with without_autocast(G.device):
-            _add_side(self.gram_in, G, self.probe_in)
-            _add_side(self.gram_out, G.T, self.probe_out)
-        if self.probe_in is not None or self.probe_out is not None:
-            self.energy += float(G.square().sum())
+        """Add one gradient: (out, in), or (E, out, in) of fused experts, which is one matrix (see `experts.py`).
+
+        Experts are cast and added one by one. `normalize` scales the gradient to Frobenius norm 1; a zero gradient adds
+        nothing.
+        """
+        parts = G if G.dim() == 3 else G[None]
+        largest, norm = _largest_and_norm(parts, self.gram_in.dtype) if normalize else (None, None)
+        for number, given in enumerate(parts):
+            part = given.to(self.gram_in.device, self.gram_in.dtype, copy=normalize)
+            if largest is not None and norm is not None:
+                part.div_(largest.to(part.device)).div_(norm.to(part.device))
+            gram_in = _of_expert(self.gram_in, number, len(parts))
+            gram_out = _of_expert(self.gram_out, number, len(parts))
+            with without_autocast(part.device):
+                _add_side(gram_in, part, self.probe_in)
+                _add_side(gram_out, part.T, self.probe_out)
+            if self.probe_in is not None or self.probe_out is not None:
+                self.energy += float(part.square().sum())
         self.n_gradients += 1
 
     def basis(
@@ -146,6 +155,25 @@ def _add_side(sums: Tensor, G: Tensor, probe: Tensor | None) -> None:
         sums.add_(G.square().sum(0))
     else:
         sums.addmm_(G.T, G if probe is None else G @ probe)
+
+
+def _of_expert(sums: Tensor, number: int, count: int) -> Tensor:
+    """Return the part of the sums that belongs to one of `count` experts: its neurons, or all of the hidden side."""
+    return sums if count == 1 or sums.dim() == 2 else sums.view(count, -1)[number]
+
+
+def _largest_and_norm(parts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the largest magnitude of a gradient (E, out, in), and the norm of the gradient divided by it; 1 for 0.
+
+    The squares in the norm neither overflow nor underflow. Parts are cast one by one.
+    """
+
+    def or_one(value: Tensor) -> Tensor:
+        return torch.where(value == 0, 1, value)
+
+    largest = or_one(torch.stack([torch.linalg.vector_norm(part.to(dtype), torch.inf) for part in parts]).max())
+    norms = torch.stack([torch.linalg.vector_norm(part.to(dtype, copy=True).div_(largest)) for part in parts])
+    return largest, or_one(torch.linalg.vector_norm(norms))
 
 
 def _rows_of(side: Eigenbasis | StrongestFeatures, dtype: torch.dtype) -> Tensor:

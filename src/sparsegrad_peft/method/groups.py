@@ -75,7 +75,7 @@ def group_linears(
         raise ValueError(f"target_modules={target_modules!r} matches no linear layer; the model has: {some}")
     by_role: dict[str, list[str]] = {}
     for name in chosen:
-        by_role.setdefault(_role(model, name) if shared else name, []).append(name)
+        by_role.setdefault(role_of(model, name) if shared else name, []).append(name)
     groups: dict[str, list[str]] = {}
     for role, names in by_role.items():
         shapes = {name: linear_shape(linears[name], name) for name in names}
@@ -91,7 +91,8 @@ def check_same_groups(groups: Mapping[str, object], bases: Mapping[str, object])
         raise ValueError(f"expected a basis for each group, found groups {sorted(groups)} and bases {sorted(bases)}")
 
 
-def _role(model: nn.Module, name: str) -> str:
+def role_of(model: nn.Module, name: str) -> str:
+    """Return a layer's name with `*` in place of block numbers."""
     parent, _, last = name.rpartition(".")
     blocks = re.sub(r"(?<![^.])\d+(?![^.])", "*", parent)
     numbered = last.isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList)

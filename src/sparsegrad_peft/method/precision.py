@@ -11,6 +11,10 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 """Types too coarse for a weight that is updated in place: an update below 2⁻⁹ of an entry would be rounded away."""
 
 
+PLAIN = (torch.float32, torch.float64, *HALF_PRECISION)
+"""Types of weights that are not quantized."""
+
+
 def autocast_kind(device: torch.device) -> str:
     """Return the device type to ask autocast about; it raises for types that it does not know, such as "meta"."""
     return device.type if torch.amp.is_autocast_available(device.type) else "cpu"

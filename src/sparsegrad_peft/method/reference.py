@@ -218,3 +218,16 @@ def rotate(
 ) -> Float[Tensor, "r2 c2"]:
     """Rewrite a matrix given in (U, V) in (U_new, V_new)."""
     return V_new @ (V.T @ S @ U) @ U_new.T
+
+
+# Fused experts: the experts of a layer as one matrix  (not in the paper)
+
+
+def stacked(W: Float[Tensor, "E out in"], by_outputs: bool) -> Float[Tensor, "all_out all_in"]:
+    """The experts' matrices below each other (E · out, in), or side by side (out, E · in)."""
+    return torch.cat(list(W), dim=0 if by_outputs else 1)
+
+
+def unstacked(W: Float[Tensor, "all_out all_in"], experts: int, by_outputs: bool) -> Float[Tensor, "E out in"]:
+    """The inverse of `stacked`."""
+    return torch.stack(W.chunk(experts, dim=0 if by_outputs else 1))

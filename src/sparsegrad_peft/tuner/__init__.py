@@ -2,7 +2,8 @@
 
     config             SparseGradConfig
     targets            which layers are the MLP's, by family or by structure
-    layer              one adapted layer: any number of adapters, merge, unmerge, mixed batches
+    layer              the state of one adapted weight: any number of adapters, merge, unmerge
+    linear, experts    forward pass of an adapted linear layer, and of adapted fused experts
     decoding           updates prepared for one call of generate
     model              which module is replaced by what; saving and loading
     adapters           find an adapter in a model, and the names of its layers
@@ -12,7 +13,7 @@
     refresh            refresh_adapter: new bases during training
     trainer            calibration and optimizer inside transformers.Trainer (trainer_batches, trainer_callbacks)
     combine            a weighted sum of adapters
-    export             an adapter as a LoRA adapter
+    export, low_rank   an adapter as a LoRA adapter
     quantized, offload base layers that are quantized, or wait on the CPU or on disk
     peft_private       everything private of PEFT that the adapter relies on
     versions           the supported versions of PEFT and transformers

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..method.groups import group_linears
 from .config import SparseGradConfig
+from .experts import SparseGradExperts
 from .layer import SparseGradLayer
 from .peft_private import PREFIX
 
@@ -54,17 +55,44 @@ def layers_of(model: nn.Module, adapter_name: str) -> dict[str, SparseGradLayer]
 
 
 def layer_key(model: nn.Module, name: str) -> str:
-    """Return the name of a layer in the model that was adapted, without the prefixes of wrappers, PEFT and FSDP."""
+    """Return the name of an adapted weight in files and configurations, from the name of its layer in the model.
+
+    It has no prefixes of wrappers, PEFT and FSDP. For fused experts it is the parameter's name.
+    """
+    layer = model.get_submodule(name)
+    assert isinstance(layer, SparseGradLayer)
+    return layer.key(_path_in_adapted(model, name))
+
+
+def _path_in_adapted(model: nn.Module, name: str) -> str:
     holder = holder_of(model)
     if holder is not None and holder[0]:
-        return layer_key(holder[1], name.removeprefix(f"{holder[0]}."))
+        return _path_in_adapted(holder[1], name.removeprefix(f"{holder[0]}."))
     name = name.removeprefix("_fsdp_wrapped_module.")
     return name.removeprefix("model." if isinstance(model, BaseTuner) else ROOT)
 
 
+def paths_and_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Return path -> key of the layers whose name in PEFT's state dict is not their key: those of fused experts."""
+    names = layers_of(model, adapter_name)
+    paths = {_path_in_adapted(model, name): layer_key(model, name) for name in names}
+    return {path: key for path, key in paths.items() if path != key}
+
+
 def wrapped_groups(model: nn.Module, layers: Mapping[str, SparseGradLayer], *, shared: bool) -> dict[str, list[str]]:
-    """Return group -> names of the base layers within the adapted ones; their weights are calibrated."""
-    return group_linears(model, [f"{name}.base_layer" for name in layers], shared=shared)
+    """Return group -> names of the weights within the adapted layers that are calibrated, see `calibrated_name`.
+
+    The experts of a parameter are a group of their own.
+    """
+    experts = {name: layer for name, layer in layers.items() if isinstance(layer, SparseGradExperts)}
+    linears = [layer.calibrated_name(name) for name, layer in layers.items() if name not in experts]
+    groups = group_linears(model, linears, shared=shared) if linears else {}
+    return groups | {layer_key(model, name): [layer.calibrated_name(name)] for name, layer in experts.items()}
+
+
+def layers_by_calibrated_name(layers: Mapping[str, SparseGradLayer]) -> dict[str, str]:
+    """Return the names of layers by the names of what is calibrated in them."""
+    return {layer.calibrated_name(name): name for name, layer in layers.items()}
 
 
 def active_configs(model: nn.Module) -> dict[str, SparseGradConfig]:

@@ -11,7 +11,7 @@ from torch import nn
 from ..method.basis import Basis
 from ..method.sides import is_selected
 from ..method.sizes import Sizes
-from .adapters import holder_of, layer_key, layers_of
+from .adapters import holder_of, layer_key, layers_by_calibrated_name, layers_of
 from .config import SparseGradConfig
 
 _DEFAULTS = Sizes(narrow=None, wide=None)
@@ -73,10 +73,11 @@ def set_bases(
     config.core_shapes, config.data_free = {}, data_free
     holder[1].peft_config[adapter_name] = config
     layers = layers_of(model, adapter_name)
+    name_of = layers_by_calibrated_name(layers)
     for group, names in groups.items():
         copies: dict[torch.device, Basis] = {}
         for wrapped in names:
-            name = wrapped.removesuffix(".base_layer")
+            name = name_of[wrapped]
             layer = layers[name]
             device = layer.device_of(adapter_name)
             if device not in copies:
@@ -84,7 +85,7 @@ def set_bases(
             layer.set_basis(adapter_name, copies[device])
             layer.sparsegrad_status[adapter_name].data_free = data_free
             r, c = layer.sparsegrad_S[adapter_name].shape
-            config.core_shapes[layer_key(model, name)] = [group, r, c, layer.out_features, layer.in_features]
+            config.core_shapes[layer_key(model, name)] = [group, r, c, *layer.size_entry()]
 
 
 def on_device(device: torch.device, basis: Basis) -> Basis:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..method.calibrate import Calibration, calibrate
 from ..method.config import CalibrationConfig, Trajectory, resolve_config, sign_step
-from .adapters import config_of, layers_of, wrapped_groups
+from .adapters import config_of, layers_by_calibrated_name, layers_of, wrapped_groups
 from .bases import set_bases
 from .config import SparseGradConfig
 from .layer import SparseGradLayer
@@ -124,7 +124,8 @@ def _warn_of_large_bases(
         return config.sizes.basis_bytes(layer.out_features, layer.in_features, config.dtype_of_bases.itemsize)
 
     own = sum(map(size, layers.values()))
-    together = sum(size(layers[names[0].removesuffix(".base_layer")]) for names in shared.values())
+    name_of = layers_by_calibrated_name(layers)
+    together = sum(size(layers[name_of[names[0]]]) for names in shared.values())
     if own > LARGE_BASES and len(shared) < len(layers):
         logger.warning(
             "the bases of %d layers take %.1f GB. With SparseGradConfig(shared=True) the layers of a role share a pair "

@@ -24,6 +24,7 @@ from ..method.precision import at_least_float32
 from ..method.sides import as_matrix, scaled
 from .adapters import layer_key, layers_of
 from .config import SparseGradConfig
+from .experts import SparseGradExperts
 from .layer import SparseGradLayer
 
 _REMEDY = (
@@ -88,6 +89,11 @@ def _check_layers(tuner: BaseTuner, adapters: Sequence[str], first: dict[str, Sp
     for layer_name, layer in first.items():
         for name in adapters:
             layer.check_numbers(name)
+            if joined and isinstance(layer, SparseGradExperts):
+                raise ValueError(
+                    f'{name!r} adapts fused experts ({layer_name}), which combination_type="cat" cannot join; merge '
+                    "the adapters into the model one after the other"
+                )
             mine, theirs = layer.core_and_basis(adapters[0])[1], layer.core_and_basis(name)[1]
             if not joined and not _same(mine, theirs):
                 raise ValueError(f"{adapters[0]!r} and {name!r} have different bases in {layer_name}. {_REMEDY}")
@@ -143,7 +149,7 @@ def _join(
         sums[name] = group.basis, core
         in_model = layer_key(tuner, name)
         whole = " + ".join(dict.fromkeys(str(c.core_shapes[in_model][0]) for c in configs))
-        config.core_shapes[in_model] = [whole, *core.shape, layer.out_features, layer.in_features]
+        config.core_shapes[in_model] = [whole, *core.shape, *layer.size_entry()]
     config.shared = all(c.shared for c in configs)
     config.basis_dtype = str(next(iter(found.values())).basis.U.dtype).removeprefix("torch.")  # type: ignore[union-attr]
     return sums

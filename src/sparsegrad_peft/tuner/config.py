@@ -52,15 +52,17 @@ class SparseGradConfig(PeftConfig):
             The sizes and `shared` then have no effect.
         prefer: "memory" saves the projected input for backward; "speed" saves what costs the fewest multiply-adds.
         target_modules: layers to adapt, as in PEFT: name endings, a regular expression, or "all-linear". None: the MLP
-            linears of the architecture.
-        exclude_modules: layers to leave out.
+            linears of the architecture, or none if `target_parameters` is given.
+        target_parameters: fused experts to adapt, as in PEFT: names of parameters (experts, ., .), or their endings.
+            None: all of the model, if `target_modules` is None too. []: none.
+        exclude_modules: layers and modules of fused experts to leave out.
         layers_to_transform: numbers of the blocks to adapt; None adapts all.
         layers_pattern: name of the list of blocks, if `layers_to_transform` needs it.
         init_weights: True starts as a no-op; False starts with random cores, for tests.
         modules_to_save: other modules to train and save whole, such as the head.
         trainable_token_indices: tokens whose embeddings are trained, see PEFT.
-        core_shapes: written by the library when the adapter is made: layer name -> [group, r, c, out, in]. Layers of a
-            group share a basis. None for a new adapter.
+        core_shapes: written by the library when the adapter is made: layer name -> [group, r, c, out, in], and the
+            number of experts at the end for fused experts. Layers of a group share a basis. None for a new adapter.
         data_free: written by the library: the bases are not calibrated.
     """
 
@@ -76,6 +78,7 @@ class SparseGradConfig(PeftConfig):
     original_space: bool = field(default=False, metadata={"help": "train without bases (MeProp)"})
     prefer: Prefer = field(default="memory", metadata={"help": '"memory" or "speed"'})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to adapt; None: the MLPs"})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "fused experts to adapt"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to leave out"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "numbers of the blocks"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of blocks"})
@@ -88,6 +91,10 @@ class SparseGradConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = ensure_peft_type()
+        if isinstance(self.target_parameters, str):
+            raise TypeError(f"target_parameters must be a list of names or None, found {self.target_parameters!r}")
+        if self.target_parameters and self.target_modules is None:
+            self.target_modules = []
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
@@ -178,9 +185,9 @@ class SparseGradConfig(PeftConfig):
 
 def _check_core_shape(layer: str, shape: Any) -> None:
     """Refuse a damaged entry of `core_shapes` before anything of its size is allocated."""
-    valid = isinstance(shape, list) and len(shape) == 5 and isinstance(shape[0], str)
+    valid = isinstance(shape, list) and len(shape) in (5, 6) and isinstance(shape[0], str)
     valid = valid and all(isinstance(n, int) and not isinstance(n, bool) for n in shape[1:])
-    if not valid or not (1 <= shape[1] <= shape[3] and 1 <= shape[2] <= shape[4]):
+    if not valid or not (1 <= shape[1] <= shape[3] and 1 <= shape[2] <= shape[4] and shape[-1] >= 1):
         raise ValueError(
             f"core_shapes of the adapter's config is damaged: {layer} has {shape!r}, expected [group, r, c, out, in] "
             "with 1 <= r <= out and 1 <= c <= in"

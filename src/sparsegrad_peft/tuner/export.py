@@ -1,10 +1,6 @@
 """Export a saved SparseGrad adapter as a LoRA adapter, for servers that know only LoRA (vLLM, llama.cpp, TGI).
 
-    Vᵀ S U = Y (R S Tᵀ) Xᵀ = (Y P √s) (√s Qᵀ Xᵀ) = B A        R S Tᵀ = P diag(s) Qᵀ, an SVD of the size of the core
-
-`X` and `Y` have orthonormal columns (`Uᵀ = X T` and `Vᵀ = Y R` by QR), so this is the SVD of the update. Its leading
-terms are the best approximation of their rank, and the error is known exactly. (`U` and `V` themselves are orthonormal
-only to the rounding of bfloat16.) The adapter's folder is enough; no model is needed.
+The adapter's folder is enough; no model is needed. `low_rank.py` has the mathematics.
 """
 
 from __future__ import annotations
@@ -13,9 +9,8 @@ import json
 import logging
 import os
 import shutil
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..method.products import chain
-from ..method.sides import as_matrix, check_selected, is_selected, scaled
+from ..method.sides import Side, as_matrix, check_selected, is_selected, scaled
 from .adapters import ROOT
 from .loading import AdapterWeights
+from .low_rank import ExpertFactors, Factors, decompose, decompose_experts
 from .peft_private import NAME, PREFIX
 
 logger = logging.getLogger(__name__)
@@ -45,35 +40,6 @@ COMPANIONS = (
     "tokenizer_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
 """Files of a tokenizer or an image processor; an export copies them."""
-
-
-@dataclass
-class _Factors:
-    """The SVD of one layer's update, strongest direction first: `B diag(s) A`."""
-
-    B: Tensor
-    "(out, R): `Vᵀ P`"
-    s: Tensor
-    "(R,) singular values, descending"
-    A: Tensor
-    "(R, in): `Qᵀ U`"
-    rank: int
-    "singular values that stand above the rounding of `S`"
-    dtype: torch.dtype
-    "of the LoRA matrices: the core's, at least float32"
-
-    def error(self, rank: int) -> float:
-        """Return `‖update - best approximation of this rank‖ / ‖update‖` (Frobenius norms)."""
-        total = float(self.s.norm())
-        return float(self.s[min(rank, self.rank) :].norm()) / total if total else 0.0
-
-    def lora(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Return `B` (out, rank) and `A` (rank, in), padded with zeros if the update has fewer directions."""
-        kept = min(rank, self.rank)
-        root = self.s[:kept].sqrt()  # half to each side: entries of one size suit half precision
-        B, A = self.B.new_zeros(len(self.B), rank), self.A.new_zeros(rank, self.A.shape[1])
-        B[:, :kept], A[:kept] = self.B[:, :kept] * root, root[:, None] * self.A[:kept]
-        return B.to(self.dtype), A.to(self.dtype)
 
 
 def export_lora(
@@ -112,15 +78,22 @@ def export_lora(
     if rank != "full" and rank > largest:
         logger.warning("no layer's update has a rank above %d; exported at that rank instead of %d", largest, rank)
     chosen = largest if rank == "full" else min(rank, largest)
-    lora = {}
+    fused = [name for name in config.get("target_parameters") or () if name in factors]
+    paths, lora = _lora_paths(factors, fused), {}
     for name, layer in factors.items():
-        lora[f"{ROOT}{name}.lora_B.weight"], lora[f"{ROOT}{name}.lora_A.weight"] = layer.lora(chosen)
+        prefix = f"{ROOT}{paths[name]}.lora_"
+        lora[f"{prefix}B.weight"], lora[f"{prefix}A.weight"] = layer.lora(chosen)
     options: dict[str, Any] = {key: config.get(key) for key in _CARRIED}
     options |= {"r": chosen, "lora_alpha": chosen, "fan_in_fan_out": fan_in_fan_out, "inference_mode": True}
     lora_config = LoraConfig(**options)
     # Whole names: bare endings (`down_proj`) may match layers that are not adapted. A list: servers do not read regular
     # expressions. Sorted: the same adapter gives the same file.
-    lora_config.target_modules = sorted(factors)
+    lora_config.target_modules, lora_config.target_parameters = sorted(set(factors) - set(fused)), fused or None
+    if fused:
+        logger.warning(
+            "the adapter holds %d parameters of fused experts, such as %s; PEFT loads their LoRA matrices "
+            "(target_parameters), a server may not", len(fused), fused[0],
+        )  # fmt: skip
     if carried:
         logger.warning(
             "the adapter also holds %d tensors of modules_to_save or trained tokens, such as %s; PEFT loads them with "
@@ -129,6 +102,19 @@ def export_lora(
     companions = [path for name in COMPANIONS if (path := Path(adapter) / name).is_file()]
     _write(out, lora_config, lora | carried, companions)
     return {name: layer.error(chosen) for name, layer in factors.items()}
+
+
+def _lora_paths(factors: Iterable[str], fused: Sequence[str]) -> dict[str, str]:
+    """Return the names of layers in PEFT's file. `fused` are the parameters of fused experts, in the model's order.
+
+    PEFT wraps a module once for each of its parameters. The last parameter has the outermost wrapper.
+    """
+    paths, wrappers = {name: name for name in factors}, Counter[str]()
+    for name in reversed(fused):
+        module = name.rpartition(".")[0]
+        paths[name] = module + ".base_layer" * wrappers[module]
+        wrappers[module] += 1
+    return paths
 
 
 def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -156,7 +142,7 @@ def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _factors(config: dict[str, Any], weights: AdapterWeights) -> dict[str, _Factors]:
+def _factors(config: dict[str, Any], weights: AdapterWeights) -> dict[str, Factors | ExpertFactors]:
     """Return layer name -> SVD of its update."""
     core_shapes: dict[str, list[Any]] = config.get("core_shapes") or {}
     for what, which in (
@@ -165,55 +151,50 @@ def _factors(config: dict[str, Any], weights: AdapterWeights) -> dict[str, _Fact
     ):
         if which:
             raise ValueError(f"the adapter has {what} for {', '.join(sorted(which)[:3])}; its two files do not fit")
+    fused = [layer for layer in weights.cores if layer in (config.get("target_parameters") or ())]
+    if fused and not core_shapes:
+        raise ValueError(f"{fused[0]} holds fused experts in the original space, which have no LoRA form; merge it")
     groups: dict[str, list[str]] = defaultdict(list)
     for layer in weights.cores:
         groups[core_shapes[layer][0] if core_shapes else layer].append(layer)
-    factors = {}
+    factors: dict[str, Factors | ExpertFactors] = {}
     for members in groups.values():
         sides = weights.basis_of(members, shared=bool(config.get("shared")))
         for layer in members:
             S, U, V = weights.cores[layer], sides.get("U"), sides.get("V")  # None is the identity
             S = scaled(S, (sides.get("scale_out"), sides.get("scale_in")))
-            if core_shapes:
-                _, r, c, out_features, in_features = core_shapes[layer]
-                expected = [(r, c), (c, in_features), (r, out_features)]
-                U, V = _matrix(U, in_features, S.dtype), _matrix(V, out_features, S.dtype)
-                found = [None if tensor is None else tuple(tensor.shape) for tensor in (S, U, V)]
-                if config.get("data_free"):
-                    found[1:] = [
-                        shape or (n, n) for shape, n in zip(found[1:], (in_features, out_features), strict=True)
-                    ]
-                if found != expected:
-                    raise ValueError(
-                        f"{layer}: expected S, U and V of shapes {expected}, found {found}; the adapter's two files do "
-                        "not belong together"
-                    )
-            factors[layer] = _decompose(S, U, V)
+            if not core_shapes:  # in the original space
+                factors[layer] = decompose(S, U, V)
+                continue
+            _, _, _, out_features, in_features, *experts = core_shapes[layer]
+            _check_shapes(layer, core_shapes[layer], S, (U, V), data_free=bool(config.get("data_free")))
+            if experts:
+                factors[layer] = decompose_experts(S, U, V, (out_features, in_features), experts[0])
+            else:
+                matrices = (as_matrix(side, n, S.dtype) if is_selected(side) else side
+                            for side, n in ((U, in_features), (V, out_features)))  # fmt: skip
+                factors[layer] = decompose(S, *matrices)
     return factors
 
 
-def _matrix(side: Tensor | None, features: int, dtype: torch.dtype) -> Tensor | None:
-    """Write a side that selects features as a matrix (k, n)."""
-    if not is_selected(side):
-        return side
-    check_selected(side, features, "a basis of the adapter")
-    return as_matrix(side, features, dtype)
-
-
-def _decompose(S: Tensor, U: Tensor | None, V: Tensor | None) -> _Factors:
-    X, T = (None, None) if U is None else torch.linalg.qr(U.double().T)  # (in, c), (c, c)
-    Y, R = (None, None) if V is None else torch.linalg.qr(V.double().T)  # (out, r), (r, r)
-    P, s, Q = torch.linalg.svd(chain(R, S.double(), None if T is None else T.T), full_matrices=False)
-    dtype = torch.promote_types(S.dtype, torch.float32)
-    # Rounding S to its type adds a matrix of random entries, whose largest singular value is below eps of S's own.
-    rank = int((s > torch.finfo(dtype).eps * s[0]).sum())
-    return _Factors(
-        B=P[:, :rank] if Y is None else Y @ P[:, :rank],
-        s=s,
-        A=Q[:rank] if X is None else Q[:rank] @ X.T,
-        rank=rank,
-        dtype=dtype,
-    )
+def _check_shapes(layer: str, entry: list[Any], S: Tensor, sides: tuple[Side, Side], *, data_free: bool) -> None:
+    """Raise `ValueError` unless the tensors of a layer have the shapes of its entry in the configuration."""
+    _, r, c, out_features, in_features, *_ = entry
+    expected = [(r, c), (c, in_features), (r, out_features)]
+    found: list[tuple[int, ...] | None] = [tuple(S.shape)]
+    for side, features in zip(sides, (in_features, out_features), strict=True):
+        if is_selected(side):
+            check_selected(side, features, "a basis of the adapter")
+            found.append((len(side), features))
+        elif side is None:
+            found.append((features, features) if data_free else None)
+        else:
+            found.append(tuple(side.shape))
+    if found != expected:
+        raise ValueError(
+            f"{layer}: expected S, U and V of shapes {expected}, found {found}; the adapter's two files do not belong "
+            "together"
+        )
 
 
 def _check_replaceable(out: Path) -> None:

@@ -1,6 +1,6 @@
-"""One adapted layer: the frozen base layer, and for each adapter a core `S` (r, c) and its shared `Basis`.
+"""The state of one adapted weight: the frozen base layer, and for each adapter a core `S` (r, c) and a `Basis`.
 
-y = base(x) + Σ x Uᵀ Sᵀ V        over the active adapters;  U (c, in), V (r, out)
+The forward pass is in `linear.py` and, for fused experts, in `experts.py`.
 """
 
 from __future__ import annotations
@@ -12,23 +12,18 @@ from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
 from ..method.basis import BASIS_BUFFERS, Basis
 from ..method.costs import Prefer
-from ..method.linear import apply_core
-from ..method.plain import is_conv1d, weight_and_bias
-from ..method.precision import at_least_float32, autocast_kind
+from ..method.plain import is_conv1d
+from ..method.precision import at_least_float32
 from ..method.refresh import set_core
-from ..method.sides import cast as cast_side
-from ..method.sides import put, scaled, take
 from .checks import check_buffer, check_core
 from .config import SparseGradConfig
-from .decoding import Folded, fold
-from .offload import REMEDY, fetched, is_offloaded
+from .offload import REMEDY, is_offloaded
 from .peft_private import in_out_features
-from .quantized import check_gradient, is_reordered, quantization_backend
+from .quantized import quantization_backend
 
 Start = Literal["new", "from file"]
 """Where the numbers of a core come from: a no-op (or random) start, or a file that is still to be loaded."""
@@ -59,7 +54,9 @@ class Cores(nn.ParameterDict):
 
 
 class SparseGradLayer(BaseTunerLayer):
-    """The state of an adapted layer, as PEFT expects it. The forward pass is in `SparseGradTunerLinear`."""
+    """The state of an adapted layer, as PEFT expects it. Subclasses have the forward pass."""
+
+    training: bool
 
     adapter_layer_names = ("sparsegrad_S",)  # trained
     other_param_names: tuple[str, ...] = ("sparsegrad_basis", "sparsegrad_status", "sparsegrad_checked")
@@ -74,7 +71,24 @@ class SparseGradLayer(BaseTunerLayer):
         self.quantization_backend = quantization_backend(self.get_base_layer(), kwargs)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.in_features, self.out_features = in_out_features(self.get_base_layer())
+        self.out_features, self.in_features = self.weight_shape()
+
+    def weight_shape(self) -> tuple[int, int]:
+        """Return (out, in) of the adapted weight as a matrix."""
+        in_features, out_features = in_out_features(self.get_base_layer())
+        return out_features, in_features
+
+    def size_entry(self) -> list[int]:
+        """Return the size of the weight as `SparseGradConfig.core_shapes` has it: [out, in]."""
+        return [self.out_features, self.in_features]
+
+    def key(self, name: str) -> str:
+        """Return the name of the adapted weight in files and configurations, from the layer's name in the model."""
+        return name
+
+    def calibrated_name(self, name: str) -> str:
+        """Return the name in the model of what `calibrate` takes the gradient of, from the layer's name."""
+        return f"{name}.base_layer"
 
     def update_layer(
         self, adapter_name: str, config: SparseGradConfig, basis: Basis, status: AdapterStatus, start: Start = "new"
@@ -181,73 +195,14 @@ class SparseGradLayer(BaseTunerLayer):
         delta = basis.from_basis(S.to(at_least_float32(S.dtype))).to(S.dtype)
         return delta.T if is_conv1d(self.get_base_layer()) else delta
 
+    def weight_plus(self, adapter: str, factor: int = 1) -> Tensor:
+        """Return the base weight plus `factor` times an adapter's update, computed in the wider type, rounded once."""
+        weight = self.get_base_weight()
+        return (weight + factor * self.get_delta_weight(adapter)).to(weight.dtype)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: `peft.convert_to_lora` works, since the update is a matrix of its own."""
         return True
-
-
-class SparseGradTunerLinear(nn.Module, SparseGradLayer):
-    """An adapted `nn.Linear`, `Conv1D`, or quantized linear layer."""
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: SparseGradConfig,
-        basis: Basis,
-        status: AdapterStatus,
-        start: Start,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
-        SparseGradLayer.__init__(self, base_layer, **kwargs)
-        self._active_adapter = adapter_name
-        self.folded: Folded | None = None  # within `generate`
-        self.update_layer(adapter_name, config, basis, status, start)
-        self.train(base_layer.training)  # a layer put into a model in eval mode does not train
-
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """(..., in) -> (..., out). `adapter_names`, one for each example, mixes adapters in a batch at inference."""
-        if is_offloaded(self.sparsegrad_S):
-            with fetched([self.sparsegrad_S, *self.sparsegrad_basis.values()]):
-                return self._adapted(x, adapter_names, *args, **kwargs)
-        return self._adapted(x, adapter_names, *args, **kwargs)
-
-    def _adapted(self, x: Tensor, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch(x, adapter_names, *args, **kwargs)
-        active = self._used_adapters()
-        if self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
-        for name in active:
-            self._check_ready(name, x)
-        if len(active) == 1 and self._is_plain():
-            weight, bias = weight_and_bias(self.base_layer)  # no copies
-            if self.folded is not None and self.folded.adapter == active[0] and self.folded.fits(x):
-                return self.folded.apply(x, weight, bias)
-            core, basis = self.core_and_basis(active[0])
-            return apply_core(x, weight, bias, core, None, basis, self.sparsegrad_status[active[0]].prefer)
-        result = self.base_layer(x, *args, **kwargs)
-        if self.quantization_backend is not None:
-            if self.training and x.requires_grad and torch.is_grad_enabled():
-                check_gradient(self.get_base_layer(), self.quantization_backend, result)
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        for name in active:
-            result = result + self._update(x, name).to(result.dtype)
-        return result
-
-    def fold(self) -> None:
-        """Prepare the update for decoding, if one adapter is active. `SparseGradModel.generate` drops it again."""
-        active = self._used_adapters()
-        if len(active) == 1 and not self.merged and not self.training and self._is_plain():
-            weight, _ = weight_and_bias(self.base_layer)
-            if not torch.is_autocast_enabled(autocast_kind(weight.device)):
-                self.check_numbers(active[0])
-                self.folded = fold(active[0], *self.core_and_basis(active[0]), weight.dtype)
 
     def _used_adapters(self) -> list[str]:
         wanted = set(self.sparsegrad_S) - self.skipped_adapters
@@ -275,44 +230,6 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
                 stacklevel=2,
             )
 
-    def _is_plain(self) -> bool:
-        """True if base layer and update can be one product: a bare linear layer without hooks."""
-        base = self.base_layer
-        if is_offloaded(base):  # calling it fetches its weight
-            return False
-        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-        return (type(base) is nn.Linear or is_conv1d(base)) and self.quantization_backend is None and not any(hooks)
-
-    def _update(self, x: Tensor, adapter: str) -> Tensor:
-        """`x Uᵀ Sᵀ V` by itself: beside a quantized layer, a layer with hooks, or another adapter."""
-        S, basis = self.core_and_basis(adapter)
-        x = self._cast_input_dtype(x, S.dtype)
-        y_tilde = nn.functional.linear(take(x, cast_side(basis.U, x.dtype)), scaled(S, basis.scales))
-        return put(y_tilde, cast_side(basis.V, x.dtype), self.out_features)
-
-    def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if len(x) != len(adapter_names):  # also where a model folds examples and positions into one dimension
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        result = self.base_layer(x, *args, **kwargs)
-        for name in set(adapter_names) & set(self.sparsegrad_S):
-            self._check_ready(name, x)
-            rows = [i for i, wanted in enumerate(adapter_names) if wanted == name]
-            result[rows] += self._update(x[rows], name).to(result.dtype)
-        return result
-
-    def get_base_weight(self) -> Tensor:
-        """Return the base weight as plain numbers, as in PEFT; a copy if it is quantized."""
-        if is_reordered(self.get_base_layer()):
-            self.get_base_layer().state_dict()  # restores the order, which PEFT takes for granted
-        return super().get_base_weight()
-
     def _warn_of_rounding(self) -> None:
         if self.quantization_backend is not None:
             warnings.warn(
@@ -329,8 +246,7 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
             if name not in self.sparsegrad_S:
                 continue
             self._warn_of_rounding()
-            weight = self.get_base_weight()
-            merged = (weight + self.get_delta_weight(name)).to(weight.dtype)  # in the wider type, rounded once
+            merged = self.weight_plus(name)
             if safe_merge and not bool(torch.isfinite(merged).all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self.set_base_weight(merged)
@@ -346,12 +262,4 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
             name = self.merged_adapters.pop()
             if name in self.sparsegrad_S:
                 self._warn_of_rounding()
-                weight = self.get_base_weight()
-                self.set_base_weight((weight - self.get_delta_weight(name)).to(weight.dtype))
-
-    def extra_repr(self) -> str:
-        """Describe the quantization, for `print(model)`."""
-        return quantization_extra_repr(self)
-
-    def __repr__(self) -> str:
-        return "sparsegrad." + super().__repr__()
+                self.set_base_weight(self.weight_plus(name, -1))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..method.basis import BASIS_BUFFERS
 from ..method.data_free import is_data_free
 from ..method.sides import is_selected
-from .adapters import BASIS, CORE, ROOT, config_of, layer_key, layers_of, wrapped_groups
+from .adapters import BASIS, CORE, ROOT, config_of, layer_key, layers_by_calibrated_name, layers_of, wrapped_groups
 from .bases import empty_basis, set_bases
 from .checks import check_buffer, check_core
 from .config import SparseGradConfig
@@ -115,13 +115,7 @@ def make_room(
         )
     is_new = not config.calibrated and not config.original_space
     data_free = is_new and weights.are_data_free(layers)
-    groups: dict[str, list[str]] = {}
-    if is_new and not data_free:
-        wrapped = wrapped_groups(model, named, shared=config.shared)
-        groups = {g: [layer_key(model, n.removesuffix(".base_layer")) for n in names] for g, names in wrapped.items()}
-    else:
-        for layer in layers:
-            groups.setdefault((config.core_shapes or {}).get(layer, [layer])[0], []).append(layer)
+    groups = _groups(model, config, named, as_calibrated=is_new and not data_free)
     sides = {group: weights.basis_of(members, shared=config.shared) for group, members in groups.items()}
     for group, members in groups.items():
         for layer in members:
@@ -142,6 +136,21 @@ def make_room(
                 setattr(basis, side, getattr(basis, side).to(value.dtype))
                 expanded[f"{ROOT}{layer}{BASIS}{side}"] = value
     return expanded
+
+
+def _groups(
+    model: nn.Module, config: SparseGradConfig, layers: Mapping[str, SparseGradLayer], *, as_calibrated: bool
+) -> dict[str, list[str]]:
+    """Return group -> keys of its layers: as calibration would group them, or as the configuration says."""
+    groups: dict[str, list[str]] = {}
+    if as_calibrated:
+        name_of = layers_by_calibrated_name(layers)
+        for group, names in wrapped_groups(model, layers, shared=config.shared).items():
+            groups[group] = [layer_key(model, name_of[name]) for name in names]
+    else:
+        for key in (layer_key(model, name) for name in layers):
+            groups.setdefault((config.core_shapes or {}).get(key, [key])[0], []).append(key)
+    return groups
 
 
 def _replace_bases(
@@ -166,7 +175,10 @@ def _replace_bases(
             data_free=data_free, selected=(is_selected(tensors.get("V")), is_selected(tensors.get("U"))),
             scales="scale_in" in tensors,
         )  # fmt: skip
-    wrapped = {group: [f"{name_of[key]}.base_layer" for key in members] for group, members in groups.items()}
+    wrapped = {
+        group: [named[name_of[key]].calibrated_name(name_of[key]) for key in members]
+        for group, members in groups.items()
+    }
     set_bases(model, adapter_name, wrapped, bases, data_free=data_free)
     made = config_of(model, adapter_name)  # a copy of the caller's: from here on it says what the weights are
     made.neurons = any(is_selected(side) for basis in bases.values() for side in (basis.U, basis.V))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
@@ -19,17 +20,20 @@ from torch import Tensor, nn
 
 from ..method.basis import Basis
 from ..method.data_free import data_free_basis
+from ..method.experts import check_selects_neurons, expert_layout
 from ..method.plain import is_conv1d
 from ..method.surgery import leave_fast_path
-from .adapters import BASIS, ROOT, layers_of
+from .adapters import BASIS, ROOT, layers_of, paths_and_keys
 from .bases import data_free_sizes, empty_basis
 from .checks import check_adapter_name
 from .combine import add_weighted_sum
 from .config import SparseGradConfig
-from .layer import AdapterStatus, SparseGradLayer, SparseGradTunerLinear, Start
+from .experts import SparseGradExperts
+from .layer import AdapterStatus, SparseGradLayer, Start
+from .linear import SparseGradTunerLinear
 from .loading import make_room
 from .peft_private import PREFIX, in_out_features
-from .targets import TARGETS, choose_targets, log_share
+from .targets import TARGETS, choose_targets, log_share, named_experts
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +92,37 @@ class SparseGradModel(BaseTuner):
             raise
         finally:
             del self._injection  # the layers hold the bases, until the adapter is deleted
-        log_share(model, layers_of(model, adapter_name), automatic=given.target_modules is None)
+        adapted = [layer.key(name) for name, layer in layers_of(model, adapter_name).items()]
+        log_share(model, adapted, automatic=given.target_modules is None and given.target_parameters is None)
 
     def _prepare_adapter_config(self, peft_config: SparseGradConfig, model_config: dict[str, Any]) -> SparseGradConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = choose_targets(self.model, model_config.get("model_type"))
+            experts = peft_config.target_parameters is None and (peft_config.neurons or peft_config.original_space)
+            targets, parameters = choose_targets(self.model, model_config.get("model_type"), experts=bool(experts))
+            peft_config.target_modules, peft_config.target_parameters = targets, parameters
+        elif peft_config.target_parameters:
+            peft_config.target_parameters = named_experts(self.model, peft_config.target_parameters)
         return peft_config
+
+    def _inject_parameters(
+        self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Adapt the fused experts. Unlike in PEFT, `layers_to_transform` and `exclude_modules` hold for them too."""
+        assert isinstance(peft_config, SparseGradConfig)
+        adapted, path_config = [], copy(peft_config)
+        for name in peft_config.target_parameters or ():
+            path, _, parameter = name.rpartition(".")
+            path_config.target_modules = [path]
+            if not self._check_target_module_exists(path_config, path):
+                continue
+            parent, _, child = path.rpartition(".")
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(
+                    peft_config, adapter_name, model.get_submodule(path), child, model.get_submodule(parent), name,
+                    parameter_name=parameter,
+                )  # fmt: skip
+            adapted.append(name)
+        return adapted
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
@@ -111,8 +140,11 @@ class SparseGradModel(BaseTuner):
 
     def _create_and_replace(  # type: ignore[override]
         self, config: SparseGradConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
-        current_key: str, **optional_kwargs: Any,
+        current_key: str, *, parameter_name: str | None = None, **optional_kwargs: Any,
     ) -> None:  # fmt: skip
+        if parameter_name is not None:
+            self._adapt_experts(config, adapter_name, target, target_name, parent, current_key, parameter_name)
+            return
         if isinstance(parent, nn.MultiheadAttention):
             raise TypeError(
                 f"{current_key} cannot be adapted: torch.nn.MultiheadAttention reads its weight and never calls it"
@@ -123,21 +155,53 @@ class SparseGradModel(BaseTuner):
                 f"Target module {target} is not supported. SparseGrad adapts `torch.nn.Linear`, "
                 "`transformers.pytorch_utils.Conv1D` and quantized linear layers."
             )
-        basis = self._basis_for(config, current_key, base, target)
-        injection = self._injection
-        from_file = bool(config.core_shapes) and not injection.is_new and injection.source is None
-        start: Start = "from file" if from_file else "new"
+        in_features, out_features = in_out_features(base)
+        weight = getattr(base, "weight", None)
+        device = weight.device if isinstance(weight, Tensor) else None
+        basis = self._basis_for(config, current_key, [out_features, in_features], device, target)
         if isinstance(target, SparseGradLayer):
-            target.update_layer(adapter_name, config, basis, injection.status, start)
-            if injection.source is not None:
-                target.copy_core(injection.source, adapter_name)
+            self._add_to(target, config, adapter_name, basis)
             return
+        injection, start = self._injection, self._start(config)
         quantization = get_quantization_kwargs(self.model)
         new_module = SparseGradTunerLinear(target, adapter_name, config, basis, injection.status, start, **quantization)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # another adapter is the one that trains
         self._replace_module(parent, target_name, new_module, target)
         leave_fast_path(self.model, parent)
+
+    def _adapt_experts(
+        self, config: SparseGradConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        key: str, parameter_name: str,
+    ) -> None:  # fmt: skip
+        """Wrap a module of fused experts for one of its parameters, or add the adapter to that wrapper."""
+        wrapper = target
+        while isinstance(wrapper, SparseGradExperts) and wrapper.parameter_name != parameter_name:
+            wrapper = wrapper.base_layer
+        base = target.get_base_layer() if isinstance(target, SparseGradExperts) else target
+        layout = expert_layout(base, parameter_name)
+        if not config.original_space:
+            check_selects_neurons(layout, config.sizes, key)
+        basis = self._basis_for(config, key, layout.entry, base.get_parameter(parameter_name).device, wrapper)
+        if isinstance(wrapper, SparseGradExperts):
+            self._add_to(wrapper, config, adapter_name, basis)
+            return
+        new_module = SparseGradExperts(
+            target, parameter_name, adapter_name, config, basis, self._injection.status, self._start(config)
+        )
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)  # another adapter is the one that trains
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _add_to(self, layer: SparseGradLayer, config: SparseGradConfig, adapter_name: str, basis: Basis) -> None:
+        """Add the adapter to a layer that has others."""
+        layer.update_layer(adapter_name, config, basis, self._injection.status, self._start(config))
+        if self._injection.source is not None:
+            layer.copy_core(self._injection.source, adapter_name)
+
+    def _start(self, config: SparseGradConfig) -> Start:
+        is_copy = self._injection.is_new or self._injection.source is not None
+        return "from file" if config.core_shapes and not is_copy else "new"
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put the new layer in its place, and do nothing more.
@@ -147,21 +211,22 @@ class SparseGradModel(BaseTuner):
         """
         setattr(parent, child_name, new_module)
 
-    def _basis_for(self, config: SparseGradConfig, key: str, base: nn.Module, target: nn.Module) -> Basis:
-        """Return the basis that the layer of this name shares with its group."""
-        in_features, out_features = in_out_features(base)
+    def _basis_for(
+        self, config: SparseGradConfig, key: str, size: list[int], device: torch.device | None, target: nn.Module
+    ) -> Basis:
+        """Return the basis that the layer of this name and `size_entry` shares with its group."""
+        out_features, in_features = size[:2]
         bases, source = self._injection.bases, self._injection.source
         if self._injection.is_new:
             assert config.core_shapes is not None
             r, c = data_free_sizes(config, out_features, in_features, key)
             group = f"data-free {out_features}x{in_features}"
-            config.core_shapes[key] = [group, r, c, out_features, in_features]
+            config.core_shapes[key] = [group, r, c, *size]
         elif config.original_space:
             group, r, c = "", out_features, in_features
         else:
-            group, r, c = self._known_shape(config, key, out_features, in_features)
-        weight = getattr(base, "weight", None)
-        place = (group, weight.device if isinstance(weight, Tensor) else None)  # where the layer will move it to
+            group, r, c = self._known_shape(config, key, size)
+        place = (group, device)  # where the layer will move it to
         if place not in bases:
             if source is not None:
                 assert isinstance(target, SparseGradLayer)
@@ -180,7 +245,7 @@ class SparseGradModel(BaseTuner):
         return bases[place]
 
     @staticmethod
-    def _known_shape(config: SparseGradConfig, key: str, out_features: int, in_features: int) -> tuple[str, int, int]:
+    def _known_shape(config: SparseGradConfig, key: str, size: list[int]) -> tuple[str, int, int]:
         """Return [group, r, c] of a layer of a trained adapter."""
         shapes = config.core_shapes or {}
         if key not in shapes:
@@ -189,10 +254,11 @@ class SparseGradModel(BaseTuner):
                 "model, or target_modules was changed"
             )
         group, r, c, *known = shapes[key]
-        if known != [out_features, in_features]:
+        if known != size:
+            names = ("out", "in", "experts")[: len(known)]
             raise ValueError(
-                f"the adapter belongs to another model: {key} had (out, in) = ({known[0]}, {known[1]}) when the "
-                f"adapter was made, and has ({out_features}, {in_features}) here"
+                f"the adapter belongs to another model: {key} had ({', '.join(names)}) = {tuple(known)} when the "
+                f"adapter was made, and has {tuple(size)} here"
             )
         return group, r, c
 
@@ -207,7 +273,7 @@ class SparseGradModel(BaseTuner):
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         shapes = getattr(config, "core_shapes", None) or {}
         kept, saved = {}, set()
-        for key, value in entries.items():
+        for key, value in _renamed(entries, paths_and_keys(model, adapter_name)).items():
             if BASIS in key:
                 layer, _, side = key.partition(BASIS)
                 group = (shapes.get(layer.removeprefix(ROOT), [layer])[0], side)
@@ -224,7 +290,9 @@ class SparseGradModel(BaseTuner):
         """Check the weights, and name each basis under every layer of its group again."""
         assert isinstance(config, SparseGradConfig)
         shared = make_room(model, config, adapter_name, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, {**state_dict, **shared})
+        paths = {key: path for path, key in paths_and_keys(model, adapter_name).items()}
+        weights = _renamed({**state_dict, **shared}, paths)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
@@ -251,7 +319,7 @@ class SparseGradModel(BaseTuner):
     def generate(self) -> Callable[..., Any]:
         """The model's own `generate`, with the adapter's updates prepared for decoding while it runs."""
         generate = self.model.generate
-        layers = [module for module in self.modules() if isinstance(module, SparseGradTunerLinear)]
+        layers = [module for module in self.modules() if isinstance(module, SparseGradTunerLinear | SparseGradExperts)]
 
         @wraps(generate)
         def decode(*args: Any, **kwargs: Any) -> Any:
@@ -261,7 +329,7 @@ class SparseGradModel(BaseTuner):
                 return generate(*args, **kwargs)
             finally:
                 for layer in layers:
-                    layer.folded = None
+                    layer.unfold()
 
         return decode
 
@@ -275,6 +343,8 @@ class SparseGradModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         layers = [module for module in self.modules() if isinstance(module, SparseGradLayer)]
+        if any(isinstance(layer, SparseGradExperts) for layer in layers):
+            raise ValueError("adapter_names: a model with adapted fused experts cannot mix adapters in a batch")
         known = {name for layer in layers for name in layer.sparsegrad_S}
         unknown = sorted(set(adapter_names) - known - {"__base__"})
         if unknown:
@@ -299,3 +369,13 @@ class SparseGradModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _renamed(entries: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """Return the entries of an adapter with the names of layers replaced."""
+
+    def rename(entry: str) -> str:
+        layer, found, rest = entry.removeprefix(ROOT).partition(f".{PREFIX}")
+        return f"{ROOT}{names[layer]}{found}{rest}" if found and layer in names else entry
+
+    return {rename(entry): value for entry, value in entries.items()}

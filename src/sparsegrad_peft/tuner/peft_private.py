@@ -36,6 +36,7 @@ HOOKS: dict[type, dict[str, tuple[str, ...]]] = {
         "_check_target_module_exists": ("peft_config", "key"),
         "_create_and_replace": ("self", "peft_config", "adapter_name", "target", "target_name", "parent",
                                 "current_key", "parameter_name"),
+        "_inject_parameters": ("self", "peft_config", "model", "adapter_name", "low_cpu_mem_usage"),
         "_get_adapter_state_dict": ("model", "config", "adapter_name", "state_dict", "unwanted_adapter_names"),
         "_post_injection_hook": ("self", "model", "config", "adapter_name"),
         "_prepare_adapter_config": ("self", "peft_config", "model_config"),

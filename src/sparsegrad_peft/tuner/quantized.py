@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft.utils import resolve_quantization_backend
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-_PLAIN = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+from ..method.precision import PLAIN
 
 
 def quantization_backend(base: nn.Module, options: dict[str, Any]) -> QuantizationBackend | None:
@@ -26,7 +25,7 @@ def quantization_backend(base: nn.Module, options: dict[str, Any]) -> Quantizati
             f"{error} Load the base model with quantization_config=TorchAoConfig(...) instead of torchao.quantize_"
         ) from error
     weight = getattr(base, "weight", None)
-    if backend is None and isinstance(weight, Tensor) and weight.dtype not in _PLAIN:
+    if backend is None and isinstance(weight, Tensor) and weight.dtype not in PLAIN:
         raise TypeError(
             f"{type(base).__name__} has a weight of {weight.dtype}, a quantization that PEFT does not know; adapt the "
             "unquantized model"

@@ -15,9 +15,10 @@ from ..method.precision import at_least_float32
 from ..method.processes import broadcast_from_rank0
 from ..method.refresh import check_moments, coordinates, rotate_moments
 from ..method.sizes import Sizes
-from .adapters import config_of, layers_of, wrapped_groups
+from .adapters import config_of, layers_by_calibrated_name, layers_of, wrapped_groups
 from .bases import on_device
 from .calibration import adapter_calibration, check_groups, frozen
+from .experts import SparseGradExperts
 from .layer import SparseGradLayer
 
 
@@ -90,6 +91,11 @@ def _check_can_refresh(
 ) -> None:
     for name, (S, basis) in held.items():
         layers[name].check_numbers(adapter_name)
+        if isinstance(layers[name], SparseGradExperts):
+            raise ValueError(
+                f"adapter {adapter_name!r} adapts fused experts ({name}), whose bases cannot be replaced during "
+                "training; adapt them in an adapter of their own, or leave them out with target_parameters=[]"
+            )
         if not basis.is_complete:
             raise ValueError(truncated(adapter_name))
         if layers[name].merged:
@@ -116,10 +122,11 @@ def _change_bases(
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
     """Rotate the cores of each group, and their moments, into its new basis; then write the new basis over the old."""
+    name_of = layers_by_calibrated_name(layers)
     for group, names in groups.items():
         copies: dict[int, tuple[Basis, Basis]] = {}  # a shared basis has one on each device
         for wrapped in names:
-            name = wrapped.removesuffix(".base_layer")
+            name = name_of[wrapped]
             layer, (S, old) = layers[name], held[name]
             new = copies.setdefault(id(old), (old, on_device(S.device, bases[group])))[1]
             update = old.from_basis(S.to(at_least_float32(S.dtype)))

@@ -1,4 +1,4 @@
-"""Which linear layers are a transformer's MLP: by name for known families, by structure for other models."""
+"""Which weights are a transformer's MLP: linears by name for known families, else by structure; and fused experts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..method.experts import fused_parameters
 from ..method.groups import linear_shape, matches_target
 from ..method.plain import is_linear
+from ..method.precision import PLAIN
 
 logger = logging.getLogger(__name__)
 
@@ -58,24 +60,37 @@ ATTENTION_NAME = re.compile(r"att(n|ention)|(^|[._])(q|k|v|o|qkv|kv|query|key|va
 """Found in the names of attention layers."""
 
 
-def choose_targets(model: nn.Module, model_type: str | None) -> str | list[str]:
-    """Return `target_modules` for a model: the MLP linears of its family, else those found by structure.
+def choose_targets(
+    model: nn.Module, model_type: str | None, *, experts: bool = True
+) -> tuple[str | list[str], list[str]]:
+    """Return `target_modules` and `target_parameters` for a model: the MLP linears and the fused experts.
+
+    The linears are those of the model's family, else those found by structure.
+
+    Args:
+        model: the model.
+        model_type: of its config.
+        experts: False leaves fused experts out.
 
     Raises:
         ValueError: there are none; the message says what to name in `target_modules`.
     """
     known = TARGETS.get(model_type or "")
     targets = known or find_mlp_linears(model)
-    if targets:
+    fused = fused_experts(model)
+    parameters = list(fused) if experts else []
+    if targets or parameters:
         logger.info("target_modules %s: %s", "of the model's family" if known else "found by structure", targets)
-        return targets
-    experts = fused_experts(model)
-    if experts:
-        name, parameter = next(iter(experts.items()))
+        if parameters:
+            logger.info("target_parameters: %s", parameters)
+        return targets, parameters
+    if fused:
+        name, parameter = next(iter(fused.items()))
         raise ValueError(
             f"the MLP weights of this {type(model).__name__} are fused expert parameters, such as {name} of shape "
-            f"{tuple(parameter.shape)}. SparseGrad adapts linear layers only: name them in target_modules, such as "
-            '["q_proj", "v_proj"], or adapt the experts with another PEFT method (LoRA with target_parameters)'
+            f"{tuple(parameter.shape)}, which SparseGrad adapts in its default form only: leave target_parameters, "
+            'neurons, shared, c and r at their defaults, or name linear layers in target_modules, such as ["q_proj", '
+            '"v_proj"]'
         )
     raise ValueError(
         f"no MLP layers known for model_type {model_type!r}, and none found by structure in this "
@@ -128,12 +143,33 @@ def find_mlp_linears(model: nn.Module) -> list[str]:
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the expert weights that are one parameter (experts, out, in) for all experts, by name."""
-    return {n: p for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n.lower()}
+    """Return the expert weights that are one parameter for all experts, by name in the model without adapters."""
+    return {
+        name.replace(".base_layer", ""): parameter
+        for name, parameter in fused_parameters(model).items()
+        if "expert" in name.lower() and parameter.dtype in PLAIN
+    }
+
+
+def named_experts(model: nn.Module, wanted: Iterable[str]) -> list[str]:
+    """Return the names of the parameters that match `target_parameters`: whole names, or endings after a dot.
+
+    Raises:
+        ValueError: one of them matches no parameter of three dimensions.
+    """
+    found = {name.replace(".base_layer", ""): parameter for name, parameter in fused_parameters(model).items()}
+    for target in wanted:
+        if not any(matches_target(name, [target]) for name in found):
+            some = ", ".join(list(found)[:2]) or "none"
+            raise ValueError(
+                f"target_parameters: expected names or endings of fused expert parameters (experts, ., .), found "
+                f"{target!r}; this {type(model).__name__} has {some}. Name linear layers in target_modules"
+            )
+    return [name for name in found if matches_target(name, wanted)]
 
 
 def mlp_share(model: nn.Module, adapted: Iterable[str]) -> float:
-    """Return the share of the MLP's weights (linears and fused experts) that the adapted layers hold, 0 to 1.
+    """Return the share of the MLP's weights that the adapted linears and fused experts hold, 0 to 1.
 
     Adapted layers outside the MLP do not count. In a model without a known MLP, the adapted layers are the MLP.
     """
@@ -145,19 +181,22 @@ def mlp_share(model: nn.Module, adapted: Iterable[str]) -> float:
     }
     known = TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""))
     mlp = {name for name in sizes if matches_target(name, known)} if known else set(find_mlp_linears(model))
-    experts = sum(parameter.numel() for parameter in fused_experts(model).values())
-    if not mlp and not experts:
-        mlp = adapted
-    total = experts + sum(sizes.get(name, 0) for name in mlp)
+    experts = {name: parameter.numel() for name, parameter in fused_experts(model).items()}
+    sizes, mlp = {**sizes, **experts}, mlp | set(experts)
+    mlp = mlp or adapted
+    total = sum(sizes.get(name, 0) for name in mlp)
     return sum(sizes.get(name, 0) for name in mlp & adapted) / total if total else 0.0
 
 
 def log_share(model: nn.Module, adapted: Iterable[str], *, automatic: bool) -> None:
-    """Log the share of the MLP's weights that is adapted: a warning if the targets were found and leave some out."""
+    """Log the share of the MLP's weights that is adapted: a warning if the targets were found and leave some out.
+
+    `adapted` holds the names of linear layers and of fused experts' parameters.
+    """
     adapted = list(adapted)
-    share, experts = mlp_share(model, adapted), fused_experts(model)
+    share, left = mlp_share(model, adapted), [name for name in fused_experts(model) if name not in adapted]
     level = logging.WARNING if automatic and share < 1 else logging.INFO
-    rest = f"; fused expert parameters such as {next(iter(experts))} are not adapted" if experts else ""
+    rest = f"; fused expert parameters such as {left[0]} are not adapted" if left else ""
     logger.log(level, "SparseGrad adapts %d layers with %.1f %% of the MLP weights%s", len(adapted), 100 * share, rest)
 
 

@@ -61,7 +61,7 @@ def test_model_without_config() -> None:
     chosen = inspect(nn.Sequential(nn.Linear(4, 4)), target_modules=["0"])
     assert (chosen.layers, chosen.parts.mlp) == (1, 20)
     with pytest.raises(ValueError, match=r"fused expert parameters, such as model\.layers\.0\.mlp\.experts"):
-        inspect(MixtralConfig(**TINY_SIZES), task_type="CAUSAL_LM")
+        inspect(MixtralConfig(**TINY_SIZES), task_type="CAUSAL_LM", c=0.5, r=0.5)
     mixtral = inspect(
         MixtralConfig(**TINY_SIZES), task_type="CAUSAL_LM", target_modules=["lm_head"]
     )  # experts are no linears
