@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from .answer import Answer, answer
 from .overview import overview, parameters
 from .sections import Report, Section
 from .table import Table
@@ -23,8 +24,9 @@ class Chapter:
 
 @dataclass(frozen=True)
 class Contents:
-    """All chapters, and the tables about the report as a whole."""
+    """All chapters, and what concerns the report as a whole."""
 
+    answer: Answer | None
     chapters: list[Chapter]
     overview: Table | None
     "None unless the report has several shipped experiments"
@@ -37,6 +39,7 @@ class Contents:
 def contents_of(report: Report) -> Contents:
     """The contents of a report."""
     return Contents(
+        answer(report.sections),
         [Chapter(section, verdict(section), tables_of(section)) for section in report.sections],
         overview(report.sections),
         parameters() if any(section.experiment for section in report.sections) else None,

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs no network: sentences, tables that sort and filter, plots, every result."""
+"""The report as one HTML page that needs no network: the answer, plots, tables that sort and filter, every result."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .contents import contents_of
-from .scatter_plots import Plot, scatter_plots
-from .sections import Report
+from .plots import Plot, cost_plots, difference_plots, run_plots
+from .run_card import HEIGHT, WIDTH, run_card
+from .sections import Report, Section
 
 _TEMPLATE = Path(__file__).parent / "page_template"
 
@@ -30,7 +31,7 @@ def render_page(report: Report, title: str) -> str:
         loader=FileSystemLoader(_TEMPLATE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"run_id": lambda run: f"run-{number[id(run)]}"}
+    environment.filters |= {"run_id": lambda run: f"run-{number[id(run)]}", "run_card": run_card}
     return environment.get_template("page.html").render(
         title=title,
         style=style,
@@ -38,10 +39,19 @@ def render_page(report: Report, title: str) -> str:
         policy=f"default-src 'none'; img-src data:; style-src {_source(style)}; script-src {_source(script)}; "
         "base-uri 'none'; form-action 'none'",
         contents=contents,
-        plots=[[_as_image(plot) for plot in scatter_plots(chapter.section)] for chapter in contents.chapters],
+        plots=[_plots(chapter.section) for chapter in contents.chapters],
         runs=known,
+        failures=[failure for section in report.sections for failure in section.failures],
         report=report,
+        curve_size=(WIDTH, HEIGHT),
     )
+
+
+def _plots(section: Section) -> dict[str, list[dict[str, Any]]]:
+    return {
+        "summary": [_as_image(plot) for plot in (*difference_plots(section), *cost_plots(section))],
+        "runs": [_as_image(plot) for plot in run_plots(section)],
+    }
 
 
 def _source(text: str) -> str:
@@ -52,4 +62,7 @@ def _source(text: str) -> str:
 def _as_image(plot: Plot) -> dict[str, Any]:
     """A plot as an image of its own, in which no script runs."""
     data = b64encode(plot.svg.encode()).decode()
-    return {"title": plot.title, "url": f"data:image/svg+xml;base64,{data}", "description": plot.description}
+    return {
+        "title": plot.title, "url": f"data:image/svg+xml;base64,{data}", "caption": plot.caption,
+        "description": plot.description,
+    }  # fmt: skip

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .runs import Run
+
+_NUMBER = re.compile(r"[-+]?\d(?!.*, )[\d.,]*(e[-+]?\d+)?(?![\w:])")
+_NO_NUMBER = ("", "none", "not run", "not all run", "resumed")
 
 
 class Linked(str):
@@ -32,8 +36,18 @@ class Table:
     rows: list[list[str]]
 
     @property
+    def number_columns(self) -> set[int]:
+        """Columns of numbers, which are aligned right; some of their cells may say that there is none."""
+        found = set()
+        for place in range(1, len(self.header)):
+            cells = [row[place] for row in self.rows if row[place] not in _NO_NUMBER]
+            if cells and sum(bool(_NUMBER.match(cell)) for cell in cells) * 2 > len(cells):
+                found.add(place)
+        return found
+
+    @property
     def prose_columns(self) -> set[int]:
-        """Columns with long texts, which are set left and wrapped."""
+        """Columns with long texts, which get more room."""
         return {place for row in self.rows for place, cell in enumerate(row) if len(cell) > 50}
 
     def markdown(self) -> str:

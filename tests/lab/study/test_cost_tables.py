@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sparsegrad_lab.study.cost_tables import costs, costs_by_task
-from sparsegrad_lab.study.scatter_plots import scatter_plots
+from sparsegrad_lab.study.plots import cost_plots, run_plots
 from sparsegrad_lab.study.sections import Section, read_sections
 from sparsegrad_lab.study.tables import every_run
 
@@ -22,7 +22,10 @@ def test_a_resumed_run_has_no_time(section: Section) -> None:
     assert row[3] == f"{sum(rates) / len(rates):.2f}"
     assert row[4] == next(row for row in costs(replace(section, runs=tuple(others))).rows if row[0] == first.method)[4]
     assert every_run(resumed.runs).rows[0][9] == ""
-    assert [picture.title for picture in scatter_plots(replace(section, runs=(cut,)))] == ["Score against peak memory"]
+    assert len(run_plots(replace(section, runs=(cut,)))) == 1  # against memory alone
+    pictures = {picture.title: picture.description for picture in cost_plots(resumed)}
+    assert pictures.keys() == {"Score against training time", "Score against peak memory"}
+    assert "sparsegrad +2 at 1.00" in pictures["Score against training time"]  # from the other pairs
 
 
 def test_the_papers_costs_stand_below_ours() -> None:

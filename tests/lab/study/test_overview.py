@@ -30,7 +30,9 @@ def test_all_experiments_are_in_the_overview(study: Section, section: Section) -
     assert by["A vision transformer"] == [f"rte, one seed: sparsegrad 60.0, lora 50.0. {said}", "2 of 18"]
     assert by["Attention layers"] == ["not run", "0 of 12"]
     assert by["An encoder-decoder"] == ["not run: its sizes are for scale paper", ""]
-    assert 'id="overview"' in render_page(Report([study, digits]), "t")
+    page = render_page(Report([study, digits]), "t")
+    assert "<li>Attention layers: " in page.partition("Experiments without a run")[2]
+    assert "<li>An encoder-decoder: Does the method work on T5? (not run: its sizes are for scale paper)</li>" in page
     failed = [replace(section, runs=(), trials=()) for section in (study, digits)]
     table = overview(failed)
     assert table is not None

@@ -30,7 +30,16 @@ for (const input of document.querySelectorAll('input[data-filters]')) {
 
 function openLinked() {
   const linked = document.getElementById(decodeURIComponent(location.hash.slice(1)));
-  if (linked && linked.tagName === 'DETAILS') linked.open = true;
+  for (let element = linked; element; element = element.parentElement)
+    if (element.tagName === 'DETAILS') element.open = true;
+  if (linked) linked.scrollIntoView();
 }
 addEventListener('hashchange', openLinked);
 openLinked();
+
+let closed = [];  // what the printer opens is closed again afterwards
+addEventListener('beforeprint', () => {
+  closed = [...document.querySelectorAll('.chapter, .chapter > details:not(.run)')].filter(details => !details.open);
+  closed.forEach(details => { details.open = true; });
+});
+addEventListener('afterprint', () => closed.forEach(details => { details.open = false; }));

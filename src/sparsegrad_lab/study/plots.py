@@ -1,0 +1,182 @@
+"""Plots of a report, as SVG: differences to the baseline, differences against costs, and every run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from ..figures.drawing import svg_text
+from .runs import Run
+from .sections import Section
+from .statistics import Comparison, by_unit, compare_all, score_table
+
+_MARKERS = "os^Dv<>Pp*X"
+"Eleven, with ten colours: 110 methods look different, also without colours."
+_DARK = """<style>@media (prefers-color-scheme: dark) {
+text, [style*="fill: #000000"] { fill: #e6e6e6 !important; }
+[style*="stroke: #000000"] { stroke: #b0b0b0 !important; }
+}</style>"""
+"An image follows the colours of the system by itself. The rule overrides matplotlib's black."
+
+
+@dataclass(frozen=True)
+class Plot:
+    """An SVG with a caption, and a description with numbers for those who cannot see it."""
+
+    title: str
+    svg: str
+    caption: str
+    description: str
+
+
+def difference_plots(section: Section) -> list[Plot]:
+    """Each method's mean difference to the baseline with its 95 % interval, and a dot for each task; a plot a unit."""
+    plots = []
+    for unit, part, found in _comparisons(section):
+        scores = score_table(part.runs).groupby(level="task").mean()
+        with _drawing(5.2, 1.1 + 0.4 * len(found)) as (figure, axes):
+            for place, comparison in enumerate(found):
+                dots = (scores[comparison.method] - scores[comparison.other]).dropna()
+                axes.plot(dots, [place] * len(dots), "o", color="C0", alpha=0.45, markersize=5, markeredgewidth=0)
+                if not math.isnan(comparison.low):
+                    axes.plot([comparison.low, comparison.high], [place, place], color="C0", linewidth=2.5)
+                axes.plot(comparison.difference, place, "D", color="C0", markersize=8)
+            axes.axvline(0, color="#000000", linewidth=0.9)
+            axes.set_yticks(range(len(found)), [comparison.method for comparison in found])
+            axes.set_ylim(len(found) - 0.5, -0.5)
+            axes.set_xlabel(f"difference, {unit} ({'right' if part.runs[0].higher_is_better else 'left'} is better)")
+            svg = _svg(figure)
+        caption = (
+            "Diamond: mean over pairs of runs with the same task and seed. Bar: its 95 % interval. Dots: the tasks."
+        )
+        description = f"{caption} {'; '.join(f'{one.method} {_difference(one)}' for one in found)}."
+        plots.append(Plot(f"Difference to {section.baseline}", svg, caption, description))
+    return plots
+
+
+def cost_plots(section: Section) -> list[Plot]:
+    """Each method's mean difference to the baseline against its time, and against its memory; two plots a unit."""
+    plots = []
+    for unit, part, found in _comparisons(section):
+        points = {one.method: one.difference for one in found} | {section.baseline: 0.0}
+        for name, ratios in (
+            ("training time", _ratios(part, lambda run: run.training.seconds, timed=True)),
+            ("peak memory", _ratios(part, _peak)),
+        ):
+            shown = [method for method in section.methods if method in points and method in ratios]
+            if len(shown) < 2:
+                continue
+            with _drawing(4.4, 3.0 + 0.2 * -(-len(shown) // 2)) as (figure, axes):
+                for method in shown:
+                    mark = _mark(list(section.methods).index(method))
+                    axes.plot(ratios[method], points[method], linestyle="", label=method, **mark)
+                axes.set_xlabel(f"{name} ÷ {section.baseline}'s")
+                axes.set_ylabel(f"difference, {unit}")
+                axes.axhline(0, color="#000000", linewidth=0.7, alpha=0.5)
+                axes.axvline(1, color="#000000", linewidth=0.7, alpha=0.5)
+                figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+                svg = _svg(figure)
+            words = "; ".join(f"{method} {points[method]:+.3g} at {ratios[method]:.2f}" for method in shown)
+            better = "Up" if part.runs[0].higher_is_better else "Down"
+            caption = f"A point for each method. {better} and left is better."
+            plots.append(Plot(f"Score against {name}", svg, caption, f"{caption} {words}."))
+    return plots
+
+
+def run_plots(section: Section) -> list[Plot]:
+    """Score of each run against its training time and its memory: two plots for each task."""
+    if not section.scored:
+        return []
+    timed = tuple(run for run in section.runs if not run.resumed)
+    costs: list[tuple[str, tuple[Run, ...], Callable[[Run], float]]] = [
+        ("training, s", timed, lambda run: run.training.seconds), ("peak memory, MB", section.runs, _peak),
+    ]  # fmt: skip
+    plots = []
+    for task in section.tasks:
+        for label, runs, cost in costs:
+            own = sorted((run for run in runs if run.task_name == task), key=lambda run: run.value)
+            if own:
+                plots.append(_run_plot(section, task, label, own, cost))
+    return plots
+
+
+def _run_plot(section: Section, task: str, label: str, runs: list[Run], cost: Callable[[Run], float]) -> Plot:
+    with _drawing(4.2, 3.2) as (figure, axes):
+        for number, method in enumerate(section.methods):
+            points = [(cost(run), run.value) for run in runs if run.method_name == method]
+            if points:
+                axes.plot(*zip(*points, strict=True), linestyle="", label=method, alpha=0.85, **_mark(number))
+        unit = runs[0].unit
+        axes.set(xlabel=label, ylabel="100 x score" if unit == "points" else unit)
+        axes.legend(fontsize=7, framealpha=0.2)
+        svg = _svg(figure)
+    word, top = ("highest", runs[-1]) if runs[0].higher_is_better else ("lowest", runs[0])
+    description = f"{task}: {word} {top.format(top.value)} by {top.method_name} at {cost(top):,.0f} ({label})."
+    return Plot(task, svg, "A point for each run.", description)
+
+
+def _comparisons(section: Section) -> Iterator[tuple[str, Section, list[Comparison]]]:
+    """The parts of a section by unit, each with its methods' comparisons with the baseline."""
+    if not section.scored:
+        return
+    for unit, part in by_unit(section).items():
+        others = [method for method in section.methods if method != section.baseline]
+        found = [one for one in compare_all(part.runs, others, section.baseline) if one.pairs]
+        if found:
+            yield unit, part, found
+
+
+def _difference(comparison: Comparison) -> str:
+    text = f"{comparison.difference:+.3g}"
+    return text if math.isnan(comparison.low) else f"{text} ({comparison.low:+.3g} to {comparison.high:+.3g})"
+
+
+def _peak(run: Run) -> float:
+    return run.megabytes
+
+
+def _ratios(section: Section, cost: Callable[[Run], float], timed: bool = False) -> dict[str, float]:
+    """Method -> geometric mean of its cost divided by the baseline's, over pairs of runs with equal task and seed."""
+    costs: dict[tuple[str, str, int], float] = {
+        (run.method_name, run.task_name, run.seed): cost(run)
+        for run in section.runs
+        if cost(run) > 0 and not (timed and run.resumed)
+    }
+    ratios = {}
+    for method in section.methods:
+        logs = [
+            math.log(value / costs[section.baseline, task, seed])
+            for (name, task, seed), value in costs.items()
+            if name == method and (section.baseline, task, seed) in costs
+        ]
+        if logs:
+            ratios[method] = math.exp(sum(logs) / len(logs))
+    return ratios
+
+
+def _mark(number: int) -> dict[str, Any]:
+    """Colour and marker of a method, by its place in the section; the same in all plots."""
+    return {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 6}
+
+
+@contextmanager
+def _drawing(width: float, height: float) -> Iterator[tuple[Figure, Any]]:
+    """A transparent figure with one panel."""
+    with rc_context({"text.parse_math": False, "font.size": 10}):  # names are shown as they are, also with a $
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+        axes = figure.subplots()
+        axes.grid(alpha=0.3)
+        axes.set_facecolor("none")
+        axes.spines[["top", "right"]].set_visible(False)
+        yield figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    head, end, rest = svg_text(figure).partition(">")
+    return f"{head}{end}{_DARK}{rest}"
