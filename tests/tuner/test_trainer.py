@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainers import CALIBRATION, arguments, losses, rows, saved
 from transformers import Trainer
 
-from helpers import check_equal, tiny_model, uncalibrated_adapter
+from helpers import check_equal, tiny_batch, tiny_model, train_adapter, uncalibrated_adapter
 from sparsegrad_peft import SparseGradAdamW, calibrate_adapter, param_groups
 from sparsegrad_peft.tuner.trainer import SparseGradTrainer, TrainingDivergedError
 
@@ -343,3 +343,15 @@ def test_data_that_can_be_read_only_once_are_not_eaten(tmp_path: Path) -> None:
     )  # fmt: skip
     stream.train()
     assert stream.state.global_step == 10
+
+
+def test_an_adapter_that_has_learnt_without_calibration_is_refused(tmp_path: Path) -> None:
+    """New bases would change what it has learnt. The message names the ways on."""
+    model = uncalibrated_adapter()
+    with pytest.warns(UserWarning, match="trains in data-free bases"):
+        train_adapter(model.train(), tiny_batch("bert"), 1)
+    before = saved(model)
+    trainer = SparseGradTrainer(model=model, args=arguments(tmp_path), train_dataset=rows())
+    with pytest.raises(ValueError, match=r"'default' has already learnt something .* with transformers\.Trainer; or"):
+        trainer.train()
+    check_equal(saved(model), before)

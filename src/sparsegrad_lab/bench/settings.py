@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from sparsegrad_peft.method.sizes import Sizes, default_form
 
+from ..run.settings import refuse
+
 DEFAULT_METHODS = (
     "floor", "sparsegrad", "sparsegrad-speed", "sparsegrad-paper", "sparsegrad-complete", "literal", "literal-sparse",
     "lora", "lora-rank-7", "lora-fa", "full", "galore",
 )  # fmt: skip
+
+
+WORKLOADS = (
+    "bert-base", "bert-base-padded", "roberta-large", "minilm", "mlp", "llama-mlp", "llama-long", "llama-2-7b",
+)  # fmt: skip
+MLP_SIZES = re.compile(r"mlp-(\d+)x(\d+)")
+"""The workload `mlp` at another width."""
 
 
 @dataclass
@@ -61,7 +71,7 @@ class BenchArguments:
         return Sizes(self.narrow, self.wide, self.c, self.r, neurons=neurons)
 
     def problems(self) -> list[str]:
-        """Return what is wrong with the numbers, one message each."""
+        """Return what is wrong with the workload's name and with the numbers, one message each."""
         least = {"tokens": 1, "repeats": 1, "warmup": 0, "threads": 1, "layers": 1}
         values = {name: getattr(self, name) for name in least}
         problems = [
@@ -69,10 +79,18 @@ class BenchArguments:
             for name, value in values.items()
             if value is not None and value < least[name]
         ]
+        if self.workload not in WORKLOADS and not MLP_SIZES.fullmatch(self.workload):
+            problems.append(
+                f"workload: expected one of {', '.join(WORKLOADS)}, or mlp-HIDDENxWIDE; found {self.workload!r}"
+            )
         names = self.method_names or []
         if len(set(names)) < len(names):
             problems.append(f"methods: expected each method once, found {self.methods}")
         return problems
+
+    def check(self) -> None:
+        """Raise RefusedError with all of `problems`."""
+        refuse("cannot run this benchmark", self.problems())
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings for JSON."""

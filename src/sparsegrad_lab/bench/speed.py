@@ -28,9 +28,9 @@ BASELINES = ("floor", "lora", "full", "literal")
 
 def check(arguments: BenchArguments) -> None:
     """Raise RefusedError for settings that cannot be run."""
+    arguments.check()
     workload = find_workload(arguments.workload)
-    problems = arguments.problems()
-    problems += [
+    problems = [
         f"methods: expected some of {', '.join(METHODS)}; found {name!r}"
         for name in arguments.method_names or []
         if name not in METHODS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..run.exit_codes import RefusedError
+from .settings import MLP_SIZES
 
 
 class Blocks(nn.Module):
@@ -140,19 +139,13 @@ WORKLOADS: dict[str, Workload] = {
                  transformer("llama", _DECODER, 4096, 11008, 32, num_key_value_heads=32, vocab_size=32000), _GATED),
     )
 }  # fmt: skip
-"""Name -> workload."""
+"""Name -> workload. The names are those of `settings.WORKLOADS`."""
 
 
 def find_workload(name: str) -> Workload:
-    """Return the workload with this name; "mlp-HIDDENxWIDE" is `mlp` at another width.
-
-    Raises:
-        RefusedError: there is none.
-    """
-    if name in WORKLOADS:
-        return WORKLOADS[name]
-    width = re.fullmatch(r"mlp-(\d+)x(\d+)", name)
+    """Return the workload with this name; "mlp-HIDDENxWIDE" is `mlp` at another width."""
+    width = MLP_SIZES.fullmatch(name)
     if width is None:
-        raise RefusedError(f"workload: expected one of {', '.join(WORKLOADS)}, or mlp-HIDDENxWIDE; found {name!r}")
+        return WORKLOADS[name]
     hidden, wide = int(width[1]), int(width[2])
     return Workload(name, f"one MLP block of {hidden}/{wide}", 1, 0, hidden, wide, _mlp(hidden, wide), _MLP)

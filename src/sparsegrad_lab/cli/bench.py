@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
     options = parser.instantiate(parser.parse_args(argv))
     path, quiet = options.pop("json"), options.pop("quiet")
     arguments = BenchArguments(**vars(options))
+    arguments.check()
     if path is not None and not path.parent.is_dir():
         raise FileNotFoundError(f"--json: there is no folder {path.parent}")
     if path is not None:

@@ -7,6 +7,7 @@ import re
 
 from ..run.folder import RunFolder
 from ..run.parsing import make_parser
+from ..run.settings import RunArguments, refuse
 
 EXAMPLE = "sparsegrad evaluate runs/glue-rte/sparsegrad; prints {'validation': {'accuracy': 0.5632, ...}}, as JSON."
 
@@ -22,7 +23,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run", type=str, help="folder of a finished run")
     parser.add_argument("--split", type=str, default=None, help="train, validation, ...; default: all but train")
     options = parser.parse_args(argv)
-    RunFolder(options.run).check_finished()
+    folder = RunFolder(options.run)
+    folder.check_finished()
+    arguments = RunArguments.from_dict(folder.read_arguments())
+    refuse("this run cannot be evaluated", arguments.data.file_problems(arguments.task))
     from ..run.finished_run import evaluate
 
     text = json.dumps(evaluate(options.run, options.split), indent=2)

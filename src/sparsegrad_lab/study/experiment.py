@@ -195,7 +195,10 @@ def load_experiment(name: str, scale: str | None = "cpu", folder: Path = SHIPPED
         raise ValueError(f"{where} is for scale {own['only_at']}: its sizes are for that model")
     own_scales = own.pop("scales", {})
     settings = reduce(merged, [default, scales[scale] or {}, own, own_scales.get(scale) or {}])
+    _refuse_not_set(settings, ("name", "scale"), where)
     methods = settings.get("methods") or {}
+    for key, value in methods.items():
+        _refuse_not_set(value or {}, ("searched_rates", "most_rates"), where, f"methods.{key}.")
     most = (settings.get("search") or {}).get("most_rates")
     settings["methods"] = {
         key: _method(value or {}, key, where, folder / name, scale, most) for key, value in methods.items()
@@ -225,6 +228,12 @@ def _problem(error: Any) -> str:
     models: dict[str, type[_Spec]] = {"methods": Variant, "search": Search}
     keys = (models.get(place[0], Experiment) if len(place) > 1 else Experiment).model_fields.keys() - _NOT_SET
     return f"unknown key {'.'.join(place)}; expected one of {', '.join(sorted(keys))}"
+
+
+def _refuse_not_set(settings: dict[str, Any], names: Iterable[str], where: str, prefix: str = "") -> None:
+    """Raise `ValueError` if a file sets a field that the library fills in."""
+    if found := [name for name in names if name in settings]:
+        raise ValueError(f"{where}: {prefix}{found[0]} is set by the library; remove it from the file")
 
 
 def _check(experiment: Experiment, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from ..run.folder import write_whole
@@ -56,10 +57,19 @@ def write_report(report: Report, folder: Path, title: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "index.html", render_page(report, title))
     _write(folder / "results.md", markdown(report, title))
-    for chapter in contents_of(report).chapters:
-        for name, table in chapter.tables.items():
-            _write(folder / f"{safe_name(f'{chapter.section.name}-{name}')}.csv", table.csv())
+    tables = {(c.section.name, name): table for c in contents_of(report).chapters for name, table in c.tables.items()}
+    taken = {"runs"}
+    for (section, name), table in tables.items():
+        _write(folder / f"{_free_name(safe_name(f'{section}-{name}'), taken)}.csv", table.csv())
     _write(folder / "runs.csv", contents_of(report).every_run.csv())
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """Return the name, with a number if another differs from it in capitals only or not at all; add it to `taken`."""
+    numbered = (f"{name}-{number}" if number > 1 else name for number in count(1))
+    free = next(candidate for candidate in numbered if candidate.casefold() not in taken)
+    taken.add(free.casefold())
+    return free
 
 
 def _write(path: Path, text: str) -> None:

@@ -81,10 +81,7 @@ class DataArguments:
             elif self.validation_file and self.val_size:
                 problems.append("data.validation_file and data.val_size exclude each other; give one")
             elif files:
-                try:
-                    source.check(self)
-                except (OSError, ValueError) as error:
-                    problems.append(str(error))
+                problems += self.file_problems(task)
         unknown = [name for name in self.metrics or () if name not in METRICS]
         if unknown:
             problems.append(f"data.metrics: expected some of {', '.join(METRICS)}; found {', '.join(unknown)}")
@@ -103,6 +100,14 @@ class DataArguments:
             if value is not None and value < 1:
                 problems.append(f"data.{name} must be at least 1, found {value}")
         return problems
+
+    def file_problems(self, task: str) -> list[str]:
+        """Return a sentence if files of a task are missing; no file is read."""
+        try:
+            TASKS[task].check(self)
+        except (OSError, ValueError) as error:
+            return [str(error)]
+        return []
 
     def _unread(self, task: str, reads: tuple[str, ...]) -> list[str]:
         """Return a sentence per setting that is set and that only other tasks read."""

@@ -111,7 +111,8 @@ def _check_can_calibrate(
         layers[learnt[0]].check_numbers(adapter_name)  # not learnt, but not loaded
         raise ValueError(
             f"adapter {adapter_name!r} has already learnt something ({len(learnt)} of {len(layers)} layers, such as "
-            f"{learnt[0]}); calibrate before training, or merge it and add a new adapter"
+            f"{learnt[0]}), and new bases would change that. Train it further without calibration, with "
+            "transformers.Trainer; or merge it, then add and calibrate a new adapter"
         )
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from sparsegrad_lab.bench.methods import METHODS
 from sparsegrad_lab.bench.settings import DEFAULT_METHODS, BenchArguments
+from sparsegrad_lab.bench.settings import WORKLOADS as NAMES
 from sparsegrad_lab.bench.speed import _shapes, check, measure, percentiles
 from sparsegrad_lab.bench.workloads import WORKLOADS
 from sparsegrad_lab.cli.main import main
@@ -44,6 +45,7 @@ def test_shapes_and_live_tokens() -> None:
 
 def test_defaults_are_methods_that_exist() -> None:
     assert set(DEFAULT_METHODS) <= set(METHODS)
+    assert tuple(WORKLOADS) == NAMES
     assert percentiles([3.0, 1.0, 2.0, 5.0, 4.0]) == {"p20": 2.0, "p50": 3.0, "p80": 5.0}
     for name in WORKLOADS:
         check(BenchArguments(workload=name))

@@ -422,14 +422,21 @@ def words_of(words: Words, weightless: Path) -> Words:
     return lambda output, *more: words(output, "--model", str(weightless), *more)
 
 
-def test_wrong_names_are_refused_before_torch_is_loaded() -> None:
+def test_wrong_names_are_refused_before_torch_is_loaded(tmp_path: Path) -> None:
     """In half a second, not in ten."""
+    finished = tmp_path / "finished"
+    shutil.copytree(Path(__file__).parents[2] / "samples" / "finished_run", finished)
+    settings = yaml.safe_load((finished / "config.yaml").read_text(encoding="utf-8"))
+    settings["data"] |= {"validation_file": "nowhere.csv", "text": ["text"]}
+    (finished / "config.yaml").write_text(yaml.safe_dump({**settings, "task": "files"}), encoding="utf-8")
     commands = [
         ["train", "--task", "glue/rtee"],
         ["train", "--model", "./nowhere"],
         ["train", "--task", "glue/rte", "--data.folder", "nowhere"],
         ["search", "--task", "images", "--data.folder", "nowhere"],
         ["evaluate", "nowhere"],
+        ["evaluate", str(finished)],  # its data are gone
+        ["bench", "--workload", "nowhere"],
         ["predict", "nowhere", "--text", "a"],
         ["merge", "nowhere"],
         ["export", "nowhere", "--output", "lora"],

@@ -20,7 +20,7 @@ from grids import Lines, read, result_file
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.run.parsing import arguments_from
-from sparsegrad_lab.study.experiment import merged
+from sparsegrad_lab.study.experiment import load_experiment, merged
 from sparsegrad_lab.study.grid import Grid, Places, reproduce
 from sparsegrad_lab.study.locks import SharedRuns
 from sparsegrad_lab.study.sections import read_sections
@@ -144,7 +144,10 @@ def test_two_machines_share_a_study(experiments: Path, tmp_path: Path, empty_dat
 
 
 def test_an_experiment_needs_no_more_than_its_own_lines(experiments: Path, places: Places, capsys: Any) -> None:
-    """No default.yaml; what a report says of it comes with the results."""
+    """No default.yaml; what a report says of it comes with the results.
+
+    The run was killed in the first write to its folder, so --retry does it again in a folder that holds only a draft.
+    """
     settings = yaml.safe_load((experiments / "default.yaml").read_text(encoding="utf-8"))
     own = {
         "title": "Mine", "question": "Which?", "seeds": [0], "tasks": ["files"], "baseline": "one",
@@ -162,8 +165,15 @@ def test_an_experiment_needs_no_more_than_its_own_lines(experiments: Path, place
     (where / "other").mkdir()
     file = where / "other" / "experiment.yaml"
     file.write_text(yaml.safe_dump(own), encoding="utf-8")
+    [cell] = load_experiment("other", folder=where).cells()
+    StoredResults(places.results).write(cell.name, {"status": "killed"})
+    draft = places.runs / cell.name / ".config.yaml.0123456789ab.draft"
+    draft.parent.mkdir(parents=True)
+    draft.write_text("model: min", encoding="utf-8")
     words[1] = "other"
-    assert main(words) == 0
+    assert main([*words, "--retry"]) == 0
+    assert read(result_file(places, cell.name))["status"] == "finished"
+    assert not draft.exists()
     [section] = read_sections([places.results])
     assert (section.title, section.question, section.baseline) == ("Mine", "Which?", "one")
     assert section.methods == {"one": "the first"}
@@ -232,6 +242,9 @@ def test_a_shared_storage_writes_only_results_of_these_runs(name: str, load: Any
         (("first", "methods", {"lora": {"learning_rates": [1e-3]}, "full": {}}), "the same number of learning rates"),
         (("first", "metods", {}), "unknown key metods; expected one of baseline, methods"),
         (("first", "methods", {"lora": {"rates": []}}), "unknown key methods.lora.rates"),
+        (("first", "name", "second"), "experiment first: name is set by the library; remove it from the file"),
+        (("first", "scale", "paper"), "experiment first: scale is set by the library"),
+        (("first", "methods", {"lora": {"searched_rates": [1.0]}}), "lora.searched_rates is set by the library"),
         (("first", "methods", {"lora": {"settings": {"method": "lore"}}}), "found 'lore'"),
         (("first", "methods", {"lora": {"settings": {"adaptor": {"c": 8}}}}), "adaptor"),
         (("first", "methods", {"lora": {"rates_of": "second/lora"}}), "learning_rates at scale cpu; found second/lora"),
@@ -253,7 +266,7 @@ def test_what_cannot_be_run_is_refused_first(
 
 def test_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "nothing"]) == 1
-    assert "no experiment 'nothing'; expected one of comparison" in capsys.readouterr().err
+    assert "no experiment 'nothing'; expected one of glue" in capsys.readouterr().err
     assert main(["reproduce", "comparison", "--scale", "huge"]) == 1
     assert "no scale 'huge'; expected one of cpu, paper" in capsys.readouterr().err
     assert main(["reproduce", "comparison", "--methods", "lora,lore"]) == 1

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from helpers import write_json
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.study.report import markdown
 from sparsegrad_lab.study.sections import read_report
@@ -23,6 +25,26 @@ def test_command_writes_page_markdown_and_csv(folder: Path, tmp_path: Path, caps
     with (tmp_path / "out" / "scores.csv").open(encoding="utf-8", newline="") as file:
         assert ["mean of tasks", "72.0", "70.0", "not all run"] in list(csv.reader(file))
     assert (tmp_path / "out" / "results.md").read_text(encoding="utf-8") == markdown(read_report([folder]), "A <title>")
+
+
+def test_names_that_are_alike_in_file_names_keep_a_file_each(tmp_path: Path, real: dict[str, Any]) -> None:
+    """Two experiments whose names differ in a character that file names do not have, or in capitals."""
+    names = ["my study", "my-study", "My-Study"]
+    for number, name in enumerate(names):
+        result = {
+            **real,
+            "experiment": name,
+            "scale": "cpu",
+            "trial": False,
+            "status": "finished",
+            "score": number / 10,
+        }
+        write_json(tmp_path / "in" / f"{number}.json", result)
+    assert main(["report", str(tmp_path / "in"), "--output", str(tmp_path / "out")]) == 0
+    found = sorted(path.name for path in (tmp_path / "out").glob("*scores*.csv"))
+    assert found == ["My-Study-scores.csv", "my-study-scores-2.csv", "my-study-scores-3.csv"]
+    texts = [(tmp_path / "out" / name).read_text(encoding="utf-8") for name in found]
+    assert len(set(texts)) == 3
 
 
 @pytest.mark.parametrize("kind", ["nothing there", "nothing in it", "broken"])
