@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("sparsegrad_lab.tasks",),
     ("sparsegrad_lab.methods",),
     ("sparsegrad_lab.run",),
-    ("sparsegrad_lab.inspection", "sparsegrad_lab.figures", "sparsegrad_lab.bench"),
+    ("sparsegrad_lab.inspection", "sparsegrad_lab.figures", "sparsegrad_lab.bench", "sparsegrad_lab.chat"),
     ("sparsegrad_lab.study",),
     ("sparsegrad_lab.cli",),
 )
@@ -36,7 +36,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 METHOD_NEEDS = {"torch", "jaxtyping", "rich"}
 TUNER_NEEDS = METHOD_NEEDS | {"peft", "transformers", "accelerate", "safetensors", "huggingface_hub", "packaging"}
 "PEFT itself depends on the last four."
-LAB_OPTIONAL = {"gguf", "galore_torch"}
+LAB_OPTIONAL = {"gguf", "openai", "galore_torch"}
 "The extra `chat`; the method `galore`, which says what to install."
 LONGEST = 60
 

@@ -26,6 +26,9 @@ VERBS = {
     "search": "search the best learning rate and batch size",
     "evaluate": "print the scores of a finished run",
     "predict": "predict with a finished run",
+    "chat": "talk to a language model",
+    "generate": "let a language model answer questions",
+    "judge": "let a strong model grade answers",
     "merge": "merge the adapter of a finished run into its model",
     "export": "convert an adapter to a LoRA adapter",
     "inspect": "show parameters, adapted layers and memory of a model",
@@ -37,7 +40,7 @@ VERBS = {
 }
 """Verb -> what it does. Each verb has a file of the same name in this folder."""
 
-RESUMABLE = ("train", "search", "reproduce", "demo")
+RESUMABLE = ("train", "search", "reproduce", "demo", "generate", "judge")
 """Verbs that resume interrupted work when they are run again."""
 
 DISTRIBUTED = ("train", "search", "reproduce")

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from ..conversations import CONVERSATION_COLUMNS, prompt_conversation
-from ..library_logs import suppress_library_logs
+from ..generation import generate, generation_ends
 from ..metrics import check_finite, score
 from ..pretrained import check_length
 from ..read import Row, check_columns
@@ -111,10 +111,10 @@ class LanguageKind(Kind):
         prompts = [writer.encode_prompt(row[column]) for row in rows]
         for ids in prompts:
             check_token_ids(ids, model, processor)
-        ends = sorted(writer.end_tokens() | _generation_ends(model))
+        ends = sorted(writer.end_tokens() | generation_ends(model))
         found: Rows = []
         for start in range(0, len(rows), _PROMPTS):
-            texts = _generate(model, processor, prompts[start : start + _PROMPTS], max_new_tokens, ends)
+            texts = generate(model, processor, prompts[start : start + _PROMPTS], max_new_tokens, ends)
             found += [{**row, "prediction": text} for row, text in zip(rows[start:], texts, strict=False)]
         return found
 
@@ -131,26 +131,3 @@ class LanguageKind(Kind):
                 prompt_conversation(row[column], f"{where}, line {row.line}, {column}")
             else:
                 check_columns([row], [column], where)
-
-
-def _generation_ends(model: Any) -> set[int]:
-    """Return the end tokens in the model's generation config."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-
-
-@torch.inference_mode()
-def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, ends: list[int]) -> list[str]:
-    """Return the continuations of prompts; these are padded on the left."""
-    length = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    device = next(model.parameters()).device
-    ids = torch.tensor([[*[pad] * (length - len(prompt)), *prompt] for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    with suppress_library_logs():
-        generated = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-            pad_token_id=pad, eos_token_id=ends or None,
-        )  # fmt: skip
-    texts: list[str] = tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)
-    return [text.strip() for text in texts]

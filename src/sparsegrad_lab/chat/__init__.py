@@ -1,0 +1,12 @@
+"""Talk to language models, let them answer questions, and let a judge grade the answers.
+
+model        a model that answers: a finished run, an adapter, or a pretrained model
+session      a conversation in the terminal
+questions    files of questions, in the form of MT-Bench
+generation   answers to questions, in FastChat's form
+rows_file    a file of JSON lines that a kill cannot spoil
+prompts      what a judge is asked, from prompts.yaml or a file of FastChat
+grading      requests to a judge: ratings of single answers, comparisons of two
+endpoint     the OpenAI-compatible server that runs the judge
+ratings      mean ratings with bootstrap intervals
+"""

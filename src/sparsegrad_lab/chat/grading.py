@@ -1,0 +1,193 @@
+"""Grade answers with a judge: FastChat's single-answer grading and pairwise comparison (Zheng et al., 2023).
+
+Every request and every raw judgement is kept in a file of FastChat's form. A judgement without a rating is asked for
+again; if there still is none, the rating is null.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .prompts import Prompt, prompt_name
+from .questions import REFERENCE_CATEGORIES, Question
+from .rows_file import open_rows
+
+_RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
+_WINNER = re.compile(r"\[\[\s*([ABC])\s*\]\]")
+_TEMPERATURES = (0.0, 0.7, 0.7)
+"""Of the first request and of its repetitions: at 0, a repetition would give the same judgement."""
+
+Answers = Mapping[int | str, Sequence[str]]
+"""Question -> the answers to its turns."""
+Row = dict[str, Any]
+
+
+class Judge(Protocol):
+    """What grades; see `Endpoint`."""
+
+    model: str
+
+    async def ask(self, messages: list[dict[str, str]], temperature: float) -> str:
+        """Return the judge's answer."""
+
+
+def rating_of(text: str) -> float | None:
+    """The last rating "[[5]]" in a judgement; None if there is none from 1 to 10."""
+    found = _RATING.findall(text)
+    rating = float(found[-1]) if found else 0.0
+    return rating if 1 <= rating <= 10 else None
+
+
+def winner_of(text: str) -> str | None:
+    """The last decision in a judgement: "A", "B", or "C" for a tie; None if there is none."""
+    found = _WINNER.findall(text)
+    return found[-1] if found else None
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one row of the judgement file is about: a turn of a question, answered by one model or by two."""
+
+    question: Question
+    turn: int
+    answers: dict[str, Sequence[str]]
+    "name of the model -> its answers to the question's turns"
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Identifies the row in the file."""
+        return (self.question.id, self.turn, *self.answers)
+
+
+def single_items(questions: Sequence[Question], models: Mapping[str, Answers]) -> list[Item]:
+    """Every first and second turn, for each model by itself."""
+    return [
+        Item(question, turn, {name: answers[question.id]})
+        for question in questions
+        for turn in range(1, min(len(question.turns), 2) + 1)
+        for name, answers in models.items()
+    ]
+
+
+def pair_items(questions: Sequence[Question], models: Mapping[str, Answers]) -> list[Item]:
+    """Every first and second turn, for the first model and each other one."""
+    (first, answers), *others = models.items()
+    return [
+        Item(question, turn, {first: answers[question.id], name: other[question.id]})
+        for question in questions
+        for turn in range(1, min(len(question.turns), 2) + 1)
+        for name, other in others
+    ]
+
+
+def has_reference(question: Question, turn: int) -> bool:
+    """True if the category is graded with reference answers and the question has them."""
+    return question.category in REFERENCE_CATEGORIES and len(question.reference) >= turn
+
+
+class Grading:
+    """Grades items with a judge.
+
+    Args:
+        judge: grades.
+        prompts: by name; see `read_prompts`.
+        concurrency: largest number of requests at the same time.
+    """
+
+    def __init__(self, judge: Judge, prompts: Mapping[str, Prompt], concurrency: int = 8) -> None:
+        self.judge, self.prompts, self.concurrency = judge, prompts, concurrency
+
+    async def run(
+        self, items: Sequence[Item], path: Path, advance: Callable[[int], None] = lambda count: None
+    ) -> list[Row]:
+        """Grade the items that the file has no judgement of, and add the judgements to it.
+
+        Returns:
+            The rows of all items.
+
+        Raises:
+            EndpointError: a request failed for good. The judgements so far are in the file.
+            ValueError: the file is of another judge, or damaged.
+            FileExistsError: another process writes the file.
+        """
+        with open_rows(path) as file:
+            if others := {row["judge"][0] for row in file.rows} - {self.judge.model}:
+                raise ValueError(f"{path} holds judgements of {', '.join(sorted(others))}; write another file")
+            wanted = {item.key for item in items}
+            done = {_key(row) for row in file.rows}
+            advance(len(wanted & done))
+            limit = asyncio.Semaphore(self.concurrency)
+
+            async def grade(item: Item) -> None:
+                async with limit:
+                    row = await (self._rate(item) if len(item.answers) == 1 else self._compare(item))
+                file.append(row)
+                advance(1)
+
+            tasks = [asyncio.ensure_future(grade(item)) for item in items if item.key not in done]
+            try:
+                await asyncio.gather(*tasks)
+            finally:  # after an error or Ctrl-C
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            return [row for row in file.rows if _key(row) in wanted]
+
+    async def _rate(self, item: Item) -> Row:
+        ((name, answers),) = item.answers.items()
+        prompt, messages = self._messages(item, {"answer": answers})
+        raw, rating = await self._until_parsed(messages, rating_of)
+        return {
+            "question_id": item.question.id, "category": item.question.category, "turn": item.turn, "model": name,
+            "judge": [self.judge.model, prompt], "user_prompt": messages[1]["content"], "judgment": raw[-1],
+            "attempts": raw, "score": rating, "tstamp": time.time(),
+        }  # fmt: skip
+
+    async def _compare(self, item: Item) -> Row:
+        """Ask in both orders, since judges prefer a position. A winner is only who wins in both."""
+        (first, answers), (second, others) = item.answers.items()
+        row: Row = {
+            "question_id": item.question.id, "category": item.question.category, "turn": item.turn, "model_1": first,
+            "model_2": second,
+        }  # fmt: skip
+        names = {"A": "model_1", "B": "model_2", "C": "tie", None: None}
+        for game, (one, two) in (("g1", (answers, others)), ("g2", (others, answers))):
+            prompt, messages = self._messages(item, {"answer_a": one, "answer_b": two})
+            raw, letter = await self._until_parsed(messages, winner_of)
+            if game == "g2":
+                letter = {"A": "B", "B": "A"}.get(str(letter), letter)
+            row |= {
+                "judge": [self.judge.model, prompt], f"{game}_user_prompt": messages[1]["content"],
+                f"{game}_judgment": raw[-1], f"{game}_attempts": raw, f"{game}_winner": names[letter],
+            }  # fmt: skip
+        return {**row, "tstamp": time.time()}
+
+    def _messages(self, item: Item, answers: Mapping[str, Sequence[str]]) -> tuple[str, list[dict[str, str]]]:
+        """The prompt's name, and the messages."""
+        question = item.question
+        referenced = has_reference(question, item.turn)
+        name = prompt_name("single" if len(answers) == 1 else "pair", item.turn, referenced)
+        values = {f"ref_answer_{turn}": text for turn, text in enumerate(question.reference, start=1)}
+        for field, texts in {"question": question.turns, **answers}.items():
+            values |= {field: texts[0]} | {f"{field}_{turn}": text for turn, text in enumerate(texts, start=1)}
+        return name, self.prompts[name].messages({"ref_answer_2": "", **values})
+
+    async def _until_parsed(self, messages: list[dict[str, str]], parse: Callable[[str], Any]) -> tuple[list[str], Any]:
+        """Ask until a judgement can be parsed: all raw judgements, and what was parsed or None."""
+        raw: list[str] = []
+        for temperature in _TEMPERATURES:
+            raw.append(await self.judge.ask(messages, temperature))
+            if (found := parse(raw[-1])) is not None:
+                return raw, found
+        return raw, None
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    models = [row["model"]] if "model" in row else [row["model_1"], row["model_2"]]
+    return (row["question_id"], row["turn"], *models)

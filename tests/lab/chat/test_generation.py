@@ -1,0 +1,111 @@
+"""Answers do not depend on batches, a killed command answers no question twice, and files are FastChat's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsegrad_lab.chat.generation import AnswerSettings, answer_questions
+from sparsegrad_lab.chat.model import ChatModel, open_model
+from sparsegrad_lab.chat.questions import Question, read_questions
+from sparsegrad_lab.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(chat_llama: Path) -> ChatModel:
+    return open_model(str(chat_llama))
+
+
+def turns(path: Path) -> dict[Any, list[str]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {row["question_id"]: row["choices"][0]["turns"] for row in rows}
+
+
+def answer(model: ChatModel, questions: list[Question], path: Path, batch_size: int = 2, **options: Any) -> int:
+    settings = AnswerSettings(**{"max_new_tokens": 6, **options})
+    return answer_questions(model, questions, path, model_id="m", settings=settings, batch_size=batch_size)
+
+
+def test_answers_do_not_depend_on_the_batch(model: ChatModel, questions: Path, tmp_path: Path) -> None:
+    asked = read_questions(questions)
+    for size in (1, 2, 5):
+        assert answer(model, asked, tmp_path / f"{size}.jsonl", size) == 5
+    assert turns(tmp_path / "1.jsonl") == turns(tmp_path / "2.jsonl") == turns(tmp_path / "5.jsonl")
+    assert {name: len(texts) for name, texts in turns(tmp_path / "1.jsonl").items()} == {
+        81: 2, 82: 2, 83: 2, 84: 2, "last": 1,
+    }  # fmt: skip
+
+
+def test_the_second_answer_follows_from_the_first(model: ChatModel, tmp_path: Path) -> None:
+    """Greedy, by hand: the conversation of both turns is one prompt."""
+    (asked,) = [Question(1, "math", ("what is warm", "and a film"))]
+    answer(model, [asked], tmp_path / "a.jsonl")
+    first, second = turns(tmp_path / "a.jsonl")[1]
+    text = f"user what is warm <|end|> assistant {first} <|end|> user and a film <|end|> assistant"
+    import torch
+
+    ids = torch.tensor([model.tokenizer(text).input_ids])
+    made = model.model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert model.tokenizer.decode(made, skip_special_tokens=True).strip() == second
+
+
+def test_temperature_by_category_and_seed(model: ChatModel, tmp_path: Path) -> None:
+    """FastChat's temperatures: greedy answers are the same for each seed, the others differ."""
+    asked = [Question(number, category, ("what is warm",)) for number, category in enumerate(["math", "writing"])]
+    found = []
+    for seed in (0, 1):
+        answer(model, asked, tmp_path / f"{seed}.jsonl", seed=seed)
+        found.append(turns(tmp_path / f"{seed}.jsonl"))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]
+
+
+def test_sampling_follows_the_models_probabilities(model: ChatModel) -> None:
+    """4,000 first tokens of as many streams: each of the likely tokens is as frequent as the softmax says."""
+    import torch
+
+    from sparsegrad_lab.tasks.generation import RowSampling
+
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
+    picked = RowSampling([0.7] * 4000, list(range(4000)))(torch.zeros(4000, 1), scores.clone()).argmax(1)
+    expected = (scores[0] / 0.7).softmax(0)
+    assert torch.allclose(picked.bincount(minlength=4) / 4000, expected, atol=0.02)
+
+
+def test_a_killed_command_answers_no_question_twice(model: ChatModel, questions: Path, tmp_path: Path) -> None:
+    """A kill leaves whole lines, and perhaps a torn one."""
+    asked, path = read_questions(questions), tmp_path / "a.jsonl"
+    answer(model, asked, tmp_path / "whole.jsonl")
+    answer(model, asked[:2], path)
+    kept = path.read_bytes()
+    path.write_bytes(kept + b'{"question_id": 83, "choi')
+    assert answer(model, asked, path) == 3
+    assert path.read_bytes().startswith(kept)
+    assert turns(path) == turns(tmp_path / "whole.jsonl")
+    assert answer(model, asked, path) == 0
+
+
+def test_another_setting_is_refused(model: ChatModel, questions: Path, tmp_path: Path) -> None:
+    asked, path = read_questions(questions), tmp_path / "a.jsonl"
+    answer(model, asked[:2], path)
+    with pytest.raises(
+        ValueError, match=r"a.jsonl holds answers that differ in seed \(0 there, 1 here\); write another"
+    ):
+        answer(model, asked, path, seed=1)
+
+
+def test_the_command(chat_llama: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "answers.jsonl"
+    words = ["generate", str(chat_llama), "--questions", str(questions), "--max_new_tokens", "4"]
+    assert main([*words, "--output", str(path)]) == 0
+    assert f"written: {path} (5 new answers, 5 in all)" in capsys.readouterr().out
+    row = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+    assert row.keys() >= {"question_id", "answer_id", "model_id", "choices", "tstamp"}  # FastChat's
+    assert row["model_id"] == "-".join(chat_llama.parts[-2:])
+    assert main(words) == 1
+    assert "is not the folder of a run: name a file to write with --output" in capsys.readouterr().err
+    assert main([*words, "--output", str(tmp_path)]) == 1
+    assert "expected a file to write, found a folder" in capsys.readouterr().err
