@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from ..tasks.task import higher_is_better
+from ..tasks.task import DEVELOPMENT, higher_is_better
 
 LARGEST = 32_000_000
 "Most bytes of a result file; a real one has about 10,000."
@@ -50,6 +50,11 @@ class Rows(_Record):
 
     __pydantic_extra__: dict[str, Count]
     train: Count
+
+    @property
+    def development(self) -> int:
+        """Rows that select the best evaluation and are not scored."""
+        return (self.__pydantic_extra__ or {}).get(DEVELOPMENT, 0)
 
     @property
     def evaluation(self) -> int:

@@ -16,6 +16,9 @@ FEWEST = 6
 """Pairs that a difference needs to be called significant. All of five pairs point the same way once in sixteen times by
 chance, and so few differences do not show whether they are normally distributed, as the t-test assumes."""
 
+_DRAWS = 10_000
+"Samples of the bootstrap."
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -36,6 +39,11 @@ class Comparison:
     tasks: int
     p_tasks: float
     "of the same test over the means of the tasks, whose runs share rows and a learning rate; nan with fewer than two"
+    low_tasks: float = math.nan
+    "lower end of the 95 % interval of a hierarchical bootstrap; nan with fewer than two tasks"
+    high_tasks: float = math.nan
+    needed: int | None = None
+    "pairs for an interval of half a point on either side; None for other units, and with fewer than two pairs"
     unit: str = "points"
 
     def __str__(self) -> str:
@@ -46,10 +54,22 @@ class Comparison:
         found = f"{self.method} against {self.other}: {self.difference:+.{digits}f} {unit} over {pairs}"
         if math.isnan(self.p):
             return f"{found}; too few pairs for a test."
-        over_tasks = "" if self.tasks < 2 else f", over the means of {self.tasks} tasks p = {self.p_tasks:.2g}"
+        over_tasks = (
+            ""
+            if self.tasks < 2
+            else (
+                f", over the means of {self.tasks} tasks p = {self.p_tasks:.2g}, hierarchical bootstrap "
+                f"{self.low_tasks:+.{digits}f} to {self.high_tasks:+.{digits}f}"
+            )
+        )
+        more = (
+            ""
+            if self.needed is None or self.needed <= self.pairs
+            else (f" An interval of half a point on either side needs about {self.needed} pairs.")
+        )
         return (
             f"{found} (95 % interval {self.low:+.{digits}f} to {self.high:+.{digits}f}, paired t-test p = {self.p:.2g}"
-            f"{over_tasks}; {self.conclusion}), ahead in {self.ahead}."
+            f"{over_tasks}; {self.conclusion}), ahead in {self.ahead}.{more}"
         )
 
     @property
@@ -119,10 +139,13 @@ def mean_of_tasks(section: Section, method: str) -> float:
 
 
 def at_last_evaluation(section: Section) -> Section:
-    """The section with the score of each run's last evaluation in place of its best."""
+    """The section with the score of each run's last evaluation in place of its best.
+
+    A run keeps its score if other rows are scored than evaluated while it trains.
+    """
 
     def last(run: Run) -> Run:
-        score = run.evaluations[-1].get(run.metric) if run.evaluations else None
+        score = run.evaluations[-1].get(run.metric) if run.evaluations and not run.rows.development else None
         return run if score is None else run.model_copy(update={"score": score})
 
     return replace(section, runs=tuple(map(last, section.runs)))
@@ -147,8 +170,38 @@ def compare_all(runs: Sequence[Run], methods: Iterable[str], other: str) -> list
         p_tasks = _paired_t_test(of_tasks[method], of_tasks[other])[2]
         ahead = int((better * difference > 0).sum())
         mean = float(difference.mean())
-        found.append(Comparison(method, other, len(pairs), mean, low, high, p, ahead, len(of_tasks), p_tasks, unit))
+        low_tasks, high_tasks = _hierarchical_bootstrap(difference)
+        needed = pairs_needed(difference) if unit == "points" else None
+        found.append(
+            Comparison(
+                method, other, len(pairs), mean, low, high, p, ahead, len(of_tasks), p_tasks, low_tasks, high_tasks,
+                needed, unit,
+            )
+        )  # fmt: skip
     return found
+
+
+def pairs_needed(differences: Sequence[float] | pd.Series, half_width: float = 0.5) -> int | None:
+    """Return about how many pairs make the 95 % interval of the mean this wide on either side; None below two pairs."""
+    if len(differences) < 2:
+        return None
+    return math.ceil((1.96 * float(np.std(differences, ddof=1)) / half_width) ** 2)
+
+
+def _hierarchical_bootstrap(difference: pd.Series) -> tuple[float, float]:
+    """Ends of the 95 % interval of the mean over tasks, if tasks were drawn anew and then seeds within each task."""
+    by_task = [own.to_numpy() for _, own in difference.groupby(level="task")]
+    if len(by_task) < 2:
+        return math.nan, math.nan
+    generator = np.random.default_rng(0)
+    chosen = generator.integers(len(by_task), size=(_DRAWS, len(by_task)))
+    means = np.empty(chosen.shape)
+    for task, own in enumerate(by_task):
+        here = chosen == task
+        seeds = generator.integers(len(own), size=(int(here.sum()), len(own)))
+        means[here] = own[seeds].mean(axis=1)
+    low, high = np.quantile(means.mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _paired_t_test(first: pd.Series, second: pd.Series) -> tuple[float, float, float]:

@@ -92,21 +92,23 @@ def comparisons(section: Section) -> Table:
                 f"{show(found.low)} to {show(found.high)}" if tested else "", f"{found.p:.2g}" if tested else "",
             ]  # fmt: skip
             if several_tasks:
-                row.append(f"{found.p_tasks:.2g}" if found.tasks > 1 else "")
+                over = found.tasks > 1
+                row += [f"{found.p_tasks:.2g}" if over else "",
+                        f"{show(found.low_tasks)} to {show(found.high_tasks)}" if over else ""]  # fmt: skip
             row.append(f"{found.ahead} of {found.pairs}")
             if published:
                 theirs = zip(published.get(method, ()), published.get(baseline, ()), strict=False)
                 digits = 1 if unit == "points" else 2
                 row.append(", ".join(show(ours - other, digits=digits) for ours, other in theirs))
             rows.append(row)
-    over_tasks = ["p over tasks"] if several_tasks else []
+    over_tasks = ["p over tasks", "bootstrap interval"] if several_tasks else []
     header = ["method", "pairs", f"difference from {baseline}", "95 % interval", "p (paired t-test)", *over_tasks,
               "ahead"]  # fmt: skip
     note = "Pairs of runs with the same task and seed. A point is a hundredth of a score."
     if several_tasks:
         note += (
             " The runs of a task share its rows and a learning rate, so they are not independent; p over tasks is the "
-            "same test over the means of the tasks."
+            "same test over the means of the tasks. The bootstrap draws tasks, and then seeds within each task."
         )
     if len(section.methods) > 2:
         note += " Each row is a test of its own: of many, some are below 0.05 by chance."

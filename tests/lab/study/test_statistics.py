@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 
-from sparsegrad_lab.study.runs import Run
+from sparsegrad_lab.study.runs import Rows, Run
 from sparsegrad_lab.study.sections import Section
-from sparsegrad_lab.study.statistics import compare, mean_of_tasks, score_table
+from sparsegrad_lab.study.statistics import (
+    _hierarchical_bootstrap,
+    at_last_evaluation,
+    compare,
+    mean_of_tasks,
+    score_table,
+)
 
 
 def test_means(runs: list[Run], section: Section) -> None:
@@ -42,7 +50,13 @@ def test_comparison_by_hand(runs: list[Run]) -> None:
     assert found.difference == pytest.approx(2)
     assert (found.low, found.high) == (pytest.approx(2 - 3.1824 * 0.70711, abs=1e-3), pytest.approx(4.2503, abs=1e-3))
     assert found.p == pytest.approx(0.0663, abs=1e-4)
-    assert "p = 0.066, over the means of 2 tasks p = 0.3; too few pairs to tell)" in str(found)
+    # Task means 3 and 1: the bootstrap's mean lies between the lowest and the highest difference.
+    assert (found.low_tasks, found.high_tasks) == (pytest.approx(1), pytest.approx(3.75, abs=0.3))
+    assert found.needed == 31  # (1.96 * 1.414 / 0.5)²
+    assert "p = 0.066, over the means of 2 tasks p = 0.3, hierarchical bootstrap +1.00 to " in str(found)
+    assert "; too few pairs to tell), ahead in 4. An interval of half a point on either side needs about 31" in str(
+        found
+    )
     one = compare(runs, "full", "lora")
     assert (one.pairs, one.difference) == (1, pytest.approx(8))
     assert math.isnan(one.p)
@@ -84,3 +98,23 @@ def test_a_difference_on_one_task_is_none_over_tasks(runs: list[Run]) -> None:
     same = [run.model_copy(update={"score": 0.5}) for run in pairs]
     assert compare(same, "a", "b").p == 1
     assert "not significant" in str(compare(same, "a", "b"))
+
+
+def test_the_bootstrap_is_as_wide_as_the_spread_of_tasks() -> None:
+    """Eight tasks whose differences are normal, and equal in all seeds: the interval is that of the mean of tasks."""
+    values = np.random.default_rng(1).normal(size=8)
+    index = pd.MultiIndex.from_product([range(8), range(3)], names=["task", "seed"])
+    low, high = _hierarchical_bootstrap(pd.Series(np.repeat(values, 3), index=index))
+    error = values.std() / 8**0.5
+    assert (low, high) == (
+        pytest.approx(values.mean() - 1.96 * error, abs=0.1), pytest.approx(values.mean() + 1.96 * error, abs=0.1)
+    )  # fmt: skip
+
+
+def test_rows_that_select_give_no_score(section: Section) -> None:
+    """A run that is evaluated on other rows than are scored has no score at its last evaluation."""
+    first = section.runs[0]
+    assert first.evaluations
+    apart = first.model_copy(update={"rows": Rows.model_validate({"train": 9, "development": 2, "validation": 2})})
+    found = at_last_evaluation(replace(section, runs=(first, apart))).runs
+    assert [run.score for run in found] == [first.evaluations[-1][first.metric], first.score]
