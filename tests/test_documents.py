@@ -1,4 +1,4 @@
-"""README and docs: the code and commands run, the tables are those of the result files, the links lead somewhere."""
+"""README, docs and guides: the tables are those of the result files, links and names lead somewhere, the demo runs."""
 
 from __future__ import annotations
 
@@ -7,135 +7,32 @@ import importlib
 import json
 import re
 import runpy
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 import tables
 from sparsegrad_lab.cli.main import main
-from sparsegrad_lab.study.experiment import SHIPPED
 from sparsegrad_lab.study.sections import read_report
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = [
-    (document, language, code)
-    for document in ("README.md", "docs/peft.md", "docs/pytorch.md")
-    for language, code in re.findall(r"```(\w+)\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
-]
-PYTHON = [code for _, language, code in BLOCKS if language == "python"]
-COMMANDS = [line for _, language, code in BLOCKS if language == "bash" for line in code.splitlines()]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 SPEED = sorted((ROOT / "benchmarks" / "results" / "speed").glob("*.json"))
 RUNS = sorted((ROOT / "benchmarks" / "results" / "study").rglob("*.json"))
 
 
 def test_counts() -> None:
-    assert len(PYTHON) == 5
     assert len(RESULTS) == 4
     assert len(SPEED) == 9
 
 
-@pytest.mark.parametrize("number", range(5))
-def test_python_examples_run(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = tmp_path / "example.py"
-    script.write_text(PYTHON[number], encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(script), run_name="__main__")
-    loss = re.search(r"loss ([0-9.]+)", capsys.readouterr().out)
-    assert loss is not None
-    assert float(loss[1]) < 0.6  # they learn: the losses start at 0.7 and above
-
-
-SPARSEGRAD = [command for command in COMMANDS if command.startswith("sparsegrad ")]
-OTHER_COMMANDS = {
-    "make demo",  # test_demo_runs
-    "make test",  # runs this file
-}
-CUT_SHORT = {
-    "train": ["--calibration.n_steps", "4", "--adapter.wide", "0.02", "--data.folder", "rows"],
-    "search": [
-        "--search.trials", "2", "--training.epochs", "1", "--calibration.n_steps", "4", "--data.folder", "rows",
-    ],
-    "reproduce": ["--folder", "experiments"],
-    "bench": ["--tokens", "16", "--layers", "1", "--methods", "floor,sparsegrad,lora", "--repeats", "1"],
-}  # fmt: skip
-"Options that make a verb's example short enough for a test."
-
-
-def test_every_readme_command_is_known() -> None:
-    assert set(COMMANDS) == {*OTHER_COMMANDS, *SPARSEGRAD}
-    assert len(SPARSEGRAD) == 12
-
-
-def cut_down_experiments(folder: Path, rows: Path) -> None:
-    """The shipped comparison without its search, with one seed, on the rows of this test."""
-    (folder / "comparison").mkdir(parents=True)
-    default, comparison = (
-        yaml.safe_load((SHIPPED / name).read_text(encoding="utf-8"))
-        for name in ("default.yaml", "comparison/experiment.yaml")
-    )
-    default["seeds"] = [0]
-    default["scales"]["cpu"]["settings"]["training"]["precision"] = "fp32"  # bf16 takes minutes on some processors
-    default["scales"]["cpu"]["task_settings"] = {"glue/rte": {"data": {"folder": str(rows)}, "training": {"epochs": 1}}}
-    for method in comparison["methods"].values():
-        del method["learning_rates"]
-    for name, content in (("default.yaml", default), ("comparison/experiment.yaml", comparison)):
-        (folder / name).write_text(yaml.safe_dump(content), encoding="utf-8")
-
-
-@pytest.fixture
-def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder of a reader, with a few rows in the layout of RTE's official files."""
-    (tmp_path / "rows").mkdir()
-    for name in ("train", "dev"):
-        rows = [f"{i}\tA man reads book {i}.\tHe reads.\t{('not_' if i % 2 else '') + 'entailment'}" for i in range(16)]
-        text = "\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n"
-        (tmp_path / "rows" / f"{name}.tsv").write_text(text, encoding="utf-8")
-    cut_down_experiments(tmp_path / "experiments", tmp_path / "rows")
+@pytest.mark.slow
+def test_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `make demo` runs, with fewer steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SPARSEGRAD_DATA", raising=False)
-    return tmp_path
-
-
-SHOWN = {
-    "evaluate": r'"accuracy"',
-    "predict": r'"prediction": "(not_)?entailment"',
-    "merge": r"merged: runs/rte/merged",
-    "inspect": r"22,713,216",  # MiniLM's parameters
-    "search": r"next:   sparsegrad train --config runs/search-rte/best.yaml",
-    "report": r"sparsegrad against lora: ",
-    "bench": r"sparsegrad .* 47,104 ",  # two layers of 184 x 128
-}
-"What the output of a verb's example has in it."
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-def test_readme_commands_run_one_after_the_other(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a reader types them, each in the folder that those before it have left."""
-    for command in SPARSEGRAD:
-        words = shlex.split(command)[1:]
-        status = main([*words, *CUT_SHORT.get(words[0], [])])
-        out, err = capsys.readouterr()
-        assert status == 0, f"{command}\n{err}"
-        assert re.search(SHOWN.get(words[0], ""), out), f"{command}\n{out}"
-        if words[0] == "train":
-            assert (reader / words[words.index("--output") + 1] / "curves.png").read_bytes().startswith(b"\x89PNG")
-        if words[0] == "export":
-            assert (reader / "runs" / "rte-as-lora" / "adapter_model.safetensors").is_file()
-        if words[0] == "reproduce" and len(words) > 1:
-            assert "2 runs, 0 failed" in out
-
-
-@pytest.mark.slow
-def test_demo_runs(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What `make demo` runs, with fewer steps."""
     assert "$(VENV)/bin/sparsegrad demo\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
     assert main(["demo", "--epochs", "0.03", "--output", "out"]) == 0
     out = capsys.readouterr().out
@@ -204,7 +101,7 @@ def test_tables_are_what_the_result_files_give(document: str) -> None:
 
 def test_links_lead_somewhere() -> None:
     checked = 0
-    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")):
         text = path.read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
             file, _, anchor = target.partition("#")
@@ -214,7 +111,7 @@ def test_links_lead_somewhere() -> None:
                 headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
                 assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
             checked += 1
-    assert checked >= 10
+    assert checked >= 80
 
 
 GUIDES = ("ARCHITECTURE.md", "CONTRIBUTING.md")

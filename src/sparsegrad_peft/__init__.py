@@ -39,7 +39,7 @@ _HOME = {
 }
 # The PEFT adapter's names are left out, so that `import *` works without PEFT.
 __all__ = sorted(name for name, home in _HOME.items() if not home.startswith("tuner"))
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .method.basis import Basis as Basis
