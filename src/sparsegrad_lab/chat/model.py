@@ -142,13 +142,20 @@ def open_model(name: str) -> ChatModel:
     """
     check_model(name)
     folder, plain = Path(name).expanduser(), False
+    if folder.name == "adapter" and (folder.parent / "config.yaml").is_file():
+        folder = folder.parent  # an adapter in its run
     base_name: str | None = None
     if (folder / "config.yaml").is_file():
         run = open_run(folder)
         model, tokenizer = run.model, run.processor
         base_name, plain = run.arguments.model, run.arguments.data.template == "plain"
     elif (folder / "adapter_config.json").is_file():
-        base_name = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+        base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        if base_name is None:
+            raise ValueError(
+                f"{name}: adapter_config.json names no base_model_name_or_path, since the base is a local model; "
+                "give the folder of the run, or write the base's folder there"
+            )
         load_config(model_path(base_name))
         tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base_name)
         with suppress_library_logs():

@@ -9,8 +9,8 @@ from rich.console import Console
 from ..run.parsing import make_parser
 
 EXAMPLE = (
-    "sparsegrad chat runs/oasst1/sparsegrad; asks for a message and streams the answer. /compare shows the answers "
-    "with and without the adapter side by side. sparsegrad chat smollm2 talks to a model without an adapter."
+    "sparsegrad chat runs/oasst1/sparsegrad; reads messages and prints the answers as they grow. /compare shows the "
+    "answers with and without the adapter side by side. sparsegrad chat smollm2 talks to a model without an adapter."
 )
 
 

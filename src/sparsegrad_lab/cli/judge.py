@@ -15,7 +15,7 @@ from ..run.folder import check_file
 from ..run.parsing import VerbParser, make_parser
 
 EXAMPLE = (
-    "OPENAI_API_KEY=... sparsegrad judge runs/lora/answers/mt.jsonl runs/sparsegrad/answers/mt.jsonl --questions "
+    "sparsegrad judge runs/lora/answers/mt.jsonl runs/sparsegrad/answers/mt.jsonl --questions "
     "mt.jsonl --model gpt-4o; prints a table of mean ratings by category and model, with 95 % intervals."
 )
 

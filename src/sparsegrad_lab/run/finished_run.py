@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from ..tasks.model_folder import model_path
 from ..tasks.pretrained import load_config
 from ..tasks.read import Row, read_rows
 from ..tasks.registry import kind_of
-from ..tasks.task import Task
+from ..tasks.task import LOSSES, Task
 from .folder import RunFolder, save_whole, write_whole
+from .inputs import unrelated_features
 from .interrupts import interrupts_kept
 from .settings import RunArguments
 from .train import save_weights
@@ -108,7 +109,8 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
         split: the split; None: all except "train".
 
     Returns:
-        Split -> metric -> score. Of a task with classes also "classes" and "confusion", see `scores_by_class`.
+        Split -> metric -> score. Of a task with classes also "classes" and "confusion", see `scores_by_class`. With
+        `data.unrelated`, "unrelated" too: the scores of these texts.
 
     Raises:
         ValueError: the task has no such split, or other labels than the run was trained with.
@@ -132,6 +134,10 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
             scores[name] = {
                 **kind.score(task, outputs, labels), **(kind.score_by_class(task, outputs, labels) or {})
             }  # fmt: skip
+    if split is None and (unrelated := unrelated_features(arguments, run.processor)) is not None:
+        scores["unrelated"] = kind.score(
+            replace(task, metrics=LOSSES), run.outputs(unrelated, arguments), unrelated["labels"][:]
+        )
     return scores
 
 

@@ -21,6 +21,7 @@ from ..tasks.load import load_task
 from ..tasks.model_folder import model_path
 from ..tasks.pretrained import NeedsWeightsError, load_config
 from ..tasks.task import LANGUAGE, Task
+from ..tasks.unrelated import unrelated_texts
 from .interrupts import interrupts_kept
 from .settings import RunArguments
 
@@ -41,6 +42,8 @@ class Inputs:
     adapted: Adapted
     features: dict[str, Dataset]
     "split -> model inputs"
+    unrelated: Dataset | None = None
+    "model inputs of texts that are not trained on; see `data.unrelated`"
 
 
 def load_inputs(arguments: RunArguments) -> Inputs:
@@ -57,9 +60,18 @@ def load_inputs(arguments: RunArguments) -> Inputs:
         model = kind.load_model(arguments.model, task, processor)
         adapted = find_method(arguments.method).adapt(model, arguments.setup())
         features = {split: kind.features(task, split, processor, arguments.data) for split in task.splits}
-    for rows in features.values():
+        unrelated = unrelated_features(arguments, processor)
+    for rows in [*features.values(), *([] if unrelated is None else [unrelated])]:
         kind.check_features(rows, adapted.model, processor)
-    return Inputs(task, processor, adapted, features)
+    return Inputs(task, processor, adapted, features, unrelated)
+
+
+def unrelated_features(arguments: RunArguments, processor: Any) -> Dataset | None:
+    """Tokenize the texts that are not trained on; None if the settings name none."""
+    if arguments.data.unrelated is None:
+        return None
+    task = unrelated_texts(arguments.data.unrelated)
+    return KINDS[task.kind].features(task, task.name, processor, arguments.data)
 
 
 def load_run_task(arguments: RunArguments) -> tuple[Task, nn.Module | None]:

@@ -59,6 +59,8 @@ class TrainingArguments:
     "evaluations per epoch; the run keeps the weights of the best one"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     "automatic mixed precision; trained weights stay in float32"
+    gradient_checkpointing: bool = False
+    "compute activations again in backward instead of keeping them: less memory, about a third more time"
     batches: Literal["random", "by_length"] = "random"
     "by_length: group rows of similar length, which saves padding and time"
     padding: Literal["dynamic", "max_length"] = "dynamic"

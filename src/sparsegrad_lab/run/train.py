@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
 
@@ -91,6 +93,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
     measure = MeasureTraining()
     trainer = make_trainer(arguments, folder, inputs, [reporter, measure, *callbacks])
     with suppress_library_logs():
+        before = _perplexity(trainer, inputs.unrelated)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except OSError:
@@ -103,12 +106,14 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         parameter_counts = trainer.parameter_counts(inputs.adapted.targets)
         trainer.make_plain()
         scores, by_class = _final_scores(trainer, inputs)
+        after = _perplexity(trainer, inputs.unrelated)
 
     def finish() -> dict[str, Any]:
         _save(trainer, arguments, inputs, folder, by_class)
         result = {
             **_describe(arguments, inputs, scores, trainer.state),
             "by_class": by_class,
+            "unrelated_perplexity": None if before is None else {"before": before, "after": after},
             "trained_entries": parameter_counts,
             "weights_bytes": sum(file.stat().st_size for file in folder.weights.glob("*.safetensors")),
             "calibration": folder.read_json("calibration.json"),
@@ -175,6 +180,14 @@ def _final_scores(trainer: MethodTrainer, inputs: Inputs) -> tuple[dict[str, dic
         if split == task.scored_split:
             by_class = kind.score_by_class(task, found.predictions, found.label_ids)
     return scores, by_class
+
+
+def _perplexity(trainer: MethodTrainer, unrelated: Dataset | None) -> float | None:
+    """Perplexity of the texts that are not trained on; None if there are none."""
+    if unrelated is None:
+        return None
+    found = trainer.predict(unrelated, metric_key_prefix="unrelated").predictions
+    return float(np.exp(found[:, 0].sum() / found[:, 1].sum()))
 
 
 def _save(trainer: MethodTrainer, arguments: RunArguments, inputs: Inputs, folder: RunFolder, by_class: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -124,6 +125,7 @@ def _trainer_arguments(
         greater_is_better=higher_is_better(task.main_metric),
         label_names=["labels"],  # for some kinds PEFT has no model class from which the Trainer could read it
         logging_steps=max(1, min(evaluation_steps, total // 20)),
+        **_checkpointing(training.gradient_checkpointing),
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
         use_cpu=not torch.accelerator.is_available(),  # without it, the Trainer refuses bf16 on a CPU
@@ -134,6 +136,13 @@ def _trainer_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         **optimizer,
     )
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Gradient checkpointing, by the name that this version of transformers has for it."""
+    known = {field.name for field in fields(transformers.TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
 
 
 def _rows_per_step(training: TrainingArguments) -> int:

@@ -120,6 +120,13 @@ class _Ending(_Record):
         return json.dumps(self.model_dump(mode="json", exclude_unset=True), indent=1, ensure_ascii=False)
 
 
+class Perplexities(_Record):
+    """Perplexity of the same texts before and after training."""
+
+    before: Number
+    after: Number
+
+
 class Run(_Ending):
     """A finished run."""
 
@@ -135,6 +142,8 @@ class Run(_Ending):
     training: Phase
     calibration: Phase | None = None
     evaluations: list[dict[str, Number | None]] = []
+    unrelated_perplexity: Perplexities | None = None
+    "of texts that were not trained on"
     config: Settings
     environment: MachineInfo
     resumed: bool = False

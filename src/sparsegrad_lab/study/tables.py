@@ -25,6 +25,8 @@ def tables_of(section: Section) -> dict[str, Table]:
         tables["comparison"] = comparisons(section)
     if section.trials:
         tables["search"] = searches(section)
+    if any(run.unrelated_perplexity for run in section.runs):
+        tables["forgetting"] = forgetting(section)
     if section.runs:
         tables["costs"] = costs(section)
     if section.runs and len(section.tasks) > 1:
@@ -118,6 +120,27 @@ def comparisons(section: Section) -> Table:
         header.append(f"in the paper ({', '.join(paper['columns'])})")
         note += f" The paper's differences: {paper['source']}."
     return Table(f"Against {baseline}", note, header, rows)
+
+
+def forgetting(section: Section) -> Table:
+    """Perplexity of texts that were not trained on, after training: a row for each task, a column for each method."""
+    rows = []
+    for task in section.tasks:
+        row = [task]
+        for method in section.methods:
+            runs = section.runs_of(task, method)
+            pairs = [found for run in runs if (found := run.unrelated_perplexity)]
+            if pairs:
+                before, after = (mean(getattr(pair, end) for pair in pairs) for end in ("before", "after"))
+                row.append(Linked(f"{after:.2f} ({after / before - 1:+.1%})", runs))
+            else:
+                row.append("not measured")
+        rows.append(row)
+    note = (
+        "Perplexity of texts that were not trained on, after training (change from before). Means over seeds. A rise "
+        "shows what the model forgot."
+    )
+    return Table("Forgetting", note, ["task", *section.methods], rows)
 
 
 def searches(section: Section) -> Table:

@@ -7,9 +7,10 @@ the first follow-up that has an answer, and so on. Taking all paths would repeat
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from .task import LANGUAGE, LOSSES, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 HUB_NAME = "OpenAssistant/oasst1"
 COLUMN = "conversation"
@@ -54,6 +57,9 @@ def load_oasst1(folder: str | Path | None = None, language: str | None = None, v
         files = find_folder(folder)
         source, trees = str(files), _from_folder(files)
     validation, train = trees["validation"], trees["train"]
+    both = len(validation.keys() & train.keys())
+    if both:
+        logger.warning("oasst1: %d trees of the training files are validation trees too, and are not trained on", both)
     train = {name: tree for name, tree in train.items() if name not in validation}
     if val_size is not None:
         train, validation = _held_out({**train, **validation}, val_size)
@@ -69,22 +75,29 @@ def load_oasst1(folder: str | Path | None = None, language: str | None = None, v
                 f"{len(found)} trees"
             )
         splits[split] = _dataset(conversations)
+        _log_counts(split, found.values(), len(conversations), language)
     return Task("oasst1", (COLUMN,), None, LOSSES, splits, source, LANGUAGE)
 
 
 def best_path(tree: Tree, language: str | None = None) -> list[str]:
-    """Return the texts of a conversation from the root of a tree to an answer, user and assistant in turn; or none.
+    """Return the texts of `best_messages`."""
+    return [message["text"] for message in best_messages(tree, language)]
+
+
+def best_messages(tree: Tree, language: str | None = None) -> list[dict[str, Any]]:
+    """Return a conversation from the root of a tree to an answer, user and assistant in turn; or no message.
 
     Deleted messages are skipped with all replies to them, and so are messages whose parent is missing. The answer with
-    the lowest rank comes first; of answers with the same rank, the first in the file.
+    the lowest rank comes first; of answers with the same rank, the first in the file. Answers without a rank, or with
+    NaN, come last. The result of a review (`review_result`) is not read.
     """
     children: dict[str | None, Tree] = defaultdict(list)
     for message in tree:
-        if not message.get("deleted") and language in (None, message.get("lang")):
+        if _is_usable(message, language):
             children[message.get("parent_id")].append(message)
     for siblings in children.values():
         siblings.sort(key=_rank)
-    texts: list[str] = []
+    found: list[dict[str, Any]] = []
     parent: str | None = None
     while True:
         exchanges = (
@@ -95,14 +108,56 @@ def best_path(tree: Tree, language: str | None = None) -> list[str]:
         )
         prompt, answer = next(exchanges, (None, None))
         if prompt is None or answer is None:
-            return texts
-        texts += [prompt["text"], answer["text"]]
+            return found
+        found += [prompt, answer]
         parent = answer["message_id"]
+
+
+def count_messages(tree: Tree, language: str | None = None) -> Counter[str]:
+    """Count the messages of a tree by what becomes of them: kept, or the reason why not."""
+    kept = {message["message_id"] for message in best_messages(tree, language)}
+    children: dict[str | None, list[str]] = defaultdict(list)
+    for message in tree:
+        if _is_usable(message, language):
+            children[message.get("parent_id")].append(message["message_id"])
+    reached: set[str] = set()
+    waiting = list(children[None])
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:  # a message may be its own ancestor
+            reached.add(name)
+            waiting += children[name]
+
+    def fate(message: Mapping[str, Any]) -> str:
+        if message.get("deleted"):
+            return "deleted"
+        if not _is_usable(message, language):
+            return "in another language"
+        if message["message_id"] in kept:
+            return "kept"
+        return "beside the best conversation" if message["message_id"] in reached else "without a usable parent"
+
+    return Counter(map(fate, tree))
+
+
+def _is_usable(message: Mapping[str, Any], language: str | None) -> bool:
+    return not message.get("deleted") and language in (None, message.get("lang"))
+
+
+def _log_counts(split: str, trees: Collection[Tree], conversations: int, language: str | None) -> None:
+    counts: Counter[str] = sum((count_messages(tree, language) for tree in trees), Counter())
+    kept = counts.pop("kept", 0)
+    total = kept + sum(counts.values())
+    left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    logger.warning(
+        "oasst1, %s: kept %d of %d messages, in conversations from %d of %d trees; left out: %s", split, kept, total,
+        conversations, len(trees), left_out or "none",
+    )  # fmt: skip
 
 
 def _rank(message: Mapping[str, Any]) -> float:
     rank = message.get("rank")
-    return float("inf") if rank is None else rank
+    return float("inf") if rank is None or rank != rank else rank
 
 
 def find_folder(root: str | Path) -> Path:

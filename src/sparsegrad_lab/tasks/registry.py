@@ -80,11 +80,11 @@ TASKS: dict[str, TaskSource] = {
     ),
     **_GLUE,
     "oasst1": TaskSource(
-        LANGUAGE, "oasst1.load_oasst1", ("folder", "language", "val_size"), features=("template",),
+        LANGUAGE, "oasst1.load_oasst1", ("folder", "language", "val_size"), features=("template", "unrelated"),
         check=partial(_check_folder, oasst1.find_folder),
     ),
     "text": TaskSource(
-        LANGUAGE, "files.load_texts", _ROWS, needs=_NEEDED, features=("template",), check=_check_rows
+        LANGUAGE, "files.load_texts", _ROWS, needs=_NEEDED, features=("template", "unrelated"), check=_check_rows
     ),
     "digits": TaskSource(IMAGES, "images.load_digits"),
     "images": TaskSource(

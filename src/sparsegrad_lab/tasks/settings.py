@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 from .labels import repeated_class
@@ -52,6 +53,9 @@ class DataArguments:
     "maximum number of tokens per row; longer rows are truncated"
     language: str | None = None
     "oasst1: skip messages in other languages, such as en; default: all languages"
+    unrelated: str | None = None
+    """oasst1, text: a file with one text per line, or "cola" (sentences of GLUE's CoLA), that is not trained on. Its
+    perplexity before and after training, in the result, shows what the model forgot"""
     template: Literal["plain"] | None = None
     """oasst1, text: "plain": write conversations as Human: and Assistant: turns, and prompts and answers unchanged;
     default: the model's chat template if it has one"""
@@ -82,6 +86,8 @@ class DataArguments:
                 problems.append("data.validation_file and data.val_size exclude each other; give one")
             elif files:
                 problems += self.file_problems(task)
+        if files and self.unrelated not in (None, "cola") and not Path(str(self.unrelated)).is_file():
+            problems.append(f"data.unrelated: expected a text file or cola, found no file {self.unrelated}")
         unknown = [name for name in self.metrics or () if name not in METRICS]
         if unknown:
             problems.append(f"data.metrics: expected some of {', '.join(METRICS)}; found {', '.join(unknown)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -86,22 +86,21 @@ def questions(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def serving(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[str]]:
-    """Serves a model with `transformers serve` on the loopback; the address is in the environment."""
+def serving(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[None]]:
+    """Serves a model with `transformers serve` in a thread; the address and a key are in the environment."""
 
     @contextmanager
-    def serve(model: Path, port: int | None = None) -> Iterator[str]:
+    def serve(model: Path, port: int | None = None) -> Iterator[None]:
         from transformers.cli.serve import Serve
 
         port = port or free_port()
         monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
         server = Serve(force_model=str(model), host="127.0.0.1", port=port, device="cpu", non_blocking=True)
-        waiting = threading.Event()
         while not server.server.started:
-            waiting.wait(0.02)
+            time.sleep(0.02)
         try:
-            yield f"http://127.0.0.1:{port}/v1"
+            yield
         finally:
             server.kill_server()
             server._thread.join()

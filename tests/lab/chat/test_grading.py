@@ -24,7 +24,7 @@ from sparsegrad_lab.chat.prompts import read_prompts
 from sparsegrad_lab.chat.questions import read_questions
 from sparsegrad_lab.cli.main import main
 
-Serving = Callable[..., AbstractContextManager[str]]
+Serving = Callable[..., AbstractContextManager[None]]
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -212,3 +212,36 @@ def test_a_real_llama_learns_conversations(method: str, stories: Path, tmp_path:
     first, last = result["evaluations"]
     assert last["loss"] < first["loss"] < 5.0
     assert evaluate(tmp_path / "run")["validation"]["loss"] == pytest.approx(result["score"], abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(language_arguments: Arguments, tmp_path: Path) -> None:
+    scores = []
+    for flag in ("false", "true"):
+        asked = language_arguments(tmp_path / flag, "--training.epochs", "2", "--training.gradient_checkpointing", flag)
+        scores += [result["score"] for result in train(asked, progress=False)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_forgetting(language_arguments: Arguments, tiny_llama: Path, tmp_path: Path) -> None:
+    """Perplexity of texts that are not trained on: before is the pretrained model's, after the saved one's."""
+    texts = ["the quiet film", "a very long one and again"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    asked = language_arguments(tmp_path / "run", "--data.unrelated", str(tmp_path / "texts.txt"))
+    (result,) = train(asked, progress=False)
+
+    def perplexity(model: Any) -> float:
+        tokenizer, losses = AutoTokenizer.from_pretrained(tiny_llama), []
+        for text in texts:
+            ids = torch.tensor([[*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]])
+            with torch.no_grad():
+                found = model(input_ids=ids).logits[0].log_softmax(-1)
+            losses += [-found[at - 1, ids[0, at]].item() for at in range(1, ids.shape[1])]
+        return math.exp(sum(losses) / len(losses))
+
+    found = result["unrelated_perplexity"]
+    assert found["before"] == pytest.approx(perplexity(AutoModelForCausalLM.from_pretrained(tiny_llama)), rel=1e-4)
+    assert found["after"] == pytest.approx(perplexity(open_run(tmp_path / "run").model), rel=1e-4)
+    assert evaluate(tmp_path / "run")["unrelated"]["perplexity"] == pytest.approx(found["after"], rel=1e-4)
+    assert found["after"] != pytest.approx(found["before"], rel=1e-3)
+    with pytest.raises(ValueError, match=r"data.unrelated: expected a text file or cola, found no file gone.txt"):
+        language_arguments(tmp_path / "other", "--data.unrelated", "gone.txt").check()

@@ -33,6 +33,19 @@ def test_tables(runs: list[Run], section: Section) -> None:
     ]
 
 
+def test_forgetting(folder: Path) -> None:
+    """Means over the seeds that measured it: (12 + 13) / 2 after 10."""
+    for seed, after in enumerate([12.0, 13.0]):
+        path = folder / "glue" / "rte" / f"sparsegrad-{seed}.json"
+        result = json.loads(path.read_text(encoding="utf-8"))
+        result["unrelated_perplexity"] = {"before": 10.0, "after": after}
+        path.write_text(json.dumps(result), encoding="utf-8")
+    [section] = read_sections([folder])
+    table = tables_of(section)["forgetting"]
+    (rte,) = [row for row in table.rows if row[0] == "rte"]
+    assert rte[1:] == ["12.50 (+25.0%)", "not measured", "not measured"]
+
+
 def test_losses_are_lower_the_better_and_apart(folder: Path) -> None:
     """Losses 1.20, 1.30 against 1.25, 1.32: ahead in both, by 0.035; no mean over losses and points."""
     file = next(folder.rglob("*.json"))
