@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sparsegrad_peft.method.sizes import Sizes
 
 from .method import LAYERS, LOOP, SIZES, Adapted, Method, Setup
+from .settings import AdapterArguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,18 +27,24 @@ class Lora(Method):
         """The sizes, if the rank is given: they only serve to find the matching rank."""
         return frozenset() if settings.get("adapter.rank") is None else SIZES
 
+    def adapts_experts(self, adapter: AdapterArguments) -> bool:
+        """True where `sparsegrad` with these settings does, so that both adapt the same weights."""
+        return adapter.form[0]
+
     def adapt(self, model: nn.Module, setup: Setup) -> Adapted:
         """Add the adapter."""
         from peft import LoraConfig, get_peft_model
 
-        from .training.layers import modules_to_save
+        from .training.layers import modules_to_save, split_targets
 
         targets = self.target_layers(model, setup.adapter)
         rank = setup.adapter.rank or matching_rank(model, targets, setup.adapter.sizes)
         others = modules_to_save(model, targets, setup.heads, train_rest=setup.train_rest)
+        linears, fused = split_targets(model, targets)
         config = LoraConfig(
-            task_type=setup.task_type, r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=others
-        )
+            task_type=setup.task_type, r=rank, lora_alpha=rank, target_modules=linears, target_parameters=fused or None,
+            modules_to_save=others,
+        )  # fmt: skip
         return Adapted(get_peft_model(model, config))
 
 

@@ -105,15 +105,19 @@ class Method(ABC):
         """What this method cannot run with, one message each."""
         return []
 
+    def adapts_experts(self, adapter: AdapterArguments) -> bool:
+        """True if the method adapts fused experts, with these settings."""
+        return False
+
     def target_layers(self, model: nn.Module, adapter: AdapterArguments) -> list[str]:
-        """Names of the layers to adapt. The model may be on the meta device.
+        """Names of the layers to adapt, and of fused experts' parameters. The model may be on the meta device.
 
         Raises:
             ValueError: the model has no such layers, or they are too small for the settings.
         """
         from .training.layers import target_layers
 
-        return target_layers(model, adapter.target_modules, adapter.layers)
+        return target_layers(model, adapter.target_modules, adapter.layers, experts=self.adapts_experts(adapter))
 
     @abstractmethod
     def adapt(self, model: nn.Module, setup: Setup) -> Adapted:

@@ -32,6 +32,10 @@ class SparseGrad(Method):
             return []
         return [f"calibration.refresh is for complete bases (adapter.c and r: full), found sizes {adapter.sizes}"]
 
+    def adapts_experts(self, adapter: AdapterArguments) -> bool:
+        """True for the form with neurons, and in the original space."""
+        return self.original_space or adapter.form[0]
+
     def target_layers(self, model: nn.Module, adapter: AdapterArguments) -> list[str]:
         """Names of the layers to adapt, checked against the sizes and `k`."""
         from .training.layers import check_sizes
@@ -46,14 +50,16 @@ class SparseGrad(Method):
 
         from sparsegrad_peft.tuner.config import SparseGradConfig
 
-        from .training.layers import modules_to_save
+        from .training.layers import modules_to_save, split_targets
 
         adapter, targets = setup.adapter, self.target_layers(model, setup.adapter)
+        linears, fused = split_targets(model, targets)
         config = SparseGradConfig(
             task_type=setup.task_type, narrow=adapter.narrow, wide=adapter.wide, c=adapter.c, r=adapter.r,
             trained_share=adapter.trained_share, neurons=adapter.neurons, exponent=adapter.exponent,
             shared=adapter.shared, prefer=adapter.prefer, original_space=self.original_space,
-            target_modules=adapter.target_modules if adapter.layers is None else targets,
+            target_modules=adapter.target_modules if adapter.layers is None else linears,
+            target_parameters=None if adapter.layers is None else fused,
             modules_to_save=modules_to_save(model, targets, setup.heads, train_rest=setup.train_rest),
         )  # fmt: skip
         calibration = None if self.original_space else calibration_config(setup.calibration)

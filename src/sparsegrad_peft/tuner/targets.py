@@ -111,6 +111,12 @@ def mlp_linears(model: nn.Module, wanted: str | Iterable[str] | None = None) -> 
     else:
         linears = [name for name, module in model.named_modules() if is_linear(module)]
         found = [name for name in linears if matches_target(name, wanted)]
+    experts = fused_experts(model)
+    if not found and wanted is None and experts:
+        raise ValueError(
+            f"the MLP weights of this {type(model).__name__} are fused experts, such as {next(iter(experts))}. "
+            "They are adapted by SparseGrad in its default form (without shared, c, r and neurons=False) and by LoRA"
+        )
     if not found:
         raise ValueError(
             f"no MLP layers found in a {type(model).__name__} (model_type {model_type!r}, target_modules {wanted!r}); "

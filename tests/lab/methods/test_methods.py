@@ -7,11 +7,18 @@ from typing import Any
 
 import peft
 import pytest
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from sparsegrad_lab.methods.lora import matching_rank
 from sparsegrad_lab.methods.method import Adapted
 from sparsegrad_lab.methods.registry import find_method
+from sparsegrad_lab.methods.settings import AdapterArguments
 from sparsegrad_lab.run.settings import RunArguments
 from sparsegrad_lab.tasks.library_logs import suppress_library_logs
 
@@ -85,6 +92,31 @@ def test_what_full_trains(rest: str) -> None:
     assert {n for n, p in model.named_parameters() if p.requires_grad} == (
         everything if rest == "train" else mlp | HEAD
     )
+
+
+def test_fused_experts_are_adapted_by_both_methods_alike() -> None:
+    """All experts of both blocks, or of one; none with bases that rotate both sides."""
+    config = MixtralConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    arguments = RunArguments(rest="freeze")
+    for options, parameters in (({}, 2 * 2), ({"layers": [1]}, 2)):
+        arguments.adapter = AdapterArguments(**options)
+        for method, tensors in (("sparsegrad", 1), ("lora", 2)):
+            with suppress_library_logs():
+                model = find_method(method).adapt(MixtralForCausalLM(config), arguments.setup()).model
+            own = [name for name, p in model.named_parameters() if p.requires_grad]
+            assert len(own) == parameters * tensors
+            assert all("experts" in name for name in own)
+    for method in ("sparsegrad", "lora"):
+        arguments.adapter = AdapterArguments(c=4, r=4)
+        with pytest.raises(
+            ValueError, match=r"fused experts, such as .* SparseGrad in its default form .* and by LoRA"
+        ):
+            find_method(method).adapt(MixtralForCausalLM(config), arguments.setup())
+        with pytest.raises(ValueError, match=r"experts, which has parameters of its own .* use rest: freeze"):
+            find_method(method).adapt(MixtralForCausalLM(config), RunArguments(rest="train").setup())
 
 
 def test_matching_rank() -> None:

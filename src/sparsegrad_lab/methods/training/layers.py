@@ -6,23 +6,32 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from sparsegrad_peft.method.groups import linear_shape
+from sparsegrad_peft.method.experts import owner_of, target_shape
 from sparsegrad_peft.method.sizes import Sizes
-from sparsegrad_peft.tuner.targets import mlp_linears
+from sparsegrad_peft.tuner.targets import fused_experts, mlp_linears
 
 
-def target_layers(model: nn.Module, target_modules: str | list[str] | None, blocks: list[int] | None) -> list[str]:
-    """Full names of the layers to adapt.
+def target_layers(
+    model: nn.Module, target_modules: str | list[str] | None, blocks: list[int] | None, *, experts: bool = False
+) -> list[str]:
+    """Full names of the layers to adapt, and of fused experts' parameters.
 
     Args:
         model: the model, also on the meta device.
         target_modules: which layers, as in PEFT; None: the MLP layers.
         blocks: only the layers in the blocks with these numbers; None: all.
+        experts: with the fused experts, unless `target_modules` is given.
 
     Raises:
         ValueError: there are no such layers, or no block with such a number.
     """
-    targets = mlp_linears(model, target_modules)
+    fused = list(fused_experts(model)) if experts and target_modules is None else []
+    try:
+        targets = mlp_linears(model, target_modules) + fused
+    except ValueError:
+        if not fused:
+            raise
+        targets = fused
     if blocks is None:
         return targets
     block_of = {name: next((int(part) for part in name.split(".") if part.isdigit()), None) for name in targets}
@@ -35,6 +44,12 @@ def target_layers(model: nn.Module, target_modules: str | list[str] | None, bloc
     return [name for name in targets if block_of[name] in blocks]
 
 
+def split_targets(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[str]]:
+    """PEFT's `target_modules` and `target_parameters` of these layers and parameters."""
+    fused = [name for name in targets if owner_of(model, name)[1] is not None]
+    return [name for name in targets if name not in fused], fused
+
+
 def check_sizes(model: nn.Module, targets: Sequence[str], sizes: Sizes, k: int | None) -> None:
     """Check the sizes of the bases and `k` against the layers, minutes before calibration would find the same.
 
@@ -42,7 +57,7 @@ def check_sizes(model: nn.Module, targets: Sequence[str], sizes: Sizes, k: int |
         ValueError: one of them is larger than a layer allows; the message names the layer and its size.
     """
     for name in targets:
-        out_features, in_features = linear_shape(model.get_submodule(name), name)
+        out_features, in_features = target_shape(model, name)
         sizes.check(out_features, in_features, name)
         r, c = sizes.counts(out_features, in_features)
         rows, columns = r or out_features, c or in_features  # a size by energy is at most the layer's
