@@ -37,6 +37,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--target_modules", type=str | list[str] | None, default=None, help="layers, as in PEFT")
     parser.add_argument("--task_type", type=str | None, default=None, help="PEFT task type, such as SEQ_CLS: the head")
     parser.add_argument("--dtype", type=str, default="float32", help="data type of the frozen weights")
+    parser.add_argument(
+        "--batch_size",
+        type=int | None,
+        default=None,
+        help="rows of a training step; with --length, also counts the activations saved for backward",
+    )
+    parser.add_argument("--length", type=int | None, default=None, help="tokens of a row")
     parser.add_argument("--json", type=bool, default=False, help="print JSON")
     options = vars(parser.parse_args(argv))
     as_json, model = options.pop("json"), options.pop("model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from sparsegrad_peft.tuner.config import SparseGradConfig
 from sparsegrad_peft.tuner.targets import mlp_share
 
 from ..methods.lora import matching_rank
+from .activations import count_activations
 from .groups import GroupRow, calibration_bytes, group_rows
 from .memory import MethodBytes, method_bytes
 from .model import build_model, model_type_of, resolve_targets
@@ -101,6 +102,8 @@ def inspect(
     task_type: str | None = None,
     num_labels: int | None = None,
     dtype: str | torch.dtype = "float32",
+    batch_size: int | None = None,
+    length: int | None = None,
 ) -> Inspection:
     """Count parameters by part, find the layers that SparseGrad adapts, and compute the memory of each method.
 
@@ -119,32 +122,41 @@ def inspect(
             config names, else the model without a head.
         num_labels: classes of the head. None: as in the config.
         dtype: of frozen weights: float32, bfloat16 or float16.
+        batch_size: rows of a training step. With `length`, activations are counted as well.
+        length: tokens of a row.
 
     Raises:
         FileNotFoundError: there is no such folder or model, or the folder has no config.json.
         ValueError: unknown model type; no layers to adapt; a number out of range or dependent on gradients
-            ("energy:SHARE").
+            ("energy:SHARE"); the activations cannot be counted (see `count_activations`).
     """
     dtype_name = str(dtype).removeprefix("torch.")
     if dtype_name not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, found {dtype_name}")
+    if (batch_size is None) != (length is None) or 0 in (batch_size, length) or min(batch_size or 1, length or 1) < 1:
+        raise ValueError(f"expected batch_size and length of at least 1, or neither; found {batch_size} and {length}")
     config = SparseGradConfig(narrow=narrow, wide=wide, c=c, r=r, shared=bool(shared))
     built = build_model(model, task_type, num_labels)
     targets, experts = resolve_targets(built, target_modules, task_type, experts=bool(config.neurons))
     name = model if isinstance(model, str) else getattr(getattr(built, "config", None), "name_or_path", None)
     groups = group_linears(built, targets) if targets else {}  # by role, also for bases of each layer: a short table
     groups |= group_experts(built, experts)
-    return _inspect(built, name or type(built).__name__, targets, groups, config, density, dtype_name)
+    step = None if batch_size is None or length is None else (batch_size, length)
+    return _inspect(built, name or type(built).__name__, targets, groups, config, density, dtype_name, step)
 
 
 def _inspect(
     model: nn.Module, name: str, targets: list[str] | str, groups: dict[str, list[str]], config: SparseGradConfig,
-    density: float, dtype: str,
+    density: float, dtype: str, step: tuple[int, int] | None,
 ) -> Inspection:  # fmt: skip
     layers = [layer for names in groups.values() for layer in names]
     rows = group_rows(model, groups, config, density)
     parts = count_parts(model, set(layers))
     weight_bytes, rank = _DTYPES[dtype].itemsize, matching_rank(model, layers, config.sizes)
+    methods = method_bytes(parts.total, rows, rank, density, weight_bytes)
+    if step is not None:
+        saved = count_activations(_on_meta(model), layers, config, rank, _DTYPES[dtype], *step)
+        methods = [replace(method, activations_bytes=saved.get(method.key)) for method in methods]
     return Inspection(
         model=name,
         model_class=type(model).__name__,
@@ -159,19 +171,36 @@ def _inspect(
         groups=rows,
         calibration_bytes=calibration_bytes(rows, weight_bytes),
         lora_rank=rank,
-        methods=method_bytes(parts.total, rows, rank, density, weight_bytes),
-        notes=_notes(dtype, experts=any(row.experts > 1 for row in rows)),
+        methods=methods,
+        notes=_notes(dtype, step, experts=any(row.experts > 1 for row in rows)),
     )
 
 
-def _notes(dtype: str, *, experts: bool) -> list[str]:
+def _on_meta(model: nn.Module) -> nn.Module:
+    """Return the model on the meta device: itself, or one of the same class and config."""
+    if next(model.parameters()).is_meta:
+        return model
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"batch_size and length: expected a model of transformers, found {type(model).__name__}")
+    with torch.device("meta"):
+        return type(model)(config)
+
+
+def _notes(dtype: str, step: tuple[int, int] | None, *, experts: bool) -> list[str]:
     fused = (
         "Fused experts: the experts in one parameter count as one layer, whose larger side holds the neurons of all. "
         "The paper's own form does not exist for them."
     )
+    activations = "Activations are not counted. They depend on the batch and the length; give batch_size and length."
+    if step is not None:
+        activations = (
+            f"Activations: what autograd saves for backward with {step[0]} rows of {step[1]} tokens, in {dtype}, "
+            "without checkpointing. Not counted: buffers of a single operation, such as the gradient of the logits."
+        )
     return [
         *([fused] if experts else []),
-        "Activations are not counted. They depend on the batch, the length and checkpointing.",
+        activations,
         f"Frozen weights are {dtype} and truncated bases bfloat16. Complete bases are float32, and so is what trains, "
         "with its gradients and moments.",
         "The layers' weights train, their biases do not. A trained head is not counted.",

@@ -18,7 +18,7 @@ COO = 20
 
 @dataclass(frozen=True)
 class MethodBytes:
-    """Memory of one method, without activations.
+    """Memory of one method.
 
     Frozen parameters have the type of the weights. What trains is float32, and so are its gradients and moments.
 
@@ -31,6 +31,7 @@ class MethodBytes:
         gradients_bytes: of what trains.
         optimizer_bytes_low: optimizer state after the first step.
         optimizer_bytes_high: optimizer state once every entry was selected; the same as `low` without selection.
+        activations_bytes: what autograd saves for backward; None if it was not asked for, or cannot be counted.
     """
 
     key: str
@@ -41,11 +42,13 @@ class MethodBytes:
     gradients_bytes: int
     optimizer_bytes_low: int
     optimizer_bytes_high: int
+    activations_bytes: int | None = None
 
     @property
     def total_bytes_high(self) -> int:
-        """The sum, with the upper bound of the optimizer state."""
-        return self.weights_bytes + self.bases_bytes + self.gradients_bytes + self.optimizer_bytes_high
+        """The sum, with the upper bound of the optimizer state, and with the activations if they were counted."""
+        state = self.weights_bytes + self.bases_bytes + self.gradients_bytes + self.optimizer_bytes_high
+        return state + (self.activations_bytes or 0)
 
 
 def method_bytes(

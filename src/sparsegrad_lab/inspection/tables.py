@@ -63,15 +63,20 @@ def _groups_table(i: Inspection) -> Table:
 
 def _methods_table(i: Inspection) -> Table:
     unit = _unit(max(method.total_bytes_high for method in i.methods))
+    with_activations = any(method.activations_bytes is not None for method in i.methods)
     table = _table(
         f"Memory of each method, in {unit} ({'1e9' if unit == 'GB' else '1e6'} bytes)",
-        "what trains", "trained,\nmillion", "weights", "bases", "gradients", "optimizer", "total,\nat most",
+        "what trains", "trained,\nmillion", "weights", "bases", "gradi-\nents", "optimizer",
+        *(["acti-\nvations"] if with_activations else []), "total,\nat most",
     )  # fmt: skip
     for m in i.methods:
         low, high = _in(m.optimizer_bytes_low, unit), _in(m.optimizer_bytes_high, unit)
+        known = m.activations_bytes is not None
+        activations = [_in(m.activations_bytes or 0, unit) if known else "-"] if with_activations else []
+        total = _in(m.total_bytes_high, unit) if known or not with_activations else "-"
         table.add_row(m.name, _number(m.trained / 1e6), _in(m.weights_bytes, unit), _in(m.bases_bytes, unit),
-                      _in(m.gradients_bytes, unit), low if low == high else f"{low}-{high}",
-                      _in(m.total_bytes_high, unit))  # fmt: skip
+                      _in(m.gradients_bytes, unit), low if low == high else f"{low}-{high}", *activations,
+                      total)  # fmt: skip
     return table
 
 

@@ -1,0 +1,126 @@
+"""Count what autograd saves for backward in one training step, without weights and without computing anything.
+
+The model is built on the meta device and run on fake tensors (`torch._subclasses.fake_tensor`, also used by
+`torch.export`), which have a shape, a type and a device, and no data. PyTorch then takes the code of the real device,
+such as its attention kernels, and asks for the same tensors to be saved.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparsegrad_peft.tuner.config import SparseGradConfig
+
+from ..tasks.library_logs import suppress_library_logs
+
+Adapt = Callable[[nn.Module], nn.Module]
+
+
+def count_activations(
+    model: nn.Module, layers: list[str], config: SparseGradConfig, lora_rank: int, dtype: torch.dtype,
+    batch_size: int, length: int,
+) -> dict[str, int]:  # fmt: skip
+    """Return the bytes saved for backward by the key of `MethodBytes`, for the methods that can be counted.
+
+    Args:
+        model: on the meta device, with its head; it is not changed.
+        layers: names of the layers to adapt.
+        config: of the SparseGrad adapter; its `target_modules` is replaced by the layers.
+        lora_rank: rank of LoRA on the same layers.
+        dtype: of the weights and the activations.
+        batch_size: rows of a step.
+        length: tokens of a row; not read by vision models.
+
+    Raises:
+        ValueError: the model cannot be run this way.
+    """
+    sparsegrad = copy.deepcopy(config)
+    sparsegrad.target_modules = list(layers)
+    methods: dict[str, Adapt] = {
+        "full": lambda model: model.requires_grad_(True),
+        "layers": lambda model: _train_only(model, layers),
+        "lora": lambda model: get_peft_model(model, LoraConfig(r=lora_rank, target_modules=layers)),
+        "block": lambda model: get_peft_model(model, sparsegrad),
+    }
+    found = {}
+    for key, adapt in methods.items():
+        adapted = adapt(copy.deepcopy(model).to(dtype)).train()
+        try:
+            found[key] = _saved_bytes(adapted, model, batch_size, length)
+        except Exception as error:  # a model's own code may read values, which fake tensors do not have
+            raise ValueError(
+                f"the activations of {type(model).__name__} cannot be counted ({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}); leave out batch_size and length"
+            ) from error
+    return {**found, "topk": found["block"]}
+
+
+def _train_only(model: nn.Module, layers: Iterable[str]) -> nn.Module:
+    model.requires_grad_(False)
+    for name in layers:
+        model.get_submodule(name).requires_grad_(True)
+    return model
+
+
+def _saved_bytes(adapted: nn.Module, model: nn.Module, batch_size: int, length: int) -> int:
+    """Return the bytes that autograd saves in a forward pass, without the model's own parameters and buffers."""
+    saved: dict[int, Tensor] = {}
+    with FakeTensorMode(), suppress_library_logs(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*trains in data-free bases")  # of no matter for the count
+        _make_fake(adapted)
+        own = {_storage(tensor) for tensor in (*adapted.parameters(), *adapted.buffers())}
+
+        def record(tensor: Tensor) -> Tensor:
+            if _storage(tensor) not in own:
+                saved[_storage(tensor)] = tensor  # kept, so that no later tensor gets the same storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+            adapted(**_inputs(model, batch_size, length))
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Replace all parameters and buffers by fake tensors on the CPU. Shared ones stay shared."""
+    fake: dict[int, Tensor] = {}
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in fake:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    trains = tensor.requires_grad
+                    fake[id(tensor)] = nn.Parameter(empty, trains) if isinstance(tensor, nn.Parameter) else empty
+                own[name] = fake[id(tensor)]  # type: ignore[assignment]
+
+
+def _inputs(model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
+    """Return inputs of the right shapes, with labels if the model has a head that takes them."""
+    config, name = model.config, type(model).__name__
+    if model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        pixels = torch.zeros(batch_size, getattr(config, "num_channels", 3), height, width, dtype=model.dtype)
+        return {"pixel_values": pixels} | _labels(name, torch.zeros(batch_size, dtype=torch.long))
+    ids = torch.zeros(batch_size, length, dtype=torch.long)
+    per_token = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForTokenClassification")
+    labels = ids if name.endswith(per_token) else ids[:, 0]
+    decoder = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+    return {"input_ids": ids} | decoder | _labels(name, labels)
+
+
+def _labels(name: str, labels: Tensor) -> dict[str, Tensor]:
+    return {} if name.endswith("Model") and not name.endswith("LMHeadModel") else {"labels": labels}

@@ -1,0 +1,92 @@
+"""Activations counted without weights are those that a real step saves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    T5Config,
+    ViTConfig,
+)
+
+from helpers import TINY_SIZES
+from sparsegrad_lab.bench.worker import saved_bytes
+from sparsegrad_lab.inspection.inspect import Inspection, inspect
+from sparsegrad_peft import SparseGradConfig
+from sparsegrad_peft.tuner.targets import mlp_linears
+
+IDS = torch.zeros(3, 8, dtype=torch.long)
+
+
+def measured(config: Any, auto: Any, found: Inspection, inputs: dict[str, Any]) -> dict[str, int]:
+    """Bytes that the real model saves, by method."""
+
+    def saved(adapt: Any) -> int:
+        model = adapt(auto.from_config(config)).train()
+        return saved_bytes(model, lambda: model(**inputs).loss)
+
+    lora = LoraConfig(r=found.lora_rank, target_modules=mlp_linears(auto.from_config(config)))
+    return {
+        "full": saved(lambda model: model),
+        "lora": saved(lambda model: get_peft_model(model, lora)),
+        "block": saved(lambda model: get_peft_model(model, SparseGradConfig())),
+    }
+
+
+CASES = {
+    "smollm2": (  # its sizes, with fewer blocks and words
+        LlamaConfig(
+            vocab_size=1000, hidden_size=576, intermediate_size=1536, num_hidden_layers=3, num_attention_heads=9,
+            num_key_value_heads=3, tie_word_embeddings=True,
+        ),
+        AutoModelForCausalLM, {"input_ids": IDS, "labels": IDS}, "CAUSAL_LM",
+    ),
+    "bert": (
+        BertConfig(**TINY_SIZES), AutoModelForSequenceClassification, {"input_ids": IDS, "labels": IDS[:, 0]},
+        "SEQ_CLS",
+    ),
+    "t5": (
+        T5Config(vocab_size=100, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=2, decoder_start_token_id=0),
+        AutoModelForSeq2SeqLM, {"input_ids": IDS, "decoder_input_ids": IDS, "labels": IDS}, "SEQ_2_SEQ_LM",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*trains in data-free bases:UserWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_counted_as_saved(name: str) -> None:
+    config, auto, inputs, task_type = CASES[name]
+    found = inspect(config, task_type=task_type, batch_size=3, length=8)
+    counted = {row.key: row.activations_bytes for row in found.methods}
+    expected = measured(config, auto, found, inputs)
+    assert {key: counted[key] for key in expected} == expected
+    assert counted["topk"] == counted["block"]
+    assert counted["published"] is None
+    full = next(row for row in found.methods if row.key == "full")
+    assert full.total_bytes_high == 16 * full.trained + expected["full"]
+
+
+def test_images_and_a_model_that_is_there() -> None:
+    config = ViTConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=7
+    )
+    model = AutoModelForImageClassification.from_config(config)
+    found = inspect(model, batch_size=2, length=1)
+    pixels = {"pixel_values": torch.zeros(2, 3, 28, 28), "labels": torch.zeros(2, dtype=torch.long)}
+    counted = next(row.activations_bytes for row in found.methods if row.key == "full")
+    assert counted == saved_bytes(model.train(), lambda: model(**pixels).loss)
+
+
+@pytest.mark.parametrize(("batch_size", "length"), [(1, None), (None, 8), (0, 8)])
+def test_refused(batch_size: int | None, length: int | None) -> None:
+    with pytest.raises(ValueError, match="expected batch_size and length of at least 1, or neither"):
+        inspect(BertConfig(**TINY_SIZES), batch_size=batch_size, length=length)
