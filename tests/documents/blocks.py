@@ -34,8 +34,8 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """The lines of a bash block."""
-        return self.code.splitlines()
+        """The commands of a bash block, each on one line."""
+        return self.code.replace("\\\n", " ").splitlines()
 
     def side(self, sign: str) -> str:
         """One side of a diff: the lines that both sides share, and those with the sign."""

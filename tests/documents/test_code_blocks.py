@@ -19,7 +19,7 @@ from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.study.experiment import SHIPPED
 
 CHAINS = [
-    ["README.md", "docs/get-started.md", "docs/how-to/csv.md", "docs/how-to/serve.md"],
+    ["README.md", "docs/get-started.md", "docs/how-to/csv.md", "docs/how-to/share.md"],
     ["docs/settings.md"],
     ["docs/how-to/compare.md"],
     ["docs/how-to/conversations.md", "docs/how-to/trl.md", "docs/how-to/quantized.md"],

@@ -45,7 +45,7 @@ class SparseGradConfig(PeftConfig):
             directions on both sides, without scales.
         r: rows of `V` (output side) of every layer, likewise. Not a LoRA rank.
         shared: one pair of bases for all layers with the same role and shape (the paper), or one for each layer.
-            Recommended for models of billions of parameters, whose bases would take gigabytes.
+            Both sides then have directions. Smaller bases in models below about a billion parameters.
         basis_dtype: "bfloat16", "float32" or "float64", in memory and in the file. None: bfloat16, or float32 for
             complete bases. Bases are rounded once, before training.
         original_space: train the whole core in the original space, without bases (MeProp, if the optimizer selects).
