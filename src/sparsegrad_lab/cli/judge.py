@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from ..run.folder import check_file
+from ..run.folder import check_file, write_whole
 from ..run.parsing import VerbParser, make_parser
 
 EXAMPLE = (
@@ -24,15 +24,18 @@ def main(argv: list[str]) -> None:
     """Grade answers with a judge, and print a table."""
     options = _parser().parse_args(argv)
     _check(options)
+    from ..chat.answers_page import answers_page
     from ..chat.endpoint import Endpoint
     from ..chat.grading import Grading, has_reference, pair_items, single_items
     from ..chat.prompts import read_prompts
     from ..chat.questions import REFERENCE_CATEGORIES
+    from ..chat.ratings import table_of
     from ..run.console import make_progress_bar
 
     questions, models = _read(options)
     output = _output_file(options)
-    check_file(output)
+    for path in (output, *([] if options.page is None else [Path(options.page)])):
+        check_file(path)
     prompts = read_prompts(None if options.prompts is None else Path(options.prompts))
     judge = Endpoint(options.model, timeout=options.timeout)
     without = [q.id for q in questions if q.category in REFERENCE_CATEGORIES and not has_reference(q, len(q.turns[:2]))]
@@ -50,7 +53,11 @@ def main(argv: list[str]) -> None:
                 await judge.close()
 
         rows = asyncio.run(grade())
-    _show(rows, options.mode, next(iter(models)))
+    table, note = table_of(rows), _note(rows, options.mode, next(iter(models)))
+    _show(table, note)
+    if options.page is not None:
+        write_whole(Path(options.page), answers_page(questions, models, rows, table, note))
+        print(f"page: {options.page}")
     print(f"judgements: {output}")
 
 
@@ -76,6 +83,7 @@ def _parser() -> VerbParser:
         "references": "file of reference answers, in the form of answers; default: the questions' own",
         "prompts": "FastChat's judge_prompts.jsonl; default: this package's own wording",
         "output": "file of judgements; default: judgements-MODEL-MODE.jsonl beside the first answers",
+        "page": "Markdown file to write: the table, and all answers side by side",
     }.items():
         parser.add_argument(f"--{name}", type=str | None, default=None, help=meaning)
     parser.add_argument("--concurrency", type=int, default=8, help="largest number of requests at the same time")
@@ -117,20 +125,22 @@ def _output_file(options: Any) -> Path:
     return Path(options.answers[0]).parent / f"judgements-{judge}-{options.mode}.jsonl"
 
 
-def _show(rows: list[dict[str, Any]], mode: str, first: str) -> None:
-    from ..chat.ratings import table_of, unrated
+def _note(rows: list[dict[str, Any]], mode: str, first: str) -> str:
+    """What the numbers of the table mean."""
+    from ..chat.ratings import unrated
 
-    found = table_of(rows)
-    console = Console(highlight=False, markup=False, emoji=False)
+    what = "Mean rating, 1 to 10," if mode == "single" else f"Share of wins against {first} (a tie counts half),"
+    note = f"{what} with its 95 % interval over questions."
+    count = unrated(rows)
+    return f"{note} {count} of {len(rows)} judgements have no rating and are left out." if count else note
+
+
+def _show(found: dict[str, dict[str, Any]], note: str) -> None:
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     names = list(dict.fromkeys(name for means in found.values() for name in means))
     ends = [name for name in names if name.startswith("turn ") or name == "all"]
     table = Table("", *found)
     for name in [*sorted(set(names) - set(ends)), *sorted(ends, reverse=True)]:
         table.add_row(name, *(str(means.get(name, "")) for means in found.values()))
     console.print(table)
-    if mode == "single":
-        console.print("Mean rating, 1 to 10, with its 95 % interval over questions.")
-    else:
-        console.print(f"Share of wins against {first}, with its 95 % interval over questions; a tie counts half.")
-    if count := unrated(rows):
-        console.print(f"Without a rating: {count} of {len(rows)} judgements; they are left out.")
+    console.print(note)

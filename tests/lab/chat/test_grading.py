@@ -53,7 +53,7 @@ def test_ratings_by_a_served_model(
     """Both modes, from the command line. The judge prefers the first of two answers, so that all pairs are ties."""
     words = ["judge", *answers, "--questions", str(questions), "--model", str(judge_llama), "--output"]
     with serving(judge_llama):
-        assert main([*words, str(tmp_path / "single.jsonl"), "--concurrency", "2"]) == 0
+        assert main([*words, str(tmp_path / "single.jsonl"), "--page", str(tmp_path / "page.md")]) == 0
         shown = capsys.readouterr()
         assert main([*words, str(tmp_path / "pair.jsonl"), "--mode", "pair"]) == 0
     assert "no reference answer, graded without: 84" in shown.err
@@ -67,6 +67,7 @@ def test_ratings_by_a_served_model(
     assert "=== Reference answer to the second question ===\na film\n" in math["user_prompt"]
     assert math["judgment"].strip() == "[[2]]"
     assert "9.00 (9.00 to 9.00)" in shown.out
+    assert "**bright**, rated 9\n\n```text\nbright one\n```" in (tmp_path / "page.md").read_text(encoding="utf-8")
     pairs = rows_of(tmp_path / "pair.jsonl")
     assert len(pairs) == 9
     assert {(row["g1_winner"], row["g2_winner"]) for row in pairs} == {("model_1", "model_2")}

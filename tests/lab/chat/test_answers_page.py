@@ -1,0 +1,22 @@
+"""The page shows every answer as it is, with its rating."""
+
+from __future__ import annotations
+
+from sparsegrad_lab.chat.answers_page import answers_page
+from sparsegrad_lab.chat.questions import Question
+from sparsegrad_lab.chat.ratings import table_of
+
+
+def test_answers_side_by_side() -> None:
+    questions = [Question(81, "writing", ("What is it?", "Why?"))]
+    models = {"lora": {81: ["```python\n<b>x</b>\n```", "No."]}, "sparsegrad": {81: ["A film.", "Yes."]}}
+    rows = [
+        {"question_id": 81, "category": "writing", "turn": turn, "model": name, "score": score}
+        for turn, name, score in [(1, "lora", 3.0), (2, "lora", None), (1, "sparsegrad", 7.5), (2, "sparsegrad", 8.0)]
+    ]
+    page = answers_page(questions, models, rows, table_of(rows), "Mean rating.")
+    assert "| all | 3.00 (3.00 to 3.00) | 7.75 (7.75 to 7.75) |" in page
+    assert "## 81, writing\n\n### Turn 1\n\n```text\nWhat is it?\n```\n" in page
+    assert "**lora**, rated 3\n\n````text\n```python\n<b>x</b>\n```\n````\n" in page  # a longer fence than the answer's
+    assert "**lora**\n\n```text\nNo.\n```" in page  # without a rating
+    assert "**sparsegrad**, rated 7.5\n\n```text\nA film.\n```" in page
