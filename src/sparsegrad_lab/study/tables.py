@@ -188,4 +188,4 @@ def every_run(runs: Iterable[Run]) -> Table:
         ])  # fmt: skip
     header = ["experiment", "task", "method", "seed", "score", "learning rate", "batch", "epochs", "rows",
               "training, s", "calibration, s", "peak, MB", "commit"]  # fmt: skip
-    return Table("Every run", "A score links to the run's result file. A resumed run has no time.", header, rows)
+    return Table("Every run", "A score links to the run's details. A resumed run has no time.", header, rows)
