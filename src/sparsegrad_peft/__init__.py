@@ -25,6 +25,7 @@ _HOME = {
     "Trajectory": "method.config",
     "calibrate": "method.calibrate",
     "calibrate_adapter": "tuner.calibration",
+    "exclude_bases_from_ddp": "method.ddp",
     "export_lora": "tuner.export",
     "group_linears": "method.groups",
     "param_groups": "method.surgery",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from .method.calibrate import calibrate as calibrate
     from .method.config import CalibrationConfig as CalibrationConfig
     from .method.config import Trajectory as Trajectory
+    from .method.ddp import exclude_bases_from_ddp as exclude_bases_from_ddp
     from .method.gram import GramStatistics as GramStatistics
     from .method.groups import group_linears as group_linears
     from .method.linear import SparseGradLinear as SparseGradLinear

@@ -491,7 +491,9 @@ def test_quantized_or_sharded_targets() -> None:
     with pytest.raises(TypeError, match=r"up: expected a floating point weight of shape \(10, 6\).*int8.*quantizing"):
         run(net, ["up"], some_batches())
     net.up.weight = nn.Parameter(torch.zeros(60))  # FSDP's flat parameter looks so
-    with pytest.raises(TypeError, match=r"up: .* with shape \(60,\); calibrate before quantizing or sharding"):
+    with pytest.raises(
+        TypeError, match=r"up: .* with shape \(60,\); calibrate before quantizing the model or wrapping"
+    ):
         run(net, ["up"], some_batches())
 
 

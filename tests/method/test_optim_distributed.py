@@ -1,4 +1,4 @@
-"""DistributedDataParallel with two processes: one selection from the averaged gradient, the same on both."""
+"""DistributedDataParallel with two processes: a block, packed values and a plain weight train as in one process."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ def build() -> tuple[nn.Module, SparseGradAdamW]:
     torch.manual_seed(0)
     Q = orthogonal(12)
     basis = Basis(Q[:8], Q[:6])
-    linears = [nn.Linear(12, 12, dtype=torch.float64) for _ in range(2)]
-    layers = [SparseGradLinear.from_linear(linear, basis) for linear in linears]
-    model = nn.Sequential(layers[0], nn.GELU(), layers[1])
-    return model, SparseGradAdamW(param_groups(model, k=K), lr=0.01)
+    linears = [nn.Linear(12, 12, dtype=torch.float64) for _ in range(3)]
+    block, packed = (SparseGradLinear.from_linear(linear, basis) for linear in linears[:2])
+    packed.pack(torch.arange(0, 48, 3))
+    model = nn.Sequential(block, nn.GELU(), packed, nn.GELU(), linears[2])
+    groups = param_groups(nn.Sequential(block, packed), k=K)
+    plain = {"params": [linears[2].weight], "sparse": True, "k": K}
+    return model, SparseGradAdamW([*groups, plain], lr=0.01, bases={linears[2].weight: Basis(Q, Q)})
+
+
+def selecting(model: nn.Module) -> list[nn.Parameter]:
+    return [model[0].S, model[2].values, model[4].weight]  # type: ignore[index]
 
 
 def batch(step: int) -> torch.Tensor:
@@ -40,7 +47,7 @@ def worker(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model, optimizer = build()
     run(nn.parallel.DistributedDataParallel(model), optimizer, slice(4 * rank, 4 * rank + 4))
-    touched = [optimizer.touched(model[i].S) for i in (0, 2)]  # type: ignore[index]
+    touched = [optimizer.touched(parameter) for parameter in selecting(model)]
     torch.save({"model": model.state_dict(), "touched": touched}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -53,4 +60,8 @@ def test_two_processes_equal_one_on_the_whole_batch(tmp_path: Path) -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(results[0]["model"][name], results[1]["model"][name])
         torch.testing.assert_close(results[0]["model"][name], value, rtol=1e-10, atol=1e-12)
-    assert results[0]["touched"] == results[1]["touched"] == [optimizer.touched(model[i].S) for i in (0, 2)]
+    assert (
+        results[0]["touched"]
+        == results[1]["touched"]
+        == [optimizer.touched(parameter) for parameter in selecting(model)]
+    )

@@ -129,6 +129,20 @@ def calibrated(model: nn.Module, rank: int, n: int) -> dict[str, tuple[Tensor, T
     return {name: (gram.gram_in, gram.gram_out) for name, gram in found.groups.items()}
 
 
+def trained_under_fsdp1(rank: int) -> list[Tensor]:
+    """Train the cores whole; returns the outputs on a batch."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(build(), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = SparseGradAdamW(param_groups(model), lr=0.01)
+    for step in range(STEPS):
+        model(batch(step)[rows_of(rank, 2)]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return [model(batch(STEPS))]
+
+
 def refusals(rank: int) -> dict[str, str]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -166,6 +180,7 @@ def group_work(rank: int, n: int, folder: Path) -> dict[str, Any]:
         "calibrated": calibrated(sharded(plain()), rank, n),
     }
     if n == 2:
+        results["fsdp1"] = trained_under_fsdp1(rank)
         results["refusals"] = refusals(rank)
     return results
 
@@ -202,6 +217,16 @@ def test_trains_as_one_process(results: list[dict[str, Any]]) -> None:
     for n in (2, 4):
         for name, value in model.state_dict().items():
             torch.testing.assert_close(results[0][str(n)]["trained"]["model"][name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_whole_cores_under_fsdp1(results: list[dict[str, Any]]) -> None:
+    model = build()
+    optimizer = SparseGradAdamW(param_groups(model), lr=0.01)
+    for step in range(STEPS):
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(results[0]["2"]["fsdp1"][0], model(batch(STEPS)).detach(), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", [2, 4])

@@ -18,7 +18,7 @@ CALIBRATION = CalibrationConfig(n_steps=8, trajectory=Trajectory(1e-3, normalize
 "A walk by rounded gradients: signs would differ where a gradient is nearly zero."
 
 
-def train(folder: str, **options: Any) -> dict[str, Any]:
+def train(folder: str, checkpoint: str | None = None, **options: Any) -> dict[str, Any]:
     from trainers import arguments, rows, saved
 
     from helpers import uncalibrated_adapter  # here: not before the environment is set
@@ -26,10 +26,10 @@ def train(folder: str, **options: Any) -> dict[str, Any]:
 
     model = uncalibrated_adapter(dropout=0)
     trainer = SparseGradTrainer(
-        model=model, args=arguments(folder, max_steps=3, warmup_steps=2, **options), train_dataset=rows(),
-        calibration=CALIBRATION, density=0.2,
+        model=model, train_dataset=rows(), calibration=CALIBRATION, density=0.2,
+        args=arguments(folder, max_steps=3, warmup_steps=2, save_strategy="steps", save_steps=2, **options),
     )  # fmt: skip
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     deltas = {n: m.get_delta_weight("default").detach() for n, m in model.named_modules() if hasattr(m, "sparsegrad_S")}
     return {"model": saved(model), "deltas": deltas, "processes": trainer.accelerator.num_processes}
 
@@ -120,7 +120,10 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path) -> None:
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
     # The same up to the order of summation, and the signs of the basis vectors.
-    alone = train(str(tmp_path))
+    resumed = train(str(tmp_path / "resumed"), f"{tmp_path}/checkpoint-2")  # on one process
+    for name, value in resumed["deltas"].items():
+        torch.testing.assert_close(first["deltas"][name], value, rtol=1e-3, atol=1e-6, msg=name)
+    alone = train(str(tmp_path / "alone"))
     for name, value in alone["model"].items():
         if "sparsegrad_basis" in name:
             same = (value.float() @ first["model"][name].float().T).abs()

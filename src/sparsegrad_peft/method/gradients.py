@@ -24,10 +24,12 @@ from .config import CalibrationConfig, Trajectory, resolve_config
 from .experts import expert_layout, fused_parameters, owner_of, target_shape
 from .plain import is_conv1d
 from .processes import (
+    check_averages_gradients,
     check_starting_together,
     gather_from_all,
     gathered,
     is_distributed,
+    is_sharded,
     progress_bar,
 )
 from .restored_state import restored_state
@@ -205,6 +207,8 @@ def _find_targets(model: nn.Module, names: list[str]) -> dict[str, _Target]:
     targets = {name: _find_target(model, name) for name in names}
     first_name: dict[int, str] = {}
     for name, target in targets.items():
+        if is_sharded(target.weight):
+            check_averages_gradients(model, target.weight, name)
         first = first_name.setdefault(id(target.weight), name)
         if first != name:
             raise ValueError(
@@ -226,7 +230,7 @@ def _find_target(model: nn.Module, name: str) -> _Target:
         raise TypeError(
             f"{name}: expected a floating point weight of shape {shape}, found {type(weight).__name__} of "
             f"{weight.dtype} with shape {tuple(weight.shape)}; "
-            "calibrate before quantizing or sharding the model, or pass ready statistics"
+            "calibrate before quantizing the model or wrapping it in FSDP1, or pass ready statistics"
         )
     return _Target(weight, is_conv1d(owner))
 

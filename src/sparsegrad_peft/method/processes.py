@@ -125,6 +125,22 @@ def check_equal_weights(weights: Mapping[str, Tensor]) -> None:
         )
 
 
+def check_averages_gradients(model: nn.Module, weight: Tensor, name: str) -> None:
+    """Raise unless FSDP2 has sharded this weight of the model, and nothing else has.
+
+    Raises:
+        TypeError: the weight is tensor-parallel.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    dimensions = weight.device_mesh.mesh_dim_names or ()  # type: ignore[attr-defined]
+    if "tp" in dimensions or not any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise TypeError(
+            f"{name}: expected a weight that is whole or sharded by fully_shard (FSDP2), found a tensor-parallel one; "
+            "calibrate before the model is split, or pass ready statistics"
+        )
+
+
 def mean_over_processes(tensor: Tensor) -> Tensor:
     """Return the mean over the processes, computed in float32 at least."""
     if not is_distributed():

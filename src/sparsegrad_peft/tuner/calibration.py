@@ -12,6 +12,8 @@ from torch import nn
 
 from ..method.calibrate import Calibration, calibrate
 from ..method.config import CalibrationConfig, Trajectory, resolve_config, sign_step
+from ..method.ddp import exclude_bases_from_ddp
+from ..method.processes import gathered, is_distributed
 from .adapters import config_of, layers_by_calibrated_name, layers_of, wrapped_groups
 from .bases import set_bases
 from .config import SparseGradConfig
@@ -41,6 +43,9 @@ def calibrate_adapter(
     The adapter must not have learnt anything yet. Its cores stay zero and stay the same parameters, so an optimizer may
     exist already. The saved adapter includes the bases; calibration is never needed again.
 
+    Under `torch.distributed` every process calls this with its own batches, before DDP wraps the model, and before or
+    after `fully_shard` (FSDP2). All get the bases of the whole batches.
+
     Args:
         model: from `get_peft_model`, or any model with a SparseGrad adapter in it or in a part of it.
         batches: inputs of the model with labels: `model(**batch).loss`. See `sparsegrad_peft.calibrate`.
@@ -57,6 +62,7 @@ def calibrate_adapter(
         ValueError: the model has no such adapter, the adapter trains in the original space or has already learnt
             something, the statistics are of other layers, and whatever `calibrate` refuses.
         TypeError: the layers are quantized, and no ready statistics were given.
+        RuntimeError: not all processes call this.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which renames the layers
     peft_config, layers = config_of(model, adapter_name), layers_of(model, adapter_name)
@@ -75,6 +81,8 @@ def calibrate_adapter(
         progress=bool(options.get("progress", True)),
     )  # fmt: skip
     set_bases(model, adapter_name, groups, bases)
+    if is_distributed():
+        exclude_bases_from_ddp(model)
     return calibration
 
 
@@ -106,7 +114,7 @@ def _check_can_calibrate(
             "unquantized model, save it, and load it onto the quantized one; or pass ready statistics, calibration=..."
         )
     cores = {name: layer.sparsegrad_S[adapter_name] for name, layer in layers.items()}
-    learnt = [name for name, core in cores.items() if not core.is_meta and bool(core.any())]
+    learnt = [name for name, core in cores.items() if not core.is_meta and bool(gathered(core.detach()).any())]
     if learnt:
         layers[learnt[0]].check_numbers(adapter_name)  # not learnt, but not loaded
         raise ValueError(

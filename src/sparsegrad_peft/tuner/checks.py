@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..method.basis import ORTHOGONALITY_TOLERANCE
 from ..method.precision import at_least_float32, without_autocast
+from ..method.processes import is_sharded
 from ..method.sides import check_selected, is_selected
 
 _PROBES = 16
@@ -85,4 +86,13 @@ def check_adapter_name(name: str) -> None:
         raise ValueError(
             f"{name!r} cannot be the name of an adapter: PyTorch's ModuleDict and ParameterDict use it for themselves, "
             "or it has a dot. Choose another adapter_name"
+        )
+
+
+def check_whole(weight: Tensor, layer: str) -> None:
+    """Raise ValueError if a weight that is to be adapted is already cut into parts, one for each process."""
+    if is_sharded(weight):
+        raise ValueError(
+            f"{layer} is already sharded ({weight.placements}): make the adapter before fully_shard (FSDP2), "  # type: ignore[attr-defined]
+            "and load the model without tensor parallelism (tp_plan)"
         )

@@ -18,6 +18,7 @@ from ..method.basis import BASIS_BUFFERS, Basis
 from ..method.costs import Prefer
 from ..method.plain import is_conv1d
 from ..method.precision import at_least_float32
+from ..method.processes import is_sharded, own_shard
 from ..method.refresh import set_core
 from .checks import check_buffer, check_core
 from .config import SparseGradConfig
@@ -126,9 +127,22 @@ class SparseGradLayer(BaseTunerLayer):
         """Replace an adapter's basis, and set its core to zero.
 
         The core stays the same parameter, for optimizers that hold it, also where its size changes.
+
+        Raises:
+            ValueError: the core is sharded and would change its size.
         """
         core = self.sparsegrad_S[adapter_name]
         shape, device = basis.core_shape(self.out_features, self.in_features), self.device_of(adapter_name)
+        if is_sharded(core):
+            if shape != tuple(core.shape):
+                raise ValueError(
+                    f"a sharded core keeps its size, found {tuple(core.shape)} and new bases for {shape}; calibrate "
+                    "before fully_shard, or give the sizes as counts"
+                )
+            own_shard(core.detach()).zero_()
+            self.sparsegrad_basis[adapter_name] = basis
+            self.sparsegrad_checked[adapter_name] = True
+            return
         zeros = torch.zeros(shape, dtype=core.dtype, device=device)
         self.sparsegrad_basis[adapter_name] = basis
         self.sparsegrad_checked[adapter_name] = True

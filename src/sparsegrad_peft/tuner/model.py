@@ -25,7 +25,7 @@ from ..method.plain import is_conv1d
 from ..method.surgery import leave_fast_path
 from .adapters import BASIS, ROOT, layers_of, paths_and_keys
 from .bases import data_free_sizes, empty_basis
-from .checks import check_adapter_name
+from .checks import check_adapter_name, check_whole
 from .combine import add_weighted_sum
 from .config import SparseGradConfig
 from .experts import SparseGradExperts
@@ -157,6 +157,8 @@ class SparseGradModel(BaseTuner):
             )
         in_features, out_features = in_out_features(base)
         weight = getattr(base, "weight", None)
+        if isinstance(weight, Tensor):
+            check_whole(weight, current_key)
         device = weight.device if isinstance(weight, Tensor) else None
         basis = self._basis_for(config, current_key, [out_features, in_features], device, target)
         if isinstance(target, SparseGradLayer):
@@ -179,6 +181,7 @@ class SparseGradModel(BaseTuner):
         while isinstance(wrapper, SparseGradExperts) and wrapper.parameter_name != parameter_name:
             wrapper = wrapper.base_layer
         base = target.get_base_layer() if isinstance(target, SparseGradExperts) else target
+        check_whole(base.get_parameter(parameter_name), key)
         layout = expert_layout(base, parameter_name)
         if not config.original_space:
             check_selects_neurons(layout, config.sizes, key)

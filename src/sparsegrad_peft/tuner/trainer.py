@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..method.config import CalibrationConfig
+from ..method.ddp import exclude_bases_from_ddp
 from ..method.optim import SparseGradAdamW
 from ..method.surgery import param_groups
 from .adapters import active_configs, adapter_parameters, uncalibrated
@@ -54,8 +55,8 @@ class SparseGradTrainerMixin:
 
     Raises:
         ValueError: another optimizer was asked for (`optim`, `optimizer_cls_and_kwargs`); an optimizer was passed in
-            with `density`, `k` or `rest_learning_rate`, which it would ignore; `refresh_every` is given with truncated
-            bases or a sharded model.
+            with `density`, `k` or `rest_learning_rate`, which it would ignore; `density` or `k` under DeepSpeed;
+            `refresh_every` is given with truncated bases or a sharded model.
     """
 
     def __init__(
@@ -85,6 +86,11 @@ class SparseGradTrainerMixin:
 
     def _check_optimizer(self: Any, **settings: Any) -> None:
         """Refuse settings that the optimizer would ignore, and an optimizer that the mixin would replace."""
+        if any(value is not None for value in self.sparsegrad_selection.values()) and self.is_deepspeed_enabled:
+            raise ValueError(
+                "density and k select the largest entries of whole cores, and DeepSpeed ZeRO gives the optimizer parts "
+                "of them; leave both out, or use DDP or FSDP2"
+            )
         lost = ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
         if self.optimizer is not None:
             if lost:
@@ -113,19 +119,21 @@ class SparseGradTrainerMixin:
         """Calibrate the adapters that are not, then make `SparseGradAdamW`; an optimizer that was passed in is kept.
 
         Raises:
-            ValueError: an adapter is not calibrated under FSDP or DeepSpeed, whose weights are sharded by then, or with
-                an optimizer that has trained; and whatever calibration and optimizer refuse.
+            ValueError: an adapter is not calibrated under FSDP1 or DeepSpeed ZeRO-3, whose weights are sharded by then,
+                or with an optimizer that has trained; and whatever calibration and optimizer refuse.
         """
         names = uncalibrated(self.model)
-        if names and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if names and (engine := sharded_by(self)) is not None:
             raise ValueError(
-                f"adapter {names[0]!r} is not calibrated, and a sharded model cannot be calibrated; call "
-                "calibrate_adapter before the trainer is made"
+                f"adapter {names[0]!r} is not calibrated, and {engine} has already sharded the model; call "
+                "calibrate_adapter before the trainer is made, or use FSDP2"
             )
         check_untrained(names, self.optimizer)
         for name in names:
             show = not self.args.disable_tqdm if self.calibration_progress is None else self.calibration_progress
             self._on_training_batches(calibrate_adapter, adapter_name=name, progress=show)
+        if self.args.world_size > 1:
+            exclude_bases_from_ddp(self.model)
         if self.optimizer is None and not self.own_optimizer:
             own: torch.optim.Optimizer = super().create_optimizer()  # type: ignore[misc]
             return own
@@ -194,6 +202,18 @@ class SparseGradTrainerMixin:
                     f"{self.args.learning_rate}, or train in float32 or bfloat16"
                 )
         return loss
+
+
+def sharded_by(trainer: Any) -> str | None:
+    """Return the engine that has sharded a trainer's model before the optimizer is made; None if it is still whole.
+
+    FSDP2 and ZeRO-1 and 2 get a whole model then.
+    """
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
+        return "FSDP1"
+    if any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters()):
+        return "DeepSpeed ZeRO-3"
+    return None
 
 
 class SparseGradTrainer(SparseGradTrainerMixin, Trainer):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from groups_of_processes import free_port
 from sparsegrad_lab.cli.main import main
+from sparsegrad_lab.run.processes import process_count, rank, work_alone
 
 Words = Callable[..., list[str]]
 MODULE = ["-m", "sparsegrad_lab.cli.main"]
@@ -120,11 +121,11 @@ def test_two_processes_search_together(words: Words, tmp_path: Path) -> None:
 @pytest.mark.parametrize("verb", ["evaluate", "demo", "bench"])
 def test_other_verbs_are_refused(verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, said in (
+    for number, said in (
         (0, f"sparsegrad {verb}: runs in one process, found 2; start it without torchrun or accelerate launch\n"),
         (1, ""),
     ):
-        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("RANK", str(number))
         assert main([verb, "somewhere"]) == 2
         assert capsys.readouterr() == ("", said)
 
@@ -142,3 +143,15 @@ def test_engines_other_than_ddp_are_refused(
 
 def scores(result: dict[str, Any]) -> list[float]:
     return [evaluation["loss"] for evaluation in result["evaluations"]]
+
+
+def test_a_process_that_works_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As each one of `sparsegrad reproduce`: it has its own GPU, and its children start without a group."""
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,6"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert (process_count(), rank()) == (4, 3)
+    work_alone()
+    assert (process_count(), rank()) == (1, 0)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
+    assert "MASTER_ADDR" not in os.environ
