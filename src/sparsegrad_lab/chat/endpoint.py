@@ -1,4 +1,7 @@
-"""The OpenAI-compatible server that runs a judge. The key is read from the environment and never written anywhere."""
+"""The OpenAI-compatible server that runs a judge. Key and address come from the environment and are never written.
+
+Messages name the host of the server, and nothing else of its address.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,8 @@ class Endpoint:
             )
         self.model, self.max_tokens = model, max_tokens
         self._client = openai.AsyncOpenAI(timeout=timeout, max_retries=retries)
-        self.address = str(self._client.base_url)
+        url = self._client.base_url
+        self.address = url.host if url.port is None else f"{url.host}:{url.port}"  # the rest may hold a password
 
     async def ask(self, messages: list[dict[str, str]], temperature: float) -> str:
         """Return the model's answer.

@@ -16,7 +16,6 @@ from transformers import TextStreamer
 import sparsegrad_peft.tuner  # noqa: F401  # registers SparseGrad, so that PEFT can load its adapters
 
 from ..run.finished_run import open_run, read_run
-from ..run.folder import RunFolder
 from ..tasks.conversations import Message
 from ..tasks.generation import RowSampling, generate, generation_ends
 from ..tasks.kinds.language import LanguageKind
@@ -118,21 +117,6 @@ class ChatModel:
             return generate(self.model, self.tokenizer, prompts, room, ends, stop_text=self._stop, **options)
 
 
-def check_model(name: str) -> None:
-    """Raise before torch is needed for anything: a run that is not finished, or no run of a language model.
-
-    Raises:
-        FileNotFoundError: the run is not finished.
-        ValueError: the run is of another kind of task.
-    """
-    folder = Path(name)
-    if (folder / "config.yaml").is_file():
-        RunFolder(folder).check_finished()
-        _, _, task = read_run(folder)
-        if task.kind != LANGUAGE:
-            raise ValueError(f"{name}: expected a run of a language model, found one of {task.kind} ({task.name})")
-
-
 def open_model(name: str) -> ChatModel:
     """Load the model of a finished run, an adapter's folder, or a pretrained model.
 
@@ -140,12 +124,14 @@ def open_model(name: str) -> ChatModel:
         FileNotFoundError: there is no such model, or the run is not finished.
         ValueError: it is not a language model, or its weights are damaged.
     """
-    check_model(name)
     folder, plain = Path(name).expanduser(), False
     if folder.name == "adapter" and (folder.parent / "config.yaml").is_file():
         folder = folder.parent  # an adapter in its run
     base_name: str | None = None
     if (folder / "config.yaml").is_file():
+        _, _, task = read_run(folder)
+        if task.kind != LANGUAGE:
+            raise ValueError(f"{name}: expected a run of a language model, found one of {task.kind} ({task.name})")
         run = open_run(folder)
         model, tokenizer = run.model, run.processor
         base_name, plain = run.arguments.model, run.arguments.data.template == "plain"
