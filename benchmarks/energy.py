@@ -66,7 +66,7 @@ def batches(rows: list[tuple[str, int]], tokenizer: Any, size: int, seed: int) -
 
 
 def shares(model: nn.Module, groups: dict[str, list[str]], bases: dict[str, dict[str, Basis]], stream: Iterator[Any],
-           n_batches: int = 6) -> dict[str, dict[str, dict[str, float]]]:  # fmt: skip
+           n_batches: int) -> dict[str, dict[str, dict[str, float]]]:  # fmt: skip
     """Return: way of calibration -> "up" or "down" -> share of energy in the top 1 % and in the leading block."""
     layers = [name for names in groups.values() for name in names]
     found: dict[str, dict[str, dict[str, list[float]]]] = {
@@ -118,7 +118,7 @@ def train(model: nn.Module, stream: Iterator[dict[str, Tensor]], optimizer: torc
 
 
 def measure_all(at: list[int], rows: int, seed: int, batch: int = 32, lr: float = 1e-4, paper_steps: int = 30,
-                walk_steps: int = 60) -> dict[str, Any]:  # fmt: skip
+                walk_steps: int = 60, n_batches: int = 6) -> dict[str, Any]:  # fmt: skip
     torch.manual_seed(seed)
     model, tokenizer = minilm()
     examples = sst2(rows)
@@ -145,7 +145,7 @@ def measure_all(at: list[int], rows: int, seed: int, batch: int = 32, lr: float 
     for step in sorted(at):
         loss = train(model, stream, optimizer, step - done)
         done = step
-        result[str(step)] = {"mean_loss_since": loss, "shares": shares(model, groups, by_layer, fresh)}
+        result[str(step)] = {"mean_loss_since": loss, "shares": shares(model, groups, by_layer, fresh, n_batches)}
     return result
 
 

@@ -134,7 +134,7 @@ def test_gradient_energy_on_real_sst2(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ("paper, shared", "sign walk, per layer")
     all_ways = energy.calibrations
     monkeypatch.setattr(energy, "calibrations", lambda *sizes: {way: all_ways(*sizes)[way] for way in chosen})
-    found = energy.measure_all([0, 25], rows=2000, seed=0, batch=16, paper_steps=6, walk_steps=12)
+    found = energy.measure_all([0, 25], rows=2000, seed=0, batch=8, paper_steps=6, walk_steps=12, n_batches=3)
     for step, row in found.items():
         for way, roles in row["shares"].items():
             print(f"step {step}, {way}: up {roles['up']}, down {roles['down']}")
