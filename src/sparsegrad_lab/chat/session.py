@@ -131,4 +131,6 @@ class Session:
 
                 texts[column] = model.stream(conversation, self.max_new_tokens, show, self._sampling())
             live.update(table(), refresh=True)
+        if not self.console.is_terminal:
+            self.console.print()  # there, `Live` ends without a line break
         return texts[1]

@@ -70,6 +70,7 @@ def test_base_and_adapter_side_by_side(run: Path, chat_llama: Path) -> None:
     assert of_base != "bright one"
     (row,) = [line for line in written.getvalue().splitlines() if "bright one" in line]
     assert of_base.split()[0] in row.partition("bright one")[0]
+    assert written.getvalue().endswith("┘\n")
     assert talk.messages[-1]["content"] == "bright one"
     talk.take("/compare")
     talk.take("/reset")
