@@ -14,13 +14,13 @@ import json
 import zipfile
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 
+from ..methods.settings import AdapterArguments
 from ..run.folder import RunFolder, write_whole
 from ..tasks.parse_files import read_json
-from . import ageing, gradient_before_after, spectrum, strided_structure, touched, update_norms
+from . import ageing, data_flow, gradient_before_after, spectrum, strided_structure, touched, update_norms
 from .drawing import Drawing, run_title
 
 FIGURES = (gradient_before_after, strided_structure, spectrum, ageing, touched, update_norms)
@@ -31,18 +31,8 @@ PARTS = {"gradient", "rows", "spectrum", "ageing", "touched", "runs"}
 
 def draw(data: dict[str, Any]) -> list[Drawing]:
     """Draw all figures from the result of `collect` or `read`."""
-    return [data_flow(), *(figure.draw(data) for figure in FIGURES)]
-
-
-def data_flow() -> Drawing:
-    """Return the diagram of a SparseGrad layer, which is the same for every model and task."""
-    svg = Path(__file__).with_name("data_flow.svg").read_text(encoding="utf-8")
-    title, alt = (element.text or "" for element in list(ElementTree.fromstring(svg))[:2])
-    caption = (
-        "Backward needs x Uᵀ (T, c) instead of x (T, in). By default a step changes all entries of S; with a "
-        "density or k, only the largest."
-    )
-    return Drawing("data_flow", title, alt, caption, svg)
+    adapter = AdapterArguments.from_dict(data["config"]["adapter"])
+    return [data_flow.draw(adapter), *(figure.draw(data) for figure in FIGURES)]
 
 
 def check_output(folder: Path) -> None:

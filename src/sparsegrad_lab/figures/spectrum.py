@@ -11,12 +11,14 @@ from matplotlib.ticker import PercentFormatter
 
 from sparsegrad_peft.method.basis import Basis
 from sparsegrad_peft.method.calibrate import Calibration
+from sparsegrad_peft.method.sides import is_selected
 from sparsegrad_peft.method.sizes import Sizes
 
 from .drawing import Drawing, new_figure, percent, set_title, short_name
 from .setup import Setup, without_rank_warnings
 
 SIDE_COLOURS = {"input": "#6a3d9a", "output": "#33a02c"}
+DIRECTIONS, NEURONS = "directions", "neurons"
 POINTS = 200
 """Points of a curve, evenly spaced in the logarithm of the direction's number; a large model has thousands."""
 
@@ -31,8 +33,9 @@ def measure(setup: Setup, calibration: Calibration, bases: Mapping[str, Basis], 
         sizes: which rows a run would keep.
 
     Returns:
-        For each side: "group", "role", "side", "size" (number of directions), "kept", "share_kept", and the arrays "at"
-        (direction, from 1), "each" (its share of the energy) and "summed" (share of all directions up to it).
+        For each side: "group", "role", "side", "kind" (`NEURONS` where the side selects features, else `DIRECTIONS`),
+        "size" (number of them), "kept", "share_kept", and the arrays "at" (number, from 1, strongest first), "each"
+        (its share of the energy) and "summed" (share of all up to it).
     """
     here = set(setup.layers_of(setup.block))
     groups = {name: gram for name, gram in calibration.groups.items() if here & set(gram.layers)}
@@ -40,9 +43,11 @@ def measure(setup: Setup, calibration: Calibration, bases: Mapping[str, Basis], 
         truncated = replace(calibration, groups=groups).bases(sizes=sizes)
     sides = []
     for group, gram in groups.items():
-        basis = bases[gram.layers[0]]
-        for side, spectrum, rows in (("input", basis.spectrum_in, truncated[group].U),
-                                     ("output", basis.spectrum_out, truncated[group].V)):  # fmt: skip
+        basis, cut = bases[gram.layers[0]], truncated[group]
+        for side, spectrum, rows, of_neurons in (("input", basis.spectrum_in, cut.U, cut.spectrum_in),
+                                                 ("output", basis.spectrum_out, cut.V, cut.spectrum_out)):  # fmt: skip
+            selected = is_selected(rows)
+            spectrum = of_neurons if selected else spectrum
             assert spectrum is not None
             assert rows is not None
             shares = (spectrum.double() / spectrum.double().sum()).cpu().numpy()
@@ -50,6 +55,7 @@ def measure(setup: Setup, calibration: Calibration, bases: Mapping[str, Basis], 
             at = np.unique([*np.geomspace(1, len(shares), POINTS).round().astype(int), kept])
             sides.append({
                 "group": group, "role": setup.role(gram.layers[0]), "side": side, "size": len(shares), "kept": kept,
+                "kind": NEURONS if selected else DIRECTIONS,
                 "share_kept": round(float(summed[kept - 1]), 6), "at": at, "each": shares[at - 1],
                 "summed": summed[at - 1],
             })  # fmt: skip
@@ -67,7 +73,7 @@ def draw(data: dict[str, Any]) -> Drawing:
         name = f"{data['roles'].get(group, sides[0]['role'])} ({short_name(group)})"
         _draw_group(panels[0], panels[1], sides, name)
     numbers = [
-        f"{short_name(side['group'])}, {side['side']}: {side['kept']} of {side['size']} directions keep "
+        f"{short_name(side['group'])}, {side['side']}: {side['kept']} of {side['size']} {_kind(side)} keep "
         f"{percent(side['share_kept'])}"
         for side in data["spectrum"]
     ]
@@ -75,12 +81,17 @@ def draw(data: dict[str, Any]) -> Drawing:
     set_title(figure, title, data, f"; bases: {data['calibrated']}; dotted: the cut")
     return Drawing.of(
         "spectrum", title,
-        "Share of the gradient energy by direction, and summed, with the number of directions that the run's settings "
+        "Share of the gradient energy by direction or neuron, and summed, with the number that the run's settings "
         f"keep: {'; '.join(numbers)}.",
-        "The dotted lines show where the settings cut each side. Directions left of a line are trained; those right of "
-        "it are dropped.",
+        "The dotted lines show where the settings cut each side. What is left of a line is trained, the rest is "
+        "dropped. Neurons are not rotated, so more of them are needed for the same share.",
         figure,
     )  # fmt: skip
+
+
+def _kind(side: Mapping[str, Any]) -> str:
+    """What a side consists of; figures of an earlier version have directions only."""
+    return str(side.get("kind", DIRECTIONS))
 
 
 def _draw_group(each: Any, summed: Any, sides: list[dict[str, Any]], name: str) -> None:
@@ -89,19 +100,19 @@ def _draw_group(each: Any, summed: Any, sides: list[dict[str, Any]], name: str) 
         colour, at, kept = SIDE_COLOURS[side["side"]], np.asarray(side["at"]), side["kept"]
         shares = np.asarray(side["each"])
         positive = shares > 0
-        each.plot(at[positive], shares[positive], color=colour, label=f"{side['side']} side")
+        each.plot(at[positive], shares[positive], color=colour, label=f"{side['side']} side, {_kind(side)}")
         summed.plot(at, side["summed"], color=colour)
-        label = f"{side['side']} side: {kept} of {side['size']} kept, {percent(side['share_kept'])}"
+        label = f"{side['side']}: {kept} of {side['size']} {_kind(side)}, {percent(side['share_kept'])}"
         summed.plot([kept], [side["share_kept"]], "o", color=colour, label=label)
         for axes in (each, summed):
             axes.axvline(kept, color=colour, linestyle=":", linewidth=1.2)
-    each.set(xscale="log", yscale="log", xlabel="direction, strongest first", ylabel="share of the energy",
+    each.set(xscale="log", yscale="log", xlabel="number, strongest first", ylabel="share of the energy",
              ylim=(1e-7, 1))  # fmt: skip
-    each.set_title(f"{name}: each direction", fontsize=10)
+    each.set_title(f"{name}: each", fontsize=10)
     each.legend(fontsize=8, loc="lower left")
-    summed.set(xscale="log", xlabel="directions", ylabel="summed share", ylim=(0, 1.04))
+    summed.set(xscale="log", xlabel="number of the strongest", ylabel="summed share", ylim=(0, 1.04))
     summed.yaxis.set_major_formatter(PercentFormatter(1, 0))
-    summed.set_title(f"{name}: leading directions together", fontsize=10)
+    summed.set_title(f"{name}: the strongest together", fontsize=10)
     summed.legend(fontsize=8, loc="lower right")
     for axes in (each, summed):
         axes.grid(alpha=0.3)

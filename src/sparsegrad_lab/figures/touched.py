@@ -1,4 +1,4 @@
-"""Figure 6: which entries a SparseGrad run has ever selected."""
+"""Figure 6: which entries the published method has ever selected."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def draw(data: dict[str, Any]) -> Drawing:
     growth.set_ylim(bottom=0)
     step_axis(growth, steps)
     growth.legend(fontsize=8)
-    title = "Which entries a run touches"
+    title = "Which entries the published method touches"
     set_title(figure, title, data, f", block {data['block']}, {steps} steps, complete bases")
     of_block = "; ".join(f"{role} of block {data['block']}: {percent(curves[role][-1])}" for role in images)
     return Drawing.of(
         "touched", title,
         f"Images of the entries that were ever selected, and their share against the step. After {steps} steps with "
         f"{percent(selected)} selected in each: {percent(total)} of all layers' entries; {of_block}.",
-        f"Each step selects anew. After {steps} steps the run has changed {total / selected:.1f} times as many entries "
-        "as one step selects.",
+        f"SparseGrad as published selects anew in each step. After {steps} steps it has changed {total / selected:.1f} "
+        "times as many entries as one step selects. The default trains all entries of a small core instead.",
         figure,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from matplotlib.ticker import PercentFormatter
 from .drawing import Drawing, new_figure, percent, set_title, shared_legend, short_name
 from .training import FINE_TUNING, SPARSEGRAD
 
+SHOWN = {FINE_TUNING: FINE_TUNING, SPARSEGRAD: "SparseGrad as published"}
 RUN_COLOURS = {FINE_TUNING: "#888888", SPARSEGRAD: "#d95f02"}
 
 
@@ -25,9 +26,9 @@ def draw(data: dict[str, Any]) -> Drawing:
         for number, (name, run) in enumerate(runs.items()):
             norms = np.asarray(run["norms"][group])
             places = np.arange(len(norms)) + (number - (len(runs) - 1) / 2) * width
-            label = f"{name}, learning rate {run['learning_rate']:g}"
+            label = f"{SHOWN[name]}, learning rate {run['learning_rate']:g}"
             axes.bar(places, norms, width, color=RUN_COLOURS[name], label=label)
-            numbers.append(f"{short_name(group)}, {name}: {percent(norms.min())} to {percent(norms.max())}")
+            numbers.append(f"{short_name(group)}, {SHOWN[name]}: {percent(norms.min())} to {percent(norms.max())}")
         axes.set_title(f"{data['roles'][group]} ({short_name(group)})", fontsize=10)
         axes.set_xlabel("block")
         axes.set_xticks(range(0, len(norms), max(1, len(norms) // 12)))

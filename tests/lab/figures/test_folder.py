@@ -55,7 +55,7 @@ def test_redraw_from_the_first_file_format(
     shutil.copy(SAMPLES / "figures" / "figures.json", tmp_path)
     assert main(figures_of(tmp_path, "--figures.redraw", "true", "--model", "nowhere")) == 0
     output = capsys.readouterr().out
-    assert "touched.svg: Which entries a run touches. Images of" in output
+    assert "touched.svg: Which entries the published method touches. Images of" in output
     assert output.endswith(f"written: {tmp_path}/index.md, figures.json, figures.npz and an SVG for each figure\n")
     assert {path.name for path in tmp_path.glob("*.svg")} == {f"{name}.svg" for name in NAMES}
     data = read(tmp_path)
