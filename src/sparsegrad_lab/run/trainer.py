@@ -76,7 +76,7 @@ def make_trainer(
     )
     # Classifiers of transformers take the number of labels in a step and ignore it: their loss is a batch's mean. The
     # Trainer would then scale it by the number of micro-batches and processes.
-    trainer.model_accepts_loss_kwargs = task.kind == LANGUAGE
+    trainer.model_accepts_loss_kwargs = trainer.model_accepts_loss_kwargs and task.kind == LANGUAGE
     trainer.remove_callback(PrinterCallback)  # `ProgressCallback` prints
     if arguments.report_to == "tensorboard":
         board = trainer.pop_callback(TensorBoardCallback)
