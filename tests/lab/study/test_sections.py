@@ -34,7 +34,7 @@ def test_models_are_apart(real: dict[str, Any], tmp_path: Path) -> None:
     assert mean_of_tasks(replace(sections[2], tasks=("rte",)), "sparsegrad") == pytest.approx(85)
     text = render_page(Report(list(sections)), "t")
     assert all(f'id="of-{section.name}"' in text for section in sections)
-    assert "roberta-large</h2>" in text
+    assert "roberta-large</h3>" in text
 
 
 def test_runs_of_one_seed_are_told_apart(folder: Path, real: dict[str, Any]) -> None:
