@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -133,7 +133,8 @@ def inspect(
     dtype_name = str(dtype).removeprefix("torch.")
     if dtype_name not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, found {dtype_name}")
-    if (batch_size is None) != (length is None) or 0 in (batch_size, length) or min(batch_size or 1, length or 1) < 1:
+    step = [size for size in (batch_size, length) if size is not None]
+    if len(step) == 1 or min(step, default=1) < 1:
         raise ValueError(f"expected batch_size and length of at least 1, or neither; found {batch_size} and {length}")
     config = SparseGradConfig(narrow=narrow, wide=wide, c=c, r=r, shared=bool(shared))
     built = build_model(model, task_type, num_labels)
@@ -141,20 +142,19 @@ def inspect(
     name = model if isinstance(model, str) else getattr(getattr(built, "config", None), "name_or_path", None)
     groups = group_linears(built, targets) if targets else {}  # by role, also for bases of each layer: a short table
     groups |= group_experts(built, experts)
-    step = None if batch_size is None or length is None else (batch_size, length)
     return _inspect(built, name or type(built).__name__, targets, groups, config, density, dtype_name, step)
 
 
 def _inspect(
     model: nn.Module, name: str, targets: list[str] | str, groups: dict[str, list[str]], config: SparseGradConfig,
-    density: float, dtype: str, step: tuple[int, int] | None,
+    density: float, dtype: str, step: Sequence[int],
 ) -> Inspection:  # fmt: skip
     layers = [layer for names in groups.values() for layer in names]
     rows = group_rows(model, groups, config, density)
     parts = count_parts(model, set(layers))
     weight_bytes, rank = _DTYPES[dtype].itemsize, matching_rank(model, layers, config.sizes)
     methods = method_bytes(parts.total, rows, rank, density, weight_bytes)
-    if step is not None:
+    if step:
         saved = count_activations(_on_meta(model), layers, config, rank, _DTYPES[dtype], *step)
         methods = [replace(method, activations_bytes=saved.get(method.key)) for method in methods]
     return Inspection(
@@ -187,13 +187,13 @@ def _on_meta(model: nn.Module) -> nn.Module:
         return type(model)(config)
 
 
-def _notes(dtype: str, step: tuple[int, int] | None, *, experts: bool) -> list[str]:
+def _notes(dtype: str, step: Sequence[int], *, experts: bool) -> list[str]:
     fused = (
         "Fused experts: the experts in one parameter count as one layer, whose larger side holds the neurons of all. "
         "The paper's own form does not exist for them."
     )
     activations = "Activations are not counted. They depend on the batch and the length; give batch_size and length."
-    if step is not None:
+    if step:
         activations = (
             f"Activations: what autograd saves for backward with {step[0]} rows of {step[1]} tokens, in {dtype}, "
             "without checkpointing. Not counted: buffers of a single operation, such as the gradient of the logits."

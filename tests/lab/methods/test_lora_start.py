@@ -25,7 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 class Watch(TrainerCallback):
-    """Keeps the model's output and weights at the first step, and may interrupt the run."""
+    """Keeps the weights before the first step, and may interrupt the run."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.stop_at = stop_at
