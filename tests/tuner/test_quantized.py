@@ -15,11 +15,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig, TrainingArguments
 
 from helpers import logits, tiny_batch
 from sparsegrad_peft import SparseGradAdamW, SparseGradConfig, calibrate_adapter, param_groups
 from sparsegrad_peft.tuner.layer import SparseGradLayer
+from sparsegrad_peft.tuner.quantized import is_reordered
+from sparsegrad_peft.tuner.trainer import SparseGradTrainer
 
 pytest.importorskip("accelerate", reason="transformers loads quantized models with it")
 
@@ -294,6 +296,30 @@ def test_training_after_inference_in_4_bit(adapter: PeftModel, tmp_path: Path) -
     model.state_dict()
     losses += train(model, 3)
     assert losses[-1] < losses[0]
+
+
+def test_the_trainer_keeps_the_order_of_4_bit_weights(adapter: PeftModel, tmp_path: Path) -> None:
+    """It trains after an evaluation on any CPU, also of a model that was used for inference before."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    plain().save_pretrained(tmp_path / "base")
+    config = _nf4(torch.float32, double=False)
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map="cpu")
+    model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True)
+    before = stored(model)
+    logits(model.eval(), tiny_batch("llama"))  # reorders on some CPUs
+    batch = tiny_batch("llama")
+    rows = [{name: values[row] for name, values in batch.items()} for row in range(4)]
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "report_to": "none", "use_cpu": True}
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), max_steps=4, learning_rate=0.02, disable_tqdm=True, save_strategy="no", **options
+    )
+    trainer = SparseGradTrainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.01
+    assert not any(is_reordered(module) for module in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(stored(model), before, strict=True))
 
 
 def test_quantized_by_hand() -> None:

@@ -105,6 +105,10 @@ class Method(ABC):
         """What this method cannot run with, one message each."""
         return []
 
+    def why_not_four_bits(self, adapter: AdapterArguments) -> str | None:
+        """Why the method cannot train on a base in 4 bits; None if it can."""
+        return "trains the model's own weights" if self.leaves == "model" else None
+
     def adapts_experts(self, adapter: AdapterArguments) -> bool:
         """True if the method adapts fused experts, with these settings."""
         return False

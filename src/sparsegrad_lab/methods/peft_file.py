@@ -43,6 +43,19 @@ class PeftFile(Method):
             problems.append(str(error))
         return problems
 
+    def why_not_four_bits(self, adapter: AdapterArguments) -> str | None:
+        """A start that reads or changes the weights; SparseGrad's complete cores."""
+        try:
+            config = read_config(self.path)
+        except ValueError:  # `problems` reports it
+            return None
+        if getattr(config, "original_space", False) or (hasattr(config, "sizes") and config.sizes.complete):
+            return "with complete cores trains as many float32 entries as the weights have"
+        start = getattr(config, "init_lora_weights", True)
+        if start not in (True, False, "gaussian"):
+            return f"with init_lora_weights {start!r} needs the unquantized weights"
+        return None
+
     def target_layers(self, model: nn.Module, adapter: AdapterArguments) -> list[str]:
         """None that are known before PEFT reads the config."""
         return []

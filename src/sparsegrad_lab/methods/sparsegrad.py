@@ -32,6 +32,12 @@ class SparseGrad(Method):
             return []
         return [f"calibration.refresh is for complete bases (adapter.c and r: full), found sizes {adapter.sizes}"]
 
+    def why_not_four_bits(self, adapter: AdapterArguments) -> str | None:
+        """Trained entries and bases as large as the weights, which would need more memory than 4 bits save."""
+        if self.original_space or adapter.sizes.complete:
+            return "with complete cores trains as many float32 entries as the weights have"
+        return None
+
     def adapts_experts(self, adapter: AdapterArguments) -> bool:
         """True for the form with neurons, and in the original space."""
         return self.original_space or adapter.form[0]

@@ -27,7 +27,7 @@ from ..tasks.read import Row, read_rows
 from ..tasks.registry import kind_of
 from ..tasks.task import LOSSES, Task
 from .folder import RunFolder, save_whole, write_whole
-from .inputs import unrelated_features
+from .inputs import compute_type, unrelated_features
 from .interrupts import interrupts_kept
 from .settings import RunArguments
 from .train import save_weights
@@ -63,8 +63,12 @@ class FinishedRun:
         return torch.cat(kept).numpy()
 
 
-def open_run(path: str | Path) -> FinishedRun:
+def open_run(path: str | Path, *, unquantized: bool = False) -> FinishedRun:
     """Load a finished run.
+
+    Args:
+        path: folder of the run.
+        unquantized: load the weights of a 4-bit base in float32.
 
     Raises:
         FileNotFoundError: this is not the folder of a finished run, or its pretrained model is gone.
@@ -75,7 +79,9 @@ def open_run(path: str | Path) -> FinishedRun:
     adapter = folder.path / "adapter"
     if adapter.is_dir():
         load_config(model_path(arguments.model))  # a clear error if the pretrained model is gone
-        base = kind.load_model(arguments.model, task, processor)  # the adapter overwrites the new head
+        compute = compute_type(arguments) if arguments.load_in_4bit and not unquantized else None
+        # The adapter overwrites the new head.
+        base = kind.load_model(arguments.model, task, processor, four_bits=compute)
         with suppress_library_logs():
             model: nn.Module = PeftModel.from_pretrained(base, str(adapter))
     else:
@@ -192,6 +198,8 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def merge(path: str | Path) -> tuple[Path, bool]:
     """Write the model with the adapter merged into its weights, as a plain transformers folder `merged/` in the run.
 
+    The adapter of a 4-bit base is merged into the unquantized weights: 4 bits would lose most of the update.
+
     Returns:
         The folder, and True if it was written now, False if it was there before.
 
@@ -206,7 +214,7 @@ def merge(path: str | Path) -> tuple[Path, bool]:
         return target, False
     if (folder.path / "model").is_dir():
         raise ValueError(f"{folder} has no adapter to merge; {folder.path / 'model'} is a plain model already")
-    run = open_run(path)
+    run = open_run(path, unquantized=True)
     assert isinstance(run.model, PeftModel)
     merged_model = run.model.merge_and_unload(safe_merge=True)
 

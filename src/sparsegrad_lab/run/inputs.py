@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import set_seed
@@ -57,13 +58,31 @@ def load_inputs(arguments: RunArguments) -> Inputs:
     set_seed(arguments.seeds[0])
     processor = kind.processor(arguments.model)
     with suppress_library_logs(), interrupts_kept():
-        model = kind.load_model(arguments.model, task, processor)
-        adapted = find_method(arguments.method).adapt(model, arguments.setup())
+        adapted = load_adapted(arguments, task, processor, four_bits=arguments.load_in_4bit)
         features = {split: kind.features(task, split, processor, arguments.data) for split in task.splits}
         unrelated = unrelated_features(arguments, processor)
     for rows in [*features.values(), *([] if unrelated is None else [unrelated])]:
         kind.check_features(rows, adapted.model, processor)
     return Inputs(task, processor, adapted, features, unrelated)
+
+
+def load_adapted(arguments: RunArguments, task: Task, processor: Any, *, four_bits: bool) -> Adapted:
+    """Load the model and add the adapter.
+
+    Args:
+        arguments: the settings.
+        task: the task.
+        processor: tokenizer or image processor.
+        four_bits: quantize the model's linear layers.
+    """
+    compute = compute_type(arguments) if four_bits else None
+    model = KINDS[task.kind].load_model(arguments.model, task, processor, four_bits=compute)
+    return find_method(arguments.method).adapt(model, arguments.setup())
+
+
+def compute_type(arguments: RunArguments) -> torch.dtype:
+    """Return the type in which a run computes with 4-bit weights: that of its mixed precision."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.training.precision]
 
 
 def unrelated_features(arguments: RunArguments, processor: Any) -> Dataset | None:

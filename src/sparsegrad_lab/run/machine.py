@@ -22,7 +22,9 @@ from torch.nn.functional import linear
 
 from .processes import engine, process_count
 
-_PACKAGES = ("sparsegrad-peft", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn")
+_PACKAGES = (
+    "sparsegrad-peft", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "scikit-learn",
+)  # fmt: skip
 _SAMPLING_SECONDS = 0.02
 _SLOW = 1.5  # a processor with bfloat16 instructions takes less time than in float32
 _CLOCK_SECONDS = 2.0  # a process's start time may shift by this much when the system clock is set

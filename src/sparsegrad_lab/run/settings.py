@@ -96,6 +96,9 @@ class RunArguments:
     (your own, see data). Image classification: "digits" (scikit-learn's, no download), "images" (your own, see data)"""
     method: str = "sparsegrad"
     "fine-tuning method, or the path of an adapter_config.json of PEFT"
+    load_in_4bit: bool = False
+    """quantize the pretrained model's linear layers to 4 bits (NF4, bitsandbytes) before training, for methods that
+    train a small adapter; sparsegrad calibrates before the quantization"""
     rest: Literal["train", "freeze"] = "freeze"
     """train: the whole model besides the MLP layers trains too (the paper's GLUE runs); freeze: only the head, if there
     is one (the paper's LLaMA runs)"""
@@ -170,12 +173,24 @@ class RunArguments:
             problems.append(str(error))
         else:
             problems += [*method.problems(self.adapter, self.calibration), *self._unread(method)]
+            problems += self._four_bit_problems(method) if self.load_in_4bit else []
         if self.training.batches == "by_length" and kind_of(self.task) == IMAGES:
             problems.append(f"training.batches: by_length is for texts, found task {self.task!r}")
         seeds = self.seeds or []
         if not seeds or len(set(seeds)) != len(seeds) or not all(0 <= seed < _SEEDS for seed in seeds):
             problems.append(f"seeds: expected different numbers from 0 to {_SEEDS - 1:,}, at least one; found {seeds}")
         return [*problems, *self._reporting_problems()]
+
+    def _four_bit_problems(self, method: Method) -> list[str]:
+        problems = []
+        if reason := method.why_not_four_bits(self.adapter):
+            problems.append(f"load_in_4bit: method {method.name} {reason}; leave load_in_4bit out")
+        if self.rest == "train":
+            problems.append("load_in_4bit: rest: train updates weights that are in 4 bits; use rest: freeze")
+        missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
+        if missing:
+            problems.append(f"load_in_4bit needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        return problems
 
     def _reporting_problems(self) -> list[str]:
         problems = []

@@ -20,6 +20,7 @@ from ..methods.training.trainer import MethodTrainer
 from ..tasks.kinds import KINDS
 from ..tasks.library_logs import suppress_library_logs
 from ..tasks.model_folder import hub_id
+from .calibration import calibrate_unquantized
 from .card import make_card
 from .checkpoints import writing
 from .console import ProgressCallback
@@ -89,6 +90,8 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         return finished
     inputs = load_inputs(arguments)
     checkpoint = on_rank0(lambda: _start(folder, inputs, arguments, reporter))
+    if arguments.load_in_4bit and checkpoint is None and inputs.adapted.calibration is not None:
+        calibrate_unquantized(arguments, folder, inputs)
     reporter.metric = inputs.task.main_metric
     measure = MeasureTraining()
     trainer = make_trainer(arguments, folder, inputs, [reporter, measure, *callbacks])

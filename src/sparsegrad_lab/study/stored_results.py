@@ -178,5 +178,5 @@ def _decisive_settings(config: Any, peft_config: Any) -> dict[str, Any]:
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that are not null: an older version may not have had the others."""
-    return {name: value for name, value in settings.items() if value is not None}
+    """Settings that are neither null nor false: an older version may not have had the others."""
+    return {name: value for name, value in settings.items() if value is not None and value is not False}

@@ -47,6 +47,21 @@ def check_gradient(base: nn.Module, backend: QuantizationBackend, result: Tensor
         )
 
 
+def keep_order(model: nn.Module) -> None:
+    """Keep bitsandbytes from reordering a model's 4-bit weights at inference, so that it trains after an evaluation.
+
+    On a CPU with AVX512-BF16, `Linear4bit` reorders its weight at the first forward pass in evaluation mode, if its
+    attribute `support_avx512bf16_for_cpu` is true (bitsandbytes 0.50, nn/modules.py). The reordered layer has no
+    backward pass, and its scales are rounded to bfloat16. A weight that is reordered already gets its order back, but
+    not the rounded digits. On other devices this changes nothing.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            if is_reordered(module):
+                module.state_dict()  # restores the order
+
+
 def is_reordered(base: nn.Module) -> bool:
     """True if bitsandbytes has reordered a 4-bit weight for inference on a CPU with AVX512-BF16.
 

@@ -24,6 +24,7 @@ from ..method.optim import SparseGradAdamW
 from ..method.surgery import param_groups
 from .adapters import active_configs, adapter_parameters, uncalibrated
 from .calibration import calibrate_adapter
+from .quantized import keep_order
 from .refresh import refresh_adapter, truncated
 from .trainer_batches import training_batches
 from .trainer_callbacks import Refreshing, SparseGradCalibration, check_untrained
@@ -79,6 +80,7 @@ class SparseGradTrainerMixin:
         self.calibration_progress = progress
         self.own_optimizer = own_optimizer
         super().__init__(*args, **kwargs)
+        keep_order(self.model)  # evaluations during training would reorder 4-bit weights
         self._check_optimizer(**self.sparsegrad_selection, rest_learning_rate=rest_learning_rate)
         if refresh_every is not None:
             self._check_refresh(refresh_every)
@@ -151,8 +153,11 @@ class SparseGradTrainerMixin:
         """Give an adapter new bases from training batches (see `refresh_adapter`)."""
         self._on_training_batches(refresh_adapter, optimizer=self.optimizer, adapter_name=adapter_name, progress=False)
 
-    def _on_training_batches(self: Any, calibrate: Callable[..., Any], **options: Any) -> None:
-        """Calibrate on the training loader through `compute_loss`. The trainer is left as it was."""
+    def _on_training_batches(self: Any, calibrate: Callable[..., Any], **options: Any) -> Any:
+        """Calibrate on the training loader through `compute_loss`, and return the result of `calibrate`.
+
+        The trainer is left as it was.
+        """
 
         def loss_of(model: nn.Module, batch: Any) -> Tensor:
             # The model is not prepared yet, which would set bfloat16. Not for float16, which needs scaled losses.
@@ -162,7 +167,7 @@ class SparseGradTrainerMixin:
             return loss
 
         with training_batches(self) as batches:
-            calibrate(self.model, batches, loss_fn=loss_of, config=self.sparsegrad_calibration, **options)
+            return calibrate(self.model, batches, loss_fn=loss_of, config=self.sparsegrad_calibration, **options)
 
     def _groups(self: Any, model: nn.Module) -> list[dict[str, Any]]:
         """Return the adapter's parameters first, then the rest, with the Trainer's choice of weight decay."""

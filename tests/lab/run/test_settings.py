@@ -11,6 +11,7 @@ import pytest
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.methods.registry import METHODS, find_method
 from sparsegrad_lab.run.exit_codes import ExitCode, RefusedError
+from sparsegrad_lab.run.parsing import arguments_from
 from sparsegrad_lab.run.settings import RunArguments, flat
 
 ALIASES = "\n".join(
@@ -109,6 +110,35 @@ def test_settings_that_a_method_does_not_read(name: str) -> None:
         if any(problem.startswith(f"{name} is for ") for problem in arguments.problems()):
             found.add(method)
     assert found == refusing
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"method": "full"}, "method full trains the model's own weights"),
+        ({"method": "literal"}, "method literal trains the model's own weights"),
+        ({"method": "meprop"}, "method meprop with complete cores trains as many float32 entries as the weights have"),
+        ({"adapter": {"c": "full", "r": "full"}}, "method sparsegrad with complete cores trains"),
+        (
+            {"method": "{folder}/pissa.json"},
+            "method pissa with init_lora_weights 'pissa' needs",
+        ),
+        ({"method": "{folder}/original.json"}, "method original with complete cores trains as many float32 entries"),
+        ({"rest": "train"}, "rest: train updates weights that are in 4 bits; use rest: freeze"),
+    ],
+)
+def test_no_training_of_weights_in_4_bits(changed: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    (tmp_path / "pissa.json").write_text('{"peft_type": "LORA", "init_lora_weights": "pissa"}', encoding="utf-8")
+    (tmp_path / "original.json").write_text('{"peft_type": "SPARSEGRAD", "original_space": true}', encoding="utf-8")
+    settings: dict[str, Any] = {"load_in_4bit": True, **changed}
+    if "method" in settings:
+        settings["method"] = settings["method"].replace("{folder}", str(tmp_path))
+    [problem] = arguments_from(settings).problems()
+    assert problem.startswith(f"load_in_4bit: {reason}")
+    (tmp_path / "plain.json").write_text('{"peft_type": "LORA", "use_rslora": true}', encoding="utf-8")
+    for method in ("sparsegrad", "lora", str(tmp_path / "plain.json")):
+        assert RunArguments(method=method, load_in_4bit=True).problems() == []
 
 
 def test_settings_that_every_method_reads_are_known() -> None:

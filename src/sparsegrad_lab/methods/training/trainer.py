@@ -18,10 +18,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import Sampler
 
+from sparsegrad_peft.method.calibrate import Calibration
 from sparsegrad_peft.tuner.adapters import adapter_parameters
+from sparsegrad_peft.tuner.calibration import calibrate_adapter
 from sparsegrad_peft.tuner.trainer import SparseGradTrainer
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -47,10 +50,15 @@ class MethodTrainer(SparseGradTrainer):
         self.measuring, self.saving, self.sampler = measuring, saving, sampler
         super().__init__(*args, **kwargs)
 
-    def _on_training_batches(self, calibrate: Callable[..., Any], **options: Any) -> None:
+    def _on_training_batches(self, calibrate: Callable[..., Any], **options: Any) -> Any:
         refreshes = self.optimizer is not None  # there are bases already
         with nullcontext() if refreshes else self.measuring():
-            super()._on_training_batches(calibrate, **options)
+            return super()._on_training_batches(calibrate, **options)
+
+    def calibrate(self) -> Calibration:
+        """Calibrate the adapter, and return the statistics, for the same adapter on another base."""
+        statistics: Calibration = self._on_training_batches(calibrate_adapter, progress=not self.args.disable_tqdm)
+        return statistics
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.sampler is None:
@@ -90,10 +98,15 @@ def parameter_counts(model: nn.Module, targets: Sequence[str]) -> dict[str, int]
     own, has_cores = adapter_parameters(model)
     if not has_cores and not hasattr(model, "peft_config"):
         own = {id(p) for name in targets for p in model.get_submodule(name).parameters()}
+    entries = (
+        model.get_nb_trainable_parameters()[1]  # counts the entries of packed weights
+        if isinstance(model, PeftModel)
+        else sum(p.numel() for p in model.parameters())
+    )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return {
         "adapter": sum(p.numel() for p in trainable if id(p) in own),
         "touched": sum(int(p.count_nonzero()) for p in trainable if id(p) in own),
         "all": sum(p.numel() for p in trainable),
-        "model": sum(p.numel() for p in model.parameters()),
+        "model": entries,
     }

@@ -13,7 +13,9 @@ from datasets import Dataset
 from peft import TaskType
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig
+
+from sparsegrad_peft.tuner.quantized import keep_order
 
 from ..library_logs import suppress_library_logs
 from ..metrics import predictions_of, scores_by_class
@@ -60,8 +62,11 @@ class Kind(ABC):
             "id2label": dict(enumerate(task.labels)),
         }
 
-    def load_model(self, model: str, task: Task, processor: Any, folder: str | Path | None = None) -> nn.Module:
-        """Load a pretrained model with a head for the task, in float32.
+    def load_model(
+        self, model: str, task: Task, processor: Any, folder: str | Path | None = None,
+        four_bits: torch.dtype | None = None,
+    ) -> nn.Module:  # fmt: skip
+        """Load a pretrained model with a head for the task, in float32, or with its linear layers in 4 bits.
 
         The head of the checkpoint is kept if it has the right size; else it is initialized.
 
@@ -70,6 +75,7 @@ class Kind(ABC):
             task: the task.
             processor: the tokenizer or image processor; a missing `pad_token_id` is taken from it.
             folder: load this finished run's model instead of `model`.
+            four_bits: quantize the linear layers, except the head, to NF4; products are computed in this type.
 
         Raises:
             ValueError: the weights are missing or damaged.
@@ -78,16 +84,27 @@ class Kind(ABC):
         try:
             with suppress_library_logs():  # transformers warns about the new head
                 found: Any = self.auto.from_pretrained(
-                    place, dtype=torch.float32, ignore_mismatched_sizes=folder is None, **self.model_options(task)
-                )
+                    place, dtype=torch.float32, ignore_mismatched_sizes=folder is None, **self.model_options(task),
+                    **({} if four_bits is None else {"quantization_config": self._nf4(four_bits)}),
+                )  # fmt: skip
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"{place}: the model's weights cannot be read ({first_line(error)}); save or download them again"
             ) from error
         if getattr(found.config, "pad_token_id", 0) is None and hasattr(processor, "pad_token_id"):
             found.config.pad_token_id = processor.pad_token_id
+        keep_order(found)  # so that a run and a later evaluation compute the same
         model_with_head: nn.Module = found
         return model_with_head
+
+    def _nf4(self, compute: torch.dtype) -> BitsAndBytesConfig:
+        """Return the quantization of QLoRA (Dettmers et al., 2023): NF4 with quantized scales."""
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+            # Regular expressions of names; None: the output embeddings.
+            llm_int8_skip_modules=[rf"(.*\.)?{head}" for head in self.heads] or None,
+        )  # fmt: skip
 
     def empty_model(self, config: PretrainedConfig) -> nn.Module:
         """Build the model with its head on the meta device; see `build_without_weights`."""
