@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..methods.training.trainer import MethodTrainer
 from ..tasks.kinds import KINDS
-from ..tasks.task import LANGUAGE, Task, higher_is_better
+from ..tasks.task import Task, higher_is_better
 from .checkpoints import writing
 from .folder import RunFolder
 from .inputs import Inputs
@@ -74,9 +74,6 @@ def make_trainer(
         saving=partial(writing, folder.checkpoints),
         sampler=by_length if training.batches == "by_length" else None,
     )
-    # Classifiers of transformers take the number of labels in a step and ignore it: their loss is a batch's mean. The
-    # Trainer would then scale it by the number of micro-batches and processes.
-    trainer.model_accepts_loss_kwargs = trainer.model_accepts_loss_kwargs and task.kind == LANGUAGE
     trainer.remove_callback(PrinterCallback)  # `ProgressCallback` prints
     if arguments.report_to == "tensorboard":
         board = trainer.pop_callback(TensorBoardCallback)

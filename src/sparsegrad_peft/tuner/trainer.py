@@ -10,6 +10,7 @@ known and before the first step, also when it resumes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -28,8 +29,12 @@ from .quantized import keep_order
 from .refresh import refresh_adapter, truncated
 from .trainer_batches import training_batches
 from .trainer_callbacks import Refreshing, SparseGradCalibration, check_untrained
+from .trainer_loss import matters, uses_num_items
 
 __all__ = ["SparseGradCalibration", "SparseGradTrainer", "SparseGradTrainerMixin", "TrainingDivergedError"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(RuntimeError):
@@ -79,6 +84,7 @@ class SparseGradTrainerMixin:
         self.stop_if_not_finite = stop_if_not_finite
         self.calibration_progress = progress
         self.own_optimizer = own_optimizer
+        self._loss_is_known = False
         super().__init__(*args, **kwargs)
         keep_order(self.model)  # evaluations during training would reorder 4-bit weights
         self._check_optimizer(**self.sparsegrad_selection, rest_learning_rate=rest_learning_rate)
@@ -189,6 +195,24 @@ class SparseGradTrainerMixin:
                 if parameters:
                     groups.append({"params": parameters, "weight_decay": weight_decay, **options})
         return groups
+
+    def compute_loss(
+        self: Any, model: nn.Module, inputs: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        """Compute the trainer's loss; the first batch shows if it uses `num_items_in_batch` (see trainer_loss.py)."""
+        compute = super().compute_loss  # type: ignore[misc]
+        if not self._loss_is_known and matters(self, num_items_in_batch):
+            uses = uses_num_items(
+                self, model, lambda n: compute(model, {**inputs}, num_items_in_batch=n), num_items_in_batch
+            )
+            self._loss_is_known = uses is not None
+            if uses is False:
+                logger.info(
+                    "the loss of %s ignores num_items_in_batch; it is averaged over the batches of a step",
+                    type(self.accelerator.unwrap_model(model)).__name__,
+                )
+                self.model_accepts_loss_kwargs = False
+        return compute(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Take the Trainer's step, and check its loss.

@@ -51,9 +51,15 @@ def check_rereadable(dataset: Any) -> None:
 @contextmanager
 def training_batches(trainer: Any) -> Iterator[Batches]:
     """Yield the batches of a trainer's training loader; afterwards TRL's counters are as before."""
+    with restored_counters(trainer), closing(Batches(trainer.get_train_dataloader)) as batches:
+        yield batches
+
+
+@contextmanager
+def restored_counters(trainer: Any) -> Iterator[None]:
+    """Restore TRL's counters when the block ends."""
     counters = {name: copy.deepcopy(vars(trainer)[name]) for name in _TRL_COUNTERS if name in vars(trainer)}
     try:
-        with closing(Batches(trainer.get_train_dataloader)) as batches:
-            yield batches
+        yield
     finally:
         vars(trainer).update(counters)

@@ -1,0 +1,81 @@
+"""Losses that ignore the number of labels of a step, with several micro-batches."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainers import CALIBRATION, arguments, losses, rows, saved
+from transformers import Trainer
+
+from helpers import check_equal, tiny_batch, uncalibrated_adapter
+from sparsegrad_peft import calibrate_adapter
+from sparsegrad_peft.tuner.trainer import SparseGradTrainer
+
+
+def data(kind: str) -> list[dict[str, Any]]:
+    """Rows; those of LLaMA have 4 to 10 labels each."""
+    found = rows(kind)
+    if kind == "llama":
+        for i, row in enumerate(found):
+            row["labels"] = row["labels"].clone()
+            row["labels"][: i % 7] = -100
+    return found
+
+
+def train(kind: str, folder: Path, cls: type[Trainer] = SparseGradTrainer, **options: Any) -> Any:
+    """Train with a constant learning rate of next to nothing, so that every step has the same weights."""
+    model = uncalibrated_adapter(kind, dropout=0, **({"task_type": None} if kind == "vit" else {}))
+    calibrate_adapter(model, [tiny_batch(kind)], n_steps=3, training=False, progress=False)
+    args = arguments(folder, max_steps=3, learning_rate=1e-8, max_grad_norm=1e9, **options)
+    trainer = cls(model=model, args=args, train_dataset=data(kind))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(("kind", "uses"), [("bert", False), ("t5", False), ("vit", True), ("llama", True)])
+def test_micro_batches_are_one_batch(kind: str, uses: bool, tmp_path: Path) -> None:
+    micro = train(kind, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    whole = train(kind, tmp_path, per_device_train_batch_size=8)
+    assert micro.model_accepts_loss_kwargs is uses
+    for found, expected in zip(losses(micro), losses(whole), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_trainer_of_transformers_adds_them_up(tmp_path: Path) -> None:
+    """The reason for all of this. If it fails, transformers has changed, and `trainer_loss` can go."""
+    micro = train("bert", tmp_path, Trainer, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    whole = train("bert", tmp_path, Trainer, per_device_train_batch_size=8)
+    for found, expected in zip(losses(micro), losses(whole), strict=True):
+        assert found == pytest.approx([4 * value for value in expected], rel=1e-4)
+
+
+def test_the_check_leaves_no_trace(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With dropout, and thus with random numbers: the weights are those of a trainer that was told."""
+    found = []
+    for told in (False, True):
+        model = uncalibrated_adapter()
+        args = arguments(tmp_path, gradient_accumulation_steps=2)
+        trainer = SparseGradTrainer(model=model, args=args, train_dataset=rows(), calibration=CALIBRATION)
+        trainer.model_accepts_loss_kwargs = not told
+        with caplog.at_level(logging.INFO, logger="sparsegrad_peft"):
+            trainer.train()
+        found.append(saved(model))
+    check_equal(*found)
+    assert caplog.text.count("ignores num_items_in_batch") == 1
+
+
+def test_a_batch_without_labels_tells_nothing(tmp_path: Path) -> None:
+    """The first batch has no label, so its loss is zero for every number of labels; the second one decides."""
+    trainer = SparseGradTrainer(
+        model=uncalibrated_adapter("llama"), args=arguments(tmp_path, gradient_accumulation_steps=2),
+        train_dataset=rows("llama"),
+    )  # fmt: skip
+    batch = {name: torch.stack([row[name] for row in rows("llama", 4)]) for name in ("input_ids", "labels")}
+    empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    for inputs, known in ((empty, False), (batch, True)):
+        trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(72))
+        assert (trainer._loss_is_known, trainer.model_accepts_loss_kwargs) == (known, True)
