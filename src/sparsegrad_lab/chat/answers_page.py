@@ -23,12 +23,13 @@ def answers_page(
         questions: all questions.
         models: model -> question -> answers to its turns.
         rows: the judgements; those of single answers give a rating beside each answer.
-        table: see `table_of`.
-        note: what the numbers of the table mean.
+        table: see `table_of`; empty if nothing was graded.
+        note: what the numbers of the table mean, or why there are none.
     """
     ratings = {(row["question_id"], row["turn"], row.get("model")): row.get("score") for row in rows}
     names = list(dict.fromkeys(name for means in table.values() for name in means))
-    lines = ["# Answers", "", f"| | {' | '.join(table)} |", f"| --- |{' --- |' * len(table)}"]
+    lines = ["# Answers"]
+    lines += ["", f"| | {' | '.join(table)} |", f"| --- |{' --- |' * len(table)}"] if table else []
     lines += [f"| {name} | {' | '.join(str(means.get(name, '')) for means in table.values())} |" for name in names]
     lines += ["", note]
     for question in questions:

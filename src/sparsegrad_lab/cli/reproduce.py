@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ..run.parsing import add_quiet, make_parser
+from ..run.parsing import VerbParser, add_quiet, make_parser
 from ..run.processes import work_alone
+from .judge import main as grade
 
 if TYPE_CHECKING:
+    from ..study.answers import AnswerFiles
     from ..study.experiment import Cell, Experiment
 
 EXAMPLE = (
@@ -25,6 +28,46 @@ EXAMPLE = (
 
 def main(argv: list[str]) -> None:
     """List the experiments, or run some of them."""
+    options = _parser().parse_args(argv)
+    work_alone()
+    from ..study.experiment import SHIPPED, experiment_names, load_experiment
+
+    folder = SHIPPED if options.folder is None else Path(options.folder)
+    names = experiment_names(folder, options.scale)
+    chosen = names if options.experiments == ["all"] else options.experiments
+    experiments = [load_experiment(name, options.scale, folder) for name in chosen]
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    if not experiments:
+        console.print(_overview([load_experiment(name, options.scale, folder) for name in names]))
+        own = "" if options.folder is None else f" --folder {shlex.quote(options.folder)}"
+        console.print(f"\nnext:   sparsegrad reproduce {names[0]} --scale {options.scale}{own}")
+        return
+    keep = _selection(options, experiments)
+    answers = _answers(options, experiments)
+    from ..run.machine import slow_precision_warning
+    from ..study.grid import Places, reproduce
+    from ..study.progress import GridProgress
+
+    cells = [cell for experiment in experiments for cell in experiment.cells() if keep(cell)]
+    for precision in {cell.settings(cell.trial).get("training", {}).get("precision", "fp32") for cell in cells}:
+        if warning := slow_precision_warning(precision):
+            console.print(f"{warning}. The experiments set this precision; --folder runs experiments of your own")
+    places = Places(Path(options.results), Path(options.runs), options.storage)
+    with GridProgress(None if options.quiet else console) as progress:
+        results = reproduce(
+            experiments, places, keep=keep, threads=options.threads, retry=options.retry, answers=answers,
+            progress=progress,
+        )  # fmt: skip
+    failed = [name for name, result in results.items() if result["status"] != "finished"]
+    console.print(f"\n{len(results)} runs, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}")
+    if answers is not None:
+        _finish_answers(answers, [cell for cell in cells if cell.answers], options.judge, console)
+    elif any(cell.answers for cell in cells):
+        console.print("answers: not run; name a file with --questions")
+    console.print(f"results: {places.results}\nnext:   sparsegrad report {shlex.quote(str(places.results))}")
+
+
+def _parser() -> VerbParser:
     parser = make_parser(
         "reproduce",
         "Run experiments. Each compares methods on tasks, over several seeds, after a learning rate search of the same "
@@ -40,42 +83,65 @@ def main(argv: list[str]) -> None:
                         help="database for several machines, postgresql://...; default: files in --runs")  # fmt: skip
     for name in ("methods", "tasks", "seeds"):
         parser.add_argument(f"--{name}", type=str, default=None, help=f"run these {name} only, separated by commas")
+    parser.add_argument("--questions", type=str | None, default=None,
+                        help="conversations: questions in the form of MT-Bench, which the models of one seed answer; "
+                        "default: mt_bench/mt_bench_inf.jsonl in $SPARSEGRAD_DATA, if it is there")  # fmt: skip
+    parser.add_argument("--question_count", type=int | None, default=None,
+                        help="answer this many of the questions, evenly spaced; default: all")  # fmt: skip
+    parser.add_argument("--judge", type=str | None, default=None,
+                        help="model that grades the answers, see sparsegrad judge; default: no grades")  # fmt: skip
     parser.add_argument("--threads", type=int, default=None, help="CPU threads per run; default: PyTorch's choice")
     parser.add_argument("--retry", action="store_true", help="repeat failed runs, and runs whose settings have changed")
     parser.add_argument("--folder", type=str, default=None,
                         help="folder with your own experiments and a default.yaml")  # fmt: skip
     add_quiet(parser)
-    options = parser.parse_args(argv)
-    work_alone()
-    from ..study.experiment import SHIPPED, experiment_names, load_experiment
+    return parser
 
-    folder = SHIPPED if options.folder is None else Path(options.folder)
-    names = experiment_names(folder, options.scale)
-    chosen = names if options.experiments == ["all"] else options.experiments
-    experiments = [load_experiment(name, options.scale, folder) for name in chosen]
-    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    if not experiments:
-        console.print(_overview([load_experiment(name, options.scale, folder) for name in names]))
-        own = "" if options.folder is None else f" --folder {shlex.quote(options.folder)}"
-        console.print(f"\nnext:   sparsegrad reproduce {names[0]} --scale {options.scale}{own}")
-        return
-    keep = _selection(options, experiments)
-    from ..run.machine import slow_precision_warning
-    from ..study.grid import Places, reproduce
-    from ..study.progress import GridProgress
 
-    cells = [cell for experiment in experiments for cell in experiment.cells() if keep(cell)]
-    for precision in {cell.settings(cell.trial).get("training", {}).get("precision", "fp32") for cell in cells}:
-        if warning := slow_precision_warning(precision):
-            console.print(f"{warning}. The experiments set this precision; --folder runs experiments of your own")
-    places = Places(Path(options.results), Path(options.runs), options.storage)
-    with GridProgress(None if options.quiet else console) as progress:
-        results = reproduce(
-            experiments, places, keep=keep, threads=options.threads, retry=options.retry, progress=progress
-        )
-    failed = [name for name, result in results.items() if result["status"] != "finished"]
-    console.print(f"\n{len(results)} runs, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}")
-    console.print(f"results: {places.results}\nnext:   sparsegrad report {shlex.quote(str(places.results))}")
+def _answers(options: Any, experiments: Sequence[Experiment]) -> AnswerFiles | None:
+    """Return the questions that models answer; None if there are none.
+
+    Raises:
+        ValueError: an option has no use, or the judge has no key.
+    """
+    asked = [experiment for experiment in experiments if experiment.answers is not None]
+    given = [name for name in ("questions", "question_count", "judge") if getattr(options, name) is not None]
+    if given and not asked:
+        raise ValueError(f"--{given[0]} is for experiments whose models answer questions, such as conversations")
+    source = Path(options.questions or _default_questions())
+    if options.questions is None and not (asked and source.is_file()):
+        if given:
+            raise ValueError(f"--{given[0]} needs --questions")
+        return None
+    from ..chat.endpoint import Endpoint
+    from ..study.answers import AnswerFiles
+
+    if options.judge is not None:
+        Endpoint(options.judge)  # a missing key is found before hours of training
+    answers = AnswerFiles(Path(options.results), source, options.question_count)
+    for experiment in asked:
+        answers.write_questions(experiment)
+    return answers
+
+
+def _default_questions() -> Path:
+    """Return the file of MT-Bench-Inf in $SPARSEGRAD_DATA, which may not exist."""
+    return Path(os.environ.get("SPARSEGRAD_DATA", "")) / "mt_bench" / "mt_bench_inf.jsonl"
+
+
+def _finish_answers(answers: AnswerFiles, cells: Sequence[Cell], judge: str | None, console: Console) -> None:
+    """Grade the answers, write the page, and name the runs without answers."""
+    for together in answers.sets(cells):
+        if judge is None:
+            page = answers.write_page(together, "Not graded: name a judge with --judge, or run sparsegrad judge.")
+            console.print(f"answers: {page}; not graded, since no --judge was named")
+            continue
+        files = [str(answers.file(cell)) for cell in together]
+        questions = str(answers.questions_file(together[0].experiment))
+        page = answers.page(together[0])
+        grade([*files, "--questions", questions, "--model", judge, "--page", str(page)])
+    if lacking := [cell.name for cell in cells if answers.lacks(cell)]:
+        console.print(f"no answers of {', '.join(lacking)}: the weights are gone; --retry trains them again")
 
 
 def _overview(experiments: Sequence[Experiment]) -> Table:

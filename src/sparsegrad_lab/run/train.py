@@ -97,6 +97,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
     trainer = make_trainer(arguments, folder, inputs, [reporter, measure, *callbacks])
     with suppress_library_logs():
         before = _perplexity(trainer, inputs.unrelated)
+        score_before = None if before is None else _score(trainer, inputs)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except OSError:
@@ -116,6 +117,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         result = {
             **_describe(arguments, inputs, scores, trainer.state),
             "by_class": by_class,
+            "score_before": score_before,
             "unrelated_perplexity": None if before is None else {"before": before, "after": after},
             "trained_entries": parameter_counts,
             "weights_bytes": sum(file.stat().st_size for file in folder.weights.glob("*.safetensors")),
@@ -183,6 +185,13 @@ def _final_scores(trainer: MethodTrainer, inputs: Inputs) -> tuple[dict[str, dic
         if split == task.scored_split:
             by_class = kind.score_by_class(task, found.predictions, found.label_ids)
     return scores, by_class
+
+
+def _score(trainer: MethodTrainer, inputs: Inputs) -> float:
+    """The score of the model as it is."""
+    split = inputs.task.scored_split
+    found = trainer.predict(inputs.features[split], metric_key_prefix=split).metrics
+    return float(found[f"{split}_{inputs.task.main_metric}"])
 
 
 def _perplexity(trainer: MethodTrainer, unrelated: Dataset | None) -> float | None:

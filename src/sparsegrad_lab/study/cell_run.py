@@ -7,9 +7,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -22,13 +23,16 @@ from .locks import BEAT, Attempt
 from .stored_results import adapter_config
 
 
-def run_in_process(arguments: RunArguments, threads: int | None, attempt: Attempt) -> dict[str, Any]:
+def run_in_process(
+    arguments: RunArguments, threads: int | None, attempt: Attempt, then: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Run `sparsegrad train`; its output goes into a log beside the run folder.
 
     Args:
         arguments: settings of one seed; `output` is the run folder.
         threads: of PyTorch; None: its own choice.
         attempt: hears of the process and that it is alive.
+        then: arguments of `sparsegrad` for what is done with the weights before they are removed; None: nothing.
 
     Returns:
         The run's result, or a record of its failure. The weights are removed.
@@ -38,18 +42,10 @@ def run_in_process(arguments: RunArguments, threads: int | None, attempt: Attemp
     write_whole(config, yaml.safe_dump(arguments.as_dict(), sort_keys=False))
     command = ["train", "--config", str(config)]
     shown = shlex.join(["sparsegrad", *command])
-    variables = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
     with log.open("w", encoding="utf-8") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sparsegrad_lab.cli.main", *command], stdout=stream, stderr=stream, env=variables
-        )
-        try:
-            attempt.add_process(process.pid)
-            code = _wait(process, attempt)
-        except BaseException:  # an interrupt stops the run as well; its folder keeps the checkpoints
-            process.terminate()
-            process.wait()
-            raise
+        code = _run(command, stream, threads, attempt)
+        if code == 0 and then is not None:
+            code = _run(then, stream, threads, attempt)
     if code == 0:
         for weights in ("adapter", "model", "tokenizer", "processor"):
             shutil.rmtree(output / weights, ignore_errors=True)
@@ -61,6 +57,21 @@ def run_in_process(arguments: RunArguments, threads: int | None, attempt: Attemp
         "learning_rate": arguments.learning_rate, "config": arguments.as_dict(),
         "environment": {**environment(), "seed": arguments.seeds[0]}, "command": shown,
     }  # fmt: skip
+
+
+def _run(command: Sequence[str], stream: IO[str], threads: int | None, attempt: Attempt) -> int:
+    """Run a verb of `sparsegrad` in a process, and return its exit code."""
+    variables = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sparsegrad_lab.cli.main", *command], stdout=stream, stderr=stream, env=variables
+    )
+    try:
+        attempt.add_process(process.pid)
+        return _wait(process, attempt)
+    except BaseException:  # an interrupt stops the run as well; its folder keeps the checkpoints
+        process.terminate()
+        process.wait()
+        raise
 
 
 def _wait(process: subprocess.Popen[bytes], attempt: Attempt) -> int:

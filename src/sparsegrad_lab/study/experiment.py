@@ -58,6 +58,16 @@ class Search(_Spec):
     task_settings: dict[str, dict[str, Any]] = {}
 
 
+class Answers(_Spec):
+    """Which models answer the questions of `sparsegrad reproduce --questions`, and how."""
+
+    seed: int = 0
+    "the models of the runs with this seed"
+    max_new_tokens: int = 512
+    batch_size: int = 8
+    "questions that are answered at the same time"
+
+
 class Experiment(_Spec):
     """A grid of models x tasks x methods x seeds, after a search of the same size for each method.
 
@@ -82,6 +92,8 @@ class Experiment(_Spec):
     baseline: str = BASELINE
     scored: bool = True
     "False where runs are too short to learn: their scores mean nothing"
+    answers: Answers | None = None
+    "for language models: answers to questions; None: no answers"
     paper: dict[str, Any] | None = None
     "published figures: source, columns, scores or costs by method"
 
@@ -123,7 +135,7 @@ class Cell:
         """Path of its result file below the results folder, without the suffix."""
         if self.trial is not None:
             return f"{self._search_of(f'{self.experiment.name}/{self.method}')}{self.trial:g}"
-        return f"{self.experiment.name}/{self._model_and_task}/{self.method}-{self.seed}"
+        return f"{self.experiment.name}/{self.model_and_task}/{self.method}-{self.seed}"
 
     def trials(self, rates: Iterable[float]) -> dict[str, float]:
         """Name -> learning rate of runs of its search."""
@@ -131,12 +143,19 @@ class Cell:
         return {f"{search}{rate:g}": rate for rate in rates}
 
     @property
-    def _model_and_task(self) -> str:
+    def answers(self) -> bool:
+        """True if its model is to answer the experiment's questions."""
+        wanted = self.experiment.answers
+        return wanted is not None and self.trial is None and self.seed == wanted.seed
+
+    @property
+    def model_and_task(self) -> str:
+        """Path of its model and task below the experiment's folder."""
         return f"{self.model.replace('/', '-')}/{self.task.removeprefix('glue/')}"
 
     def _search_of(self, experiment_and_method: str) -> str:
         experiment, method = experiment_and_method.split("/")
-        return f"{experiment}/{SEARCH}/{self._model_and_task}/{method}-lr"
+        return f"{experiment}/{SEARCH}/{self.model_and_task}/{method}-lr"
 
     def settings(self, learning_rate: float | None) -> dict[str, Any]:
         """Settings of the run, as `sparsegrad train --config` reads them."""
@@ -225,7 +244,7 @@ def _problem(error: Any) -> str:
     place = [str(part) for part in error["loc"] if part != "[key]"]
     if error["type"] != "extra_forbidden":
         return f"{'.'.join(place)}: {error['msg']}, found {str(error['input'])[:60]!r}"
-    models: dict[str, type[_Spec]] = {"methods": Variant, "search": Search}
+    models: dict[str, type[_Spec]] = {"methods": Variant, "search": Search, "answers": Answers}
     keys = (models.get(place[0], Experiment) if len(place) > 1 else Experiment).model_fields.keys() - _NOT_SET
     return f"unknown key {'.'.join(place)}; expected one of {', '.join(sorted(keys))}"
 

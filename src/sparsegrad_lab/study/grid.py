@@ -14,6 +14,7 @@ from ..run.folder import RunFolder
 from ..run.parsing import arguments_from
 from ..tasks.model_folder import model_path
 from ..tasks.pretrained import load_config
+from .answers import AnswerFiles
 from .cell_run import describe, run_in_process
 from .experiment import Cell, Experiment
 from .locks import Locks, SharedRuns
@@ -47,6 +48,7 @@ def reproduce(
     keep: Callable[[Cell], bool] = lambda cell: True,
     threads: int | None = None,
     retry: bool = False,
+    answers: AnswerFiles | None = None,
     progress: GridProgress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Do all runs that have no result yet, and wait for those that other processes do.
@@ -56,7 +58,8 @@ def reproduce(
         places: where.
         keep: chooses runs.
         threads: of each run; None: PyTorch's own choice.
-        retry: do runs again that failed, or that had other settings.
+        retry: do runs again that failed, that had other settings, or whose models have not answered all questions.
+        answers: questions for experiments whose models answer some; None: no answers.
         progress: is told of it.
 
     Returns:
@@ -67,7 +70,7 @@ def reproduce(
             results and is not among the runs; a result has other settings than its run has now, or another learning
             rate than its search found.
     """
-    grid = Grid([cell for experiment in experiments for cell in experiment.cells() if keep(cell)], places)
+    grid = Grid([cell for experiment in experiments for cell in experiment.cells() if keep(cell)], places, answers)
     grid.check()
     grid.open()
     try:
@@ -79,9 +82,10 @@ def reproduce(
 class Grid:
     """The runs of one call of `reproduce`."""
 
-    def __init__(self, cells: list[Cell], places: Places) -> None:
+    def __init__(self, cells: list[Cell], places: Places, answers: AnswerFiles | None = None) -> None:
         self.cells = cells
         self.places = places
+        self.answers = answers
         self.results = StoredResults(places.results)
 
     def check(self) -> None:
@@ -156,10 +160,16 @@ class Grid:
         self.cells = cells
 
     def forget_failures(self) -> None:
-        """Remove results of failed runs. A killed run keeps its folder, and goes on from its last checkpoint."""
+        """Remove results of failed runs, and of those that lack answers.
+
+        A killed run keeps its folder, and goes on from its last checkpoint; so does one whose answers failed.
+        """
         for cell in self.cells:
-            if cell.name in self.results and (status := self.results.read(cell.name)["status"]) != "finished":
-                self._forget(cell, keep_folder=status == "killed")
+            if cell.name not in self.results:
+                continue
+            status, run = self.results.read(cell.name)["status"], RunFolder(self.places.runs / cell.name)
+            if status != "finished" or (self.answers is not None and self.answers.lacks(cell)):
+                self._forget(cell, keep_folder=status == "killed" or run.finished)
 
     def forget_outdated(self, retry: bool) -> bool:
         """Remove results that had other settings; True if there were some.
@@ -182,6 +192,8 @@ class Grid:
         self.locks.forget(cell.name)
         self.results.remove(cell.name)
         if not keep_folder:
+            if self.answers is not None:
+                self.answers.remove(cell)
             shutil.rmtree(self.places.runs / cell.name, ignore_errors=True)
 
     def share_results(self) -> None:
@@ -219,12 +231,17 @@ class Grid:
             rate = self.results.learning_rate(cell)
             progress.start(cell, rate)
             arguments = arguments_from(cell.settings(rate))
-            result = self.results.equal_run(arguments)
+            asked = self.answers if self.answers is not None and self.answers.lacks(cell) else None
+            result = None if asked else self.results.equal_run(arguments)  # the equal run's weights are gone
             if result is None:
                 arguments.output = str(self.places.runs / cell.name)
-                if RunFolder(arguments.output).holds_another_run(arguments):  # interrupted, before its settings changed
+                folder = RunFolder(arguments.output)
+                without_weights = folder.finished and not folder.weights.is_dir()
+                # Interrupted before its settings changed; or its model cannot answer any more.
+                if folder.holds_another_run(arguments) or (asked and without_weights):
                     shutil.rmtree(arguments.output)
-                result = run_in_process(arguments, threads, attempt)
+                then = None if asked is None else asked.command(cell, Path(arguments.output))
+                result = run_in_process(arguments, threads, attempt, then)
                 if result["status"] == "killed" and attempt.number < _ATTEMPTS:
                     return True
             result |= describe(cell, arguments, attempt.number)

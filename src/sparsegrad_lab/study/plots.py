@@ -89,6 +89,36 @@ def cost_plots(section: Section) -> list[Plot]:
     return plots
 
 
+def forgetting_plots(section: Section) -> list[Plot]:
+    """Each method's gain against what it forgot: a plot for each task whose runs have measured both."""
+    plots = []
+    for task in section.tasks:
+        points = {}
+        for method in section.methods:
+            pairs = [
+                (found.after / found.before - 1, run.gain)
+                for run in section.runs_of(task, method)
+                if (found := run.unrelated_perplexity) is not None and run.gain is not None
+            ]
+            if pairs:
+                points[method] = tuple(sum(values) / len(values) for values in zip(*pairs, strict=True))
+        if not points:
+            continue
+        with _drawing(4.4, 3.0 + 0.2 * -(-len(points) // 2)) as (figure, axes):
+            for method, (rise, gain) in points.items():
+                mark = _mark(list(section.methods).index(method))
+                axes.plot(100 * rise, gain, linestyle="", label=method, **mark)
+            axes.axvline(0, color="#000000", linewidth=0.7, alpha=0.5)
+            axes.set_xlabel("unrelated texts: change of perplexity, %")
+            axes.set_ylabel(f"gain, {section.runs_of(task)[0].unit}")
+            figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+            svg = _svg(figure)
+        words = "; ".join(f"{method} {gain:+.3g} at {rise:+.1%}" for method, (rise, gain) in points.items())
+        caption = "A point for each method, the mean of its runs. Up and left is better."
+        plots.append(Plot(f"Gain against forgetting, {task}", svg, caption, f"{caption} {words}."))
+    return plots
+
+
 def run_plots(section: Section) -> list[Plot]:
     """Score of each run against its training time and its memory: two plots for each task."""
     if not section.scored:

@@ -142,6 +142,8 @@ class Run(_Ending):
     training: Phase
     calibration: Phase | None = None
     evaluations: list[dict[str, Number | None]] = []
+    score_before: Number | None = None
+    "score of the model before training, of a run that also measures `unrelated_perplexity`"
     unrelated_perplexity: Perplexities | None = None
     "of texts that were not trained on"
     config: Settings
@@ -167,6 +169,14 @@ class Run(_Ending):
     def identity(self) -> tuple[Any, ...]:
         """Equal for two files of the same run, as when two experiments share it."""
         return self.environment.time, self.task, self.seed, self.score, self.training.seconds
+
+    @property
+    def gain(self) -> float | None:
+        """By how much training improved the score, in its unit; None if the score before was not measured."""
+        if self.score_before is None:
+            return None
+        sign = 1 if self.higher_is_better else -1
+        return sign * (self.value - self.score_before * (100 if self.higher_is_better else 1))
 
     @property
     def higher_is_better(self) -> bool:

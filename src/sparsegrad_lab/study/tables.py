@@ -123,24 +123,35 @@ def comparisons(section: Section) -> Table:
 
 
 def forgetting(section: Section) -> Table:
-    """Perplexity of texts that were not trained on, after training: a row for each task, a column for each method."""
+    """Gain of the score, and perplexity of texts that were not trained on: a column for each method."""
     rows = []
     for task in section.tasks:
-        row = [task]
-        for method in section.methods:
-            runs = section.runs_of(task, method)
-            pairs = [found for run in runs if (found := run.unrelated_perplexity)]
-            if pairs:
-                before, after = (mean(getattr(pair, end) for pair in pairs) for end in ("before", "after"))
-                row.append(Linked(f"{after:.2f} ({after / before - 1:+.1%})", runs))
-            else:
-                row.append("not measured")
-        rows.append(row)
+        for name, show in (("gain", _gain), ("unrelated perplexity", _perplexity)):
+            found = [show(section.runs_of(task, method)) for method in section.methods]
+            if any(found):
+                rows.append([f"{task}, {name}", *(text or "not measured" for text in found)])
     note = (
-        "Perplexity of texts that were not trained on, after training (change from before). Means over seeds. A rise "
-        "shows what the model forgot."
+        "Unrelated perplexity: of texts that were not trained on, after training (change from before). A rise shows "
+        "what the model forgot. Gain: by how much training improved the score. Means over seeds."
     )
     return Table("Forgetting", note, ["task", *section.methods], rows)
+
+
+def _gain(runs: Iterable[Run]) -> Linked | None:
+    """Mean gain of the runs that measured it."""
+    measured = [(run, run.gain) for run in runs if run.gain is not None]
+    if not measured:
+        return None
+    return Linked(measured[0][0].format(mean(gain for _, gain in measured), sign="+"), [run for run, _ in measured])
+
+
+def _perplexity(runs: Iterable[Run]) -> Linked | None:
+    """Mean perplexity of unrelated texts after training, of the runs that measured it."""
+    measured = [(run, run.unrelated_perplexity) for run in runs if run.unrelated_perplexity is not None]
+    if not measured:
+        return None
+    before, after = (mean(getattr(found, end) for _, found in measured) for end in ("before", "after"))
+    return Linked(f"{after:.2f} ({after / before - 1:+.1%})", [run for run, _ in measured])
 
 
 def searches(section: Section) -> Table:

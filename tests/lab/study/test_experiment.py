@@ -23,7 +23,7 @@ EXPERIMENTS = {
     for name in experiment_names()
 }
 METHODS = [(name, method) for name, experiment in EXPERIMENTS.items() for method in experiment.methods]
-ALIKE = ("kept-entries", "calibration", "openassistant", "sizes")
+ALIKE = ("kept-entries", "calibration", "openassistant", "sizes", "conversations")
 "Experiments whose methods are alike: the first and the last of them are run."
 RUN = [
     (name, method)
@@ -34,8 +34,8 @@ RUN = [
 
 def test_all_are_found() -> None:
     """A folder that is not listed, or a config that no experiment uses, would never be run."""
-    assert len(EXPERIMENTS) == 15
-    assert len(METHODS) == 88
+    assert len(EXPERIMENTS) == 16
+    assert len(METHODS) == 93
     folders = {path.name for path in SHIPPED.iterdir() if path.is_dir()}
     assert folders == set(EXPERIMENTS)
     used = {Path(EXPERIMENTS[name].methods[method].settings.get("method", "")).resolve() for name, method in METHODS}
@@ -66,7 +66,7 @@ def test_settings_are_valid(name: str, scale: str) -> None:
 
 def test_scales() -> None:
     assert experiment_names(scale="paper") == AT_PAPER
-    assert len(experiment_names(scale="cpu")) == 14
+    assert len(experiment_names(scale="cpu")) == 15
     with pytest.raises(ValueError, match="experiment sizes is for scale cpu"):
         load_experiment("sizes", "paper")
     lora = load_experiment("comparison", "paper").methods["lora"]
@@ -142,7 +142,7 @@ def test_each_method_trains(name: str, method: str, models: dict[str, Path], row
         "training": {"epochs": 1, "batch_size": 8, "gradient_accumulation": 1, "learning_rate": 1e-3},
     }  # fmt: skip
     settings = merged(merged(experiment.settings, experiment.methods[method].settings), small)
-    for name in ("val_size", "language"):  # of OpenAssistant, for which these rows stand
+    for name in ("val_size", "language", "unrelated"):  # of OpenAssistant, for which these rows stand
         settings["data"].pop(name, None)
     if "refresh" in settings["calibration"]:
         settings["calibration"]["refresh"] = 1

@@ -10,6 +10,7 @@ import pytest
 
 from sparsegrad_lab.study.cost_tables import costs_by_task
 from sparsegrad_lab.study.page import render_page
+from sparsegrad_lab.study.plots import forgetting_plots
 from sparsegrad_lab.study.report import markdown
 from sparsegrad_lab.study.runs import Run
 from sparsegrad_lab.study.sections import Report, Section, read_sections
@@ -39,11 +40,17 @@ def test_forgetting(folder: Path) -> None:
         path = folder / "glue" / "rte" / f"sparsegrad-{seed}.json"
         result = json.loads(path.read_text(encoding="utf-8"))
         result["unrelated_perplexity"] = {"before": 10.0, "after": after}
+        result["score_before"] = 0.5
         path.write_text(json.dumps(result), encoding="utf-8")
     [section] = read_sections([folder])
     table = tables_of(section)["forgetting"]
-    (rte,) = [row for row in table.rows if row[0] == "rte"]
-    assert rte[1:] == ["12.50 (+25.0%)", "not measured", "not measured"]
+    assert table.rows == [
+        ["rte, gain", "+12.0", "not measured", "not measured"],  # 60 and 64 points, after 50
+        ["rte, unrelated perplexity", "12.50 (+25.0%)", "not measured", "not measured"],
+    ]
+    [plot] = forgetting_plots(section)
+    assert plot.title == "Gain against forgetting, rte"
+    assert plot.description.endswith("sparsegrad +12 at +25.0%.")
 
 
 def test_losses_are_lower_the_better_and_apart(folder: Path) -> None:
