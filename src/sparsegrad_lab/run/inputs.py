@@ -17,6 +17,8 @@ from transformers.models.auto.modeling_auto import (
 from ..methods.method import Adapted
 from ..methods.registry import find_method
 from ..tasks.kinds import KINDS
+from ..tasks.kinds.packing import prepare_model
+from ..tasks.kinds.writer import IGNORED
 from ..tasks.library_logs import suppress_library_logs
 from ..tasks.load import load_task
 from ..tasks.model_folder import model_path
@@ -46,6 +48,15 @@ class Inputs:
     unrelated: Dataset | None = None
     "model inputs of texts that are not trained on; see `data.unrelated`"
 
+    @property
+    def tokens(self) -> dict[str, int] | None:
+        """Number of tokens in the train split, and of those that are learnt; None for other tasks than language."""
+        if self.task.kind != LANGUAGE:
+            return None
+        rows = self.features["train"]
+        learnt = sum(sum(label != IGNORED for label in labels) for labels in rows["labels"])
+        return {"train": sum(map(len, rows["input_ids"])), "learnt": learnt}
+
 
 def load_inputs(arguments: RunArguments) -> Inputs:
     """Load task, tokenizer and model, add the adapter, and tokenize.
@@ -63,6 +74,8 @@ def load_inputs(arguments: RunArguments) -> Inputs:
         unrelated = unrelated_features(arguments, processor)
     for rows in [*features.values(), *([] if unrelated is None else [unrelated])]:
         kind.check_features(rows, adapted.model, processor)
+    if arguments.data.packing:
+        prepare_model(adapted.model, features["train"]["input_ids"][0])
     return Inputs(task, processor, adapted, features, unrelated)
 
 

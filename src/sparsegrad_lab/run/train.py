@@ -117,6 +117,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
         result = {
             **_describe(arguments, inputs, scores, trainer.state),
             "by_class": by_class,
+            "tokens": inputs.tokens,
             "score_before": score_before,
             "unrelated_perplexity": None if before is None else {"before": before, "after": after},
             "trained_entries": parameter_counts,
@@ -159,8 +160,11 @@ def _find_checkpoint(
     skipped = folder.drop_broken_checkpoints()
     checkpoint = folder.last_checkpoint()
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in inputs.features.items())
+    tokens = inputs.tokens
+    counted = f"; {tokens['train']:,} tokens to train on, {tokens['learnt']:,} learnt" if tokens else ""
     reporter.say(
-        f"{inputs.task.name} ({sizes} rows), {arguments.method} on {arguments.model}, seed {arguments.seeds[0]}"
+        f"{inputs.task.name} ({sizes} rows{counted}), "
+        f"{arguments.method} on {arguments.model}, seed {arguments.seeds[0]}"
         f"{f', {process_count()} processes' if process_count() > 1 else ''}: {folder}"
     )
     if warning := slow_precision_warning(arguments.training.precision):

@@ -73,6 +73,9 @@ _GLUE = {
     for name in glue.GLUE
 }  # fmt: skip
 
+_LANGUAGE = ("template", "unrelated", "packing")
+"Settings that language models read."
+
 TASKS: dict[str, TaskSource] = {
     "acceptability": TaskSource(TEXT, "acceptability.load_acceptability"),
     "files": TaskSource(
@@ -80,11 +83,11 @@ TASKS: dict[str, TaskSource] = {
     ),
     **_GLUE,
     "oasst1": TaskSource(
-        LANGUAGE, "oasst1.load_oasst1", ("folder", "language", "val_size"), features=("template", "unrelated"),
+        LANGUAGE, "oasst1.load_oasst1", ("folder", "language", "val_size"), features=_LANGUAGE,
         check=partial(_check_folder, oasst1.find_folder),
     ),
     "text": TaskSource(
-        LANGUAGE, "files.load_texts", _ROWS, needs=_NEEDED, features=("template", "unrelated"), check=_check_rows
+        LANGUAGE, "files.load_texts", _ROWS, needs=_NEEDED, features=_LANGUAGE, check=_check_rows
     ),
     "digits": TaskSource(IMAGES, "images.load_digits"),
     "images": TaskSource(

@@ -60,6 +60,10 @@ class DataArguments:
     """oasst1, text: "plain": write conversations as Human: and Assistant: turns, and prompts and answers unchanged;
     default: the model's chat template if it has one"""
 
+    packing: bool = False
+    """oasst1, text: pack several short training rows into one of max_length tokens, which saves padding; attention does
+    not cross between them"""
+
     def problems(self, task: str, *, files: bool = True) -> list[str]:
         """Return one sentence per setting that is not valid for a task.
 

@@ -24,6 +24,7 @@ FILES = {"validation_file": __file__, "text": ["a"]}
         ("acceptability", {"folder": "x"}, r"data.folder is for glue/\*, oasst1, images; task acceptability does not"),
         ("text", {**FILES, "labels": ["a", "b"]}, r"data.labels is for files; task text does not read it"),
         ("glue/rte", {"template": "plain"}, r"data.template is for oasst1, text; task glue/rte does not read it"),
+        ("files", {**FILES, "packing": True}, r"data.packing is for oasst1, text; task files does not read it"),
         ("acceptability", {"train_rows": 0}, r"data.train_rows must be at least 1, found 0"),
         ("acceptability", {"metrics": ["f2"]}, r"expected some of accuracy, .*; found f2"),
         ("files", {"validation_file": "none.csv", "text": ["a"]}, r"none.csv: no such file"),

@@ -22,6 +22,7 @@ from ..read import Row, check_columns
 from ..settings import DataArguments
 from ..task import Task
 from .kind import Kind, Rows, check_token_ids
+from .packing import pack
 from .writer import IGNORED, Writer
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,10 @@ class LanguageKind(Kind):
         return {}
 
     def features(self, task: Task, split: str, processor: Any, data: DataArguments) -> Dataset:
-        """Tokenize a split and label the tokens to learn. Rows with nothing to learn in `max_length` are skipped."""
+        """Tokenize a split and label the tokens to learn. Rows with nothing to learn in `max_length` are skipped.
+
+        With `data.packing`, several rows of the train split are packed into one; see `pack`.
+        """
         check_length(processor, data.max_length)
         writer = Writer(processor, task.text, data.template == "plain")
         rows = task.splits[split]
@@ -61,10 +65,18 @@ class LanguageKind(Kind):
                 "%s, %s: skipped %d of %d rows with nothing to learn in their first %d tokens", task.name, split,
                 skipped, len(rows), data.max_length,
             )  # fmt: skip
-        return Dataset.from_dict(found)
+        features = Dataset.from_dict(found)
+        if not data.packing or split != "train":
+            return features
+        packed = pack(features, data.max_length)
+        logger.warning(
+            "%s, %s: packed %d rows into %d; a row has %.0f of %d tokens on average", task.name, split, len(features),
+            len(packed), sum(map(len, packed["input_ids"])) / len(packed), data.max_length,
+        )  # fmt: skip
+        return packed
 
     def collator(self, processor: Any, length: int | None) -> Callable[[Rows], dict[str, Tensor]]:
-        """Return a collator that pads on the right."""
+        """Return a collator that pads on the right. Padding of packed rows is one more sequence, with no loss."""
 
         def collate(rows: Rows) -> dict[str, Tensor]:
             longest = length or max(len(row["input_ids"]) for row in rows)
@@ -72,12 +84,15 @@ class LanguageKind(Kind):
             def padded(column: str, value: int) -> Tensor:
                 return torch.tensor([[*row[column], *[value] * (longest - len(row[column]))] for row in rows])
 
-            mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
-            return {
+            tokens = {
                 "input_ids": padded("input_ids", processor.pad_token_id),
-                "attention_mask": torch.tensor(mask),
                 "labels": padded("labels", IGNORED),
             }
+            if "position_ids" in rows[0]:
+                places = [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in rows]
+                return {**tokens, "position_ids": torch.tensor(places)}
+            mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+            return {**tokens, "attention_mask": torch.tensor(mask)}
 
         return collate
 
