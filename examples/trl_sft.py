@@ -60,7 +60,7 @@ def main() -> None:
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=SparseGradConfig(task_type="CAUSAL_LM"),
-        calibration=CalibrationConfig(n_steps=8, normalize=True, trajectory=Trajectory(1e-4)),
+        calibration=CalibrationConfig(n_steps=8, normalize=True, mean_gradient=True, trajectory=Trajectory(1e-4)),
     )
     trainer.train()
     print(answer(trainer.model, tokenizer, "Who are you?"))

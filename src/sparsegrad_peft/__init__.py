@@ -14,6 +14,7 @@ _HOME = {
     "Calibration": "method.calibrate",
     "CalibrationConfig": "method.config",
     "GramStatistics": "method.gram",
+    "MeanStatistics": "method.mean",
     "LiteralSparseGradLinear": "method.literal",
     "Sizes": "method.sizes",
     "SparseGradAdamW": "method.optim",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from .method.groups import group_linears as group_linears
     from .method.linear import SparseGradLinear as SparseGradLinear
     from .method.literal import LiteralSparseGradLinear as LiteralSparseGradLinear
+    from .method.mean import MeanStatistics as MeanStatistics
     from .method.optim import SparseGradAdamW as SparseGradAdamW
     from .method.positions import select_positions as select_positions
     from .method.refresh import refresh as refresh

@@ -26,6 +26,9 @@ ROWS, STEPS = 8, 5
 CONFIGS = {
     "paper": CalibrationConfig(n_steps=STEPS, gram_dtype=F64),
     "signs": CalibrationConfig(n_steps=STEPS, gram_dtype=F64, normalize=True, trajectory=Trajectory(1e-2, sign_step)),
+    "mean": CalibrationConfig(
+        n_steps=STEPS, gram_dtype=F64, normalize=True, mean_gradient=True, trajectory=Trajectory(1e-2, sign_step)
+    ),
     "steps": CalibrationConfig(n_steps=STEPS, gram_dtype=F64, trajectory=Trajectory(1e-2, normalized_step)),
 }
 SIZES: list[dict[str, Any]] = [{}, {"c": "energy:0.9", "r": "energy:0.9"}, {"c": 3, "r": 0.5}]
@@ -79,9 +82,15 @@ def statistics(rank: int, n: int, dtype: torch.dtype, config: CalibrationConfig)
 
 def described(calibration: Calibration) -> dict[str, Any]:
     return {
-        "grams": {name: (gram.gram_in, gram.gram_out, gram.n_gradients) for name, gram in calibration.groups.items()},
+        "grams": {name: (*sums_of(group), group.n_gradients) for name, group in calibration.groups.items()},
         "bases": [buffers(calibration, **sizes) for sizes in SIZES],
     }
+
+
+def sums_of(statistics: Any) -> list[Tensor]:
+    if isinstance(statistics, GramStatistics):
+        return [statistics.gram_in, statistics.gram_out]
+    return [tensor for total in statistics.sums.values() for tensor in total.tensors]
 
 
 def buffers(calibration: Calibration, **sizes: Any) -> dict[str, dict[str, Tensor]]:
@@ -175,9 +184,9 @@ def test_statistics_of_the_whole_batches(results: list[dict[str, Any]], n: int, 
     assert list(expected["grams"]) == ["experts.*.0", "experts.*.2"]
     for rank in range(n):
         found = results[rank][str(n)][name]
-        for group, (gram_in, gram_out, n_gradients) in expected["grams"].items():
-            assert n_gradients == found["grams"][group][2] == 2 * STEPS
-            for value, other in zip((gram_in, gram_out), found["grams"][group], strict=False):
+        for group, (*sums, n_gradients) in expected["grams"].items():
+            assert n_gradients == found["grams"][group][-1] == 2 * STEPS
+            for value, other in zip(sums, found["grams"][group], strict=False):
                 assert float((value - other).norm()) <= tolerance * float(value.norm())
 
 

@@ -251,15 +251,17 @@ def test_bad_scales(scale: list[float]) -> None:
 
 
 def test_default_sizes() -> None:
-    """128 directions, at most a third of the hidden side, and as many neurons as make 1 % of the entries."""
+    """An eighth of the hidden side, from 64 to 128 and at most a third; as many neurons as make 1 % of the entries."""
     sizes = Sizes(narrow=None, wide=None)
-    assert sizes.counts(1536, 384) == (48, 128)  # MiniLM
-    assert sizes.counts(576, 1536) == (128, 72)  # SmolLM2, down
+    assert sizes.counts(1536, 384) == (96, 64)  # MiniLM
+    assert sizes.counts(576, 1536) == (72, 120)  # SmolLM2, down
+    assert sizes.counts(3072, 768) == (248, 96)  # BERT-base
+    assert sizes.counts(100, 90) == (2, 32)
     assert sizes.counts(11008, 4096) == (3520, 128)  # LLaMA-2-7B
     assert sizes.counts(32, 16) == (1, 5)
     assert Sizes(narrow="full", wide=None).counts(3072, 768) == (32, 768)
     assert Sizes(narrow=1, wide=None, share=0.5).counts(6, 6) == (6, 1)
-    assert Sizes(narrow="energy:0.5", wide=None).counts(1536, 384) == (48, None)
+    assert Sizes(narrow="energy:0.5", wide=None).counts(1536, 384) == (96, None)
 
 
 @pytest.mark.parametrize("sparse", [False, True])

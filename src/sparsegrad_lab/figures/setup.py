@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from sparsegrad_peft.method.gradients import Step, default_loss
-from sparsegrad_peft.method.gram import GramStatistics
 from sparsegrad_peft.method.groups import group_linears, linear_shape
+from sparsegrad_peft.method.statistics import Statistics
 
 from ..methods.registry import METHODS, find_method
 from ..run.exit_codes import RefusedError
@@ -161,7 +161,7 @@ def evenly_spaced(names: list[str], count: int) -> list[str]:
 @contextmanager
 def without_rank_warnings() -> Iterator[None]:
     """Silence the warning that a complete basis has rows which no gradient has reached. The spectra show them."""
-    logger = logging.getLogger(GramStatistics.__module__)
+    logger = logging.getLogger(Statistics.__module__)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

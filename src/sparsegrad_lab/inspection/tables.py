@@ -25,7 +25,7 @@ def render(inspection: Inspection, console: Console) -> None:
     for number, group in enumerate(inspection.groups, 1):
         line(f"{number:>3} {group.name}")
     line(f"\nThese layers hold {share:.3g} % of the MLP's weights.")
-    line(f"Calibration needs {_in(calibration, unit)} {unit} more at its peak, for Gram matrices and one gradient.")
+    line(f"Calibration needs {_in(calibration, unit)} {unit} more at its peak, for sums of gradients and one gradient.")
     console.print(_methods_table(inspection))
     line("")
     for note in inspection.notes:

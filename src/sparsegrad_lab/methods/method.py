@@ -26,7 +26,9 @@ FORM = frozenset({"adapter.neurons", "adapter.exponent"})
 "Settings of the form of the bases."
 SELECTION = frozenset({"adapter.density", "adapter.k"})
 "Settings of the selection in each step."
-CALIBRATION = frozenset({"calibration.n_steps", "calibration.walk", "calibration.normalize"})
+CALIBRATION = frozenset({
+    "calibration.n_steps", "calibration.walk", "calibration.normalize", "calibration.mean_gradient",
+})  # fmt: skip
 "Settings of the calibration."
 LOOP = frozenset({"training.rest_learning_rate", "training.gradient_accumulation"})
 "Settings of the training loop that some methods cannot use."

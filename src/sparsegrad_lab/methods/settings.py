@@ -16,7 +16,7 @@ class AdapterArguments:
 
     narrow: int | float | str | None = None
     """sparsegrad: basis vectors of a layer's smaller side: "full", a count, a fraction of the side, or "energy:0.9"
-    (enough for this share of the gradients' energy); default: 128, at most a third of the side"""
+    (enough for this share of the gradients' energy); default: an eighth of the side, from 64 to 128"""
     wide: int | float | str | None = None
     """sparsegrad: neurons (or basis vectors) of a layer's larger side, in the same forms; default: as many as make
     trained_share"""
@@ -26,7 +26,7 @@ class AdapterArguments:
     """sparsegrad: the larger side keeps its strongest neurons instead of basis vectors; default: yes, but no with
     shared, c or r"""
     exponent: float | None = None
-    """sparsegrad: how strongly steps follow the gradients' spectrum; 0 moves all entries alike; default: 0.25, but 0
+    """sparsegrad: how strongly steps follow the gradients' spectrum; 0 moves all entries alike; default: 0.5, but 0
     with c or r"""
     c: int | float | str | None = None
     "sparsegrad: basis vectors of each layer's input side (rows of U); replaces narrow and wide"
@@ -109,8 +109,16 @@ class CalibrationArguments:
     collect all gradients at the pretrained weights"""
     normalize: bool = True
     "scale each gradient to norm 1, so that all backward passes count the same"
+    mean_gradient: bool = True
+    """compute the bases from sums of each layer's gradients, in which their noise cancels; false: from the Gram matrix
+    of every single gradient, as in the paper"""
     refresh: int | None = None
     "compute new bases every so many training steps; only for complete bases (adapter.c and r: full); default: never"
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> CalibrationArguments:
+        """Read settings of this or an earlier version, which had no `mean_gradient`."""
+        return cls(**{"mean_gradient": False, **settings})
 
     def problems(self) -> list[str]:
         """What is wrong with these settings, one message each."""

@@ -77,7 +77,10 @@ def calibration_config(arguments: CalibrationArguments) -> CalibrationConfig:
     from sparsegrad_peft.method.config import CalibrationConfig, Trajectory, sign_step
 
     trajectory = None if arguments.walk is None else Trajectory(arguments.walk, sign_step)
-    return CalibrationConfig(n_steps=arguments.n_steps, trajectory=trajectory, normalize=arguments.normalize)
+    return CalibrationConfig(
+        n_steps=arguments.n_steps, trajectory=trajectory, normalize=arguments.normalize,
+        mean_gradient=arguments.mean_gradient,
+    )  # fmt: skip
 
 
 METHOD = SparseGrad()

@@ -12,13 +12,14 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import yaml
 
-from ..methods.settings import AdapterArguments
+from ..methods.settings import AdapterArguments, CalibrationArguments
 from ..tasks.parse_files import read_json, read_yaml
 from .checkpoints import best_step, is_complete, writing
 from .processes import is_rank0, process_count
@@ -186,6 +187,7 @@ class RunFolder:
         there |= {name: here[name] for name in WITHOUT_EFFECT}
         for settings in (there, here):
             settings["adapter"] = AdapterArguments.from_dict(settings["adapter"]).resolved()
+            settings["calibration"] = asdict(CalibrationArguments.from_dict(settings["calibration"]))
         if there["method"] == here["method"] and (former := self.read_json("method.json")) is not None:
             there["method"], here["method"] = former, read_json(Path(arguments.method))
         there, here = flat(there), flat(here)
@@ -304,4 +306,5 @@ def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, with the defaults of those that an earlier version did not have."""
     known = RunArguments().as_dict()
     groups = {name: {**group, **settings.get(name, {})} for name, group in known.items() if isinstance(group, dict)}
-    return {**known, **settings, **groups, "adapter": settings.get("adapter", known["adapter"])}
+    versioned = {name: settings.get(name, known[name]) for name in ("adapter", "calibration")}  # see their `from_dict`
+    return {**known, **settings, **groups, **versioned}

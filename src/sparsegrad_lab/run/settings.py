@@ -150,11 +150,12 @@ class RunArguments:
     def from_dict(cls, settings: dict[str, Any]) -> RunArguments:
         """The inverse of `as_dict`. Settings that an earlier version did not have may be missing."""
         groups = {
-            "data": DataArguments, "calibration": CalibrationArguments,
-            "training": TrainingArguments,
-        }  # fmt: skip
-        found: dict[str, Any] = {name: group(**settings[name]) for name, group in groups.items()}
-        return cls(**{**settings, **found, "adapter": AdapterArguments.from_dict(settings["adapter"])})
+            "data": DataArguments(**settings["data"]),
+            "adapter": AdapterArguments.from_dict(settings["adapter"]),
+            "calibration": CalibrationArguments.from_dict(settings["calibration"]),
+            "training": TrainingArguments(**settings["training"]),
+        }
+        return cls(**{**settings, **groups})
 
     def problems(self) -> list[str]:
         """What is wrong with these settings, one message each."""

@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..methods.registry import METHODS
-from ..methods.settings import AdapterArguments
+from ..methods.settings import AdapterArguments, CalibrationArguments
 from ..run.folder import write_whole
 from ..run.parsing import arguments_from
 from ..run.settings import WITHOUT_EFFECT, RunArguments, flat
@@ -164,9 +165,11 @@ def decisive_settings(arguments: RunArguments) -> dict[str, Any]:
 def _decisive_settings(config: Any, peft_config: Any) -> dict[str, Any]:
     """The same of a result file, which may hold anything."""
     config = config if isinstance(config, dict) else {}
-    if "adapter" in config:
-        with suppress(TypeError):  # settings that do not exist stay as they are, and differ from any run's
-            config = {**config, "adapter": AdapterArguments.from_dict(config["adapter"]).resolved()}
+    with suppress(TypeError, KeyError):  # settings that do not exist stay as they are, and differ from any run's
+        calibration = asdict(CalibrationArguments.from_dict(config["calibration"]))
+        config = {
+            **config, "adapter": AdapterArguments.from_dict(config["adapter"]).resolved(), "calibration": calibration
+        }  # fmt: skip
     settings = {name: value for name, value in flat(config).items() if name not in WITHOUT_EFFECT}
     if peft_config is not None:  # the content of the file decides, not its path
         return {**settings, "method": peft_config}

@@ -1,8 +1,10 @@
 """The method in plain PyTorch, without transformers and peft. Read `reference.py` first, then in this order.
 
     gradients    1  a few steps of backpropagation -> the gradient of each target layer
-    gram            gradients -> Gram matrices, streamed
-    hosvd        2  Gram matrices -> orthogonal factors and spectra
+    gram            gradients -> Gram matrices, streamed (the paper)
+    mean            gradients -> their sum, streamed (the adapter's default)
+    hosvd        2  either sums -> orthogonal factors and spectra
+    statistics      ... -> the group's basis
     basis           Basis(U, V), shared by a group of layers
     selection    3  gradient in the basis -> its k largest entries
     function     4  forward and backward of the layer
@@ -21,6 +23,6 @@ Around these:
 
 Helpers: config (calibration's settings), groups (which layers share a basis), sizes (rows of a basis), costs
 (multiply-adds), products (chains of matrices), live_rows (tokens with a gradient), plain (nn.Linear and Conv1D),
-precision (data types), processes (several processes), restored_state, sketch (Gram matrices of large sides),
-sparse_adam (the update rule).
+precision (data types), processes (several processes), restored_state, sparse_adam (the
+update rule).
 """

@@ -17,18 +17,19 @@ from .basis import Basis
 from .config import CalibrationConfig, resolve_config
 from .experts import check_selects_neurons, expert_layout, fused_parameters, owner_of, target_shape
 from .gradients import Step, default_loss, stream_gradients
-from .gram import GramStatistics, warn_of_completed
+from .gram import GramStatistics
 from .groups import group_linears
+from .mean import MeanStatistics, ProjectedSums, WholeSums, projection_widths, random_vectors
 from .processes import broadcast_from_rank0, progress_bar
 from .sizes import Rows, Sizes
-from .sketch import random_vectors, sketch_width
+from .statistics import Statistics, warn_of_completed
 
 
 @dataclass
 class Calibration:
     """Result of `calibrate`: statistics by group, from which bases of any size are made."""
 
-    groups: dict[str, GramStatistics]
+    groups: dict[str, Statistics]
     config: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     @torch.inference_mode(False)  # tensors made in inference mode cannot be saved for backward
@@ -42,7 +43,7 @@ class Calibration:
         dtype: torch.dtype = torch.float32,
         progress: bool = False,
     ) -> dict[str, Basis]:
-        """Make one `Basis` for each group (see `GramStatistics.basis`), with the same bits on every process.
+        """Make one `Basis` for each group (see `Statistics.basis`), with the same bits on every process.
 
         This takes two eigendecompositions per group: seconds for BERT-base on a CPU.
 
@@ -50,18 +51,17 @@ class Calibration:
             c: rows of `U`, the input side, of every group.
             r: rows of `V`, the output side, of every group.
             sizes: in place of both, by the shape of each group's layers.
-            exponent: of the spectrum in the scales of the core, see `GramStatistics.basis`.
+            exponent: of the spectrum in the scales of the core, see `Statistics.basis`.
             dtype: of the bases.
             progress: show a progress bar, for bases of every single layer of a large model.
         """
         sizes = sizes or Sizes(c=c, r=r)
         bases: dict[str, Basis] = {}
         notes: list[str] = []
-        for name, gram in progress_bar(list(self.groups.items()), "Making bases" if progress else None):
-            shape = len(gram.gram_out), len(gram.gram_in)
-            r, c = sizes.check(*shape, f"group {name}")
-            selected = sizes.selected(*shape)
-            basis = gram.basis(c=c, r=r, selected=selected, exponent=exponent, dtype=dtype, notes=notes)
+        for name, group in progress_bar(list(self.groups.items()), "Making bases" if progress else None):
+            r, c = sizes.check(*group.shape, f"group {name}")
+            selected = sizes.selected(*group.shape)
+            basis = group.basis(c=c, r=r, selected=selected, exponent=exponent, dtype=dtype, notes=notes)
             bases[name] = basis
             # Machines may differ in the eigensolver, and nearly equal eigenvalues then give other vectors and, for a
             # share of energy, another number of them. So every process takes rank 0's.
@@ -85,7 +85,7 @@ def calibrate(
 ) -> Calibration:
     r"""Collect the gradient statistics of each group of layers. The model does not change.
 
-    Peak extra memory is the Gram matrices and one layer's gradient (and, with a `Trajectory`, a copy of what moves).
+    Peak extra memory is the sums and one layer's gradient (and, with a `Trajectory`, a copy of what moves).
     Under `torch.distributed` every process calls this with its own batches. The gradients are averaged layer by layer
     as they arrive, so N processes find the bases that one process finds on the whole batches, to rounding.
 
@@ -95,8 +95,8 @@ def calibrate(
         batches: inputs of `loss_fn`, iterated again from the start when they run out.
         groups: group name -> names of linear layers, from `group_linears`, or of fused experts' parameters. None takes
             every linear layer of the model.
-        sizes: the largest bases that will be asked for. A large side with few wanted rows is then summed as a sketch, a
-            small part of the Gram matrix's size and work (see `sketch`). None sums whole Gram matrices.
+        sizes: the largest bases that will be asked for. With them calibration needs less memory: a selected side takes
+            one number for each feature, and with `mean_gradient` large layers are projected (see `mean.py`).
         step: in place of `batches`: a function without arguments that returns the loss of its next batch.
         loss_fn: (model, batch) -> scalar loss. Default: `model(**batch).loss`.
         config: how to calibrate.
@@ -118,15 +118,15 @@ def calibrate(
     config = resolve_config(config, fields)
     groups = groups if groups is not None else group_linears(model)
     statistics = _empty_statistics(model, groups, sizes, config)
-    group_of: dict[str, GramStatistics] = {}
-    for gram in statistics.values():
-        for layer in gram.layers:
+    group_of: dict[str, Statistics] = {}
+    for group in statistics.values():
+        for layer in group.layers:
             if layer in group_of:
-                raise ValueError(f"{layer} is named twice, in groups {group_of[layer].name!r} and {gram.name!r}")
-            group_of[layer] = gram
+                raise ValueError(f"{layer} is named twice, in groups {group_of[layer].name!r} and {group.name!r}")
+            group_of[layer] = group
 
     stream_gradients(
-        model, group_of, lambda layer, G: group_of[layer].add(G, normalize=config.normalize), batches, step=step,
+        model, group_of, lambda layer, G: group_of[layer].add(G, layer, normalize=config.normalize), batches, step=step,
         loss_fn=loss_fn, config=config, progress="Calibrating" if progress else None,
     )  # fmt: skip
     return Calibration(statistics, config)
@@ -135,24 +135,11 @@ def calibrate(
 @torch.inference_mode(False)  # tensors made in inference mode cannot be written to outside it
 def _empty_statistics(
     model: nn.Module, groups: Mapping[str, Sequence[str]], sizes: Sizes | None, config: CalibrationConfig
-) -> dict[str, GramStatistics]:
-    """Allocate the sums of each group: a Gram matrix per side, or the smaller sketch of it."""
+) -> dict[str, Statistics]:
+    """Allocate the sums of each group."""
     known = {*dict(model.named_modules()), *fused_parameters(model)}
-    probes: dict[tuple[int, int, torch.device], Tensor] = {}  # sides of one size use the same random vectors
-
-    def allocate(n: int, rows: Rows, selected: bool, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        if selected:
-            return torch.zeros(n, dtype=config.gram_dtype, device=device), None
-        width = sketch_width(rows, n)
-        sums = torch.zeros(n, n if width is None else width, dtype=config.gram_dtype, device=device)
-        if width is None:
-            return sums, None
-        key = (n, width, device)
-        if key not in probes:
-            probes[key] = random_vectors(n, width, sums)
-        return sums, probes[key]
-
-    statistics = {}
+    allocate = _Allocator(sizes, config)
+    statistics: dict[str, Statistics] = {}
     for name, layers in groups.items():
         unknown = [layer for layer in layers if layer not in known]
         if unknown:
@@ -160,16 +147,50 @@ def _empty_statistics(
         shapes = {layer: target_shape(model, layer) for layer in layers}
         if len(set(shapes.values())) != 1:
             raise ValueError(f"group {name!r}: the layers of a group share a shape, found (out, in) = {shapes}")
-        out_features, in_features = next(iter(shapes.values()))
-        r, c = sizes.check(out_features, in_features, f"group {name}") if sizes is not None else ("full", "full")
-        select_out, select_in = (False, False) if sizes is None else sizes.selected(out_features, in_features)
+        shape = shapes[layers[0]]
+        if sizes is not None:
+            sizes.check(*shape, f"group {name}")
         owner, parameter = owner_of(model, layers[0])
         if parameter is not None:
             check_selects_neurons(expert_layout(owner, parameter), sizes or Sizes(), layers[0])
         device = torch.device(config.gram_device or getattr(owner, parameter or "weight").device)
-        gram_in, probe_in = allocate(in_features, c, select_in, device)
-        gram_out, probe_out = allocate(out_features, r, select_out, device)
-        statistics[name] = GramStatistics(
-            name, tuple(layers), gram_in, gram_out, probe_in=probe_in, probe_out=probe_out
-        )
+        make = allocate.mean if config.mean_gradient else allocate.gram
+        statistics[name] = make(name, tuple(layers), *shape, device)
     return statistics
+
+
+class _Allocator:
+    """Allocates sums of zeros. Sides of one size use the same random vectors."""
+
+    def __init__(self, sizes: Sizes | None, config: CalibrationConfig) -> None:
+        self.sizes, self.dtype = sizes, config.gram_dtype
+        self.vectors: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    def gram(self, name: str, layers: tuple[str, ...], out: int, in_: int, device: torch.device) -> GramStatistics:
+        """Allocate a Gram matrix for each side, or its diagonal."""
+        select_out, select_in = (False, False) if self.sizes is None else self.sizes.selected(out, in_)
+        gram_in = self._zeros(in_, device=device) if select_in else self._zeros(in_, in_, device=device)
+        gram_out = self._zeros(out, device=device) if select_out else self._zeros(out, out, device=device)
+        return GramStatistics(name, layers, gram_in, gram_out)
+
+    def mean(self, name: str, layers: tuple[str, ...], out: int, in_: int, device: torch.device) -> MeanStatistics:
+        """Allocate the two sums of gradients of each layer, or the smaller projections of them."""
+        widths = projection_widths(self.sizes, out, in_)
+
+        def sums() -> WholeSums | ProjectedSums:
+            if widths is None:
+                return WholeSums(self._zeros(2, out, in_, device=device))
+            left, right = self._zeros(2, widths[0], in_, device=device), self._zeros(2, out, widths[1], device=device)
+            psi, omega = self._random(out, widths[0], device), self._random(in_, widths[1], device)
+            return ProjectedSums(left, right, psi, omega)
+
+        return MeanStatistics(name, layers, {layer: sums() for layer in layers})
+
+    def _zeros(self, *shape: int, device: torch.device) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=device)
+
+    def _random(self, n: int, width: int, device: torch.device) -> Tensor:
+        key = (n, width, device)
+        if key not in self.vectors:
+            self.vectors[key] = random_vectors(n, width, torch.empty(0, dtype=self.dtype, device=device))
+        return self.vectors[key]

@@ -51,10 +51,13 @@ class CalibrationConfig:
     "None takes all gradients at the starting point (paper), else they are taken along a short training run"
     normalize: bool = False
     "scale each gradient to norm 1 before it is summed, so that all steps and layers weigh the same"
+    mean_gradient: bool = False
+    """decompose what the gradients of a layer have in common, from sums in which their noise cancels (see `mean.py`);
+    False decomposes every gradient by itself (paper)"""
     training: bool | None = True
     "train mode, with dropout (True, paper), eval mode (False), or leave each module as it is (None)"
     gram_device: torch.device | str | None = None
-    "where the Gram matrices live; None is the device of the layers' weights"
+    "where the sums live; None is the device of the layers' weights"
     gram_dtype: torch.dtype = torch.float32
     "type of the sums: float32, or float64 for twice the memory"
 

@@ -9,6 +9,7 @@ replaces its SVD.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,7 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
     check_rows(rows, n, name)
     diagonal = gram.diagonal()
     energy = float(diagonal.sum())
+    energy = float(diagonal.sum())
     _check_energy(gram, energy, name)
     asymmetry = float((gram - gram.T).abs().max())
     if asymmetry > 1e-3 * float(diagonal.max()):
@@ -93,6 +95,46 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
         count = _count_by_energy(spectrum, str(rows))
     vectors = vectors[:count].contiguous()
     return Eigenbasis(fix_signs(vectors), spectrum, energy, rank)
+
+
+def eigenbasis_of_halves(
+    factors: Sequence[Float[Tensor, "2 _ n"]], rows: Rows = "full", *, name: str = "the sums"
+) -> Eigenbasis:
+    """Return the eigenvectors of `A = Σ (F₁ᵀF₂ + F₂ᵀF₁) / 2` over pairs of factors, with the largest eigenvalues first.
+
+    `A` is symmetric and may have negative eigenvalues, in directions where the two factors disagree. They count as an
+    energy of 0. If it has no positive one, `F₁ + F₂` stands for both factors. Factors with fewer than `n` rows in all
+    make no (n, n) matrix.
+
+    Raises:
+        ValueError: the factors are not finite or zero; `rows` is out of range.
+    """
+    n = factors[0].shape[2]
+    check_rows(rows, n, name)
+    count, known = row_count(rows, n), sum(2 * pair.shape[1] for pair in factors)
+    for pair in factors:
+        _check_energy(pair, float(pair.square().sum()), name)
+    with without_autocast(factors[0].device):
+        if known >= n or (count or 0) > known:
+            gram = factors[0].new_zeros(n, n)
+            for first, second in factors:
+                gram.addmm_(first.T, second)
+            values, columns = torch.linalg.eigh((gram + gram.T) / 2)  # ascending
+        else:
+            halves = [torch.cat([pair[half] for pair in factors]).double() for half in (0, 1)]
+            Q, R = torch.linalg.qr(torch.cat(halves).T)
+            first, second = R.chunk(2, dim=1)
+            product = first @ second.T
+            values, mixing = torch.linalg.eigh((product + product.T) / 2)
+            columns = Q @ mixing
+    if values[-1] <= 0:
+        return eigenbasis_of_halves([pair.sum(0).expand(2, -1, -1) for pair in factors], rows, name=name)
+    spectrum = values.flip(0).clamp_min(0).to(factors[0].dtype)
+    rank = int((values.abs() > math.sqrt(n) * torch.finfo(factors[0].dtype).eps * values[-1]).sum())
+    if count is None:
+        count = _count_by_energy(spectrum, str(rows))
+    vectors = columns[:, -count:].flip(1).T.to(factors[0].dtype)
+    return Eigenbasis(fix_signs(vectors.contiguous()), spectrum, float(spectrum.sum()), rank)
 
 
 @dataclass(frozen=True)
@@ -131,29 +173,37 @@ def strongest_features(energies: Float[Tensor, " n"], rows: Rows, *, name: str =
     return StrongestFeatures(kept.int(), energies[kept], energies[order])
 
 
+def strongest_features_of_halves(
+    factors: Sequence[Float[Tensor, "2 _ n"]], rows: Rows, *, name: str = "the side"
+) -> StrongestFeatures:
+    """Return the features with the largest entries on the diagonal of `A`, see `eigenbasis_of_halves`."""
+    for pair in factors:
+        _check_energy(pair, float(pair.square().sum()), name)
+    energies = torch.stack([(pair[0] * pair[1]).sum(0) for pair in factors]).sum(0)
+    if energies.max() <= 0:
+        energies = torch.stack([pair.sum(0).square().sum(0) for pair in factors]).sum(0)
+    return strongest_features(energies.clamp_min(0), rows, name=name)
+
+
 def fix_signs(vectors: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
     """Flip each row so that its entry of largest magnitude (the first, if several) is positive."""
     largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
     return torch.where(largest < 0, -vectors, vectors)
 
 
-def no_energy(name: str, energy: float) -> str:
-    """Return the message for a side with no gradient energy."""
-    return (
-        f"{name} has energy {energy:g}: no gradient reached these layers during calibration, or the squares of the "
-        "gradients underflowed; check that the layers take part in the loss and that nothing before it is detached, or "
-        "calibrate with normalize=True"
-    )
-
-
 def _check_energy(sums: Tensor, energy: float, name: str) -> None:
+    """Raise unless the sums are finite and the energy is positive."""
     if not bool(sums.isfinite().all()):
         raise ValueError(
             f"{name} holds {int((~sums.isfinite()).sum())} entries that are not finite: a calibration gradient or its "
             "square overflowed; calibrate in float32 or bfloat16, with normalize=True"
         )
     if energy <= 0:
-        raise ValueError(no_energy(name, energy))
+        raise ValueError(
+            f"{name} has energy {energy:g}: no gradient reached these layers during calibration, or the squares of the "
+            "gradients underflowed; check that the layers take part in the loss and that nothing before it is "
+            "detached, or calibrate with normalize=True"
+        )
 
 
 def _count_by_energy(spectrum: Tensor, rows: str) -> int:

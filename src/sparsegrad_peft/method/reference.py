@@ -36,6 +36,24 @@ def grams(
     return gram_in, gram_out
 
 
+def mean_grams(
+    gradients: Float[Tensor, "layers n out in"], normalize: bool = False
+) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out out"]]:
+    """Products of the sums `M₁`, `M₂` of every other gradient of a layer, added up over layers (not in the paper).
+
+    `Σ (M₁ᵀM₂ + M₂ᵀM₁) / 2` and `Σ (M₁M₂ᵀ + M₂M₁ᵀ) / 2`.
+    """
+    _, _, out, in_ = gradients.shape
+    gram_in, gram_out = gradients.new_zeros(in_, in_), gradients.new_zeros(out, out)
+    for of_layer in gradients:
+        M = [torch.zeros_like(of_layer[0]), torch.zeros_like(of_layer[0])]
+        for step, G in enumerate(of_layer):
+            M[step % 2] = M[step % 2] + (G / G.norm() if normalize and G.norm() > 0 else G)
+        gram_in = gram_in + (M[0].T @ M[1] + M[1].T @ M[0]) / 2
+        gram_out = gram_out + (M[0] @ M[1].T + M[1] @ M[0].T) / 2
+    return gram_in, gram_out
+
+
 # 2. HOSVD of the stack: left singular vectors of its unfoldings  (paper: preliminary phase)
 
 

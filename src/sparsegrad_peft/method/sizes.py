@@ -13,10 +13,11 @@ A fraction gives the nearest multiple of 8 rows, if that is 16 or more: 0.1 of 7
 
 DEFAULT_SHARE = 0.01
 """Default share of a layer's entries that train."""
-DEFAULT_EXPONENT = 0.25
+DEFAULT_EXPONENT = 0.5
 """Default exponent of the spectrum in the scales of the core's entries, see `gram.py`."""
-_DIRECTIONS = 128  # default rows for a layer's smaller side, the hidden size
-_LARGEST_NARROW = 0.33  # but at most this share of it
+_DIRECTIONS = 0.125  # default rows for a layer's smaller side, the hidden size
+_FEWEST_DIRECTIONS, _MOST_DIRECTIONS = 64, 128
+_LARGEST_NARROW = 0.33  # and never more than this share of it
 
 _INDEX = 4  # bytes of an int32
 _ALIGN = 8  # a size that the matrix units of CPUs and GPUs are made for
@@ -78,6 +79,12 @@ def row_count(rows: Rows, n: int) -> int | None:
     return n if rows == "full" else None
 
 
+def default_directions(hidden_size: int) -> int:
+    """Return an eighth of the hidden size, but from 64 to 128, and at most a third of it."""
+    wanted = min(max(row_count(_DIRECTIONS, hidden_size) or 1, _FEWEST_DIRECTIONS), _MOST_DIRECTIONS)
+    return min(wanted, row_count(_LARGEST_NARROW, hidden_size) or hidden_size)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Rows of `U` and `V` for layers of any shape.
@@ -88,7 +95,7 @@ class Sizes:
     """
 
     narrow: Rows | None = "full"
-    "rows for a layer's smaller side, the hidden size; the input side if both are equal. None: 128, at most a third"
+    "rows for a layer's smaller side, the hidden size; the input side if both are equal. None: see `default_directions`"
     wide: Rows | None = "full"
     "rows for its larger side. None: as many as make `share` of the layer's entries"
     c: Rows | None = None
@@ -110,7 +117,7 @@ class Sizes:
         If `narrow` is a share of energy, the default of `wide` is that for the default of `narrow`.
         """
         small, wide = min(out_features, in_features), self.wide
-        default = min(_DIRECTIONS, row_count(_LARGEST_NARROW, small) or small)
+        default = default_directions(small)
         narrow = default if self.narrow is None else self.narrow
         if wide is None:
             fraction = self.share * small / (row_count(narrow, small) or default)
@@ -154,7 +161,7 @@ class Sizes:
         return V + U
 
     def __str__(self) -> str:
-        narrow = f"{_DIRECTIONS} or {_LARGEST_NARROW:g}" if self.narrow is None else self.narrow
+        narrow = "an eighth, from 64 to 128" if self.narrow is None else self.narrow
         wide = f"{self.share:g} of the entries" if self.wide is None else self.wide
         given = {"narrow": narrow, "wide": wide, "c": self.c, "r": self.r}
         if self.c is not None and self.r is not None:

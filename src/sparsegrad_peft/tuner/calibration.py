@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 LARGE_BASES = 1e9
 """Bytes of a model's bases from which on calibration says how to make them smaller."""
 
-RECOMMENDED = CalibrationConfig(n_steps=30, normalize=True, trajectory=Trajectory(1e-4, sign_step))
+RECOMMENDED = CalibrationConfig(n_steps=30, normalize=True, mean_gradient=True, trajectory=Trajectory(1e-4, sign_step))
 """Gradients along a short training run, which is undone afterwards, each scaled to norm 1. Such bases hold more of the
 later gradients than the paper's, and need no optimizer state (docs/method.md, "How bases age")."""
 

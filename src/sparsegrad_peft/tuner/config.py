@@ -28,19 +28,19 @@ class SparseGradConfig(PeftConfig):
     trainers, replaces these bases by bases of the model's gradients, which gives the method its quality.
 
     By default an update is `ΔW[neurons] = S U` for the up- and gate-projections of an MLP, and `ΔW[:, neurons] = Vᵀ S`
-    for the down-projection: 128 directions of the hidden side (a third of it, if that is less), and as many neurons as
+    for the down-projection: an eighth of the hidden side as directions (from 64 to 128), and as many neurons as
     make 1 % of the layer's entries. docs/results.md compares this with other settings and methods.
 
     Args:
         narrow: rows of the basis of a layer's smaller side (the hidden size): "full", a count, a fraction, or
-            "energy:SHARE". A share of energy is known after calibration; until then the default size holds. None: 128,
-            or a third of the side if that is less.
+            "energy:SHARE". A share of energy is known after calibration; until then the default size holds. None: an
+            eighth of the side, but from 64 to 128 and at most a third.
         wide: rows of the basis of a layer's larger side, likewise. None: as many as make `trained_share`.
         trained_share: share of a layer's entries that train, where `wide` is None.
         neurons: the larger side selects features, the neurons with the most gradient energy, and rotates nothing. Such
             a basis is a list of indices. None: True, but False with `shared`, `c` or `r`.
         exponent: q in the scale `(σ_i τ_j)^q` of entry (i, j) of a core, from the spectrum of the gradients on both
-            sides. 0: no scales. None: 0.25, but 0 with `c` or `r`. docs/method.md explains it.
+            sides. 0: no scales. None: 0.5, but 0 with `c` or `r`. docs/method.md explains it.
         c: rows of `U` (input side) of every layer; replaces `narrow` and `wide`. With `r`, this is the paper's form:
             directions on both sides, without scales.
         r: rows of `V` (output side) of every layer, likewise. Not a LoRA rank.

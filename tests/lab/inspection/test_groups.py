@@ -25,7 +25,6 @@ from sparsegrad_peft.tuner.targets import TARGETS
 def test_groups_are_those_of_group_linears(kind: str, shared: bool) -> None:
     model = tiny_model(kind)
     groups = group_linears(model, TARGETS[kind])
-    pairs = group_linears(model, TARGETS[kind], shared=shared)
     rows = inspect(model, shared=shared, c=0.25, r=0.5, density=0.1).groups
     assert [row.name for row in rows] == list(groups)
     for row, names in zip(rows, groups.values(), strict=True):
@@ -33,9 +32,9 @@ def test_groups_are_those_of_group_linears(kind: str, shared: bool) -> None:
         assert (row.out, row.in_) == linear_shape(model.get_submodule(names[0]), names[0])
         assert row.entries_per_layer == row.r * row.c
         assert row.entries == row.layers * row.r * row.c
-    # One pair of bases for each group or each layer, in float32.
-    shapes = [linear_shape(model.get_submodule(names[0]), names[0]) for names in pairs.values()]
-    assert sum(row.gram_bytes for row in rows) == sum(4 * (out**2 + in_**2) for out, in_ in shapes)
+    # Two sums of the gradients of each layer, in float32.
+    shapes = [linear_shape(model.get_submodule(name), name) for names in groups.values() for name in names]
+    assert sum(row.sums_bytes for row in rows) == sum(2 * 4 * out * in_ for out, in_ in shapes)
 
 
 @pytest.mark.parametrize("options", [{}, {"target_modules": ["dense"]}, {"target_modules": "all-linear"}], ids=str)
@@ -55,9 +54,9 @@ def test_trained_entries_are_those_of_a_calibrated_adapter(shared: bool) -> None
     calibration = calibrate_adapter(adapted, [tiny_batch("bert")], n_steps=2, progress=False)
     cores = [p for n, p in adapted.named_parameters() if "sparsegrad_S" in n]
     assert inspection.entries == sum(core.numel() for core in cores)
-    grams = [gram for group in calibration.groups.values() for gram in (group.gram_in, group.gram_out)]
-    held = sum(gram.numel() * gram.element_size() for gram in grams)
-    assert held == sum(group.gram_bytes for group in inspection.groups)
-    assert inspection.calibration_bytes == held + 32 * 16 * 4
+    sums = [total for group in calibration.groups.values() for total in group.sums.values()]
+    held = sum(tensor.numel() * tensor.element_size() for total in sums for tensor in total.tensors)
+    assert held == sum(group.sums_bytes for group in inspection.groups)
+    assert inspection.calibration_bytes == held + 2 * 32 * 16 * 4
     bases = [b for n, b in adapted.named_buffers() if n.endswith((".U", ".V"))]  # one module for all layers of a group
     assert sum(b.numel() * b.element_size() for b in bases) == sum(group.bases_bytes for group in inspection.groups)
