@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 from sparsegrad_peft.tuner.calibration import calibrate_adapter
@@ -14,7 +15,7 @@ from .trainer import make_trainer
 
 
 def calibrate_unquantized(arguments: RunArguments, folder: RunFolder, inputs: Inputs) -> None:
-    """Calibrate the adapter with gradients of the unquantized model, which is in memory for this long.
+    """Calibrate the adapter with gradients of the unquantized model, which is loaded for this and then dropped.
 
     Args:
         arguments: the settings.
@@ -23,5 +24,7 @@ def calibrate_unquantized(arguments: RunArguments, folder: RunFolder, inputs: In
     """
     with suppress_library_logs():
         unquantized = load_adapted(arguments, inputs.task, inputs.processor, four_bits=False)
-        statistics = make_trainer(arguments, folder, replace(inputs, adapted=unquantized), ()).calibrate()
+        statistics = make_trainer(arguments, folder, replace(inputs, adapted=unquantized), ()).calibration_statistics()
+    del unquantized
+    gc.collect()  # the trainer and its model refer to each other
     calibrate_adapter(inputs.adapted.model, calibration=statistics, progress=False)

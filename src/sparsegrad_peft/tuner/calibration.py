@@ -71,9 +71,7 @@ def calibrate_adapter(
     if not peft_config.shared:
         _warn_of_large_bases(layers, wrapped_groups(model, layers, shared=True), peft_config)
     if calibration is None:
-        config = adapter_calibration(config, options)
-        with _left_out(adapter_name, layers.values()):
-            calibration = calibrate(model, batches, groups=groups, sizes=peft_config.sizes, config=config, **options)
+        calibration = adapter_statistics(model, batches, adapter_name=adapter_name, config=config, **options)
     else:
         check_groups(calibration, groups)
     bases = calibration.bases(
@@ -84,6 +82,25 @@ def calibrate_adapter(
     if is_distributed():
         exclude_bases_from_ddp(model)
     return calibration
+
+
+def adapter_statistics(
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    *,
+    adapter_name: str = "default",
+    config: CalibrationConfig | None = None,
+    **options: Any,
+) -> Calibration:
+    """Collect statistics for `calibrate_adapter(calibration=...)`, and leave the adapter as it is.
+
+    The arguments are those of `calibrate_adapter`. The statistics fit the same adapter on a quantized copy of the base.
+    """
+    peft_config, layers = config_of(model, adapter_name), layers_of(model, adapter_name)
+    groups = wrapped_groups(model, layers, shared=peft_config.shared)
+    config = adapter_calibration(config, options)
+    with _left_out(adapter_name, layers.values()):
+        return calibrate(model, batches, groups=groups, sizes=peft_config.sizes, config=config, **options)
 
 
 def adapter_calibration(config: CalibrationConfig | None, options: dict[str, Any]) -> CalibrationConfig:

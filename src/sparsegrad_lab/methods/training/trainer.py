@@ -24,7 +24,7 @@ from torch.utils.data import Sampler
 
 from sparsegrad_peft.method.calibrate import Calibration
 from sparsegrad_peft.tuner.adapters import adapter_parameters
-from sparsegrad_peft.tuner.calibration import calibrate_adapter
+from sparsegrad_peft.tuner.calibration import adapter_statistics
 from sparsegrad_peft.tuner.trainer import SparseGradTrainer
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -55,9 +55,9 @@ class MethodTrainer(SparseGradTrainer):
         with nullcontext() if refreshes else self.measuring():
             return super()._on_training_batches(calibrate, **options)
 
-    def calibrate(self) -> Calibration:
-        """Calibrate the adapter, and return the statistics, for the same adapter on another base."""
-        statistics: Calibration = self._on_training_batches(calibrate_adapter, progress=not self.args.disable_tqdm)
+    def calibration_statistics(self) -> Calibration:
+        """Collect the statistics to calibrate the adapter, and leave it as it is."""
+        statistics: Calibration = self._on_training_batches(adapter_statistics, progress=not self.args.disable_tqdm)
         return statistics
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
