@@ -216,7 +216,9 @@ def test_preset_cut_down(tiny_bert: Path, run: Run, tmp_path: Path) -> None:
         "glue/rte", str(tiny_bert), "sparsegrad", "train",
     )  # fmt: skip
     assert (found["adapter"]["c"], found["adapter"]["r"], found["adapter"]["density"]) == ("full", "full", 0.01)
-    assert found["calibration"] == {"n_steps": 30, "walk": None, "normalize": False, "refresh": None}
+    assert found["calibration"] == {
+        "n_steps": 30, "walk": None, "normalize": False, "mean_gradient": False, "refresh": None,
+    }  # fmt: skip
     training = found["training"]
     assert (training["batch_size"], training["learning_rate"], training["patience"]) == (16, 6.81e-5, 3)
     assert (training["epochs"], found["seeds"], found["data"]["train_rows"]) == (2, [1], 16)
