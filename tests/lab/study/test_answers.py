@@ -120,7 +120,7 @@ def test_reproduce(folder: Path, questions: Path, tmp_path: Path, capsys: pytest
     shutil.rmtree(files.file(cell).parent)
     capsys.readouterr()
     assert main(words) == 0
-    assert f"no answers of {cell.name}: the weights are gone; --retry" in capsys.readouterr().out
+    assert f"no answers of {cell.name}; --retry" in capsys.readouterr().out
 
 
 def test_refused_before_any_run(

@@ -16,7 +16,8 @@ from datasets import Dataset
 from .writer import IGNORED
 
 _CHECKED_TOKENS = 16
-_LEAK = 0.1
+_ROUNDING = 0.1
+"Largest share of the effect of earlier tokens on a text's logits that is taken for rounding, as with 4-bit weights."
 
 
 def pack(features: Dataset, max_length: int) -> Dataset:
@@ -86,4 +87,4 @@ def _keeps_apart(model: Any, ids: list[int]) -> bool:
     restarted = torch.cat([straight[:, :half], straight[:, : len(ids) - half]], dim=1)
     alone = model(input_ids=row[:, half:]).logits[0]
     packed, continued = (model(input_ids=row, position_ids=at).logits[0, half:] for at in (restarted, straight))
-    return bool((packed - alone).abs().max() <= _LEAK * (continued - alone).abs().max())
+    return bool((packed - alone).abs().max() <= _ROUNDING * (continued - alone).abs().max())
