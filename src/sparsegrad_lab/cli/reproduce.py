@@ -141,7 +141,7 @@ def _finish_answers(answers: AnswerFiles, cells: Sequence[Cell], judge: str | No
         page = answers.page(together[0])
         grade([*files, "--questions", questions, "--model", judge, "--page", str(page)])
     if lacking := [cell.name for cell in cells if answers.lacks(cell)]:
-        console.print(f"no answers of {', '.join(lacking)}; --retry trains their models again")
+        console.print(f"no answers of {', '.join(lacking)}; --retry runs them again")
 
 
 def _overview(experiments: Sequence[Experiment]) -> Table:

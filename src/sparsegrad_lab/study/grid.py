@@ -240,6 +240,8 @@ class Grid:
                 # Interrupted before its settings changed; or its model cannot answer any more.
                 if folder.holds_another_run(arguments) or (asked and without_weights):
                     shutil.rmtree(arguments.output)
+                    if asked is not None:
+                        asked.remove(cell)
                 then = None if asked is None else asked.command(cell, Path(arguments.output))
                 result = run_in_process(arguments, threads, attempt, then)
                 if result["status"] == "killed" and attempt.number < _ATTEMPTS:
