@@ -251,7 +251,7 @@ def test_a_shared_storage_writes_only_results_of_these_runs(name: str, load: Any
     ("change", "words"),
     [
         (("first", "methods", {"lora": {"learning_rates": [1e-3]}, "full": {}}), "the same number of learning rates"),
-        (("first", "metods", {}), "unknown key metods; expected one of baseline, methods"),
+        (("first", "metods", {}), "unknown key metods; expected one of answers, baseline, methods"),
         (("first", "methods", {"lora": {"rates": []}}), "unknown key methods.lora.rates"),
         (("first", "name", "second"), "experiment first: name is set by the library; remove it from the file"),
         (("first", "scale", "paper"), "experiment first: scale is set by the library"),
