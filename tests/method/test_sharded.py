@@ -68,16 +68,30 @@ def batch(step: int) -> Tensor:
     return torch.randn(ROWS, 12, dtype=F64, generator=torch.Generator().manual_seed(step))
 
 
-def run(model: nn.Module, optimizer: SparseGradAdamW, rows: slice, steps: range = range(STEPS)) -> None:
+def run(
+    model: nn.Module, optimizer: SparseGradAdamW, rows: slice, steps: range = range(STEPS), *, clip: bool = True
+) -> None:
     for step in steps:
         model(batch(step)[rows]).square().mean().backward()
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.05)
+        if clip:
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.05)
         optimizer.step()
         optimizer.zero_grad()
 
 
 def rows_of(rank: int, n: int) -> slice:
     return slice(rank * ROWS // n, (rank + 1) * ROWS // n)
+
+
+def run_unevenly(model: nn.Module, optimizer: SparseGradAdamW, rank: int, n: int) -> None:
+    """Train on two micro-batches a step. Of several processes the last one has no rows, the others 8, or 5, 2 and 1."""
+    bounds = {1: (0, 8), 2: (0, 8, 8), 4: (0, 5, 7, 8, 8)}[n]
+    for step in range(STEPS):
+        share = batch(step)[bounds[rank] : bounds[rank + 1]]
+        for micro_batch in (share[::2], share[1::2]):
+            (model(micro_batch).square().sum() * n / (ROWS * 12)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -113,6 +127,12 @@ def trained(rank: int, n: int, folder: Path) -> dict[str, Any]:
     return {"model": whole_state(model), "rows": [len(p.to_local()) for p in model.parameters() if p.requires_grad]}
 
 
+def trained_unevenly(rank: int, n: int) -> dict[str, Tensor]:
+    model = sharded(build())
+    run_unevenly(model, SparseGradAdamW(param_groups(model, k=K), lr=0.01), rank, n)
+    return whole_state(model)
+
+
 def plain(dtype: torch.dtype = F64) -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(12, 10, dtype=dtype), nn.Tanh(), nn.Linear(10, 12, dtype=dtype))
@@ -129,18 +149,43 @@ def calibrated(model: nn.Module, rank: int, n: int) -> dict[str, tuple[Tensor, T
     return {name: (gram.gram_in, gram.gram_out) for name, gram in found.groups.items()}
 
 
-def trained_under_fsdp1(rank: int) -> list[Tensor]:
-    """Train the cores whole; returns the outputs on a batch."""
+def trained_under_fsdp1(rank: int) -> dict[str, Tensor]:
+    """Train the cores whole, save after three steps, and go on with a new model; returns the whole weights."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_state_dict,
+        set_state_dict,
+    )
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    model = FullyShardedDataParallel(build(), use_orig_params=True, device_id=torch.device("cpu"))
-    optimizer = SparseGradAdamW(param_groups(model), lr=0.01)
+    def new() -> tuple[nn.Module, SparseGradAdamW]:
+        wrapped = FullyShardedDataParallel(build(), use_orig_params=True, device_id=torch.device("cpu"))
+        return wrapped, SparseGradAdamW(param_groups(wrapped), lr=0.01)
+
+    (first, optimizer), (second, resumed) = new(), new()
+    run(first, optimizer, rows_of(rank, 2), range(3), clip=False)
+    weights, state = get_state_dict(first, optimizer)
+    set_state_dict(second, resumed, model_state_dict=weights, optim_state_dict=state)
+    run(second, resumed, rows_of(rank, 2), range(3, STEPS), clip=False)
+    whole = get_model_state_dict(second, options=StateDictOptions(full_state_dict=True))
+    return {name: value.clone() for name, value in whole.items()}
+
+
+def trained_in_stages(rank: int) -> dict[str, Tensor]:
+    """Train each layer in a pipeline stage of its own, with two micro-batches; returns the stage's weights."""
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    layers = build()
+    part = nn.Sequential(*layers[:2]) if rank == 0 else nn.Sequential(layers[2])
+    optimizer = SparseGradAdamW(param_groups(part, k=K), lr=0.01)
+    stage = PipelineStage(part, rank, 2, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=lambda y, _: y.square().mean())
     for step in range(STEPS):
-        model(batch(step)[rows_of(rank, 2)]).square().mean().backward()
+        schedule.step(batch(step)) if rank == 0 else schedule.step(target=batch(step))
         optimizer.step()
         optimizer.zero_grad()
-    with torch.no_grad():
-        return [model(batch(STEPS))]
+    return part.state_dict()
 
 
 def refusals(rank: int) -> dict[str, str]:
@@ -177,9 +222,11 @@ def group_work(rank: int, n: int, folder: Path) -> dict[str, Any]:
         "float32": selected_shards(rank, n, torch.float32),
         "float64": selected_shards(rank, n, F64),
         "trained": trained(rank, n, folder),
+        "unevenly": trained_unevenly(rank, n),
         "calibrated": calibrated(sharded(plain()), rank, n),
     }
     if n == 2:
+        results["stage"] = trained_in_stages(rank)
         results["fsdp1"] = trained_under_fsdp1(rank)
         results["refusals"] = refusals(rank)
     return results
@@ -219,14 +266,29 @@ def test_trains_as_one_process(results: list[dict[str, Any]]) -> None:
             torch.testing.assert_close(results[0][str(n)]["trained"]["model"][name], value, rtol=1e-10, atol=1e-12)
 
 
-def test_whole_cores_under_fsdp1(results: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("n", [2, 4])
+def test_micro_batches_of_different_sizes_and_a_process_without_rows(results: list[dict[str, Any]], n: int) -> None:
     model = build()
-    optimizer = SparseGradAdamW(param_groups(model), lr=0.01)
-    for step in range(STEPS):
-        model(batch(step)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    torch.testing.assert_close(results[0]["2"]["fsdp1"][0], model(batch(STEPS)).detach(), rtol=1e-10, atol=1e-12)
+    run_unevenly(model, SparseGradAdamW(param_groups(model, k=K), lr=0.01), 0, 1)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(results[0][str(n)]["unevenly"][name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_whole_cores_under_fsdp1(results: list[dict[str, Any]]) -> None:
+    """Saved and resumed in the middle."""
+    model = build()
+    run(model, SparseGradAdamW(param_groups(model), lr=0.01), slice(None), clip=False)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(results[0]["2"]["fsdp1"][name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_pipeline_stages(results: list[dict[str, Any]]) -> None:
+    """Each core is whole in its stage, so that it selects as in one process."""
+    model = build()
+    run(model, SparseGradAdamW(param_groups(model, k=K), lr=0.01), slice(None), clip=False)
+    for rank, part in enumerate((nn.Sequential(*model[:2]), nn.Sequential(model[2]))):
+        for name, value in part.state_dict().items():
+            torch.testing.assert_close(results[rank]["2"]["stage"][name], value, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", [2, 4])
