@@ -172,13 +172,13 @@ def trained_under_fsdp1(rank: int) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in whole.items()}
 
 
-def trained_in_stages(rank: int) -> dict[str, Tensor]:
+def trained_in_stages(rank: int, k: int | None) -> dict[str, Tensor]:
     """Train each layer in a pipeline stage of its own, with two micro-batches; returns the stage's weights."""
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
     layers = build()
     part = nn.Sequential(*layers[:2]) if rank == 0 else nn.Sequential(layers[2])
-    optimizer = SparseGradAdamW(param_groups(part, k=K), lr=0.01)
+    optimizer = SparseGradAdamW(param_groups(part, k=k), lr=0.01)
     stage = PipelineStage(part, rank, 2, torch.device("cpu"))
     schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=lambda y, _: y.square().mean())
     for step in range(STEPS):
@@ -226,7 +226,7 @@ def group_work(rank: int, n: int, folder: Path) -> dict[str, Any]:
         "calibrated": calibrated(sharded(plain()), rank, n),
     }
     if n == 2:
-        results["stage"] = trained_in_stages(rank)
+        results["stages"] = {k: trained_in_stages(rank, k) for k in (None, K)}
         results["fsdp1"] = trained_under_fsdp1(rank)
         results["refusals"] = refusals(rank)
     return results
@@ -282,13 +282,14 @@ def test_whole_cores_under_fsdp1(results: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(results[0]["2"]["fsdp1"][name], value, rtol=1e-10, atol=1e-12)
 
 
-def test_pipeline_stages(results: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("k", [None, K])
+def test_pipeline_stages(results: list[dict[str, Any]], k: int | None) -> None:
     """Each core is whole in its stage, so that it selects as in one process."""
     model = build()
-    run(model, SparseGradAdamW(param_groups(model, k=K), lr=0.01), slice(None), clip=False)
+    run(model, SparseGradAdamW(param_groups(model, k=k), lr=0.01), slice(None), clip=False)
     for rank, part in enumerate((nn.Sequential(*model[:2]), nn.Sequential(model[2]))):
         for name, value in part.state_dict().items():
-            torch.testing.assert_close(results[rank]["2"]["stage"][name], value, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(results[rank]["2"]["stages"][k][name], value, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", [2, 4])

@@ -94,5 +94,5 @@ def check_whole(weight: Tensor, layer: str) -> None:
     if is_sharded(weight):
         raise ValueError(
             f"{layer} is already sharded ({weight.placements}): make the adapter before fully_shard (FSDP2), "  # type: ignore[attr-defined]
-            "and load the model without tensor parallelism (tp_plan)"
+            "and load the model without distributed_config or tp_plan"
         )
