@@ -21,7 +21,7 @@ class SparseGrad(Method):
     name = "sparsegrad"
     order = 0
     summary = "a sparse adapter in bases computed from gradients"
-    learning_rate = 3e-3
+    learning_rate = 2e-3
     reads = LAYERS | LOOP | SELECTION | CALIBRATION | SIZES | FORM | {"adapter.shared", "calibration.refresh"}
     original_space = False
     "train in the original space, without bases"
