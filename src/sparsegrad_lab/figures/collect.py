@@ -106,7 +106,7 @@ def calibration_ways(arguments: RunArguments) -> tuple[str, dict[str, Way]]:
         SHARED: (_along_trajectory(arguments), True),
         PER_LAYER: (_along_trajectory(arguments), False),
     }
-    own = (calibration_config(arguments.calibration), arguments.adapter.shared)
+    own = (calibration_config(arguments.calibration.resolved(arguments.adapter)), arguments.adapter.shared)
     name = next((name for name, way in ways.items() if way == own), OWN)
     return name, {**ways, name: own}
 

@@ -33,7 +33,8 @@ class GroupRow:
             int32 indices of selected features; scales in float32.
         experts: number of experts that are one layer here; 1 for a linear layer.
         widths: random vectors of the projections of the summed gradients (see `mean.py`); None: the sums themselves.
-        sums_bytes: two sums of gradients for each layer, or their projections, in float32 during calibration.
+        sums_bytes: two sums of gradients for each layer, or their projections, in float32 during calibration. With
+            sizes by side (`c`, `r`): Gram matrices of both sides, as many as bases.
     """
 
     name: str
@@ -77,15 +78,18 @@ def group_rows(
                 f"{sizes}: this size depends on the gradients, which inspect does not have; give a count or a fraction"
             )
         pairs = 1 if config.shared else len(layers)
-        widths = projection_widths(sizes, out, in_)
-        sums = 2 * (out * in_ if widths is None else widths[0] * in_ + widths[1] * out)
+        widths = None if sizes.by_side else projection_widths(sizes, out, in_)
+        if sizes.by_side:
+            sums = pairs * (in_**2 + out**2)
+        else:
+            sums = 2 * len(layers) * (out * in_ if widths is None else widths[0] * in_ + widths[1] * out)
         scales = (r + c) * FLOAT32 if config.exponent else 0
         rows.append(GroupRow(
             name=name, layers=len(layers), out=out, in_=in_, r=r, c=c, entries_per_layer=r * c,
             entries=len(layers) * r * c, k_per_layer=resolve_k(r * c, density=density),
             selected=sizes.selected(out, in_),
             bases_bytes=pairs * (sizes.basis_bytes(out, in_, config.dtype_of_bases.itemsize) + scales),
-            widths=widths, sums_bytes=len(layers) * sums * FLOAT32,
+            widths=widths, sums_bytes=sums * FLOAT32,
             experts=1 if parameter is None else expert_layout(owner, parameter).experts,
         ))  # fmt: skip
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from sparsegrad_peft.method.sizes import DEFAULT_SHARE, Sizes, check_rows, default_form
@@ -109,9 +109,9 @@ class CalibrationArguments:
     collect all gradients at the pretrained weights"""
     normalize: bool = True
     "scale each gradient to norm 1, so that all backward passes count the same"
-    mean_gradient: bool = True
+    mean_gradient: bool | None = None
     """compute the bases from sums of each layer's gradients, in which their noise cancels; false: from the Gram matrix
-    of every single gradient, as in the paper"""
+    of every single gradient, as in the paper; default: yes, but no with adapter.c or r"""
     refresh: int | None = None
     "compute new bases every so many training steps; only for complete bases (adapter.c and r: full); default: never"
 
@@ -120,6 +120,22 @@ class CalibrationArguments:
         """Read settings of this or an earlier version, which had no `mean_gradient`."""
         return cls(**{"mean_gradient": False, **settings})
 
+    def resolved(self, adapter: AdapterArguments) -> CalibrationArguments:
+        """The settings with the default of `mean_gradient` in its place."""
+        given = self.mean_gradient
+        return replace(self, mean_gradient=not adapter.sizes.by_side if given is None else given)
+
     def problems(self) -> list[str]:
         """What is wrong with these settings, one message each."""
         return range_problems("calibration", self, {"n_steps": COUNT, "refresh": COUNT, "walk": POSITIVE})
+
+
+def resolved(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's settings, of this or an earlier version, in a form that is equal for equal runs.
+
+    Raises:
+        KeyError, TypeError: they are no settings of a run.
+    """
+    adapter = AdapterArguments.from_dict(settings["adapter"])
+    calibration = CalibrationArguments.from_dict(settings["calibration"]).resolved(adapter)
+    return {**settings, "adapter": adapter.resolved(), "calibration": asdict(calibration)}

@@ -68,18 +68,18 @@ class SparseGrad(Method):
             target_parameters=None if adapter.layers is None else fused,
             modules_to_save=modules_to_save(model, targets, setup.heads, train_rest=setup.train_rest),
         )  # fmt: skip
-        calibration = None if self.original_space else calibration_config(setup.calibration)
+        calibration = None if self.original_space else calibration_config(setup.calibration.resolved(adapter))
         return Adapted(get_peft_model(model, config), calibration, setup.density, adapter.k)
 
 
 def calibration_config(arguments: CalibrationArguments) -> CalibrationConfig:
-    """These settings in the library's form."""
+    """These settings in the library's form; without `resolved`, single gradients are decomposed by default."""
     from sparsegrad_peft.method.config import CalibrationConfig, Trajectory, sign_step
 
     trajectory = None if arguments.walk is None else Trajectory(arguments.walk, sign_step)
     return CalibrationConfig(
         n_steps=arguments.n_steps, trajectory=trajectory, normalize=arguments.normalize,
-        mean_gradient=arguments.mean_gradient,
+        mean_gradient=bool(arguments.mean_gradient),
     )  # fmt: skip
 
 

@@ -12,14 +12,13 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import yaml
 
-from ..methods.settings import AdapterArguments, CalibrationArguments
+from ..methods.settings import resolved
 from ..tasks.parse_files import read_json, read_yaml
 from .checkpoints import best_step, is_complete, writing
 from .processes import is_rank0, process_count
@@ -185,9 +184,7 @@ class RunFolder:
         """Settings that differ: name, value in the folder, value in `arguments`."""
         there, here = _with_defaults(self.read_arguments()), arguments.as_dict()
         there |= {name: here[name] for name in WITHOUT_EFFECT}
-        for settings in (there, here):
-            settings["adapter"] = AdapterArguments.from_dict(settings["adapter"]).resolved()
-            settings["calibration"] = asdict(CalibrationArguments.from_dict(settings["calibration"]))
+        there, here = resolved(there), resolved(here)
         if there["method"] == here["method"] and (former := self.read_json("method.json")) is not None:
             there["method"], here["method"] = former, read_json(Path(arguments.method))
         there, here = flat(there), flat(here)

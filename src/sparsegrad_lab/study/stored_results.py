@@ -6,12 +6,11 @@ import json
 import math
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..methods.registry import METHODS
-from ..methods.settings import AdapterArguments, CalibrationArguments
+from ..methods.settings import resolved
 from ..run.folder import write_whole
 from ..run.parsing import arguments_from
 from ..run.settings import WITHOUT_EFFECT, RunArguments, flat
@@ -166,10 +165,7 @@ def _decisive_settings(config: Any, peft_config: Any) -> dict[str, Any]:
     """The same of a result file, which may hold anything."""
     config = config if isinstance(config, dict) else {}
     with suppress(TypeError, KeyError):  # settings that do not exist stay as they are, and differ from any run's
-        calibration = asdict(CalibrationArguments.from_dict(config["calibration"]))
-        config = {
-            **config, "adapter": AdapterArguments.from_dict(config["adapter"]).resolved(), "calibration": calibration
-        }  # fmt: skip
+        config = resolved(config)
     settings = {name: value for name, value in flat(config).items() if name not in WITHOUT_EFFECT}
     if peft_config is not None:  # the content of the file decides, not its path
         return {**settings, "method": peft_config}

@@ -126,6 +126,11 @@ class Sizes:
         return (r if self.r is None else self.r, c if self.c is None else self.c)
 
     @property
+    def by_side(self) -> bool:
+        """True if the sizes are given as `c` or `r`, as for the paper's bases."""
+        return self.c is not None or self.r is not None
+
+    @property
     def complete(self) -> bool:
         """True if both sides of every layer are complete."""
         return self.of(1, 2) == self.of(2, 1) == ("full", "full")

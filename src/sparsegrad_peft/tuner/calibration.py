@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from ..method.calibrate import Calibration, calibrate
 from ..method.config import CalibrationConfig, Trajectory, resolve_config, sign_step
 from ..method.ddp import exclude_bases_from_ddp
 from ..method.processes import gathered, is_distributed
+from ..method.sizes import Sizes
 from .adapters import config_of, layers_by_calibrated_name, layers_of, wrapped_groups
 from .bases import set_bases
 from .config import SparseGradConfig
@@ -26,7 +27,8 @@ LARGE_BASES = 1e9
 
 RECOMMENDED = CalibrationConfig(n_steps=30, normalize=True, mean_gradient=True, trajectory=Trajectory(1e-4, sign_step))
 """Gradients along a short training run, which is undone afterwards, each scaled to norm 1. Such bases hold more of the
-later gradients than the paper's, and need no optimizer state (docs/method.md, "How bases age")."""
+later gradients than the paper's, and need no optimizer state (docs/method.md, "How bases age"). With sizes given as `c`
+or `r`, as for the paper's bases, calibration decomposes single gradients (`mean_gradient=False`)."""
 
 
 def calibrate_adapter(
@@ -98,15 +100,16 @@ def adapter_statistics(
     """
     peft_config, layers = config_of(model, adapter_name), layers_of(model, adapter_name)
     groups = wrapped_groups(model, layers, shared=peft_config.shared)
-    config = adapter_calibration(config, options)
+    config = adapter_calibration(config, options, peft_config.sizes)
     with _left_out(adapter_name, layers.values()):
         return calibrate(model, batches, groups=groups, sizes=peft_config.sizes, config=config, **options)
 
 
-def adapter_calibration(config: CalibrationConfig | None, options: dict[str, Any]) -> CalibrationConfig:
+def adapter_calibration(config: CalibrationConfig | None, options: dict[str, Any], sizes: Sizes) -> CalibrationConfig:
     """Return `config`, or `RECOMMENDED` with the fields of it that are taken out of `options`."""
     names = {field.name for field in fields(CalibrationConfig)} & set(options)
-    return resolve_config(config, {name: options.pop(name) for name in names}, RECOMMENDED)
+    default = replace(RECOMMENDED, mean_gradient=not sizes.by_side)
+    return resolve_config(config, {name: options.pop(name) for name in names}, default)
 
 
 def check_groups(calibration: Calibration, groups: Mapping[str, list[str]]) -> None:

@@ -66,7 +66,7 @@ def refresh_adapter(
     groups = wrapped_groups(model, layers, shared=peft_config.shared)
     sizes = Sizes("full", "full", neurons=bool(peft_config.neurons))
     if calibration is None:
-        config = adapter_calibration(config, options)
+        config = adapter_calibration(config, options, peft_config.sizes)
         with frozen(S for S, _ in held.values()):
             calibration = calibrate(model, batches, groups=groups, sizes=sizes, config=config, **options)
     else:

@@ -15,12 +15,12 @@ from sparsegrad_peft import Basis
 
 def test_ageing(data: dict[str, Any]) -> None:
     found = data["ageing"]
-    assert (found["half"], found["measured"], len(found["ways"])) == (2, 4, 6)
+    assert (found["half"], found["measured"], len(found["ways"])) == (2, 4, 5)
     steps = {point["step"]: set(point["shares"]) for point in found["points"]}
     renewed = "along a trajectory, shared, renewed at step 2"
     assert steps[0] == set(found["ways"]) - {renewed}
     assert steps[2] == steps[4] == set(found["ways"])
-    assert data["calibrated"] == "this run's settings"  # the others have bases of single gradients
+    assert data["calibrated"] == "along a trajectory, per layer"  # what a run with c and r does by default
 
 
 def test_energy_shares_by_hand(setup: Setup) -> None:

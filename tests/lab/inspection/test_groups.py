@@ -32,9 +32,13 @@ def test_groups_are_those_of_group_linears(kind: str, shared: bool) -> None:
         assert (row.out, row.in_) == linear_shape(model.get_submodule(names[0]), names[0])
         assert row.entries_per_layer == row.r * row.c
         assert row.entries == row.layers * row.r * row.c
-    # Two sums of the gradients of each layer, in float32.
+    # Gram matrices for each group or each layer, or two sums of the gradients of each layer, in float32.
+    pairs = group_linears(model, TARGETS[kind], shared=shared)
+    shapes = [linear_shape(model.get_submodule(names[0]), names[0]) for names in pairs.values()]
+    assert sum(row.sums_bytes for row in rows) == sum(4 * (out**2 + in_**2) for out, in_ in shapes)
     shapes = [linear_shape(model.get_submodule(name), name) for names in groups.values() for name in names]
-    assert sum(row.sums_bytes for row in rows) == sum(2 * 4 * out * in_ for out, in_ in shapes)
+    by_default = inspect(model, shared=shared).groups
+    assert sum(row.sums_bytes for row in by_default) == sum(2 * 4 * out * in_ for out, in_ in shapes)
 
 
 @pytest.mark.parametrize("options", [{}, {"target_modules": ["dense"]}, {"target_modules": "all-linear"}], ids=str)
@@ -54,9 +58,18 @@ def test_trained_entries_are_those_of_a_calibrated_adapter(shared: bool) -> None
     calibration = calibrate_adapter(adapted, [tiny_batch("bert")], n_steps=2, progress=False)
     cores = [p for n, p in adapted.named_parameters() if "sparsegrad_S" in n]
     assert inspection.entries == sum(core.numel() for core in cores)
-    sums = [total for group in calibration.groups.values() for total in group.sums.values()]
-    held = sum(tensor.numel() * tensor.element_size() for total in sums for tensor in total.tensors)
+    grams = [gram for group in calibration.groups.values() for gram in (group.gram_in, group.gram_out)]
+    held = sum(gram.numel() * gram.element_size() for gram in grams)
     assert held == sum(group.sums_bytes for group in inspection.groups)
     assert inspection.calibration_bytes == held + 2 * 32 * 16 * 4
     bases = [b for n, b in adapted.named_buffers() if n.endswith((".U", ".V"))]  # one module for all layers of a group
     assert sum(b.numel() * b.element_size() for b in bases) == sum(group.bases_bytes for group in inspection.groups)
+
+
+def test_calibration_is_counted_for_the_default_form() -> None:
+    inspection = inspect(tiny_model("bert"))
+    adapted = get_peft_model(tiny_model("bert"), SparseGradConfig())
+    calibration = calibrate_adapter(adapted, [tiny_batch("bert")], n_steps=2, progress=False)
+    sums = [sums for group in calibration.groups.values() for sums in group.sums.values()]
+    held = sum(tensor.numel() * tensor.element_size() for of_layer in sums for tensor in of_layer.tensors)
+    assert held == sum(group.sums_bytes for group in inspection.groups)
