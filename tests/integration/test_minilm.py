@@ -150,8 +150,8 @@ def test_gradient_energy_on_real_sst2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif("SPARSEGRAD_DATA" not in os.environ, reason="SPARSEGRAD_DATA names no folder with GLUE")
-def test_projections_find_nearly_the_best_directions_of_real_gradients(minilm: tuple[nn.Module, Any]) -> None:
-    """Of each layer's hidden side, and nearly the best neurons, at the sizes of the default, along a trajectory."""
+def test_projections_find_most_of_what_the_whole_sums_find(minilm: tuple[nn.Module, Any]) -> None:
+    """Real gradients of each layer, at the sizes of the default, from 8 steps along a trajectory."""
     model, tokenizer = minilm
     groups = group_linears(model, energy.MLP, shared=False)
     config = CalibrationConfig(n_steps=8, normalize=True, mean_gradient=True, trajectory=Trajectory(1e-4))
@@ -175,4 +175,5 @@ def test_projections_find_nearly_the_best_directions_of_real_gradients(minilm: t
         shares["neurons"].append(float(energies[found.V.long()].sum() / energies.topk(90).values.sum()))
     for what, of_layers in shares.items():
         print(f"{what}: share of the best ones' energy: mean {sum(of_layers) / 12:.4f}, least {min(of_layers):.4f}")
-        assert 0.9 < min(of_layers) <= max(of_layers) < 1.0001
+        assert sum(of_layers) / 12 > 0.8
+        assert 0.6 < min(of_layers) <= max(of_layers) < 1.0001

@@ -111,7 +111,7 @@ for limit in sys.argv[1].split(","):  # SIGXFSZ is ignored by Python: writes fai
 LIMITS = {
     0: "config.yaml",
     1000: "metrics.json|config.yaml",  # paths are part of the config
-    1300: "checkpoints|metrics.json",  # adapter_config.json, by Python
+    1600: "checkpoints|metrics.json",  # adapter_config.json, by Python
     9000: "checkpoints",  # the weights, by safetensors
     12000: "checkpoints",  # the optimizer's state, by PyTorch
     16000: "curves.png",

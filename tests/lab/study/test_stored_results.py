@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from grids import result_file
 from helpers import write_json
 from sparsegrad_lab.run.parsing import arguments_from
 from sparsegrad_lab.study.cell_run import describe
-from sparsegrad_lab.study.experiment import experiment_names, load_experiment, merged
+from sparsegrad_lab.study.experiment import Cell, experiment_names, load_experiment, merged
 from sparsegrad_lab.study.grid import Places
 from sparsegrad_lab.study.stored_results import StoredResults
 
@@ -124,12 +125,20 @@ def test_a_peft_config_is_what_its_file_says(load: Any, experiments: Path, place
     assert stored.equal_run(arguments) is None
 
 
+def grown(stored: StoredResults, cells: list[Cell]) -> list[Cell]:
+    """Trials at further learning rates, which the stored results of a search ask for."""
+    trials = {cell.name: cell for cell in cells if cell.trial is not None}
+    rates = {name: replace(cell, trial=rate) for cell in trials.values() for name, rate in stored.search(cell).items()}
+    return [cell for name, cell in rates.items() if name not in trials]
+
+
 def test_the_committed_results_are_of_the_shipped_experiments() -> None:
     """Each file is that of a run of theirs, with the settings and the learning rate that it would have now."""
     study = Path(__file__).parents[3] / "benchmarks" / "results" / "study"
     stored = StoredResults(study)
     experiments = [load_experiment(name, "cpu") for name in experiment_names(scale="cpu")]
-    cells = [cell for experiment in experiments for cell in experiment.cells()]
+    planned = [cell for experiment in experiments for cell in experiment.cells()]
+    cells = [*planned, *grown(stored, planned)]
     files = {path.relative_to(study).with_suffix("").as_posix() for path in study.rglob("*.json")}
     assert len(files) > 100
     assert files <= {cell.name for cell in cells}
