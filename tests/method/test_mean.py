@@ -173,6 +173,19 @@ def test_fused_experts_are_one_matrix(make: Any, stacks_out: bool, normalize: bo
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("selected", [True, False])
+def test_halves_that_disagree_everywhere_count_as_one(selected: bool) -> None:
+    """No direction and no neuron has a positive product then. The basis is that of the sum of all gradients."""
+    G = torch.randn(5, 6, dtype=F64)
+    found, expected = (MeanStatistics("g", ("a",), {"a": WholeSums(torch.zeros(2, 5, 6, dtype=F64))}) for _ in range(2))
+    found.add(3 * G)
+    found.add(-G)
+    expected.add(2 * G)
+    one, other = (s.basis(c=2, r=3, selected=(selected, False), exponent=0.5, dtype=F64) for s in (found, expected))
+    for name, value in one.named_buffers():
+        torch.testing.assert_close(value, other.get_buffer(name))
+
+
 def test_add_leaves_the_gradient_alone_and_a_zero_gradient_adds_nothing() -> None:
     for dtype in (torch.float32, F64):
         total = projected(4, 6, 3, 3)

@@ -3,9 +3,9 @@
     M₁, M₂ = sums of every other gradient (out, in)
     U: eigenvectors of (M₁ᵀM₂ + M₂ᵀM₁) / 2, V: of (M₁M₂ᵀ + M₂M₁ᵀ) / 2
 
-A gradient of a few rows is mostly noise. In `Σ GᵀG` the noise of all steps adds up. The two sums have no batch in
-common, so in the product of one with the other the noise has mean zero, and what the steps have in common remains.
-docs/method.md compares the two ways.
+A gradient of a few rows is mostly noise. In `Σ GᵀG` the noise of all steps adds up. The two sums are of different
+batches, so in the product of one with the other the noise has mean zero, and what the steps have in common remains.
+This holds as long as calibration takes no batch twice. docs/method.md compares the two ways.
 
 For a large layer, two random projections of each sum are enough. They are linear, so they are summed as gradients
 arrive:
