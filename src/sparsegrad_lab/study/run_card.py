@@ -38,8 +38,10 @@ def run_card(run: Run) -> RunCard:
     """Return the card of a run."""
     environment, training = run.environment, run.config.training
     calibration = [] if run.calibration is None else [("calibration", f"{run.calibration.seconds:,.0f} s")]
+    loss = run.training_loss_last_sixth
     facts = [
         (display_name(run.metric), run.format(run.value, 2)),
+        ("training loss at the end", "" if loss is None else f"{loss:.4f}, mean of the last sixth of the steps"),
         ("learning rate", f"{run.learning_rate:g}"),
         ("steps", f"{run.steps:,} of {training.batch_size} rows, {training.epochs:g} epochs"),
         ("rows", f"{run.rows.train:,} to train on, {run.rows.evaluation:,} to evaluate on"),

@@ -142,6 +142,8 @@ class Run(_Ending):
     training: Phase
     calibration: Phase | None = None
     evaluations: list[dict[str, Number | None]] = []
+    training_loss_last_sixth: Number | None = None
+    "mean over the last sixth of the steps"
     score_before: Number | None = None
     "score of the model before training, of a run that also measures `unrelated_perplexity`"
     unrelated_perplexity: Perplexities | None = None

@@ -41,6 +41,7 @@ def test_the_code_in_the_card_loads_the_model(
         {"type": "accuracy", "value": pytest.approx(result["score"], abs=1e-6)}
     ]
     assert f"| validation | accuracy | {result['score']:.4f} |" in body
+    assert f"| training loss at the end | {result['training_loss_last_sixth']:.4f}, mean of the last sixth" in body
     assert "| learning rate | 0.01, schedule linear |" in body
     assert "| data | `train.csv`, `dev.csv`; 48 train rows, 24 validation rows |" in body
     assert re.search(r"^\| good \| [\d.]{6} \| [\d.]{6} \| [\d.]{6} \| 12 \|$", body, re.M)

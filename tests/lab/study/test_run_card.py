@@ -11,11 +11,13 @@ def test_card(runs: list[Run]) -> None:
         update={
             "evaluations": [{"step": 6, "accuracy": 0.5, "loss": 0.7}, {"step": 9, "accuracy": 0.8, "loss": 0.6},
                             {"step": 12, "accuracy": 0.6, "loss": None}],
+            "training_loss_last_sixth": 0.43211,
         }
     )  # fmt: skip
     card = run_card(run)
     facts = dict(card.facts)
     assert (facts["accuracy"], facts["learning rate"]) == (run.format(run.value, 2), f"{run.learning_rate:g}")
+    assert facts["training loss at the end"] == "0.4321, mean of the last sixth of the steps"
     assert facts["file"] == run.path.as_posix()
     settings = dict(card.settings)
     assert (settings["adapter.c"], settings["training.batch_size"], settings["data.text"]) == ("0.5", "8", "text")
@@ -27,4 +29,8 @@ def test_card(runs: list[Run]) -> None:
 
 
 def test_no_curve_of_one_point(runs: list[Run]) -> None:
-    assert run_card(runs[0].model_copy(update={"evaluations": [{"step": 6, "accuracy": 0.5}]})).curves == []
+    """Nor a training loss, in files of earlier versions."""
+    update = {"evaluations": [{"step": 6, "accuracy": 0.5}], "training_loss_last_sixth": None}
+    card = run_card(runs[0].model_copy(update=update))
+    assert card.curves == []
+    assert "training loss at the end" not in dict(card.facts)
