@@ -13,7 +13,7 @@ SCALING = Path(__file__).parents[2] / "docs" / "scaling.md"
 
 @pytest.mark.slow
 def test_counted_bytes_are_those_of_two_processes() -> None:
-    """Calibration also sends the losses, and sums of the weights' bits that show whether they are equal."""
+    """Calibration also sends sums of the weights' bits, which show whether they are equal."""
     found = scale.check()
     assert list(found) == ["calibration, DDP", "step, DDP", "step, FSDP2"]
     for name, numbers in found.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from sparsegrad_peft import CalibrationConfig, GramStatistics, calibrate, group_
 from sparsegrad_peft.method import processes
 from sparsegrad_peft.method.calibrate import Calibration
 from sparsegrad_peft.method.config import Trajectory, normalized_step, sign_step
+from sparsegrad_peft.method.gradients import stream_gradients
 from sparsegrad_peft.method.positions import select_positions
 
 ROWS, STEPS = 8, 5
@@ -117,14 +118,33 @@ def disagreeing(rank: int) -> Calibration:
 
 
 def refusals(rank: int) -> dict[str, str]:
-    """The messages of calibrations that cannot be right."""
+    """The messages of calibrations that cannot be right. In most of them only rank 1 finds an error."""
 
-    def run(model: nn.Module, loss_fn: Callable[..., Tensor] = loss) -> Calibration:
+    def run(
+        model: nn.Module, loss_fn: Callable[..., Tensor] = loss, rows: Iterable[Tensor] | None = None
+    ) -> Calibration:
+        rows = batches(rank, 2) if rows is None else rows
         groups = group_linears(model, r".*experts.*")
-        return calibrate(model, batches(rank, 2), groups=groups, n_steps=2, loss_fn=loss_fn, progress=False)
+        return calibrate(model, rows, groups=groups, n_steps=2, loss_fn=loss_fn, progress=False)
 
     def not_finite(model: nn.Module, batch: Tensor) -> Tensor:
         return loss(model, batch) * (float("nan") if rank == 1 else 1)
+
+    def detached(model: nn.Module, batch: Tensor) -> Tensor:
+        return loss(model, batch).detach() if rank == 1 else loss(model, batch)
+
+    def raises(model: nn.Module, batch: Tensor) -> Tensor:
+        return {0: loss(model, batch)}[rank]
+
+    def raises_in_backward(model: nn.Module, batch: Tensor) -> Tensor:
+        hidden = model.get_submodule("experts.1")(batch)
+        if rank == 1:
+            hidden.register_hook(lambda gradient: gradient.view(-1, 5))
+        return loss(model, batch) + hidden.square().mean()
+
+    def received(name: str, G: Tensor) -> None:
+        if rank == 1 and name == "experts.0.2":  # after the gradients of experts.1
+            raise MemoryError("no room for a gradient")
 
     larger = experts()
     if rank == 1:
@@ -133,7 +153,21 @@ def refusals(rank: int) -> dict[str, str]:
         "seed": message_of(lambda: run(experts(seed=rank))),
         "layers": message_of(lambda: run(larger)),
         "loss": message_of(lambda: run(experts(), not_finite)),
+        "empty": message_of(lambda: run(experts(), rows=batches(rank, 2)[rank * STEPS :])),
+        "used up": message_of(lambda: run(experts(), rows=batches(rank, 2) if rank == 0 else iter(batches(1, 2)[:1]))),
+        "detached": message_of(lambda: run(experts(), detached)),
+        "loss function": message_of(lambda: run(experts(), raises)),
+        "backward": message_of(lambda: run(experts(), raises_in_backward)),
+        "receiver": message_of(
+            lambda: stream_gradients(
+                model := experts(), model_targets(model), received, batches(rank, 2), loss_fn=loss, n_steps=2
+            )
+        ),
     }
+
+
+def model_targets(model: nn.Module) -> list[str]:
+    return [name for names in group_linears(model, r".*experts.*").values() for name in names]
 
 
 def alone(rank: int) -> str:
@@ -147,16 +181,14 @@ def alone(rank: int) -> str:
 
 def group_work(rank: int, n: int) -> dict[str, Any]:
     processes.PATIENCE = 30
+    results: dict[str, Any] = {"refusals": refusals(rank)} if n == 2 else {}
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
-        results: dict[str, Any] = {
-            name: described(statistics(rank, n, F64, config)) for name, config in CONFIGS.items()
-        }
+        results |= {name: described(statistics(rank, n, F64, config)) for name, config in CONFIGS.items()}
     results["stderr"] = stderr.getvalue()
     results["float32"] = described(statistics(rank, n, torch.float32, CalibrationConfig(n_steps=STEPS)))
     results["positions"] = positions(rank, n)
     if n == 2:
         results["disagreeing"] = buffers(disagreeing(rank), c="energy:0.9", r="energy:0.9")
-        results["refusals"] = refusals(rank)
     return results
 
 
@@ -236,11 +268,24 @@ def test_one_progress_bar(results: list[dict[str, Any]]) -> None:
         ("seed", "ValueError: the processes start from different weights: 12 of 12 differ, such as unused.weight"),
         ("layers", "ValueError: the processes hold different layers"),
         ("loss", "ValueError: the loss of step 1 is nan"),
+        ("empty", "ValueError: expected batches for 2 steps on each process, found none"),
+        ("used up", "ValueError: expected batches for 2 steps on each process, found 1, from an iterator that"),
+        ("detached", "ValueError: the loss of step 1 does not depend on any target weight"),
+        ("loss function", "{KeyError}1"),
+        ("backward", "RuntimeError: "),
+        ("receiver", "{MemoryError}no room for a gradient"),
     ],
 )
 def test_every_process_refuses(results: list[dict[str, Any]], case: str, words: str) -> None:
-    for rank in range(2):
-        assert results[rank]["2"]["refusals"][case].startswith(words)
+    """Where one process finds the error, the others raise its message. The group works on: other tests use it later."""
+    first, second = (result["2"]["refusals"][case] for result in results[:2])
+    assert second.startswith(words.replace("{", "").replace("}", ": "))
+    if case in ("seed", "layers"):
+        assert first.startswith(words)
+    elif "{" in words:  # an error of another type
+        assert first == f"RuntimeError: {second} (on rank 1 of 2 processes)"
+    else:
+        assert first == f"{second} (on rank 1 of 2 processes)"
 
 
 def test_on_one_process_alone(results: list[dict[str, Any]]) -> None:

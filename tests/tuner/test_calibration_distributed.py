@@ -118,6 +118,9 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
         return model
 
     energy = adapter(c="energy:0.9", r="energy:0.9")
+    batch = share(rank, 2)
+    if rank == 1:
+        del batch["labels"]
     different = adapter()
     torch.manual_seed(rank)
     for layer in tuner_layers(different):
@@ -128,6 +131,10 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
         "adapter after shard": message_of(lambda: get_peft_model(fully_sharded_base(), SparseGradConfig())),
         "pipeline": message_of(lambda: calibrate(stage(), rank, 2)),
         "energy": message_of(lambda: calibrate(fully_sharded(energy), rank, 2)),
+        "no labels": message_of(lambda: calibrate_adapter(adapter(), [batch], n_steps=2, progress=False)),
+        "no labels, sharded": message_of(
+            lambda: calibrate_adapter(fully_sharded(adapter()), [batch], n_steps=2, progress=False)
+        ),
         "bases": message_of(lambda: exclude_bases_from_ddp(different)),
     }
 
@@ -200,6 +207,8 @@ def test_ddp_does_not_broadcast_the_bases(results: list[dict[str, Any]]) -> None
         ("adapter after shard", "is already sharded ((Shard(dim=0),)): make the adapter before fully_shard"),
         ("pipeline", "the processes hold different layers"),
         ("energy", "a sharded core keeps its size"),
+        ("no labels", "has no loss; put labels into the batches"),
+        ("no labels, sharded", "has no loss; put labels into the batches"),
         ("bases", "the processes start from different weights: 9 of 18 differ"),
     ],
 )

@@ -8,8 +8,8 @@ same order everywhere, so a process rarely keeps more than one gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -54,18 +54,32 @@ class Averaging:
                 return
             self._waiting[id(parameter)] = gradient
             while self._next < len(self._turns) and id(self._turns[self._next][0]) in self._waiting:
-                self._average(*self._turns[self._next])
-                self._next += 1
+                self._average_next(self._turns)
 
         self._hooks.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
 
-    def finish(self) -> None:
-        """Average what is left. Call this after each backward pass."""
-        for parameter, receive in (*self._turns[self._next :], *self._at_end):
-            self._average(parameter, receive)
-        self._next = 0
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Average what is left when the backward pass in the block is complete.
 
-    def _average(self, parameter: Tensor, receive: Callable[[Tensor], None]) -> None:
+        If it fails on this process, the averages that the other processes wait for are taken all the same, with zeros.
+        """
+        everything = [*self._turns, *self._at_end]
+        try:
+            yield
+            while self._next < len(everything):
+                self._average_next(everything)
+        except Exception:
+            for parameter, _ in everything[self._next :]:
+                mean_over_processes(torch.zeros_like(parameter))
+            raise
+        finally:
+            self._next = 0
+            self._waiting.clear()
+
+    def _average_next(self, turns: list[tuple[Tensor, Callable[[Tensor], None]]]) -> None:
+        parameter, receive = turns[self._next]
+        self._next += 1
         gradient = self._waiting.pop(id(parameter), None)
         mean = mean_over_processes(torch.zeros_like(parameter) if gradient is None else gradient)
         if bool(mean.any()):  # it arrived on one of the processes

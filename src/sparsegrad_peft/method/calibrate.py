@@ -20,7 +20,7 @@ from .gradients import Step, default_loss, stream_gradients
 from .gram import GramStatistics
 from .groups import group_linears
 from .mean import MeanStatistics, ProjectedSums, WholeSums, projection_widths, random_vectors
-from .processes import broadcast_from_rank0, progress_bar
+from .processes import broadcast_from_rank0, failing_together, progress_bar
 from .sizes import Rows, Sizes
 from .statistics import Statistics, warn_of_completed
 
@@ -61,7 +61,8 @@ class Calibration:
         for name, group in progress_bar(list(self.groups.items()), "Making bases" if progress else None):
             r, c = sizes.check(*group.shape, f"group {name}")
             selected = sizes.selected(*group.shape)
-            basis = group.basis(c=c, r=r, selected=selected, exponent=exponent, dtype=dtype, notes=notes)
+            with failing_together():
+                basis = group.basis(c=c, r=r, selected=selected, exponent=exponent, dtype=dtype, notes=notes)
             bases[name] = basis
             # Machines may differ in the eigensolver, and nearly equal eigenvalues then give other vectors and, for a
             # share of energy, another number of them. So every process takes rank 0's.

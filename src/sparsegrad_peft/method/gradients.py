@@ -26,7 +26,7 @@ from .plain import is_conv1d
 from .processes import (
     check_averages_gradients,
     check_starting_together,
-    gather_from_all,
+    failing_together,
     gathered,
     is_distributed,
     is_sharded,
@@ -35,6 +35,7 @@ from .processes import (
 from .restored_state import restored_state
 
 Step = Callable[[], Tensor]
+LossFunction = Callable[[nn.Module, Any], Tensor]
 OnGradient = Callable[[str, Tensor], None]
 
 
@@ -67,7 +68,7 @@ def stream_gradients(
     batches: Iterable[Any] | None = None,
     *,
     step: Step | None = None,
-    loss_fn: Callable[[nn.Module, Any], Tensor] = default_loss,
+    loss_fn: LossFunction = default_loss,
     config: CalibrationConfig | None = None,
     progress: str | None = None,
     **fields: Any,
@@ -96,11 +97,11 @@ def stream_gradients(
         ValueError: none or both of `batches` and `step`; unknown targets; no batches or too few; a loss or gradient
             that is not finite; a target that no gradient reached; processes with different weights.
         TypeError: a target is not a linear layer; the loss is not a scalar tensor.
-        RuntimeError: not all processes call this.
+        RuntimeError: not all processes call this. If one process fails, all raise, see `failing_together`.
     """
     config = resolve_config(config, fields)
     found = _find_targets(model, list(targets))
-    next_loss = _next_loss(model, batches, step, loss_fn, config.n_steps)
+    stream, loss_of = _stream_and_loss(batches, step, loss_fn, config.n_steps)
     check_starting_together("Calibration", model)
     weights = [target.weight for target in found.values()]
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in set(map(id, weights))]
@@ -115,11 +116,21 @@ def stream_gradients(
         counts = _hook_targets(model, found, on_gradient, config.trajectory, averaging)
         _hook_moving(others, config.trajectory, averaging)
         for number in progress_bar(range(1, config.n_steps + 1), progress):
-            loss = next_loss()
-            _check_loss(loss, number)
-            loss.backward()
-            averaging.finish()
+            _backpropagate(model, stream, loss_of, averaging, number)
             _check_reached(counts, number, config.n_steps)
+
+
+def _backpropagate(
+    model: nn.Module, stream: Iterator[Any], loss_of: LossFunction, averaging: Averaging, number: int
+) -> None:
+    """Take one step. A process that fails stops all, before the others wait for it in a collective operation."""
+    with failing_together():
+        batch = next(stream)
+    with failing_together():
+        loss = loss_of(model, batch)
+        _check_loss(loss, number)
+    with failing_together(), averaging.backward():
+        loss.backward()
 
 
 def _prepare(model: nn.Module, config: CalibrationConfig) -> None:
@@ -235,44 +246,38 @@ def _find_target(model: nn.Module, name: str) -> _Target:
     return _Target(weight, is_conv1d(owner))
 
 
-def _next_loss(
-    model: nn.Module,
-    batches: Iterable[Any] | None,
-    step: Step | None,
-    loss_fn: Callable[[nn.Module, Any], Tensor],
-    n_steps: int,
-) -> Step:
-    """Return a function that computes the loss of the next batch, starting again when the batches run out."""
+def _stream_and_loss(
+    batches: Iterable[Any] | None, step: Step | None, loss_fn: LossFunction, n_steps: int
+) -> tuple[Iterator[Any], LossFunction]:
+    """Return an endless stream of batches, and the function that computes the loss of one."""
     if (batches is None) == (step is None):
         raise ValueError("expected exactly one of batches and step")
     if step is not None:
-        return step
+        return itertools.repeat(None), lambda model, batch: step()
     assert batches is not None
+    return _endless(batches, n_steps), loss_fn
+
+
+def _endless(batches: Iterable[Any], n_steps: int) -> Iterator[Any]:
+    """Yield the batches, starting again when they run out."""
     taken = 0
-
-    def endless() -> Iterator[Any]:
-        nonlocal taken
-        for round_number in itertools.count():
-            before = taken
-            for batch in batches:
-                taken += 1
-                yield batch
-            if taken == before:  # it is empty, or an iterator that has been used up
-                found = "none" if round_number == 0 else f"{taken}, from an iterator that cannot be started again"
-                raise ValueError(f"expected batches for {n_steps} steps, found {found}")
-
-    stream = endless()
-    return lambda: loss_fn(model, next(stream))
+    for round_number in itertools.count():
+        before = taken
+        for batch in batches:
+            taken += 1
+            yield batch
+        if taken == before:  # it is empty, or an iterator that has been used up
+            found = "none" if round_number == 0 else f"{taken}, from an iterator that cannot be started again"
+            each = " on each process" if is_distributed() else ""
+            raise ValueError(f"expected batches for {n_steps} steps{each}, found {found}")
 
 
 def _check_loss(loss: Any, number: int) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
         raise TypeError(f"expected the loss as a tensor with one element, found {type(loss).__name__}{shape}")
-    losses = gather_from_all(loss) if is_distributed() else loss.detach().reshape(1)  # all processes stop, or none
-    if not bool(losses.isfinite().all()):
-        bad = losses[~losses.isfinite()][0].item()
-        raise ValueError(f"the loss of step {number} is {bad}; no gradient can be taken from it")
+    if not bool(loss.isfinite().all()):
+        raise ValueError(f"the loss of step {number} is {loss.item()}; no gradient can be taken from it")
     if not loss.requires_grad:
         raise ValueError(
             f"the loss of step {number} does not depend on any target weight: it was computed under no_grad, detached, "

@@ -6,6 +6,8 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -21,6 +23,9 @@ Item = TypeVar("Item")
 PATIENCE = 180.0
 "Seconds that `wait_for_all` waits for the other processes."
 _WARN_AFTER = 20.0
+_LAST_WORDS = timedelta(seconds=10)
+"How long a process that failed waits for the others to notice, before it raises its own error."
+_RAISED_AGAIN = {error.__name__: error for error in (ValueError, TypeError, RuntimeError)}
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -97,6 +102,49 @@ def wait_for_all(what: str, patience: float | None = None) -> None:
         pause = min(2 * pause, 0.5)
 
 
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Run a block on every process. If it raises on some of them, raise on all.
+
+    Otherwise the processes without an error wait in their next collective operation until the time-out of the group.
+    The outcome goes through the key-value store of the group: it works also while other processes are in a collective
+    operation that the failed process has left.
+
+    Raises:
+        Exception: the block's own error on the processes where it failed. On the others, an error with the message of
+            the first that failed, and the ranks of all. It is a `ValueError` or `TypeError` if the first error is one,
+            and otherwise a `RuntimeError`.
+    """
+    if not is_distributed():
+        yield
+        return
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    rank, n = dist.get_rank(), world_size()
+    store = dist.distributed_c10d._get_default_store()
+    key = f"sparsegrad/outcome/{store.add(f'sparsegrad/outcomes/{rank}', 1)}"
+    if failure is not None:
+        store.set(f"{key}/{rank}", f"{type(failure).__name__}: {failure}")
+        store.add(f"{key}/failed", 1)
+    if store.add(f"{key}/arrived", 1) == n:
+        store.set(f"{key}/all", "")
+    if failure is not None:
+        with suppress(dist.DistError):  # another process may be in a collective operation and never arrive
+            store.wait([f"{key}/all"], _LAST_WORDS)
+        raise failure
+    store.wait([f"{key}/all"])  # until the time-out of the group
+    if store.add(f"{key}/failed", 0):
+        failed = [rank for rank in range(n) if store.check([f"{key}/{rank}"])]
+        kind, _, message = store.get(f"{key}/{failed[0]}").decode().partition(": ")
+        where = f"(on rank {', '.join(map(str, failed))} of {n} processes)"
+        if kind in _RAISED_AGAIN:
+            raise _RAISED_AGAIN[kind](f"{message} {where}")
+        raise RuntimeError(f"{kind}: {message} {where}")
+
+
 def check_equal_weights(weights: Mapping[str, Tensor]) -> None:
     """Raise on every process unless all have the same weights, to the bit. Sharded weights are left out.
 
@@ -150,14 +198,6 @@ def mean_over_processes(tensor: Tensor) -> Tensor:
         shared = tensor.clone()
     dist.all_reduce(shared)
     return shared.div_(world_size()).to(tensor.device)
-
-
-def gather_from_all(number: Tensor) -> Tensor:
-    """Return a number of each process (a tensor with one element), by rank."""
-    shared = _reachable(number.detach().reshape(1))
-    found = [torch.empty_like(shared) for _ in range(world_size())]
-    dist.all_gather(found, shared)
-    return torch.cat(found)
 
 
 def broadcast_from_rank0(tensor: Tensor) -> Tensor:
