@@ -14,8 +14,9 @@ _HOME = {
     "Calibration": "method.calibrate",
     "CalibrationConfig": "method.config",
     "GramStatistics": "method.gram",
-    "MeanStatistics": "method.mean",
     "LiteralSparseGradLinear": "method.literal",
+    "PairStatistics": "method.pairs",
+    "ProjectedStatistics": "method.projected",
     "Sizes": "method.sizes",
     "SparseGradAdamW": "method.optim",
     "SparseGradCalibration": "tuner.trainer_callbacks",
@@ -54,9 +55,10 @@ if TYPE_CHECKING:
     from .method.groups import group_linears as group_linears
     from .method.linear import SparseGradLinear as SparseGradLinear
     from .method.literal import LiteralSparseGradLinear as LiteralSparseGradLinear
-    from .method.mean import MeanStatistics as MeanStatistics
     from .method.optim import SparseGradAdamW as SparseGradAdamW
+    from .method.pairs import PairStatistics as PairStatistics
     from .method.positions import select_positions as select_positions
+    from .method.projected import ProjectedStatistics as ProjectedStatistics
     from .method.refresh import refresh as refresh
     from .method.refresh import renew_positions as renew_positions
     from .method.selection import sparse_dense_product as sparse_dense_product

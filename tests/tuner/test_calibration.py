@@ -24,7 +24,7 @@ from helpers import (
     trained_adapter,
     tuner_layers,
 )
-from sparsegrad_peft import Calibration, MeanStatistics, SparseGradConfig, Trajectory, calibrate_adapter
+from sparsegrad_peft import Calibration, PairStatistics, SparseGradConfig, Trajectory, calibrate_adapter
 from sparsegrad_peft.method.config import sign_step
 from sparsegrad_peft.tuner.linear import SparseGradTunerLinear
 
@@ -42,10 +42,10 @@ def test_calibration_is_as_recommended_unless_told_otherwise() -> None:
         statistics = calibrate_adapter(model, [tiny_batch("bert")], progress=False, **options)
         assert statistics.config.trajectory == Trajectory(lr=1e-4, update=sign_step)
         for group in statistics.groups.values():
-            assert isinstance(group, MeanStatistics)
+            assert isinstance(group, PairStatistics)
             assert group.n_gradients == n_steps * len(group.layers)
-            for total in group.sums.values():
-                norm = float(total.tensors[0].norm())
+            for M in group.M.values():
+                norm = float(M.norm())
                 assert (
                     n_steps / 2 < norm < n_steps * (1 + 1e-5)
                 )  # the same batch in every step, so nearly one direction

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from sparsegrad_peft.method.experts import expert_layout, owner_of, target_shape
-from sparsegrad_peft.method.mean import projection_widths
 from sparsegrad_peft.method.selection import resolve_k
+from sparsegrad_peft.method.sum_sizes import SumsOf, projection_widths
 from sparsegrad_peft.tuner.config import SparseGradConfig
 
 FLOAT32 = 4
@@ -32,9 +32,8 @@ class GroupRow:
         bases_bytes: `U` (c, in) and `V` (r, out), for the group or for each layer: bfloat16, complete ones float32;
             int32 indices of selected features; scales in float32.
         experts: number of experts that are one layer here; 1 for a linear layer.
-        widths: random vectors of the projections of the summed gradients (see `mean.py`); None: the sums themselves.
-        sums_bytes: two sums of gradients for each layer, or their projections, in float32 during calibration. With
-            sizes by side (`c`, `r`): Gram matrices of both sides, as many as bases.
+        widths: random vectors of the projections of the summed gradients (see `projected.py`); None: whole sums.
+        sums_bytes: the sums of the gradients, or their projections, in float32 during calibration.
     """
 
     name: str
@@ -68,28 +67,34 @@ def group_rows(
         ValueError: a size or the density is out of range, or a size depends on gradients ("energy:SHARE").
     """
     rows, sizes = [], config.sizes
-    for name, layers in groups.items():
-        out, in_ = target_shape(model, layers[0])
-        owner, parameter = owner_of(model, layers[0])
+    shapes = {name: target_shape(model, layers[0]) for name, layers in groups.items()}
+    for name, (out, in_) in shapes.items():
         sizes.check(out, in_, f"group {name}")
+    sums = {
+        name: SumsOf(len(layers), *shapes[name], sizes)
+        if config.shared
+        else SumsOf(1, *shapes[name], sizes, len(layers))
+        for name, layers in groups.items()
+    }
+    all_widths = {} if sizes.by_side else projection_widths(sums)
+    for name, layers in groups.items():
+        out, in_ = shapes[name]
+        owner, parameter = owner_of(model, layers[0])
         r, c = sizes.counts(out, in_)
         if r is None or c is None:
             raise ValueError(
                 f"{sizes}: this size depends on the gradients, which inspect does not have; give a count or a fraction"
             )
         pairs = 1 if config.shared else len(layers)
-        widths = None if sizes.by_side else projection_widths(sizes, out, in_)
-        if sizes.by_side:
-            sums = pairs * (in_**2 + out**2)
-        else:
-            sums = 2 * len(layers) * (out * in_ if widths is None else widths[0] * in_ + widths[1] * out)
+        widths = all_widths.get(name)
+        whole = sums[name].grams if sizes.by_side else sums[name].whole
         scales = (r + c) * FLOAT32 if config.exponent else 0
         rows.append(GroupRow(
             name=name, layers=len(layers), out=out, in_=in_, r=r, c=c, entries_per_layer=r * c,
             entries=len(layers) * r * c, k_per_layer=resolve_k(r * c, density=density),
             selected=sizes.selected(out, in_),
             bases_bytes=pairs * (sizes.basis_bytes(out, in_, config.dtype_of_bases.itemsize) + scales),
-            widths=widths, sums_bytes=sums * FLOAT32,
+            widths=widths, sums_bytes=FLOAT32 * (whole if widths is None else sums[name].projected(widths)),
             experts=1 if parameter is None else expert_layout(owner, parameter).experts,
         ))  # fmt: skip
     return rows

@@ -19,10 +19,12 @@ from .experts import check_selects_neurons, expert_layout, fused_parameters, own
 from .gradients import Step, default_loss, stream_gradients
 from .gram import GramStatistics
 from .groups import group_linears
-from .mean import MeanStatistics, ProjectedSums, WholeSums, projection_widths, random_vectors
+from .pairs import PairStatistics
 from .processes import broadcast_from_rank0, failing_together, progress_bar
+from .projected import ProjectedStatistics, Projections, random_vectors
 from .sizes import Rows, Sizes
 from .statistics import Statistics, warn_of_completed
+from .sum_sizes import SumsOf, Widths, projection_widths
 
 
 @dataclass
@@ -97,7 +99,8 @@ def calibrate(
         groups: group name -> names of linear layers, from `group_linears`, or of fused experts' parameters. None takes
             every linear layer of the model.
         sizes: the largest bases that will be asked for. With them calibration needs less memory: a selected side takes
-            one number for each feature, and with `mean_gradient` large layers are projected (see `mean.py`).
+            one number for each feature, and with `mean_gradient` the sums of large models are projected (see
+            `projected.py`).
         step: in place of `batches`: a function without arguments that returns the loss of its next batch.
         loss_fn: (model, batch) -> scalar loss. Default: `model(**batch).loss`.
         config: how to calibrate.
@@ -139,24 +142,27 @@ def _empty_statistics(
 ) -> dict[str, Statistics]:
     """Allocate the sums of each group."""
     known = {*dict(model.named_modules()), *fused_parameters(model)}
-    allocate = _Allocator(sizes, config)
-    statistics: dict[str, Statistics] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for name, layers in groups.items():
         unknown = [layer for layer in layers if layer not in known]
         if unknown:
             raise ValueError(f"group {name!r}: the model has no modules named {', '.join(unknown)}")
-        shapes = {layer: target_shape(model, layer) for layer in layers}
-        if len(set(shapes.values())) != 1:
-            raise ValueError(f"group {name!r}: the layers of a group share a shape, found (out, in) = {shapes}")
-        shape = shapes[layers[0]]
+        found = {layer: target_shape(model, layer) for layer in layers}
+        if len(set(found.values())) != 1:
+            raise ValueError(f"group {name!r}: the layers of a group share a shape, found (out, in) = {found}")
+        shapes[name] = found[layers[0]]
         if sizes is not None:
-            sizes.check(*shape, f"group {name}")
+            sizes.check(*shapes[name], f"group {name}")
+    sums = {name: SumsOf(len(layers), *shapes[name], sizes) for name, layers in groups.items()}
+    widths = projection_widths(sums) if config.mean_gradient else {}
+    allocate = _Allocator(sizes, config)
+    statistics: dict[str, Statistics] = {}
+    for name, layers in groups.items():
         owner, parameter = owner_of(model, layers[0])
         if parameter is not None:
             check_selects_neurons(expert_layout(owner, parameter), sizes or Sizes(), layers[0])
         device = torch.device(config.gram_device or getattr(owner, parameter or "weight").device)
-        make = allocate.mean if config.mean_gradient else allocate.gram
-        statistics[name] = make(name, tuple(layers), *shape, device)
+        statistics[name] = allocate.of(name, tuple(layers), *shapes[name], device, widths.get(name))
     return statistics
 
 
@@ -164,34 +170,42 @@ class _Allocator:
     """Allocates sums of zeros. Sides of one size use the same random vectors."""
 
     def __init__(self, sizes: Sizes | None, config: CalibrationConfig) -> None:
-        self.sizes, self.dtype = sizes, config.gram_dtype
+        self.sizes, self.config = sizes, config
         self.vectors: dict[tuple[int, int, torch.device], Tensor] = {}
 
-    def gram(self, name: str, layers: tuple[str, ...], out: int, in_: int, device: torch.device) -> GramStatistics:
-        """Allocate a Gram matrix for each side, or its diagonal."""
+    def of(
+        self, name: str, layers: tuple[str, ...], out: int, in_: int, device: torch.device, widths: Widths | None
+    ) -> Statistics:
+        """Allocate a Gram matrix for each side, or its diagonal; with `mean_gradient` the sum of each layer besides.
+
+        With `widths`, allocate projections in place of all of them.
+        """
+        if widths is not None:
+            return self._projected(name, layers, out, in_, device, widths)
         select_out, select_in = (False, False) if self.sizes is None else self.sizes.selected(out, in_)
         gram_in = self._zeros(in_, device=device) if select_in else self._zeros(in_, in_, device=device)
         gram_out = self._zeros(out, device=device) if select_out else self._zeros(out, out, device=device)
-        return GramStatistics(name, layers, gram_in, gram_out)
+        if not self.config.mean_gradient:
+            return GramStatistics(name, layers, gram_in, gram_out)
+        M = {layer: self._zeros(out, in_, device=device) for layer in layers}
+        return PairStatistics(name, layers, gram_in, gram_out, M)
 
-    def mean(self, name: str, layers: tuple[str, ...], out: int, in_: int, device: torch.device) -> MeanStatistics:
-        """Allocate the two sums of gradients of each layer, or the smaller projections of them."""
-        widths = projection_widths(self.sizes, out, in_)
-
-        def sums() -> WholeSums | ProjectedSums:
-            if widths is None:
-                return WholeSums(self._zeros(2, out, in_, device=device))
-            left, right = self._zeros(2, widths[0], in_, device=device), self._zeros(2, out, widths[1], device=device)
-            psi, omega = self._random(out, widths[0], device), self._random(in_, widths[1], device)
-            return ProjectedSums(left, right, psi, omega)
-
-        return MeanStatistics(name, layers, {layer: sums() for layer in layers})
+    def _projected(
+        self, name: str, layers: tuple[str, ...], out: int, in_: int, device: torch.device, widths: Widths
+    ) -> ProjectedStatistics:
+        left, right = widths
+        sums = {
+            layer: Projections(self._zeros(2, left, in_, device=device), self._zeros(2, out, right, device=device))
+            for layer in layers
+        }
+        psi, omega = self._random(out, left, device), self._random(in_, right, device)
+        return ProjectedStatistics(name, layers, psi, omega, sums)
 
     def _zeros(self, *shape: int, device: torch.device) -> Tensor:
-        return torch.zeros(shape, dtype=self.dtype, device=device)
+        return torch.zeros(shape, dtype=self.config.gram_dtype, device=device)
 
     def _random(self, n: int, width: int, device: torch.device) -> Tensor:
         key = (n, width, device)
         if key not in self.vectors:
-            self.vectors[key] = random_vectors(n, width, torch.empty(0, dtype=self.dtype, device=device))
+            self.vectors[key] = random_vectors(n, width, torch.empty(0, dtype=self.config.gram_dtype, device=device))
         return self.vectors[key]

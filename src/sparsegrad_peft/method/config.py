@@ -52,8 +52,8 @@ class CalibrationConfig:
     normalize: bool = False
     "scale each gradient to norm 1 before it is summed, so that all steps and layers weigh the same"
     mean_gradient: bool = False
-    """decompose what the gradients of a layer have in common, from sums in which their noise cancels (see `mean.py`);
-    False decomposes every gradient by itself (paper)"""
+    """decompose what the gradients of a layer have in common, from products in which their noise cancels (see
+    `pairs.py`); False decomposes every gradient by itself (paper)"""
     training: bool | None = True
     "train mode, with dropout (True, paper), eval mode (False), or leave each module as it is (None)"
     gram_device: torch.device | str | None = None

@@ -37,20 +37,29 @@ class GramStatistics(Statistics):
         parts = G if G.dim() == 3 else G[None]
         for number, part in enumerate(cast_parts(parts, self.gram_in, normalize)):
             with without_autocast(part.device):
-                _add_side(_of_expert(self.gram_in, number, len(parts)), part)
-                _add_side(_of_expert(self.gram_out, number, len(parts)), part.T)
+                self._add_part(part, number, len(parts), layer)
         self.n_gradients += 1
 
+    def _add_part(self, part: Tensor, number: int, count: int, layer: str) -> None:
+        """Add the gradient of one of `count` experts, or the whole gradient if `count` is 1."""
+        _add_side(_of_expert(self.gram_in, number, count), part)
+        _add_side(_of_expert(self.gram_out, number, count), part.T)
+
     def decompose(self, output: bool, rows: Rows, selected: bool, name: str) -> Eigenbasis | StrongestFeatures:
+        gram = self._gram(output, selected, name)
+        return strongest_features(gram, rows, name=name) if selected else eigenbasis(gram, rows, name=name)
+
+    def _gram(self, output: bool, selected: bool, name: str) -> Tensor:
+        """Return a side's Gram matrix (n, n), or its diagonal (n,) for a selected side."""
         gram = self.gram_out if output else self.gram_in
         if selected:
-            return strongest_features(gram if gram.dim() == 1 else gram.diagonal(), rows, name=name)
+            return gram if gram.dim() == 1 else gram.diagonal()
         if gram.dim() == 1:
             raise ValueError(
                 f"{name}: the statistics were collected for features, expected directions; calibrate with the sizes of "
                 "the bases"
             )
-        return eigenbasis(gram, rows, name=name)
+        return gram
 
 
 @torch.no_grad()

@@ -73,7 +73,6 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
     check_rows(rows, n, name)
     diagonal = gram.diagonal()
     energy = float(diagonal.sum())
-    energy = float(diagonal.sum())
     _check_energy(gram, energy, name)
     asymmetry = float((gram - gram.T).abs().max())
     if asymmetry > 1e-3 * float(diagonal.max()):
@@ -86,7 +85,7 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
         with without_autocast(gram.device):
             spectrum, vectors = _leading(gram, count)
     else:
-        spectrum, columns = torch.linalg.eigh(gram)  # ascending
+        spectrum, columns = _eigh(gram)  # ascending
         spectrum, vectors = spectrum.flip(0), columns.flip(1).T
     spectrum = spectrum.clamp_min(0)  # rounding leaves tiny negative values in place of 0
     # Rounding in the sums and in the eigensolver is of the order of √n eps of the strongest eigenvalue.
@@ -97,44 +96,79 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
     return Eigenbasis(fix_signs(vectors), spectrum, energy, rank)
 
 
-def eigenbasis_of_halves(
-    factors: Sequence[Float[Tensor, "2 _ n"]], rows: Rows = "full", *, name: str = "the sums"
+def eigenbasis_of_pairs(
+    factors: Sequence[Float[Tensor, "_ n"]],
+    own: Float[Tensor, "n n"],
+    rows: Rows = "full",
+    *,
+    name: str = "the products of pairs",
 ) -> Eigenbasis:
+    """Return the eigenvectors of `A = Σ FᵀF - own` over factors, with the largest eigenvalues first.
+
+    `A` is symmetric and may have negative eigenvalues. They count as an energy of 0. If none stands above rounding, as
+    for a single gradient, `Σ FᵀF` stands for `A`.
+
+    Raises:
+        ValueError: the factors or `own` are not finite, or the factors are zero; `rows` is out of range.
+    """
+    n = len(own)
+    check_rows(rows, n, name)
+    with without_autocast(own.device):
+        total = torch.zeros_like(own)
+        for F in factors:
+            total.addmm_(F.T, F)
+    _check_energy(total, float(total.diagonal().sum()), name)
+    _check_energy(own, float(own.diagonal().sum()), name)
+    rounding = math.sqrt(n) * torch.finfo(own.dtype).eps * float(own.diagonal().sum())
+    values, columns = _eigh(total - own)  # ascending
+    if float(values[-1]) <= rounding:
+        return eigenbasis(total, rows, name=name)
+    return _of_eigenpairs(values, columns, rows)
+
+
+def eigenbasis_of_halves(factors: Sequence[Float[Tensor, "2 _ n"]], rows: int, *, name: str = "the sums") -> Eigenbasis:
     """Return the eigenvectors of `A = Σ (F₁ᵀF₂ + F₂ᵀF₁) / 2` over pairs of factors, with the largest eigenvalues first.
 
     `A` is symmetric and may have negative eigenvalues, in directions where the two factors disagree. They count as an
-    energy of 0. If it has no positive one, `F₁ + F₂` stands for both factors. Factors with fewer than `n` rows in all
-    make no (n, n) matrix.
+    energy of 0. If none stands above rounding, `F₁ + F₂` stands for both factors. No (n, n) matrix is made.
 
     Raises:
         ValueError: the factors are not finite or zero; `rows` is out of range.
     """
-    n = factors[0].shape[2]
-    check_rows(rows, n, name)
-    count, known = row_count(rows, n), sum(2 * pair.shape[1] for pair in factors)
+    check_rows(rows, factors[0].shape[2], name)
     for pair in factors:
         _check_energy(pair, float(pair.square().sum()), name)
     with without_autocast(factors[0].device):
-        if known >= n or (count or 0) > known:
-            gram = factors[0].new_zeros(n, n)
-            for first, second in factors:
-                gram.addmm_(first.T, second)
-            values, columns = torch.linalg.eigh((gram + gram.T) / 2)  # ascending
-        else:
-            halves = [torch.cat([pair[half] for pair in factors]).double() for half in (0, 1)]
-            Q, R = torch.linalg.qr(torch.cat(halves).T)
-            first, second = R.chunk(2, dim=1)
-            product = first @ second.T
-            values, mixing = torch.linalg.eigh((product + product.T) / 2)
-            columns = Q @ mixing
-    if values[-1] <= 0:
+        halves = [torch.cat([pair[half] for pair in factors]).double() for half in (0, 1)]
+        Q, R = torch.linalg.qr(torch.cat(halves).T)
+        first, second = R.chunk(2, dim=1)
+        product = first @ second.T
+        values, mixing = _eigh((product + product.T) / 2)
+        columns = (Q @ mixing).to(factors[0].dtype)
+    if float(values[-1]) <= torch.finfo(values.dtype).eps * float(R.square().sum()):
         return eigenbasis_of_halves([pair.sum(0).expand(2, -1, -1) for pair in factors], rows, name=name)
-    spectrum = values.flip(0).clamp_min(0).to(factors[0].dtype)
-    rank = int((values.abs() > math.sqrt(n) * torch.finfo(factors[0].dtype).eps * values[-1]).sum())
-    if count is None:
-        count = _count_by_energy(spectrum, str(rows))
-    vectors = columns[:, -count:].flip(1).T.to(factors[0].dtype)
-    return Eigenbasis(fix_signs(vectors.contiguous()), spectrum, float(spectrum.sum()), rank)
+    return _of_eigenpairs(values.to(factors[0].dtype), columns, rows)
+
+
+def _of_eigenpairs(values: Float[Tensor, " m"], columns: Float[Tensor, "n m"], rows: Rows) -> Eigenbasis:
+    """Return the leading eigenvectors of a matrix that may have negative eigenvalues, given in ascending order."""
+    spectrum = values.flip(0).clamp_min(0)
+    rank = int((values.abs() > math.sqrt(len(columns)) * torch.finfo(values.dtype).eps * values[-1]).sum())
+    count = row_count(rows, len(columns)) or _count_by_energy(spectrum, str(rows))
+    vectors = columns[:, -count:].flip(1).T.contiguous()
+    return Eigenbasis(fix_signs(vectors), spectrum, float(spectrum.sum()), rank)
+
+
+def _eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+    """Return eigenvalues, ascending, and eigenvectors as columns.
+
+    The solver may not converge in float32 if many eigenvalues are equal, such as those of features without a gradient.
+    """
+    try:
+        values, columns = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        values, columns = torch.linalg.eigh(matrix.double())
+    return values.to(matrix.dtype), columns.to(matrix.dtype)
 
 
 @dataclass(frozen=True)
@@ -171,6 +205,22 @@ def strongest_features(energies: Float[Tensor, " n"], rows: Rows, *, name: str =
         count = _count_by_energy(energies[order], str(rows))
     kept = order[:count].sort().values  # ascending: neighbours in memory are read together
     return StrongestFeatures(kept.int(), energies[kept], energies[order])
+
+
+def strongest_features_of_pairs(
+    factors: Sequence[Float[Tensor, "_ n"]], own: Float[Tensor, " n"], rows: Rows, *, name: str = "the side"
+) -> StrongestFeatures:
+    """Return the features with the largest entries on the diagonal of `A`, see `eigenbasis_of_pairs`.
+
+    `own` is the diagonal of the matrix to subtract.
+    """
+    total = torch.stack([F.square().sum(0) for F in factors]).sum(0)
+    _check_energy(total, float(total.sum()), name)
+    _check_energy(own, float(own.sum()), name)
+    energies = total - own
+    if float(energies.max()) <= math.sqrt(len(own)) * torch.finfo(own.dtype).eps * float(own.max()):
+        energies = total
+    return strongest_features(energies.clamp_min(0), rows, name=name)
 
 
 def strongest_features_of_halves(

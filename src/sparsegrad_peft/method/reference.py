@@ -36,12 +36,28 @@ def grams(
     return gram_in, gram_out
 
 
-def mean_grams(
+def pair_grams(
     gradients: Float[Tensor, "layers n out in"], normalize: bool = False
 ) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out out"]]:
-    """Products of the sums `M₁`, `M₂` of every other gradient of a layer, added up over layers (not in the paper).
+    """`Σ G_sᵀ G_t` and `Σ G_s G_tᵀ` over pairs of different steps of a layer, and over layers (not in the paper)."""
+    _, n, out, in_ = gradients.shape
+    gram_in, gram_out = gradients.new_zeros(in_, in_), gradients.new_zeros(out, out)
+    for of_layer in gradients:
+        steps = [G / G.norm() if normalize and G.norm() > 0 else G for G in of_layer]
+        for s in range(n):
+            for t in range(n):
+                if s != t:
+                    gram_in = gram_in + steps[s].T @ steps[t]
+                    gram_out = gram_out + steps[s] @ steps[t].T
+    return gram_in, gram_out
 
-    `Σ (M₁ᵀM₂ + M₂ᵀM₁) / 2` and `Σ (M₁M₂ᵀ + M₂M₁ᵀ) / 2`.
+
+def half_grams(
+    gradients: Float[Tensor, "layers n out in"], normalize: bool = False
+) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out out"]]:
+    """The pairs of an even and an odd step alone: `(M₁ᵀM₂ + M₂ᵀM₁) / 2` and `(M₁M₂ᵀ + M₂M₁ᵀ) / 2` (not in the paper).
+
+    `M₁` and `M₂` are the sums of every other gradient of a layer. The products are added up over layers.
     """
     _, _, out, in_ = gradients.shape
     gram_in, gram_out = gradients.new_zeros(in_, in_), gradients.new_zeros(out, out)

@@ -1,10 +1,11 @@
-"""Step 2: the statistics of a group of layers -> its basis. What both kinds of statistics have in common.
+"""Step 2: the statistics of a group of layers -> its basis. What all kinds of statistics have in common.
 
-    kind                   sums                      over                          file
-    GramStatistics         Σ GᵀG, Σ GGᵀ              every gradient by itself      gram.py       (paper)
-    MeanStatistics         M = Σ G of each layer     the layers of the group       mean.py
+    kind                   sums                                         file
+    GramStatistics         Σ GᵀG, Σ GGᵀ                                 gram.py       (paper)
+    PairStatistics         the same, and M = Σ G of each layer          pairs.py
+    ProjectedStatistics    random projections of M of each layer        projected.py
 
-Either kind gives the strongest directions of each side, or its strongest features, with their gradient energies.
+Each kind gives the strongest directions of each side, or its strongest features, with their gradient energies.
 """
 
 from __future__ import annotations

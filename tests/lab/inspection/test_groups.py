@@ -32,13 +32,15 @@ def test_groups_are_those_of_group_linears(kind: str, shared: bool) -> None:
         assert (row.out, row.in_) == linear_shape(model.get_submodule(names[0]), names[0])
         assert row.entries_per_layer == row.r * row.c
         assert row.entries == row.layers * row.r * row.c
-    # Gram matrices for each group or each layer, or two sums of the gradients of each layer, in float32.
+    # Gram matrices for each group or each layer, by default beside the sum of each layer's gradients; float32.
     pairs = group_linears(model, TARGETS[kind], shared=shared)
     shapes = [linear_shape(model.get_submodule(names[0]), names[0]) for names in pairs.values()]
     assert sum(row.sums_bytes for row in rows) == sum(4 * (out**2 + in_**2) for out, in_ in shapes)
-    shapes = [linear_shape(model.get_submodule(name), name) for names in groups.values() for name in names]
-    by_default = inspect(model, shared=shared).groups
-    assert sum(row.sums_bytes for row in by_default) == sum(2 * 4 * out * in_ for out, in_ in shapes)
+    of_layers = [linear_shape(model.get_submodule(name), name) for names in groups.values() for name in names]
+    M = sum(out * in_ for out, in_ in of_layers)
+    neurons_of_their_own = sum(max(shape) ** 2 - max(shape) for shape in shapes)
+    grams = sum(out**2 + in_**2 for out, in_ in shapes) - (0 if shared else neurons_of_their_own)
+    assert sum(row.sums_bytes for row in inspect(model, shared=shared).groups) == 4 * (M + grams)
 
 
 @pytest.mark.parametrize("options", [{}, {"target_modules": ["dense"]}, {"target_modules": "all-linear"}], ids=str)
@@ -70,6 +72,6 @@ def test_calibration_is_counted_for_the_default_form() -> None:
     inspection = inspect(tiny_model("bert"))
     adapted = get_peft_model(tiny_model("bert"), SparseGradConfig())
     calibration = calibrate_adapter(adapted, [tiny_batch("bert")], n_steps=2, progress=False)
-    sums = [sums for group in calibration.groups.values() for sums in group.sums.values()]
-    held = sum(tensor.numel() * tensor.element_size() for of_layer in sums for tensor in of_layer.tensors)
+    sums = [(group.gram_in, group.gram_out, *group.M.values()) for group in calibration.groups.values()]
+    held = sum(tensor.numel() * tensor.element_size() for of_group in sums for tensor in of_group)
     assert held == sum(group.sums_bytes for group in inspection.groups)

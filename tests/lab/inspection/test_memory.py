@@ -29,9 +29,11 @@ def test_bytes_by_hand() -> None:
     """BERT-base with the defaults: 24 cores of 248 neurons x 96 directions of the hidden side."""
     inspection = inspect(BertConfig(), density=0.01)
     total, layers, entries = 109_482_240, 24 * 768 * 3072, 24 * 248 * 96
-    width = 2 * 96 + 8
-    # Projections for the hidden side and for the neurons. Layers of a role have the same random vectors.
-    sums = 24 * 2 * 4 * (768 * width + 3072 * 32) + 4 * (3072 * width + 768 * 32)
+    # Projections for the hidden side and for the neurons, 1.985 times as wide as needed: 24 million numbers in all.
+    # Layers of a role have the same random vectors.
+    wider = 24e6 / (24 * 2 * (768 * (2 * 96 + 8) + 3072 * 32))
+    left, right = int(wider * (2 * 96 + 8)), int(wider * 32)
+    sums = 24 * 2 * 4 * (768 * left + 3072 * right) + 4 * (3072 * left + 768 * right)
     complete = 2 * 4 * (768**2 + 3072**2)
     bases = 24 * (2 * 96 * 768 + 4 * 248 + 4 * (248 + 96))  # directions, indices, scales
     k, k_complete = 24 * 238, 24 * 23592

@@ -1,0 +1,45 @@
+"""Step 1b, the other way: what the gradients of a layer have in common, and the basis made from it (not in the paper).
+
+    A = Σ over s ≠ t of G_sᵀ G_t = MᵀM - Σ GᵀG,  with M = Σ G (out, in)      eigenvectors: U
+        Σ over s ≠ t of G_s G_tᵀ = M Mᵀ - Σ GGᵀ                              eigenvectors: V
+
+A gradient of a few rows is mostly noise. In `Σ GᵀG` the noise of all steps adds up. Two steps take different batches.
+So the noise has mean zero in the product of their gradients, and what they have in common remains. This holds as long
+as calibration takes no batch twice. docs/method.md compares the two ways.
+
+`projected.py` has a form with less memory, for large models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .gram import GramStatistics
+from .hosvd import Eigenbasis, StrongestFeatures, eigenbasis_of_pairs, strongest_features_of_pairs
+from .sizes import Rows
+
+
+@dataclass
+class PairStatistics(GramStatistics):
+    """The sum of each layer's gradients, beside the Gram matrices of the single gradients of the group."""
+
+    M: dict[str, Tensor] = field(default_factory=dict)
+    "layer name -> the sum of its gradients (out, in)"
+
+    def _add_part(self, part: Tensor, number: int, count: int, layer: str) -> None:
+        super()._add_part(part, number, count, layer)
+        M = self.M[layer or self.layers[0]]
+        out, in_ = part.shape
+        if in_ == M.shape[1]:  # also of fused experts whose neurons are outputs: they lie below each other
+            M[number * out : (number + 1) * out].add_(part)
+        else:
+            M[:, number * in_ : (number + 1) * in_].add_(part)
+
+    def decompose(self, output: bool, rows: Rows, selected: bool, name: str) -> Eigenbasis | StrongestFeatures:
+        own = self._gram(output, selected, name)
+        factors = [M.T if output else M for M in self.M.values()]
+        if selected:
+            return strongest_features_of_pairs(factors, own, rows, name=name)
+        return eigenbasis_of_pairs(factors, own, rows, name=name)

@@ -1,0 +1,194 @@
+"""Bases from the products of different steps, compared with `reference.pair_grams`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import F64
+from sparsegrad_peft import PairStatistics, Trajectory, calibrate, group_linears
+from sparsegrad_peft.method import reference
+from sparsegrad_peft.method.experts import ExpertLayout
+from sparsegrad_peft.method.gradients import stream_gradients
+from sparsegrad_peft.method.sizes import Sizes
+
+
+class Blocks(nn.Module):
+    """Blocks with layers of odd shapes, some without a bias."""
+
+    def __init__(self, hidden: int = 5, inner: int = 9, blocks: int = 2) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(hidden, inner) for _ in range(blocks))
+        self.down = nn.ModuleList(nn.Linear(inner, hidden, bias=False) for _ in range(blocks))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.tanh(up(x)))
+        return x.square().mean()
+
+
+def call(model: nn.Module, batch: Tensor) -> Tensor:
+    loss: Tensor = model(batch)
+    return loss
+
+
+def setup(hidden: int = 5, n: int = 4, **kwargs: int) -> tuple[nn.Module, dict[str, Any]]:
+    batches = [torch.randn(7, hidden, dtype=F64) for _ in range(n)]
+    return Blocks(hidden, **kwargs), {"batches": batches, "loss_fn": call, "n_steps": n}
+
+
+def stacks(model: nn.Module, names: list[str], **options: Any) -> Tensor:
+    """Return the gradients of some layers, (layers, steps, out, in)."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    stream_gradients(model, names, lambda name, G: found[name].append(G.clone()), **options)
+    return torch.stack([torch.stack(found[name]) for name in names])
+
+
+def pair_statistics(out: int, in_: int, dtype: torch.dtype = F64) -> PairStatistics:
+    """Make empty sums of one layer."""
+    grams = torch.zeros(in_, in_, dtype=dtype), torch.zeros(out, out, dtype=dtype)
+    return PairStatistics("g", ("a",), *grams, {"a": torch.zeros(out, in_, dtype=dtype)})
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("trajectory", [None, Trajectory(0.02)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_bases_are_those_of_the_reference(normalize: bool, trajectory: Trajectory | None, shared: bool) -> None:
+    model, options = setup()
+    groups = group_linears(model, shared=shared)
+    calibration = calibrate(
+        model, groups=groups, normalize=normalize, trajectory=trajectory, mean_gradient=True, gram_dtype=F64,
+        progress=False, **options,
+    )  # fmt: skip
+    bases = calibration.bases(exponent=0.5, dtype=F64)
+    for name, layers in groups.items():
+        gradients = stacks(model, layers, trajectory=trajectory, **options)
+        grams = reference.pair_grams(gradients, normalize)
+        for side, scale, gram in zip(
+            (bases[name].U, bases[name].V), (bases[name].scale_in, bases[name].scale_out), grams, strict=True
+        ):
+            assert side is not None
+            energies = (side @ gram * side).sum(1)
+            spectrum = torch.linalg.eigvalsh(gram).flip(0)
+            torch.testing.assert_close(energies, spectrum, rtol=1e-9, atol=1e-12 * float(spectrum[0]))
+            rank = int((spectrum > 1e-9 * spectrum[0]).sum())
+            expected = spectrum[:rank] ** 0.25
+            torch.testing.assert_close(scale[:rank].double() / scale[0], expected / expected[0], rtol=1e-5, atol=1e-6)
+        assert calibration.groups[name].n_gradients == gradients.shape[0] * gradients.shape[1]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_neurons_are_those_of_the_reference(shared: bool) -> None:
+    model, options = setup()
+    groups = group_linears(model, shared=shared)
+    sizes = Sizes(narrow=3, wide=4, neurons=True)
+    found = calibrate(
+        model, groups=groups, sizes=sizes, mean_gradient=True, gram_dtype=F64, progress=False, **options
+    )  # fmt: skip
+    for name, basis in found.bases(sizes=sizes, dtype=F64).items():
+        gram_in, gram_out = reference.pair_grams(stacks(model, groups[name], **options))
+        neurons, gram = (basis.V, gram_out) if name.startswith("up") else (basis.U, gram_in)
+        assert neurons is not None
+        assert torch.equal(torch.eye(9, dtype=F64)[neurons.long()], reference.strongest_features(gram, 4))
+
+
+def test_noise_cancels() -> None:
+    """One direction is common to all gradients, and each has a stronger one of its own."""
+    torch.manual_seed(0)
+    common = torch.nn.functional.normalize(torch.randn(12, dtype=F64), dim=0)
+    statistics = pair_statistics(8, 12)
+    left = torch.nn.functional.normalize(torch.randn(8, dtype=F64), dim=0)
+    for _ in range(400):
+        statistics.add(torch.outer(left, common) + torch.randn(8, 12, dtype=F64), normalize=True)
+    U = statistics.basis(c=1, r=1, dtype=F64).U
+    assert U is not None
+    assert float((U[0] @ common).abs()) > 0.97
+
+
+@pytest.mark.parametrize("stacks_out", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_fused_experts_are_one_matrix(stacks_out: bool, normalize: bool) -> None:
+    layout = ExpertLayout(3, 4, 5, stacks_out, False) if stacks_out else ExpertLayout(3, 5, 4, stacks_out, False)
+    whole, fused = pair_statistics(*layout.shape), pair_statistics(*layout.shape)
+    for statistics in (whole, fused):  # experts select neurons
+        if stacks_out:
+            statistics.gram_out = statistics.gram_out.diagonal().clone()
+        else:
+            statistics.gram_in = statistics.gram_in.diagonal().clone()
+    gradients = torch.randn(3, 3, layout.out, layout.in_, dtype=F64)
+    gradients[:, 1] = 0  # an expert without tokens
+    for G in gradients:
+        fused.add(G, normalize=normalize)
+        whole.add(reference.stacked(G, stacks_out), normalize=normalize)
+    torch.testing.assert_close(fused.M, whole.M)
+    torch.testing.assert_close(fused.gram_in, whole.gram_in)
+    torch.testing.assert_close(fused.gram_out, whole.gram_out)
+
+
+@pytest.mark.parametrize("selected", [True, False])
+def test_steps_that_disagree_everywhere_count_as_one(selected: bool) -> None:
+    """No direction and no neuron has a positive product then. The basis is that of the sum of all gradients."""
+    G = torch.randn(5, 6, dtype=F64)
+    found, expected = pair_statistics(5, 6), pair_statistics(5, 6)
+    found.add(3 * G)
+    found.add(-G)
+    expected.add(2 * G)
+    one, other = (s.basis(c=2, r=3, selected=(selected, False), exponent=0.5, dtype=F64) for s in (found, expected))
+    for name, value in one.named_buffers():
+        torch.testing.assert_close(value, other.get_buffer(name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("selected", [True, False])
+def test_one_gradient_and_empty_steps_are_decomposed_themselves(dtype: torch.dtype, selected: bool) -> None:
+    """`MᵀM - GᵀG` is only rounding then."""
+    G = torch.randn(5, 7, dtype=dtype)
+    statistics = pair_statistics(5, 7, dtype)
+    for gradient in (G, torch.zeros_like(G)):
+        statistics.add(gradient, normalize=True)
+    basis = statistics.basis(c=5, r=2, selected=(selected, False), dtype=dtype)
+    assert basis.U is not None
+    torch.testing.assert_close(G @ basis.U.T @ basis.U, G)
+    if selected:
+        assert basis.V is not None
+        assert basis.V.tolist() == sorted(G.square().sum(1).topk(2).indices.tolist())
+
+
+def test_many_features_without_a_gradient() -> None:
+    """Many eigenvalues are 0 then, and LAPACK's solver may not converge in float32."""
+    torch.manual_seed(0)
+    statistics = pair_statistics(600, 40, torch.float32)
+    for _ in range(4):
+        G = torch.zeros(600, 40)
+        G[::60] = torch.randn(10, 40)
+        statistics.add(G, normalize=True)
+    V = statistics.basis(c=3, r=20, notes=[]).V
+    assert V is not None
+    torch.testing.assert_close(V @ V.T, torch.eye(20))
+
+
+def test_add_leaves_the_gradient_alone_and_a_zero_gradient_adds_nothing() -> None:
+    for dtype in (torch.float32, F64):
+        statistics = pair_statistics(4, 6)
+        G = torch.randn(4, 6, dtype=dtype)
+        before = G.clone()
+        statistics.add(G, normalize=True)
+        sums = [tensor.clone() for tensor in (statistics.M["a"], statistics.gram_in, statistics.gram_out)]
+        statistics.add(torch.zeros_like(G), normalize=True)
+        assert torch.equal(G, before)
+        for old, new in zip(sums, (statistics.M["a"], statistics.gram_in, statistics.gram_out), strict=True):
+            assert torch.equal(old, new)
+        assert statistics.n_gradients == 2
+
+
+@pytest.mark.parametrize(("value", "message"), [(0.0, "no gradient reached"), (float("nan"), "not finite")])
+@pytest.mark.parametrize("selected", [True, False])
+def test_nothing_to_choose_from(value: float, message: str, selected: bool) -> None:
+    statistics = pair_statistics(6, 5)
+    statistics.add(torch.full((6, 5), value))
+    with pytest.raises(ValueError, match=rf"group 'g' \(a\), (input|output) side.*{message}"):
+        statistics.basis(c=1, r=1, selected=(selected, False))
