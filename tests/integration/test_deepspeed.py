@@ -103,7 +103,7 @@ def work(rank: int, folder: Path, port: int) -> dict[int, Any]:
         stage: {
             "weights": train(rank, stage, None),
             "k": message_of(partial(train, rank, stage, 7)),
-            "trainer": with_trainer(folder, stage) if stage > 1 else None,
+            "trainer": with_trainer(folder, stage),
         }
         for stage in (1, 2, 3)
     }
@@ -139,7 +139,7 @@ def test_selection_is_refused(results: list[dict[int, Any]], stage: int) -> None
         assert "found parts made by DeepSpeed ZeRO; train the cores whole" in result[stage]["k"]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_trainer_calibrates_trains_saves_and_resumes(
     results: list[dict[int, Any]], folder: Path, tmp_path: Path, stage: int
 ) -> None:

@@ -1,8 +1,13 @@
-"""Models that FSDP2 has sharded: the same selection, the same training and the same bases as on one process."""
+"""Models under DDP, FSDP2, FSDP1 and in pipeline stages: the same selection, training and bases as on one process.
+
+The groups of 2 and 4 processes are started once for all of them, which takes most of the time.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +99,35 @@ def run_unevenly(model: nn.Module, optimizer: SparseGradAdamW, rank: int, n: int
         optimizer.zero_grad()
 
 
+def build_with_plain_weight() -> tuple[nn.Sequential, SparseGradAdamW]:
+    """A block, packed values, and a plain weight that is trained in a basis; all by their largest entries."""
+    layers = nn.Sequential(*build(), nn.GELU(), nn.Linear(12, 12, dtype=F64))
+    weight, Q = layers[4].weight, orthogonal(12)
+    plain = {"params": [weight], "sparse": True, "k": K}
+    optimizer = SparseGradAdamW([*param_groups(layers[:3], k=K), plain], lr=0.01, bases={weight: Basis(Q, Q)})
+    return layers, optimizer
+
+
+def trained_under_ddp(rank: int) -> dict[str, Any]:
+    """Two micro-batches a step. The second process has 2 or no rows in the first one."""
+    model, optimizer = build_with_plain_weight()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for step in range(STEPS):
+        first, second = batch(step).split([5, 3])
+        cut = 3 if step % 2 else 5
+        own = [first[:cut], second[:2]] if rank == 0 else [first[cut:], second[2:]]
+        for micro_batch, averages in zip(own, (wrapped.no_sync(), nullcontext()), strict=True):  # once a step
+            with averages:
+                (wrapped(micro_batch).square().sum() * 2 / (ROWS * 12)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"model": model.state_dict(), "touched": touched(model, optimizer)}
+
+
+def touched(model: nn.Sequential, optimizer: SparseGradAdamW) -> list[int]:
+    return [optimizer.touched(parameter) for parameter in (model[0].values, model[2].S, model[4].weight)]
+
+
 def sharded(model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
@@ -133,9 +167,9 @@ def trained_unevenly(rank: int, n: int) -> dict[str, Tensor]:
     return whole_state(model)
 
 
-def plain(dtype: torch.dtype = F64) -> nn.Sequential:
+def plain(hidden: int = 10) -> nn.Sequential:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(12, 10, dtype=dtype), nn.Tanh(), nn.Linear(10, 12, dtype=dtype))
+    return nn.Sequential(nn.Linear(12, hidden, dtype=F64), nn.Tanh(), nn.Linear(hidden, 12, dtype=F64))
 
 
 def calibrated(model: nn.Module, rank: int, n: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -149,8 +183,8 @@ def calibrated(model: nn.Module, rank: int, n: int) -> dict[str, tuple[Tensor, T
     return {name: (gram.gram_in, gram.gram_out) for name, gram in found.groups.items()}
 
 
-def trained_under_fsdp1(rank: int) -> dict[str, Tensor]:
-    """Train the cores whole, save after three steps, and go on with a new model; returns the whole weights."""
+def trained_under_fsdp1(rank: int, n: int, folder: Path) -> dict[str, Tensor]:
+    """Train the cores whole. Two processes save after three steps, and four go on; returns the whole weights."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_model_state_dict,
@@ -159,26 +193,38 @@ def trained_under_fsdp1(rank: int) -> dict[str, Tensor]:
     )
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    def new() -> tuple[nn.Module, SparseGradAdamW]:
-        wrapped = FullyShardedDataParallel(build(), use_orig_params=True, device_id=torch.device("cpu"))
-        return wrapped, SparseGradAdamW(param_groups(wrapped), lr=0.01)
+    whole = StateDictOptions(full_state_dict=True)
+    model = FullyShardedDataParallel(build(), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = SparseGradAdamW(param_groups(model), lr=0.01)
+    if n == 2:
+        run(model, optimizer, rows_of(rank, n), range(3), clip=False)
+        content = get_state_dict(model, optimizer, options=whole)
+        if rank == 0:
+            torch.save(content, folder / "fsdp1.pt")
+    else:
+        weights, state = torch.load(folder / "fsdp1.pt")
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=whole)
+    run(model, optimizer, rows_of(rank, n), range(3, STEPS), clip=False)
+    return {name: value.clone() for name, value in get_model_state_dict(model, options=whole).items()}
 
-    (first, optimizer), (second, resumed) = new(), new()
-    run(first, optimizer, rows_of(rank, 2), range(3), clip=False)
-    weights, state = get_state_dict(first, optimizer)
-    set_state_dict(second, resumed, model_state_dict=weights, optim_state_dict=state)
-    run(second, resumed, rows_of(rank, 2), range(3, STEPS), clip=False)
-    whole = get_model_state_dict(second, options=StateDictOptions(full_state_dict=True))
-    return {name: value.clone() for name, value in whole.items()}
+
+def with_basis(model: nn.Module) -> SparseGradAdamW:
+    """An optimizer that selects from plain weights in the same basis."""
+    Q = orthogonal(12)
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    return SparseGradAdamW(
+        [{"params": weights, "sparse": True, "k": K}], lr=0.01, bases=dict.fromkeys(weights, Basis(Q, Q))
+    )
 
 
-def trained_in_stages(rank: int, k: int | None) -> dict[str, Tensor]:
+def trained_in_stages(
+    rank: int, layers: nn.Sequential, make: Callable[[nn.Module], SparseGradAdamW]
+) -> dict[str, Tensor]:
     """Train each layer in a pipeline stage of its own, with two micro-batches; returns the stage's weights."""
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
-    layers = build()
     part = nn.Sequential(*layers[:2]) if rank == 0 else nn.Sequential(layers[2])
-    optimizer = SparseGradAdamW(param_groups(part, k=k), lr=0.01)
+    optimizer = make(part)
     stage = PipelineStage(part, rank, 2, torch.device("cpu"))
     schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=lambda y, _: y.square().mean())
     for step in range(STEPS):
@@ -186,6 +232,13 @@ def trained_in_stages(rank: int, k: int | None) -> dict[str, Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     return part.state_dict()
+
+
+STAGES: dict[str, tuple[Callable[[], nn.Sequential], Callable[[nn.Module], SparseGradAdamW]]] = {
+    "whole cores": (build, lambda model: SparseGradAdamW(param_groups(model), lr=0.01)),
+    "selection": (build, lambda model: SparseGradAdamW(param_groups(model, k=K), lr=0.01)),
+    "plain weights": (lambda: plain(12), with_basis),
+}
 
 
 def refusals(rank: int) -> dict[str, str]:
@@ -224,10 +277,11 @@ def group_work(rank: int, n: int, folder: Path) -> dict[str, Any]:
         "trained": trained(rank, n, folder),
         "unevenly": trained_unevenly(rank, n),
         "calibrated": calibrated(sharded(plain()), rank, n),
+        "fsdp1": trained_under_fsdp1(rank, n, folder),
     }
     if n == 2:
-        results["stages"] = {k: trained_in_stages(rank, k) for k in (None, K)}
-        results["fsdp1"] = trained_under_fsdp1(rank)
+        results["ddp"] = trained_under_ddp(rank)
+        results["stages"] = {name: trained_in_stages(rank, model(), make) for name, (model, make) in STAGES.items()}
         results["refusals"] = refusals(rank)
     return results
 
@@ -266,6 +320,17 @@ def test_trains_as_one_process(results: list[dict[str, Any]]) -> None:
             torch.testing.assert_close(results[0][str(n)]["trained"]["model"][name], value, rtol=1e-10, atol=1e-12)
 
 
+def test_ddp(results: list[dict[str, Any]]) -> None:
+    """A block, packed values and a plain weight."""
+    model, optimizer = build_with_plain_weight()
+    run(model, optimizer, slice(None), clip=False)
+    first, second = (result["2"]["ddp"] for result in results[:2])
+    for name, value in model.state_dict().items():
+        assert torch.equal(first["model"][name], second["model"][name])
+        torch.testing.assert_close(first["model"][name], value, rtol=1e-10, atol=1e-12)
+    assert first["touched"] == second["touched"] == touched(model, optimizer)
+
+
 @pytest.mark.parametrize("n", [2, 4])
 def test_micro_batches_of_different_sizes_and_a_process_without_rows(results: list[dict[str, Any]], n: int) -> None:
     model = build()
@@ -274,22 +339,24 @@ def test_micro_batches_of_different_sizes_and_a_process_without_rows(results: li
         torch.testing.assert_close(results[0][str(n)]["unevenly"][name], value, rtol=1e-10, atol=1e-12)
 
 
-def test_whole_cores_under_fsdp1(results: list[dict[str, Any]]) -> None:
-    """Saved and resumed in the middle."""
+@pytest.mark.parametrize("n", [2, 4])
+def test_whole_cores_under_fsdp1(results: list[dict[str, Any]], n: int) -> None:
+    """Two processes train and save in the middle; four resume."""
     model = build()
     run(model, SparseGradAdamW(param_groups(model), lr=0.01), slice(None), clip=False)
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(results[0]["2"]["fsdp1"][name], value, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(results[0][str(n)]["fsdp1"][name], value, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("k", [None, K])
-def test_pipeline_stages(results: list[dict[str, Any]], k: int | None) -> None:
+@pytest.mark.parametrize("name", list(STAGES))
+def test_pipeline_stages(results: list[dict[str, Any]], name: str) -> None:
     """Each core is whole in its stage, so that it selects as in one process."""
+    build, make = STAGES[name]
     model = build()
-    run(model, SparseGradAdamW(param_groups(model, k=k), lr=0.01), slice(None), clip=False)
+    run(model, make(model), slice(None), clip=False)
     for rank, part in enumerate((nn.Sequential(*model[:2]), nn.Sequential(model[2]))):
-        for name, value in part.state_dict().items():
-            torch.testing.assert_close(results[rank]["2"]["stages"][k][name], value, rtol=1e-10, atol=1e-12)
+        for key, value in part.state_dict().items():
+            torch.testing.assert_close(results[rank]["2"]["stages"][name][key], value, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", [2, 4])

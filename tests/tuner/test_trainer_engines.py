@@ -97,8 +97,11 @@ class OnCPUs(SparseGradTrainer):
             self.is_fsdp_enabled = True
 
 
-def train_llama(folder: Path, rows_at_once: int, *, resumed: bool = False, **options: Any) -> dict[str, Any]:
-    """Train with selection and two micro-batches a step, or the second half of it, and save the adapter."""
+RUNS = ("straight", "resumed", "resumed alone")
+
+
+def train_llama(folder: Path, rows_at_once: int, name: str = RUNS[0], **options: Any) -> dict[str, Any]:
+    """Train with selection and two micro-batches a step, or the second half of it, and save the adapter by `name`."""
     trainer = OnCPUs(
         model=uncalibrated_adapter("llama", dropout=0), train_dataset=rows("llama"), calibration=CALIBRATION,
         density=0.2, args=arguments(
@@ -106,8 +109,8 @@ def train_llama(folder: Path, rows_at_once: int, *, resumed: bool = False, **opt
             gradient_accumulation_steps=2, **options,
         ),
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resumed else None)
-    trainer.save_model(str(folder / ("resumed" if resumed else "straight")))
+    trainer.train(resume_from_checkpoint=None if name == RUNS[0] else str(folder / "checkpoint-2"))
+    trainer.save_model(str(folder / name))
     return {"log": log(trainer), "sharded": all(hasattr(core, "full_tensor") for core in cores(trainer.model))}
 
 
@@ -154,9 +157,22 @@ def work(rank: int, folder: Path, port: int) -> dict[str, Any]:
     }
     sharding = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     result["fsdp2"] = [
-        train_llama(folder / "fsdp2", 1, resumed=resumed, fsdp=True, fsdp_config=dict(sharding), **ddp)
-        for resumed in (False, True)
+        train_llama(folder / "fsdp2", 1, name, fsdp=True, fsdp_config=dict(sharding), **ddp) for name in RUNS[:2]
     ]
+    torch.distributed.destroy_process_group()
+    if rank == 0:
+        result["fsdp2"].append(resumed_alone(folder, port, sharding))
+    return result
+
+
+def resumed_alone(folder: Path, port: int, sharding: dict[str, Any]) -> dict[str, Any]:
+    """Resume the run of two processes on one, with the rows of both in each step."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    set_launcher_environment(0, 1, port)
+    torch.distributed.init_process_group("gloo")
+    result = train_llama(folder / "fsdp2", 2, RUNS[2], fsdp=True, fsdp_config=dict(sharding))
     torch.distributed.destroy_process_group()
     return result
 
@@ -224,12 +240,12 @@ def test_trl_under_ddp(results: list[dict[str, Any]], monkeypatch: pytest.Monkey
 
 
 def test_fsdp2(results: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
-    """Calibrated, trained with selection and two micro-batches a step, saved, and resumed in the middle."""
+    """Calibrated, trained with selection and two micro-batches, saved, and resumed on two processes and on one."""
     alone = train_llama(tmp_path, 2)
     assert not alone["sharded"]
     right = updates(PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "straight"))
     assert all(bool(update.any()) for update in right)
-    for result, name in zip(results[0]["fsdp2"], ("straight", "resumed"), strict=True):
+    for result, name in zip(results[0]["fsdp2"], RUNS, strict=True):
         assert result["sharded"]
         for found, expected in zip(result["log"], alone["log"], strict=True):
             assert found == pytest.approx(expected, rel=1e-4)
