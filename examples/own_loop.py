@@ -51,7 +51,7 @@ def main() -> None:
     calibrate_adapter(model, train, n_steps=16)  # before the first step; the adapter's file includes the bases
 
     accumulate = 2
-    optimizer = SparseGradAdamW(param_groups(model), lr=3e-3)
+    optimizer = SparseGradAdamW(param_groups(model), lr=2e-3)
     n_steps = arguments.epochs * (len(train) // accumulate)
     schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=n_steps // 10, num_training_steps=n_steps)
     for epoch in range(arguments.epochs):

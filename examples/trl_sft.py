@@ -48,7 +48,7 @@ def main() -> None:
         model=model,
         args=SFTConfig(
             "out",
-            learning_rate=5e-3,
+            learning_rate=2e-3,
             num_train_epochs=arguments.epochs,
             per_device_train_batch_size=4,
             max_length=512,

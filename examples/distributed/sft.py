@@ -31,7 +31,7 @@ arguments = SFTConfig(
     f"{options.output}/checkpoints",
     max_steps=options.steps,
     per_device_train_batch_size=4,
-    learning_rate=3e-3,
+    learning_rate=2e-3,
     max_length=256,
     bf16=not options.cpu,
     gradient_checkpointing=False,

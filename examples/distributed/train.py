@@ -29,7 +29,7 @@ arguments = TrainingArguments(
     f"{options.output}/checkpoints",
     max_steps=max(1, options.steps),
     per_device_train_batch_size=4,
-    learning_rate=3e-3,
+    learning_rate=2e-3,
     save_strategy="no",
     report_to="none",
     use_cpu=options.cpu,

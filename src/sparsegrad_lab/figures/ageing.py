@@ -71,11 +71,16 @@ def draw(data: dict[str, Any]) -> Drawing:
         f"{way}: {', '.join(f'{role} {percent(share)}' for role, share in shares.items())}"
         for way, shares in last["shares"].items()
     ]
+    mean = (
+        " Bases of the mean gradient leave out what single batches do not share. So they hold less of one batch's "
+        "gradient, part of which is noise."
+        if any(way.startswith("mean gradient") for way in ways) else ""
+    )  # fmt: skip
     return Drawing.of(
         "ageing", title,
         f"Share of the squared gradient in its largest {density} of entries against the training step. After "
         f"{last['step']} steps, {'; '.join(numbers)}.",
         "Where a line falls towards the dashed one, training moves the gradient out of that basis. The distance to the "
-        "dashed line is what the basis gains over the original space.",
+        f"dashed line is what the basis gains over the original space.{mean}",
         figure,
     )  # fmt: skip

@@ -10,6 +10,7 @@ The model is restored before each part. Gradients are measured one at a time and
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,9 @@ from .setup import CALIBRATION_BATCHES, DENSITY, ZERO_ROW_BATCHES, Setup, load_s
 from .strided_structure import kind_shares, token_kinds
 from .training import FINE_TUNING, SPARSEGRAD, fine_tune, train_sparsegrad
 
-ORIGINAL, PAPER, SHARED, PER_LAYER, OWN = (
+ORIGINAL, PAPER, SHARED, PER_LAYER, MEAN, OWN = (
     "original space", "paper: at the start, shared", "along a trajectory, shared", "along a trajectory, per layer",
-    "this run's settings",
+    "mean gradient along a trajectory, per layer", "this run's settings",
 )  # fmt: skip
 """Names of the bases that are compared."""
 
@@ -107,7 +108,8 @@ def calibration_ways(arguments: RunArguments) -> tuple[str, dict[str, Way]]:
         PER_LAYER: (_along_trajectory(arguments), False),
     }
     own = (calibration_config(arguments.calibration.resolved(arguments.adapter)), arguments.adapter.shared)
-    name = next((name for name, way in ways.items() if way == own), OWN)
+    mean = replace(_along_trajectory(arguments), mean_gradient=True)
+    name = next((name for name, way in {**ways, MEAN: (mean, False)}.items() if way == own), OWN)
     return name, {**ways, name: own}
 
 

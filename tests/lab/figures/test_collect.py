@@ -9,7 +9,7 @@ from typing import Any
 from transformers import ViTConfig, ViTModel
 
 from sparsegrad_lab.figures import strided_structure, touched, update_norms
-from sparsegrad_lab.figures.collect import collect
+from sparsegrad_lab.figures.collect import calibration_ways, collect
 from sparsegrad_lab.figures.settings import FiguresArguments
 from sparsegrad_lab.figures.strided_structure import TokenKind
 from sparsegrad_lab.run.settings import RunArguments
@@ -21,6 +21,16 @@ def test_record(data: dict[str, Any], tiny_bert: Path) -> None:
     assert data["figures"] == {"steps": 4, "points": 2, "batches": 1, "layer": None, "redraw": False}
     assert data["environment"]["seed"] == 0
     assert (data["block"], data["blocks"]) == (0, 2)
+
+
+def test_names_of_calibrations() -> None:
+    """A run's own way is among those that are compared, or added to them."""
+    assert calibration_ways(RunArguments())[0] == "mean gradient along a trajectory, per layer"
+    papers = RunArguments()
+    papers.adapter.shared, papers.adapter.c, papers.adapter.r = True, "full", "full"
+    papers.calibration.walk, papers.calibration.normalize = None, False
+    name, ways = calibration_ways(papers)
+    assert (name, len(ways)) == ("paper: at the start, shared", 3)
 
 
 def test_a_decoder_with_transposed_weights(arguments: Callable[..., RunArguments], tmp_path: Path) -> None:
