@@ -162,7 +162,8 @@ def _of_eigenpairs(values: Float[Tensor, " m"], columns: Float[Tensor, "n m"], r
 def _eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
     """Return eigenvalues, ascending, and eigenvectors as columns.
 
-    The solver may not converge in float32 if many eigenvalues are equal, such as those of features without a gradient.
+    LAPACK's solver may not converge in float32 if many eigenvalues are 0, as for features without a gradient. It does
+    in float64.
     """
     try:
         values, columns = torch.linalg.eigh(matrix)
@@ -277,7 +278,7 @@ def _leading(gram: Float[Tensor, "n n"], count: int) -> tuple[Float[Tensor, " co
     captured = 0.0
     for _ in range(_MAX_ITERATIONS):
         image = gram @ Q  # (n, width)
-        values, ritz = torch.linalg.eigh(Q.T @ image)  # ascending
+        values, ritz = _eigh(Q.T @ image)  # ascending
         gained = float(values[-count:].sum())
         converged = gained - captured < _ENERGY_TOLERANCE * gained
         captured = gained
