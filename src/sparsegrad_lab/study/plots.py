@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from ..figures.drawing import svg_text
 from .runs import Run
@@ -40,7 +41,7 @@ def difference_plots(section: Section) -> list[Plot]:
     plots = []
     for unit, part, found in _comparisons(section):
         scores = score_table(part.runs).groupby(level="task").mean()
-        with _drawing(5.2, 1.1 + 0.4 * len(found)) as (figure, axes):
+        with _drawing(5.2, 1.1 + 0.4 * len(found)) as (figure, [axes]):
             for place, comparison in enumerate(found):
                 dots = (scores[comparison.method] - scores[comparison.other]).dropna()
                 axes.plot(dots, [place] * len(dots), "o", color="C0", alpha=0.45, markersize=5, markeredgewidth=0)
@@ -61,31 +62,57 @@ def difference_plots(section: Section) -> list[Plot]:
 
 
 def cost_plots(section: Section) -> list[Plot]:
-    """Each method's mean difference to the baseline against its time, and against its memory; two plots a unit."""
+    """Each method's mean difference to the baseline against its costs, in one picture for each unit."""
     plots = []
     for unit, part, found in _comparisons(section):
         points = {one.method: one.difference for one in found} | {section.baseline: 0.0}
-        for name, ratios in (
-            ("training time", _ratios(part, lambda run: run.training.seconds, timed=True)),
-            ("peak memory", _ratios(part, _peak)),
+        panels = {
+            f"training time ÷ {section.baseline}'s": _ratios(part, lambda run: run.training.seconds, timed=True),
+            f"peak memory ÷ {section.baseline}'s": _ratios(part, _peak),
+            f"saved bytes ÷ {section.baseline}'s": _ratios(part, lambda run: float(run.weights_bytes)),
+            "calibration ÷ training time": _calibration_shares(part),
+        }
+        panels = {
+            cost: shown
+            for cost, values in panels.items()
+            if len(shown := {method: value for method, value in values.items() if method in points}) > 1
+        }
+        if not panels:
+            continue
+        methods = [method for method in section.methods if any(method in values for values in panels.values())]
+        with _drawing(6.4, 2.5 * -(-len(panels) // 2) + 0.3 + 0.2 * -(-len(methods) // 3), len(panels)) as (
+            figure,
+            axes,
         ):
-            shown = [method for method in section.methods if method in points and method in ratios]
-            if len(shown) < 2:
-                continue
-            with _drawing(4.4, 3.0 + 0.2 * -(-len(shown) // 2)) as (figure, axes):
-                for method in shown:
+            for panel, (cost, values) in zip(axes, panels.items(), strict=True):
+                for method, value in values.items():
                     mark = _mark(list(section.methods).index(method))
-                    axes.plot(ratios[method], points[method], linestyle="", label=method, **mark)
-                axes.set_xlabel(f"{name} ÷ {section.baseline}'s")
-                axes.set_ylabel(f"difference, {unit}")
-                axes.axhline(0, color="#000000", linewidth=0.7, alpha=0.5)
-                axes.axvline(1, color="#000000", linewidth=0.7, alpha=0.5)
-                figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-                svg = _svg(figure)
-            words = "; ".join(f"{method} {points[method]:+.3g} at {ratios[method]:.2f}" for method in shown)
-            better = "Up" if part.runs[0].higher_is_better else "Down"
-            caption = f"A point for each method. {better} and left is better."
-            plots.append(Plot(f"Score against {name}", svg, caption, f"{caption} {words}."))
+                    panel.plot(value, points[method], linestyle="", label=method, **mark)
+                panel.axhline(0, color="#000000", linewidth=0.7, alpha=0.5)
+                panel.set_xlabel(cost)
+                if "bytes" in cost:
+                    panel.set_xscale("log")
+                    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                    panel.xaxis.set_major_formatter("{x:g}")
+                    panel.xaxis.set_minor_formatter("")
+            for panel in axes[::2]:
+                panel.set_ylabel(f"difference, {unit}")
+            handles = {
+                label: line for panel in axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+            }
+            figure.legend(
+                [handles[method] for method in methods], methods, loc="outside lower center", ncols=3, fontsize=9,
+                frameon=False,
+            )  # fmt: skip
+            svg = _svg(figure)
+        words = "; ".join(
+            f"{cost}: "
+            + ", ".join(f"{method} {points[method]:+.3g} at {value:.2f}" for method, value in values.items())
+            for cost, values in panels.items()
+        )
+        better = "Up" if part.runs[0].higher_is_better else "Down"
+        caption = f"A point for each method. {better} and left is better."
+        plots.append(Plot("Score against costs", svg, caption, f"{caption} {words}."))
     return plots
 
 
@@ -104,7 +131,7 @@ def forgetting_plots(section: Section) -> list[Plot]:
                 points[method] = tuple(sum(values) / len(values) for values in zip(*pairs, strict=True))
         if not points:
             continue
-        with _drawing(4.4, 3.0 + 0.2 * -(-len(points) // 2)) as (figure, axes):
+        with _drawing(4.4, 3.0 + 0.2 * -(-len(points) // 2)) as (figure, [axes]):
             for method, (rise, gain) in points.items():
                 mark = _mark(list(section.methods).index(method))
                 axes.plot(100 * rise, gain, linestyle="", label=method, **mark)
@@ -137,7 +164,7 @@ def run_plots(section: Section) -> list[Plot]:
 
 
 def _run_plot(section: Section, task: str, label: str, runs: list[Run], cost: Callable[[Run], float]) -> Plot:
-    with _drawing(4.2, 3.2) as (figure, axes):
+    with _drawing(4.2, 3.2) as (figure, [axes]):
         for number, method in enumerate(section.methods):
             points = [(cost(run), run.value) for run in runs if run.method_name == method]
             if points:
@@ -190,21 +217,37 @@ def _ratios(section: Section, cost: Callable[[Run], float], timed: bool = False)
     return ratios
 
 
+def _calibration_shares(section: Section) -> dict[str, float]:
+    """Method -> mean time of its calibration divided by that of its training; 0 for methods without one."""
+    shares: dict[str, list[float]] = {}
+    for run in section.runs:
+        if not run.resumed:
+            seconds = 0.0 if run.calibration is None else run.calibration.seconds
+            shares.setdefault(run.method_name, []).append(seconds / run.training.seconds)
+    return (
+        {method: sum(found) / len(found) for method, found in shares.items()} if any(map(sum, shares.values())) else {}
+    )
+
+
 def _mark(number: int) -> dict[str, Any]:
     """Colour and marker of a method, by its place in the section; the same in all plots."""
     return {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 6}
 
 
 @contextmanager
-def _drawing(width: float, height: float) -> Iterator[tuple[Figure, Any]]:
-    """A transparent figure with one panel."""
+def _drawing(width: float, height: float, panels: int = 1) -> Iterator[tuple[Figure, list[Any]]]:
+    """A transparent figure with panels in two columns, which share the vertical axis."""
     with rc_context({"text.parse_math": False, "font.size": 10}):  # names are shown as they are, also with a $
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
-        axes = figure.subplots()
-        axes.grid(alpha=0.3)
-        axes.set_facecolor("none")
-        axes.spines[["top", "right"]].set_visible(False)
-        yield figure, axes
+        grid = figure.subplots(-(-panels // 2), min(panels, 2), sharey=True, squeeze=False)
+        every = list(grid.flat)
+        for axes in every[panels:]:
+            axes.remove()
+        for axes in every[:panels]:
+            axes.grid(alpha=0.3)
+            axes.set_facecolor("none")
+            axes.spines[["top", "right"]].set_visible(False)
+        yield figure, every[:panels]
 
 
 def _svg(figure: Figure) -> str:
