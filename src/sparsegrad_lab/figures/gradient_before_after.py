@@ -64,6 +64,11 @@ def draw(data: dict[str, Any]) -> Drawing:
         figure.colorbar(image, ax=list(panels), label="log10 of the magnitude", shrink=0.9)
         before, after = layer["shares"]
         numbers.append(f"{role} ({short_name(layer['layer'])}): {percent(before)} before, {percent(after)} after")
+    mean = (
+        " Bases of the mean gradient begin with the directions that all batches share, and end with those in which "
+        "batches disagree: the other edges are bright too. A run keeps the beginning only."
+        if data["calibrated"].startswith("mean gradient") else ""
+    )  # fmt: skip
     title = "A gradient before and after the change of basis"
     set_title(figure, title, data, f", block {data['block']}, before the first step; bases: {data['calibrated']}")
     return Drawing.of(
@@ -71,6 +76,6 @@ def draw(data: dict[str, Any]) -> Drawing:
         f"Images of G and of V G Uᵀ for block {data['block']}: log10 of the magnitude, both on one scale. Share of the "
         f"squared gradient in the largest {density} of entries: {'; '.join(numbers)}.",
         "With good bases the large entries on the right gather in the corner of the strongest directions. The titles "
-        "give the share of the energy in the largest entries.",
+        f"give the share of the energy in the largest entries.{mean}",
         figure,
     )  # fmt: skip

@@ -77,6 +77,7 @@ def draw(data: dict[str, Any]) -> Drawing:
         f"{percent(side['share_kept'])}"
         for side in data["spectrum"]
     ]
+    mean = " A curve ends where batches no longer agree." if data["calibrated"].startswith("mean gradient") else ""
     title = "Spectrum of the calibration gradients"
     set_title(figure, title, data, f"; bases: {data['calibrated']}; dotted: the cut")
     return Drawing.of(
@@ -84,7 +85,7 @@ def draw(data: dict[str, Any]) -> Drawing:
         "Share of the gradient energy by direction or neuron, and summed, with the number that the run's settings "
         f"keep: {'; '.join(numbers)}.",
         "The dotted lines show where the settings cut each side. What is left of a line is trained, the rest is "
-        "dropped. Neurons are not rotated, so more of them are needed for the same share.",
+        f"dropped. Neurons are not rotated, so more of them are needed for the same share.{mean}",
         figure,
     )  # fmt: skip
 

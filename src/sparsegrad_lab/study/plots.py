@@ -90,6 +90,7 @@ def cost_plots(section: Section) -> list[Plot]:
                     panel.plot(value, points[method], linestyle="", label=method, **mark)
                 panel.axhline(0, color="#000000", linewidth=0.7, alpha=0.5)
                 panel.set_xlabel(cost)
+                _show_at_least(panel, 0.5 if unit == "points" else 0.005)
                 if "bytes" in cost:
                     panel.set_xscale("log")
                     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -227,6 +228,13 @@ def _calibration_shares(section: Section) -> dict[str, float]:
     return (
         {method: sum(found) / len(found) for method, found in shares.items()} if any(map(sum, shares.values())) else {}
     )
+
+
+def _show_at_least(axes: Any, distance: float) -> None:
+    """Extend the y axis to this distance below and above its middle, so that equal methods look equal."""
+    low, high = axes.get_ylim()
+    if high - low < 2 * distance:
+        axes.set_ylim((low + high) / 2 - distance, (low + high) / 2 + distance)
 
 
 def _mark(number: int) -> dict[str, Any]:
