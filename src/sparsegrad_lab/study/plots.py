@@ -138,7 +138,9 @@ def forgetting_plots(section: Section) -> list[Plot]:
                 axes.plot(100 * rise, gain, linestyle="", label=method, **mark)
             axes.axvline(0, color="#000000", linewidth=0.7, alpha=0.5)
             axes.set_xlabel("unrelated texts: change of perplexity, %")
-            axes.set_ylabel(f"gain, {section.runs_of(task)[0].unit}")
+            unit = section.runs_of(task)[0].unit
+            axes.set_ylabel(f"gain, {unit}")
+            _show_at_least(axes, 0.5 if unit == "points" else 0.005)
             figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
             svg = _svg(figure)
         words = "; ".join(f"{method} {gain:+.3g} at {rise:+.1%}" for method, (rise, gain) in points.items())
