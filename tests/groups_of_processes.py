@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+_PRELOADED = ["torch.distributed.tensor", "trl", "sparsegrad_peft.tuner", "sparsegrad_lab"]
+"""Imported once by the server that all processes are forked from, which takes seconds for each process otherwise."""
+
 
 def run_in_processes(n: int, work: Callable[[int, Path], Any], folder: Path) -> list[Any]:
     """Call `work(rank, folder)` in `n` new processes, without a process group; return what each returns."""
-    torch.multiprocessing.spawn(_save_result, args=(work, folder), nprocs=n)
+    torch.multiprocessing.set_forkserver_preload(_PRELOADED)
+    torch.multiprocessing.start_processes(_save_result, args=(work, folder), nprocs=n, start_method="forkserver")
     return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(n)]
 
 
