@@ -75,12 +75,14 @@ def collect(
             bar.advance(task)
 
         bases = {ORIGINAL: dict.fromkeys(setup.measured_layers, Basis.identity())}
+        of_all_layers: dict[str, tuple[Calibration, dict[str, Basis]]] = {}
         for name, way in ways.items():
-            layers = setup.layers if name == own else setup.measured_layers
+            layers = setup.layers if name in (own, PAPER) else setup.measured_layers
             calibration, by_layer = calibrate_bases(setup, way, layers, advance)
             bases[name] = {layer: by_layer[layer] for layer in setup.measured_layers}
-            if name == own:
-                own_bases, own_calibration = by_layer, calibration
+            if name in (own, PAPER):
+                of_all_layers[name] = calibration, by_layer
+        own_calibration, own_bases = of_all_layers[own]
         spectra = spectrum.measure(setup, own_calibration, own_bases, arguments.adapter.sizes)
         bar.update(task, description="gradient of one block")
         gradient = gradient_before_after.measure(setup, own_bases, advance)
@@ -88,7 +90,7 @@ def collect(
         ageing, zero_rows, full = _measure_fine_tuning(setup, settings, bases, arguments, advance)
         bases.clear()
         bar.update(task, description=SPARSEGRAD)
-        sparse = train_sparsegrad(setup, arguments, own_bases, settings.steps, advance)
+        sparse = train_sparsegrad(setup, arguments, of_all_layers[PAPER][1], settings.steps, advance)
     return {
         "command": command, "config": arguments.as_dict(), "figures": settings.as_dict(), "environment": record,
         "block": setup.block, "blocks": max(map(len, setup.groups.values())), "density": DENSITY,

@@ -33,6 +33,24 @@ def test_names_of_calibrations() -> None:
     assert (name, len(ways)) == ("paper: at the start, shared", 3)
 
 
+def test_the_published_method_has_the_papers_bases(
+    arguments: Callable[..., RunArguments], tiny_bert: Path, tmp_path: Path
+) -> None:
+    """Also beside a run that calibrates in another way."""
+    settings = FiguresArguments(steps=2, points=2, batches=1)
+    ways: list[list[str]] = [
+        [],
+        ["--calibration.walk", "null", "--adapter.shared", "true", "--calibration.normalize", "false"],
+    ]
+    one, other = (
+        collect(arguments(tmp_path / "out", "--model", str(tiny_bert), *words), settings, progress=False)
+        for words in ways
+    )
+    assert one["calibrated"] != other["calibrated"]
+    assert one["runs"]["SparseGrad"] == other["runs"]["SparseGrad"]
+    assert one["touched"]["touched"] == other["touched"]["touched"]
+
+
 def test_a_decoder_with_transposed_weights(arguments: Callable[..., RunArguments], tmp_path: Path) -> None:
     """GPT-2's Conv1D stores its weight as (in, out). Its head reads the last token that is no padding."""
     from transformers import GPT2Config, GPT2Model
