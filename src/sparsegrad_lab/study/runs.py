@@ -196,8 +196,8 @@ class Run(_Ending):
         return self.score * (100 if self.higher_is_better else 1)
 
     def format(self, value: float, digits: int = 1, sign: str = "") -> str:
-        """A value of this run's unit as text. A loss gets two more digits."""
-        return f"{value:{sign}.{digits if self.higher_is_better else digits + 2}f}"
+        """A value of this run's unit as text. A loss gets three more digits."""
+        return f"{value:{sign}.{digits if self.higher_is_better else digits + 3}f}"
 
     @property
     def megabytes(self) -> float:

@@ -67,18 +67,18 @@ def test_losses_are_lower_the_better_and_apart(folder: Path) -> None:
     assert str(found).startswith("sparsegrad against lora: -0.0350 loss (lower is better) over 2 pairs of runs")
     assert "ahead in 2." in str(found)
     by_task = {row[0]: row[1:] for row in scores(section).rows}
-    assert by_task["oasst1, loss"][:2] == ["1.250 ± 0.071 (2)", "1.285 ± 0.049 (2)"]
+    assert by_task["oasst1, loss"][:2] == ["1.2500 ± 0.0707 (2)", "1.2850 ± 0.0495 (2)"]
     assert by_task["mean of tasks, points"][:2] == ["72.0", "70.0"]
-    assert by_task["mean of tasks, loss"] == ["1.250", "1.285", "not all run"]
+    assert by_task["mean of tasks, loss"] == ["1.2500", "1.2850", "not all run"]
     assert [row[0] for row in comparisons(section).rows] == [
         "sparsegrad", "full", "sparsegrad, loss", "full, loss",
     ]  # fmt: skip
     assert verdict(section)[:2] == [
         "Mean of 2 tasks: sparsegrad 72.0, lora 70.0.",
-        "oasst1 (lower is better): sparsegrad 1.250, lora 1.285.",
+        "oasst1 (lower is better): sparsegrad 1.2500, lora 1.2850.",
     ]
     assert any("+2.00 points over 4 pairs" in sentence for sentence in verdict(section))  # as without them
-    assert "oasst1: lowest 1.200 by sparsegrad" in render_page(Report([section]), "t")
+    assert "oasst1: lowest 1.2000 by sparsegrad" in render_page(Report([section]), "t")
     assert "rte: highest 66.0 by full" in render_page(Report([section]), "t")
 
 
