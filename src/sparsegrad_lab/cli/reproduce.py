@@ -61,7 +61,8 @@ def main(argv: list[str]) -> None:
     failed = [name for name, result in results.items() if result["status"] != "finished"]
     console.print(f"\n{len(results)} runs, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}")
     if answers is not None:
-        _finish_answers(answers, [cell for cell in cells if cell.answers], options.judge, console)
+        asked = [cell for experiment in experiments for cell in experiment.cells() if cell.answers]
+        _finish_answers(answers, asked, [cell for cell in cells if cell.answers], options.judge, console)
     elif any(cell.answers for cell in cells):
         console.print("answers: not run; name a file with --questions")
     console.print(f"results: {places.results}\nnext:   sparsegrad report {shlex.quote(str(places.results))}")
@@ -129,9 +130,19 @@ def _default_questions() -> Path:
     return Path(os.environ.get("SPARSEGRAD_DATA", "")) / "mt_bench" / "mt_bench_inf.jsonl"
 
 
-def _finish_answers(answers: AnswerFiles, cells: Sequence[Cell], judge: str | None, console: Console) -> None:
-    """Grade the answers, write the page, and name the runs without answers."""
-    for together in answers.sets(cells):
+def _finish_answers(
+    answers: AnswerFiles, asked: Sequence[Cell], cells: Sequence[Cell], judge: str | None, console: Console
+) -> None:
+    """Grade the answers, write the page, and name the runs without answers.
+
+    Args:
+        answers: the files.
+        asked: all runs of the experiments whose models are to answer. The page has the answers of earlier calls too.
+        cells: those of this call.
+        judge: model that grades, if any.
+        console: gets the messages.
+    """
+    for together in answers.sets(asked):
         if judge is None:
             page = answers.write_page(together, "Not graded: name a judge with --judge, or run sparsegrad judge.")
             console.print(f"answers: {page}; not graded, since no --judge was named")

@@ -117,6 +117,12 @@ def test_reproduce(folder: Path, questions: Path, tmp_path: Path, capsys: pytest
     assert main(["report", str(results), "--output", str(tmp_path / "report")]) == 0
     assert "Gain against forgetting" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
 
+    other = cell_of(folder, "lora")
+    write_answers(files.file(other), other.method, "from an earlier call", files.questions_file(other.experiment))
+    assert main(words) == 0
+    page = files.page(cell).read_text(encoding="utf-8")
+    assert page.count("**full**") == page.count("**lora**") > 0
+
     shutil.rmtree(files.file(cell).parent)
     capsys.readouterr()
     assert main(words) == 0
