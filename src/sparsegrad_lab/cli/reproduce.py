@@ -136,10 +136,10 @@ def _finish_answers(
     """Grade the answers, write the page, and name the runs without answers.
 
     Args:
-        answers: the files.
-        asked: all runs of the experiments whose models are to answer. The page has the answers of earlier calls too.
-        cells: those of this call.
-        judge: model that grades, if any.
+        answers: the files of answers.
+        asked: every run of the experiments whose model is to answer; the page has all answers that exist.
+        cells: the runs among them that this call was asked for; those without answers are named.
+        judge: model that grades; None: no grades.
         console: gets the messages.
     """
     for together in answers.sets(asked):

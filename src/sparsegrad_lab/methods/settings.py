@@ -110,8 +110,8 @@ class CalibrationArguments:
     normalize: bool = True
     "scale each gradient to norm 1, so that all backward passes count the same"
     mean_gradient: bool | None = None
-    """compute the bases from sums of each layer's gradients, in which their noise cancels; false: from the Gram matrix
-    of every single gradient, as in the paper; default: yes, but no with adapter.c or r"""
+    """compute the bases from products of the gradients of different steps, in which their noise cancels; false: from
+    the Gram matrix of every single gradient, as in the paper; default: yes, but no with adapter.c or r"""
     refresh: int | None = None
     "compute new bases every so many training steps; only for complete bases (adapter.c and r: full); default: never"
 
