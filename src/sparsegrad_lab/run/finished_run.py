@@ -27,7 +27,7 @@ from ..tasks.read import Row, read_rows
 from ..tasks.registry import kind_of
 from ..tasks.task import LOSSES, Task
 from .folder import RunFolder, save_whole, write_whole
-from .inputs import compute_type, unrelated_features
+from .inputs import compute_type, longest_first, unrelated_features
 from .interrupts import interrupts_kept
 from .settings import RunArguments
 from .train import save_weights
@@ -134,7 +134,7 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
     scores: dict[str, dict[str, Any]] = {}
     for name in [split] if split else task.evaluation_splits:
         with suppress_library_logs(), interrupts_kept():
-            features = kind.features(task, name, run.processor, arguments.data)
+            features = longest_first(kind.features(task, name, run.processor, arguments.data))
             kind.check_features(features, run.model, run.processor)
             outputs, labels = run.outputs(features, arguments), features["labels"][:]
             scores[name] = {

@@ -71,6 +71,7 @@ def load_inputs(arguments: RunArguments) -> Inputs:
     with suppress_library_logs(), interrupts_kept():
         adapted = load_adapted(arguments, task, processor, four_bits=arguments.load_in_4bit)
         features = {split: kind.features(task, split, processor, arguments.data) for split in task.splits}
+        features = {split: rows if split == "train" else longest_first(rows) for split, rows in features.items()}
         unrelated = unrelated_features(arguments, processor)
     for rows in [*features.values(), *([] if unrelated is None else [unrelated])]:
         kind.check_features(rows, adapted.model, processor)
@@ -103,7 +104,15 @@ def unrelated_features(arguments: RunArguments, processor: Any) -> Dataset | Non
     if arguments.data.unrelated is None:
         return None
     task = unrelated_texts(arguments.data.unrelated)
-    return KINDS[task.kind].features(task, task.name, processor, arguments.data)
+    return longest_first(KINDS[task.kind].features(task, task.name, processor, arguments.data))
+
+
+def longest_first(rows: Dataset) -> Dataset:
+    """Order the rows that are evaluated by length: batches need less padding, and one too large for memory is first."""
+    if "input_ids" not in rows.column_names:
+        return rows
+    lengths = [len(tokens) for tokens in rows["input_ids"]]
+    return rows.select(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True))
 
 
 def load_run_task(arguments: RunArguments) -> tuple[Task, nn.Module | None]:
