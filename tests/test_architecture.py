@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,6 +185,32 @@ def test_functions_are_short_or_say_why(room: str) -> None:
         and not any(line.strip().startswith("Long: ") for line in (ast.get_docstring(node) or "").splitlines())
     ]
     assert not long, "\n".join(long)
+
+
+@pytest.mark.parametrize("package", [name for name, path in MODULES.items() if path.name == "__init__.py"])
+def test_a_package_lists_its_files(package: str) -> None:
+    """Its docstring has a line for each file, or says what the others are. It names no file that is not there."""
+    guide = ast.get_docstring(TREES[package]) or ""
+    folder = MODULES[package].parent
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    listed = {
+        name for row in re.findall(r"^ *(\w+(?:, \w+)*)  +\S", guide, re.MULTILINE) for name in row.split(", ")
+    }  # fmt: skip
+    assert listed <= files | {path.name for path in folder.iterdir()}
+    if "Each other file is one" not in guide:
+        assert not {name for name in files if not re.search(rf"\b{name}\b", guide)}
+
+
+def test_the_source_names_files_that_exist() -> None:
+    """Every `file.py` in a docstring or a comment."""
+    here = {path.name for path in [*SRC.rglob("*"), *TESTS.parent.glob("benchmarks/*")]}
+    named = {
+        (module, name)
+        for module, path in MODULES.items()
+        for name in re.findall(r"`(\w+\.py)`", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 10
+    assert not {(module, name) for module, name in named if name not in here}
 
 
 def test_tests_mirror_the_source() -> None:

@@ -1,1 +1,7 @@
-"""The `sparsegrad` command: one file per verb, which parses the command line and calls the library."""
+"""The `sparsegrad` command.
+
+main        the parser of all verbs
+completion  completion in a shell
+
+Each other file is one verb: it parses the command line and calls the library.
+"""

@@ -6,6 +6,7 @@ aliases       other names of settings: those of transformers and PEFT, and short
 completers    what a shell offers as values
 presets       settings that come with the package
 inputs        task and model, checked before weights are loaded
+calibration   calibrates a model before it is quantized
 train         the run itself
 trainer       creates the trainer
 sampler       batches of rows of similar length
@@ -16,7 +17,8 @@ card, plots   model card and plots
 hub           upload to the Hugging Face Hub
 finished_run  evaluate, predict and merge
 search        learning rate and batch size by Optuna
-machine       versions, time and memory, processes
+machine       versions, time and memory
+processes     several processes of one run
 interrupts    Ctrl-C that a library swallows
 exit_codes    how the command ends
 """

@@ -2,9 +2,10 @@
 
     gradients    1  a few steps of backpropagation -> the gradient of each target layer
     gram            gradients -> Gram matrices, streamed (the paper)
-    mean            gradients -> their sum, streamed (the adapter's default)
-    hosvd        2  either sums -> orthogonal factors and spectra
-    statistics      ... -> the group's basis
+    pairs           gradients -> products of different gradients, streamed (the adapter's default)
+    projected       the same for large models, with less memory
+    hosvd        2  any of these sums -> orthogonal factors and spectra
+    statistics      ... -> the group's basis, and the scales of the entries
     basis           Basis(U, V), shared by a group of layers
     selection    3  gradient in the basis -> its k largest entries
     function     4  forward and backward of the layer
@@ -17,12 +18,33 @@ Around these:
     surgery      replace a model's layers and put them back; the optimizer's parameter groups
     positions    choose fixed entries for a packed core
     refresh      new bases, or new positions, during training
+    data_free    bases without calibration
     literal      the layer as published
     experts      fused experts, seen as one matrix
     reference    all of it again: dense, slow, in the order of the paper's equations
 
-Helpers: config (calibration's settings), groups (which layers share a basis), sizes (rows of a basis), costs
-(multiply-adds), products (chains of matrices), live_rows (tokens with a gradient), plain (nn.Linear and Conv1D),
-precision (data types), processes (several processes), restored_state, sparse_adam (the
-update rule).
+Settings and sizes:
+
+    config       how calibration takes its gradients
+    groups       which layers share a basis
+    sizes        rows of a basis
+    sum_sizes    memory of calibration's sums
+    costs        multiply-adds
+
+Several processes:
+
+    processes    wait, average, broadcast
+    averaging    average gradients during backward
+    sharded      select from parameters that are spread over processes
+    ddp          keep the bases out of DDP's broadcasts
+
+Tools:
+
+    sides            directions, selected features, or the identity
+    products         products of several matrices in the cheapest order
+    live_rows        tokens that have a gradient
+    plain            nn.Linear and Conv1D in one layout
+    precision        data types
+    restored_state   leave a model as it was
+    sparse_adam      the update rule of SparseAdam
 """

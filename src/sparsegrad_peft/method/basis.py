@@ -37,7 +37,8 @@ class Basis(nn.Module):
         ΔW = Vᵀ (diag(scale_out) S diag(scale_in)) U
 
     The scales set how far a step of the optimizer moves each entry: Adam moves every entry of `S` by about the learning
-    rate, and so every entry of `ΔW` in the basis by the rate times its scale (`gram.py` makes them from the spectrum).
+    rate, and so every entry of `ΔW` in the basis by the rate times its scale. `Statistics.basis` makes them from the
+    spectrum.
 
     The layers of a group share the module, not its tensors: a tensor that is a buffer of two modules becomes two
     tensors at the first `.to()`, and a shared module stays one. The bases follow the model to other devices, but keep

@@ -11,7 +11,8 @@
     checks             damaged numbers and impossible names are refused
     calibration        calibrate_adapter: bases for a new adapter
     refresh            refresh_adapter: new bases during training
-    trainer            calibration and optimizer inside transformers.Trainer (trainer_batches, trainer_callbacks)
+    trainer            calibration and optimizer inside transformers.Trainer (trainer_batches, trainer_callbacks,
+                       trainer_loss)
     combine            a weighted sum of adapters
     export, low_rank   an adapter as a LoRA adapter
     quantized, offload base layers that are quantized, or wait on the CPU or on disk

@@ -1,6 +1,11 @@
-"""Kinds of task, one file each: text, language, images.
+"""Kinds of task: text, language, images.
 
 A kind knows how its models are loaded, how rows become features and batches, and how outputs are scored and predicted.
+
+    kind                     the interface
+    text, language, images   the kinds
+    writer                   conversations -> tokens, and which of them are learnt
+    packing                  several conversations in one row
 """
 
 from __future__ import annotations
