@@ -32,29 +32,6 @@ def test_normalized_gradients_count_alike_whatever_their_size(scale: float, tole
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_a_zero_gradient_adds_nothing(normalize: bool) -> None:
-    gram = empty(4, 6)
-    G = torch.randn(4, 6, dtype=F64)
-    gram.add(G, normalize=normalize)
-    before = gram.gram_in.clone(), gram.gram_out.clone()
-    gram.add(torch.zeros(4, 6, dtype=F64), normalize=normalize)
-    assert torch.equal(gram.gram_in, before[0])
-    assert torch.equal(gram.gram_out, before[1])
-    assert gram.n_gradients == 2
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_add_leaves_the_gradient_alone(normalize: bool) -> None:
-    """A trajectory's update uses the same gradient afterwards."""
-    gram = empty(4, 6)
-    for dtype in (torch.float32, F64):
-        G = torch.randn(4, 6, dtype=dtype)
-        before = G.clone()
-        gram.add(G, normalize=normalize)
-        assert torch.equal(G, before)
-
-
-@pytest.mark.parametrize("normalize", [False, True])
 def test_a_gradient_that_is_not_finite_is_not_swallowed(normalize: bool) -> None:
     """Statistics may be filled by hand. The decomposition then reports the entries."""
     gram, G = empty(4, 6), torch.randn(4, 6, dtype=F64)
@@ -147,8 +124,3 @@ def test_no_warning_where_the_rows_asked_for_are_there(caplog: pytest.LogCapture
     assert not caplog.records
     sums_of(gradients).basis(c=3, r=2)
     assert len(caplog.records) == 1
-
-
-def test_zero_gradients_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"group 'fc' \(layer\.0, layer\.1\), input side has energy 0: no gradient"):
-        sums_of(torch.zeros(3, 4, 6, dtype=F64), name="fc").basis()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from helpers import F64
 from sparsegrad_peft import PairStatistics, Trajectory, calibrate, group_linears
 from sparsegrad_peft.method import reference
-from sparsegrad_peft.method.experts import ExpertLayout
 from sparsegrad_peft.method.gradients import stream_gradients
 from sparsegrad_peft.method.sizes import Sizes
 
@@ -109,39 +108,6 @@ def test_noise_cancels() -> None:
     assert float((U[0] @ common).abs()) > 0.97
 
 
-@pytest.mark.parametrize("stacks_out", [True, False])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_fused_experts_are_one_matrix(stacks_out: bool, normalize: bool) -> None:
-    layout = ExpertLayout(3, 4, 5, stacks_out, False) if stacks_out else ExpertLayout(3, 5, 4, stacks_out, False)
-    whole, fused = pair_statistics(*layout.shape), pair_statistics(*layout.shape)
-    for statistics in (whole, fused):  # experts select neurons
-        if stacks_out:
-            statistics.gram_out = statistics.gram_out.diagonal().clone()
-        else:
-            statistics.gram_in = statistics.gram_in.diagonal().clone()
-    gradients = torch.randn(3, 3, layout.out, layout.in_, dtype=F64)
-    gradients[:, 1] = 0  # an expert without tokens
-    for G in gradients:
-        fused.add(G, normalize=normalize)
-        whole.add(reference.stacked(G, stacks_out), normalize=normalize)
-    torch.testing.assert_close(fused.M, whole.M)
-    torch.testing.assert_close(fused.gram_in, whole.gram_in)
-    torch.testing.assert_close(fused.gram_out, whole.gram_out)
-
-
-@pytest.mark.parametrize("selected", [True, False])
-def test_steps_that_disagree_everywhere_count_as_one(selected: bool) -> None:
-    """No direction and no neuron has a positive product then. The basis is that of the sum of all gradients."""
-    G = torch.randn(5, 6, dtype=F64)
-    found, expected = pair_statistics(5, 6), pair_statistics(5, 6)
-    found.add(3 * G)
-    found.add(-G)
-    expected.add(2 * G)
-    one, other = (s.basis(c=2, r=3, selected=(selected, False), exponent=0.5, dtype=F64) for s in (found, expected))
-    for name, value in one.named_buffers():
-        torch.testing.assert_close(value, other.get_buffer(name))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("selected", [True, False])
 def test_one_gradient_and_empty_steps_are_decomposed_themselves(dtype: torch.dtype, selected: bool) -> None:
@@ -156,26 +122,3 @@ def test_one_gradient_and_empty_steps_are_decomposed_themselves(dtype: torch.dty
     if selected:
         assert basis.V is not None
         assert basis.V.tolist() == sorted(G.square().sum(1).topk(2).indices.tolist())
-
-
-def test_add_leaves_the_gradient_alone_and_a_zero_gradient_adds_nothing() -> None:
-    for dtype in (torch.float32, F64):
-        statistics = pair_statistics(4, 6)
-        G = torch.randn(4, 6, dtype=dtype)
-        before = G.clone()
-        statistics.add(G, normalize=True)
-        sums = [tensor.clone() for tensor in (statistics.M["a"], statistics.gram_in, statistics.gram_out)]
-        statistics.add(torch.zeros_like(G), normalize=True)
-        assert torch.equal(G, before)
-        for old, new in zip(sums, (statistics.M["a"], statistics.gram_in, statistics.gram_out), strict=True):
-            assert torch.equal(old, new)
-        assert statistics.n_gradients == 2
-
-
-@pytest.mark.parametrize(("value", "message"), [(0.0, "no gradient reached"), (float("nan"), "not finite")])
-@pytest.mark.parametrize("selected", [True, False])
-def test_nothing_to_choose_from(value: float, message: str, selected: bool) -> None:
-    statistics = pair_statistics(6, 5)
-    statistics.add(torch.full((6, 5), value))
-    with pytest.raises(ValueError, match=rf"group 'g' \(a\), (input|output) side.*{message}"):
-        statistics.basis(c=1, r=1, selected=(selected, False))

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from helpers import F64
 from sparsegrad_peft import PairStatistics, ProjectedStatistics, calibrate, group_linears
 from sparsegrad_peft.method import reference, sum_sizes
-from sparsegrad_peft.method.experts import ExpertLayout
 from sparsegrad_peft.method.projected import Projections, random_vectors
 from sparsegrad_peft.method.sizes import Sizes
 
@@ -67,56 +66,6 @@ def test_nearly_the_best_directions_and_neurons_of_a_long_spectrum(decay: float,
     assert held < float((M @ basis.U.T).square().sum() / best) <= 1
     energies = M.square().sum(1)
     assert float(energies[basis.V.long()].sum() / energies.topk(40).values.sum()) > 0.97
-
-
-@pytest.mark.parametrize("stacks_out", [True, False])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_fused_experts_are_one_matrix(stacks_out: bool, normalize: bool) -> None:
-    layout = ExpertLayout(3, 4, 5, stacks_out, False) if stacks_out else ExpertLayout(3, 5, 4, stacks_out, False)
-    whole, fused = projected(*layout.shape, 6, 7), projected(*layout.shape, 6, 7)
-    gradients = torch.randn(3, 3, layout.out, layout.in_, dtype=F64)
-    gradients[:, 1] = 0  # an expert without tokens
-    for G in gradients:
-        fused.add(G, normalize=normalize)
-        whole.add(reference.stacked(G, stacks_out), normalize=normalize)
-    torch.testing.assert_close(fused.sums["a"].left, whole.sums["a"].left)
-    torch.testing.assert_close(fused.sums["a"].right, whole.sums["a"].right)
-
-
-@pytest.mark.parametrize("selected", [True, False])
-def test_halves_that_disagree_everywhere_count_as_one(selected: bool) -> None:
-    """No direction and no neuron has a positive product then. The basis is that of the sum of all gradients."""
-    G = torch.randn(5, 6, dtype=F64)
-    found, expected = projected(5, 6, 4, 4), projected(5, 6, 4, 4)
-    found.add(3 * G)
-    found.add(-G)
-    expected.add(2 * G)
-    one, other = (s.basis(c=2, r=3, selected=(selected, False), exponent=0.5, dtype=F64) for s in (found, expected))
-    for name, value in one.named_buffers():
-        torch.testing.assert_close(value, other.get_buffer(name))
-
-
-def test_add_leaves_the_gradient_alone_and_a_zero_gradient_adds_nothing() -> None:
-    for dtype in (torch.float32, F64):
-        statistics = projected(4, 6, 3, 3)
-        G = torch.randn(4, 6, dtype=dtype)
-        before, sums = G.clone(), statistics.sums["a"]
-        statistics.add(G, normalize=True)
-        left, right = sums.left.clone(), sums.right.clone()
-        statistics.add(torch.zeros_like(G), normalize=True)
-        assert torch.equal(G, before)
-        assert torch.equal(sums.left, left)
-        assert torch.equal(sums.right, right)
-        assert statistics.n_gradients == 2
-
-
-@pytest.mark.parametrize(("value", "message"), [(0.0, "no gradient reached"), (float("nan"), "not finite")])
-@pytest.mark.parametrize("selected", [True, False])
-def test_nothing_to_choose_from(value: float, message: str, selected: bool) -> None:
-    statistics = projected(6, 5, 3, 3)
-    statistics.add(torch.full((6, 5), value))
-    with pytest.raises(ValueError, match=rf"group 'g' \(a\), (input|output) side.*{message}"):
-        statistics.basis(c=1, r=1, selected=(selected, False))
 
 
 class Block(nn.Module):
