@@ -44,6 +44,8 @@ def main(argv: list[str]) -> None:
         help="rows of a training step; with --length, also counts the activations saved for backward",
     )
     parser.add_argument("--length", type=int | None, default=None, help="tokens of a row")
+    parser.add_argument("--gradient_checkpointing", type=bool, default=False,
+                        help="count the activations with gradient checkpointing")  # fmt: skip
     parser.add_argument("--json", type=bool, default=False, help="print JSON")
     options = vars(parser.parse_args(argv))
     as_json, model = options.pop("json"), options.pop("model")

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparsegrad_peft.tuner.config import SparseGradConfig
 
@@ -26,7 +28,7 @@ Adapt = Callable[[nn.Module], nn.Module]
 
 def count_activations(
     model: nn.Module, layers: list[str], config: SparseGradConfig, lora_rank: int, dtype: torch.dtype,
-    batch_size: int, length: int,
+    batch_size: int, length: int, *, checkpointing: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """Return the bytes saved for backward by the key of `MethodBytes`, for the methods that can be counted.
 
@@ -38,10 +40,13 @@ def count_activations(
         dtype: of the weights and the activations.
         batch_size: rows of a step.
         length: tokens of a row; not read by vision models.
+        checkpointing: with gradient checkpointing of each block: the most that is held at one time.
 
     Raises:
-        ValueError: the model cannot be run this way.
+        ValueError: the model cannot be run this way, or it has no blocks to checkpoint.
     """
+    if checkpointing and not any(isinstance(module, GradientCheckpointingLayer) for module in model.modules()):
+        raise ValueError(f"gradient_checkpointing: {type(model).__name__} has no blocks that transformers checkpoints")
     sparsegrad = copy.deepcopy(config)
     sparsegrad.target_modules = list(layers)
     methods: dict[str, Adapt] = {
@@ -54,7 +59,7 @@ def count_activations(
     for key, adapt in methods.items():
         adapted = adapt(copy.deepcopy(model).to(dtype)).train()
         try:
-            found[key] = _saved_bytes(adapted, model, batch_size, length)
+            found[key] = _saved_bytes(adapted, model, batch_size, length, checkpointing)
         except Exception as error:  # a model's own code may read values, which fake tensors do not have
             raise ValueError(
                 f"the activations of {type(model).__name__} cannot be counted ({type(error).__name__}: "
@@ -70,22 +75,72 @@ def _train_only(model: nn.Module, layers: Iterable[str]) -> nn.Module:
     return model
 
 
-def _saved_bytes(adapted: nn.Module, model: nn.Module, batch_size: int, length: int) -> int:
+def _saved_bytes(adapted: nn.Module, model: nn.Module, batch_size: int, length: int, checkpointing: bool) -> int:
     """Return the bytes that autograd saves in a forward pass, without the model's own parameters and buffers."""
-    saved: dict[int, Tensor] = {}
     with FakeTensorMode(), suppress_library_logs(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*trains in data-free bases")  # of no matter for the count
         _make_fake(adapted)
-        own = {_storage(tensor) for tensor in (*adapted.parameters(), *adapted.buffers())}
-
-        def record(tensor: Tensor) -> Tensor:
-            if _storage(tensor) not in own:
-                saved[_storage(tensor)] = tensor  # kept, so that no later tensor gets the same storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        saved = _Saved(adapted)
+        with torch.autograd.graph.saved_tensors_hooks(saved.record, lambda tensor: tensor):
             adapted(**_inputs(model, batch_size, length))
-        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+        return saved.peak_checkpointed() if checkpointing else saved.total()
+
+
+class _Saved:
+    """The tensors that autograd saves, by the block in which it does: 0 before the blocks and between them.
+
+    Tensors are known by their storage, and kept, so that no later one gets the same storage.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.own = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.saved: dict[int, dict[int, Tensor]] = {0: {}}
+        self.inputs: dict[int, dict[int, Tensor]] = {}
+        self.block = self.blocks = 0
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.register_forward_pre_hook(self._enter, with_kwargs=True)
+                module.register_forward_hook(self._leave)
+
+    def record(self, tensor: Tensor) -> Tensor:
+        """Take note of a tensor, unless it is a parameter or a buffer, or was saved before."""
+        key = _storage(tensor)
+        if key not in self.own and not any(key in saved for saved in self.saved.values()):
+            self.saved[self.block][key] = tensor
+        return tensor
+
+    def _enter(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        self.block = self.blocks = self.blocks + 1
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.inputs[self.block] = {_storage(tensor): tensor for tensor in given if _storage(tensor) not in self.own}
+        self.saved[self.block] = {}
+
+    def _leave(self, *_: Any) -> None:
+        self.block = -self.block  # what is saved from here to the next block
+        self.saved[self.block] = {}
+
+    def total(self) -> int:
+        """Return the bytes of all of them."""
+        return sum(map(_bytes, self.saved.values()))
+
+    def peak_checkpointed(self) -> int:
+        """Return the most bytes that are held at one time, if each block keeps only its inputs and runs again.
+
+        At the end of the forward pass these are the inputs and all that is saved outside the blocks. When a block runs
+        again, what is saved after the last block is already free.
+        """
+        held: dict[int, Tensor] = {}
+        for block, inputs in self.inputs.items():
+            if self.saved[block]:
+                held |= inputs
+        parts = {block: _bytes(saved, without=held) for block, saved in self.saved.items()}
+        after = parts.pop(-self.blocks)
+        between = sum(size for block, size in parts.items() if block <= 0)
+        return _bytes(held) + between + max(after, *(size for block, size in parts.items() if block > 0))
+
+
+def _bytes(tensors: Mapping[int, Tensor], without: Container[int] = ()) -> int:
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in tensors.items() if key not in without)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -104,6 +104,7 @@ def inspect(
     dtype: str | torch.dtype = "float32",
     batch_size: int | None = None,
     length: int | None = None,
+    gradient_checkpointing: bool = False,
 ) -> Inspection:
     """Count parameters by part, find the layers that SparseGrad adapts, and compute the memory of each method.
 
@@ -124,6 +125,7 @@ def inspect(
         dtype: of frozen weights: float32, bfloat16 or float16.
         batch_size: rows of a training step. With `length`, activations are counted as well.
         length: tokens of a row.
+        gradient_checkpointing: count the activations with gradient checkpointing.
 
     Raises:
         FileNotFoundError: there is no such folder or model, or the folder has no config.json.
@@ -136,18 +138,21 @@ def inspect(
     step = [size for size in (batch_size, length) if size is not None]
     if len(step) == 1 or min(step, default=1) < 1:
         raise ValueError(f"expected batch_size and length of at least 1, or neither; found {batch_size} and {length}")
+    if gradient_checkpointing and not step:
+        raise ValueError("gradient_checkpointing: expected batch_size and length too, found neither")
     config = SparseGradConfig(narrow=narrow, wide=wide, c=c, r=r, shared=bool(shared))
     built = build_model(model, task_type, num_labels)
     targets, experts = resolve_targets(built, target_modules, task_type, experts=bool(config.neurons))
     name = model if isinstance(model, str) else getattr(getattr(built, "config", None), "name_or_path", None)
     groups = group_linears(built, targets) if targets else {}  # by role, also for bases of each layer: a short table
     groups |= group_experts(built, experts)
-    return _inspect(built, name or type(built).__name__, targets, groups, config, density, dtype_name, step)
+    return _inspect(built, name or type(built).__name__, targets, groups, config, density, dtype_name, step,
+                    gradient_checkpointing)  # fmt: skip
 
 
 def _inspect(
     model: nn.Module, name: str, targets: list[str] | str, groups: dict[str, list[str]], config: SparseGradConfig,
-    density: float, dtype: str, step: Sequence[int],
+    density: float, dtype: str, step: Sequence[int], checkpointing: bool,
 ) -> Inspection:  # fmt: skip
     layers = [layer for names in groups.values() for layer in names]
     rows = group_rows(model, groups, config, density)
@@ -155,7 +160,9 @@ def _inspect(
     weight_bytes, rank = _DTYPES[dtype].itemsize, matching_rank(model, layers, config.sizes)
     methods = method_bytes(parts.total, rows, rank, density, weight_bytes)
     if step:
-        saved = count_activations(_on_meta(model), layers, config, rank, _DTYPES[dtype], *step)
+        saved = count_activations(
+            _on_meta(model), layers, config, rank, _DTYPES[dtype], *step, checkpointing=checkpointing
+        )
         methods = [replace(method, activations_bytes=saved.get(method.key)) for method in methods]
     return Inspection(
         model=name,
@@ -172,7 +179,7 @@ def _inspect(
         calibration_bytes=calibration_bytes(rows, weight_bytes),
         lora_rank=rank,
         methods=methods,
-        notes=_notes(dtype, step, experts=any(row.experts > 1 for row in rows)),
+        notes=_notes(dtype, step, checkpointing, experts=any(row.experts > 1 for row in rows)),
     )
 
 
@@ -187,7 +194,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
         return type(model)(config)
 
 
-def _notes(dtype: str, step: Sequence[int], *, experts: bool) -> list[str]:
+def _notes(dtype: str, step: Sequence[int], checkpointing: bool, *, experts: bool) -> list[str]:
     fused = (
         "Fused experts: the experts in one parameter count as one layer, whose larger side holds the neurons of all. "
         "The paper's own form does not exist for them."
@@ -196,7 +203,8 @@ def _notes(dtype: str, step: Sequence[int], *, experts: bool) -> list[str]:
     if step:
         activations = (
             f"Activations: what autograd saves for backward with {step[0]} rows of {step[1]} tokens, in {dtype}, "
-            "without checkpointing. Not counted: buffers of a single operation, such as the gradient of the logits."
+            f"with{'' if checkpointing else 'out'} gradient checkpointing. Not counted: buffers of a single operation, "
+            "such as the gradient of the logits."
         )
     return [
         *([fused] if experts else []),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -18,6 +19,7 @@ from transformers import (
     ViTConfig,
 )
 
+from calibration import LiveBytes
 from helpers import TINY_SIZES
 from sparsegrad_lab.bench.worker import saved_bytes
 from sparsegrad_lab.inspection.inspect import Inspection, inspect
@@ -84,6 +86,48 @@ def test_images_and_a_model_that_is_there() -> None:
     pixels = {"pixel_values": torch.zeros(2, 3, 28, 28), "labels": torch.zeros(2, dtype=torch.long)}
     counted = next(row.activations_bytes for row in found.methods if row.key == "full")
     assert counted == saved_bytes(model.train(), lambda: model(**pixels).loss)
+
+
+@pytest.mark.filterwarnings("ignore:.*trains in data-free bases:UserWarning")
+@pytest.mark.parametrize("words", [20, 3000])
+@pytest.mark.parametrize("method", ["full", "block"])
+def test_with_gradient_checkpointing(words: int, method: str) -> None:
+    """Of many words, the logits are the most; of few, the tensors of the last block when it runs again."""
+    config = LlamaConfig(
+        vocab_size=words, hidden_size=64, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    found = inspect(config, task_type="CAUSAL_LM", batch_size=3, length=32, gradient_checkpointing=True)
+    counted = {row.key: row.activations_bytes for row in found.methods}[method]
+    assert "with gradient checkpointing" in " ".join(found.notes)
+    model = AutoModelForCausalLM.from_config(config)
+    if method == "block":
+        model = get_peft_model(model, SparseGradConfig())
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    live: list[int] = []
+    last = next(module for name, module in model.named_modules() if name.endswith("layers.3.mlp"))
+
+    def note(*_: Any) -> None:
+        live.append(counter.live - sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
+
+    last.register_forward_hook(note)
+    ids = torch.zeros(3, 32, dtype=torch.long)
+    with LiveBytes() as counter, set_checkpoint_early_stop(False):
+        counter.seen |= {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        loss = model(input_ids=ids, labels=ids).loss
+        forward = counter.live
+        loss.backward()
+    assert len(live) == 2  # the block ran again
+    output_and_gradient = 2 * 3 * 32 * 64 * 4
+    most = max(forward, live[1] - output_and_gradient)
+    assert counted == pytest.approx(most, rel=0.05)
+    assert (most == forward) == (words == 3000)
+
+
+def test_checkpointing_needs_blocks_and_a_batch() -> None:
+    with pytest.raises(ValueError, match="gradient_checkpointing: expected batch_size and length too, found neither"):
+        inspect(BertConfig(**TINY_SIZES), gradient_checkpointing=True)
 
 
 @pytest.mark.parametrize(("batch_size", "length"), [(1, None), (None, 8), (0, 8)])
