@@ -67,15 +67,16 @@ def test_bases_are_those_of_the_reference(normalize: bool, trajectory: Trajector
     for name, layers in groups.items():
         gradients = stacks(model, layers, trajectory=trajectory, **options)
         grams = reference.pair_grams(gradients, normalize)
-        for side, scale, gram in zip(
-            (bases[name].U, bases[name].V), (bases[name].scale_in, bases[name].scale_out), grams, strict=True
-        ):
+        for side, scale, gram, seen in zip(
+            (bases[name].U, bases[name].V), (bases[name].scale_in, bases[name].scale_out), grams,
+            (gradients, gradients.mT), strict=True,
+        ):  # fmt: skip
             assert side is not None
             energies = (side @ gram * side).sum(1)
             spectrum = torch.linalg.eigvalsh(gram).flip(0)
             torch.testing.assert_close(energies, spectrum, rtol=1e-9, atol=1e-12 * float(spectrum[0]))
             rank = int((spectrum > 1e-9 * spectrum[0]).sum())
-            expected = spectrum[:rank] ** 0.25
+            expected = reference.scales(reference.common_shares(seen, side[:rank], normalize), 0.5)
             torch.testing.assert_close(scale[:rank].double() / scale[0], expected / expected[0], rtol=1e-5, atol=1e-6)
         assert calibration.groups[name].n_gradients == gradients.shape[0] * gradients.shape[1]
 
@@ -88,11 +89,19 @@ def test_neurons_are_those_of_the_reference(shared: bool) -> None:
     found = calibrate(
         model, groups=groups, sizes=sizes, mean_gradient=True, gram_dtype=F64, progress=False, **options
     )  # fmt: skip
-    for name, basis in found.bases(sizes=sizes, dtype=F64).items():
-        gram_in, gram_out = reference.pair_grams(stacks(model, groups[name], **options))
+    for name, basis in found.bases(sizes=sizes, exponent=1.5, dtype=F64).items():
+        gradients = stacks(model, groups[name], **options)
+        gram_in, gram_out = reference.pair_grams(gradients)
         neurons, gram = (basis.V, gram_out) if name.startswith("up") else (basis.U, gram_in)
         assert neurons is not None
-        assert torch.equal(torch.eye(9, dtype=F64)[neurons.long()], reference.strongest_features(gram, 4))
+        expected = reference.strongest_features(gram, 4)
+        assert torch.equal(torch.eye(9, dtype=F64)[neurons.long()], expected)
+        scale, seen = (basis.scale_out, gradients.mT) if name.startswith("up") else (basis.scale_in, gradients)
+        assert scale is not None
+        shares = reference.common_shares(seen, expected)
+        torch.testing.assert_close(
+            scale.double(), reference.scales(shares.clamp_min(1e-6 * float(shares.max())), 1.5), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_noise_cancels() -> None:

@@ -106,6 +106,24 @@ def test_nothing_to_choose_from(make: Make, value: float, message: str, selected
 
 @pytest.mark.parametrize("make", [make_pairs, make_projected])
 @pytest.mark.parametrize("selected", [True, False])
+def test_the_share_that_steps_have_in_common(make: Make, selected: bool) -> None:
+    """A signal in the first feature of either side, and noise of a known size in all entries."""
+    torch.manual_seed(0)
+    statistics, signal = make(40, 30), 6.0
+    for _ in range(300):
+        G = torch.randn(40, 30, dtype=F64)
+        G[0, 0] += signal
+        statistics.add(G)
+    for output, n in ((False, 40), (True, 30)):  # the other side's features are what the noise is summed over
+        side = statistics.decompose(output, 1, selected, "g")
+        assert side.common is not None
+        assert float(side.common) == pytest.approx(
+            signal**2 / (signal**2 + n), rel=0.35 if make is make_projected else 0.1
+        )
+
+
+@pytest.mark.parametrize("make", [make_pairs, make_projected])
+@pytest.mark.parametrize("selected", [True, False])
 def test_steps_that_disagree_everywhere_count_as_one(make: Make, selected: bool) -> None:
     """No direction and no neuron has a positive product then. The basis is that of the sum of all gradients."""
     G = torch.randn(5, 6, dtype=F64)

@@ -163,11 +163,11 @@ def test_refreshed_where_complete() -> None:
 def test_the_configuration_s_form() -> None:
     """Neurons and scales by default; the paper's form where c and r are given; no neurons in shared bases."""
     config = SparseGradConfig()
-    assert (config.neurons, config.exponent) == (True, 0.5)
+    assert (config.neurons, config.exponent) == (True, 1.5)
     for plain in (SparseGradConfig(c=0.5, r=0.5), SparseGradConfig.paper(), SparseGradConfig(original_space=True)):
         assert (plain.neurons, plain.exponent) == (False, 0.0)
     shared = SparseGradConfig(shared=True)
-    assert (shared.neurons, shared.exponent) == (False, 0.5)
+    assert (shared.neurons, shared.exponent) == (False, 1.5)
     with pytest.raises(ValueError, match="nothing in common"):
         SparseGradConfig(shared=True, neurons=True)
     for options in ({"exponent": -1.0}, {"exponent": 3.0}, {"trained_share": 0.0}, {"trained_share": 2.0}):

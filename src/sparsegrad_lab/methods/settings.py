@@ -26,7 +26,7 @@ class AdapterArguments:
     """sparsegrad: the larger side keeps its strongest neurons instead of basis vectors; default: yes, but no with
     shared, c or r"""
     exponent: float | None = None
-    """sparsegrad: how strongly steps follow the gradients' spectrum; 0 moves all entries alike; default: 0.5, but 0
+    """sparsegrad: how much less the entries of noisy directions move; 0 moves all entries alike; default: 1.5, but 0
     with c or r"""
     c: int | float | str | None = None
     "sparsegrad: basis vectors of each layer's input side (rows of U); replaces narrow and wide"

@@ -53,7 +53,7 @@ class Calibration:
             c: rows of `U`, the input side, of every group.
             r: rows of `V`, the output side, of every group.
             sizes: in place of both, by the shape of each group's layers.
-            exponent: of the spectrum in the scales of the core, see `Statistics.basis`.
+            exponent: in the scales of the core, see `Statistics.basis`.
             dtype: of the bases.
             progress: show a progress bar, for bases of every single layer of a large model.
         """

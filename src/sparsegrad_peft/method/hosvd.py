@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +36,9 @@ class Eigenbasis:
         spectrum: the known eigenvalues, descending: all n, or one per row if only the leading ones were computed. An
             eigenvalue is the gradient energy (sum of squares over all calibration gradients) along its direction.
         energy: the total energy, the trace of the Gram matrix.
+        common: (rows,) share of the gradients' energy along each row that different steps have in common, 0 to 1: the
+            mean product of two steps over the mean square of one. None if it is not known: only single gradients were
+            summed, or no direction has a product above rounding.
         rank: number of directions with an energy above rounding, that is above √n eps times the strongest one's. Rows
             beyond it only complete the basis. An eigenvalue is a square, so float32 sums resolve directions down to
             about a thousandth of the strongest gradient, and float64 sums down to a ten-millionth.
@@ -45,6 +48,7 @@ class Eigenbasis:
     spectrum: Float[Tensor, " known"]
     energy: float
     rank: int
+    common: Float[Tensor, " rows"] | None = None
 
     @property
     def captured(self) -> float:
@@ -99,14 +103,16 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
 def eigenbasis_of_pairs(
     factors: Sequence[Float[Tensor, "_ n"]],
     own: Float[Tensor, "n n"],
+    steps: float,
     rows: Rows = "full",
     *,
     name: str = "the products of pairs",
 ) -> Eigenbasis:
     """Return the eigenvectors of `A = Σ FᵀF - own` over factors, with the largest eigenvalues first.
 
-    `A` is symmetric and may have negative eigenvalues. They count as an energy of 0. If none stands above rounding, as
-    for a single gradient, `Σ FᵀF` stands for `A`.
+    Each factor is the sum of `steps` gradients, and `own` the sum of their Gram matrices. `A` is symmetric and may have
+    negative eigenvalues. They count as an energy of 0. If none stands above rounding, as for a single gradient,
+    `Σ FᵀF` stands for `A`.
 
     Raises:
         ValueError: the factors or `own` are not finite, or the factors are zero; `rows` is out of range.
@@ -121,16 +127,27 @@ def eigenbasis_of_pairs(
     _check_energy(own, float(own.diagonal().sum()), name)
     rounding = math.sqrt(n) * torch.finfo(own.dtype).eps * float(own.diagonal().sum())
     values, columns = _eigh(total - own)  # ascending
-    if float(values[-1]) <= rounding:
+    if steps <= 1 or float(values[-1]) <= rounding:
         return eigenbasis(total, rows, name=name)
-    return _of_eigenpairs(values, columns, rows)
+    found = _of_eigenpairs(values, columns, rows)
+    with without_autocast(own.device):
+        energies = (found.vectors @ own * found.vectors).sum(1)
+    return replace(found, common=_common(found.spectrum[: len(found.vectors)] / (steps - 1), energies))
 
 
-def eigenbasis_of_halves(factors: Sequence[Float[Tensor, "2 _ n"]], rows: int, *, name: str = "the sums") -> Eigenbasis:
+def eigenbasis_of_halves(
+    factors: Sequence[Float[Tensor, "2 _ n"]], steps: tuple[int, int], rows: int, *, name: str = "the sums"
+) -> Eigenbasis:
     """Return the eigenvectors of `A = Σ (F₁ᵀF₂ + F₂ᵀF₁) / 2` over pairs of factors, with the largest eigenvalues first.
 
     `A` is symmetric and may have negative eigenvalues, in directions where the two factors disagree. They count as an
     energy of 0. If none stands above rounding, `F₁ + F₂` stands for both factors. No (n, n) matrix is made.
+
+    Args:
+        factors: (2, m, n) for each layer.
+        steps: number of gradients in `F₁` and in `F₂`.
+        rows: how many rows to keep.
+        name: of the sums in messages.
 
     Raises:
         ValueError: the factors are not finite or zero; `rows` is out of range.
@@ -146,8 +163,12 @@ def eigenbasis_of_halves(factors: Sequence[Float[Tensor, "2 _ n"]], rows: int, *
         values, mixing = _eigh((product + product.T) / 2)
         columns = (Q @ mixing).to(factors[0].dtype)
     if float(values[-1]) <= torch.finfo(values.dtype).eps * float(R.square().sum()):
-        return eigenbasis_of_halves([pair.sum(0).expand(2, -1, -1) for pair in factors], rows, name=name)
-    return _of_eigenpairs(values.to(factors[0].dtype), columns, rows)
+        whole = eigenbasis_of_halves([pair.sum(0).expand(2, -1, -1) for pair in factors], steps, rows, name=name)
+        return replace(whole, common=None)
+    found = _of_eigenpairs(values.to(factors[0].dtype), columns, rows)
+    with without_autocast(factors[0].device):
+        along = [pair @ found.vectors.T for pair in factors]  # (2, m, rows)
+    return replace(found, common=_common_of_halves(along, steps))
 
 
 def _of_eigenpairs(values: Float[Tensor, " m"], columns: Float[Tensor, "n m"], rows: Rows) -> Eigenbasis:
@@ -157,6 +178,26 @@ def _of_eigenpairs(values: Float[Tensor, " m"], columns: Float[Tensor, "n m"], r
     count = row_count(rows, len(columns)) or _count_by_energy(spectrum, str(rows))
     vectors = columns[:, -count:].flip(1).T.contiguous()
     return Eigenbasis(fix_signs(vectors), spectrum, float(spectrum.sum()), rank)
+
+
+def _common(pairs: Float[Tensor, " k"], own: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """Return the share of the energies `own` that is in products of different steps."""
+    return (pairs / own.clamp_min(torch.finfo(own.dtype).tiny)).clamp(0, 1)
+
+
+def _common_of_halves(along: Sequence[Float[Tensor, "2 _ k"]], steps: tuple[int, int]) -> Float[Tensor, " k"] | None:
+    """Return the same from the sums of both halves along k directions; None if one half is empty.
+
+    What the steps have in common is in the product of the means of both halves. It cancels in their difference, which
+    holds the noise.
+    """
+    first, second = steps
+    if not second:
+        return None
+    means = [(pair[0] / first, pair[1] / second) for pair in along]
+    common = torch.stack([(one * other).sum(0) for one, other in means]).sum(0).clamp_min(0)
+    noise = torch.stack([(one - other).square().sum(0) for one, other in means]).sum(0)
+    return _common(common, common + noise * first * second / (first + second))
 
 
 def _eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
@@ -180,11 +221,13 @@ class StrongestFeatures:
         features: (k,) int32 indices, ascending.
         energies: (k,) their gradient energies, in the same order.
         spectrum: (n,) the energies of all features, descending.
+        common: (k,) see `Eigenbasis`.
     """
 
     features: Int[Tensor, " k"]
     energies: Float[Tensor, " k"]
     spectrum: Float[Tensor, " n"]
+    common: Float[Tensor, " k"] | None = None
 
 
 def strongest_features(energies: Float[Tensor, " n"], rows: Rows, *, name: str = "the side") -> StrongestFeatures:
@@ -209,8 +252,9 @@ def strongest_features(energies: Float[Tensor, " n"], rows: Rows, *, name: str =
 
 
 def strongest_features_of_pairs(
-    factors: Sequence[Float[Tensor, "_ n"]], own: Float[Tensor, " n"], rows: Rows, *, name: str = "the side"
-) -> StrongestFeatures:
+    factors: Sequence[Float[Tensor, "_ n"]], own: Float[Tensor, " n"], steps: float, rows: Rows, *,
+    name: str = "the side",
+) -> StrongestFeatures:  # fmt: skip
     """Return the features with the largest entries on the diagonal of `A`, see `eigenbasis_of_pairs`.
 
     `own` is the diagonal of the matrix to subtract.
@@ -219,21 +263,26 @@ def strongest_features_of_pairs(
     _check_energy(total, float(total.sum()), name)
     _check_energy(own, float(own.sum()), name)
     energies = total - own
-    if float(energies.max()) <= math.sqrt(len(own)) * torch.finfo(own.dtype).eps * float(own.max()):
-        energies = total
-    return strongest_features(energies.clamp_min(0), rows, name=name)
+    if steps <= 1 or float(energies.max()) <= math.sqrt(len(own)) * torch.finfo(own.dtype).eps * float(own.max()):
+        return strongest_features(total, rows, name=name)
+    found = strongest_features(energies.clamp_min(0), rows, name=name)
+    return replace(found, common=_common(found.energies / (steps - 1), own[found.features.long()]))
 
 
 def strongest_features_of_halves(
-    factors: Sequence[Float[Tensor, "2 _ n"]], rows: Rows, *, name: str = "the side"
+    factors: Sequence[Float[Tensor, "2 _ n"]], steps: tuple[int, int], rows: Rows, *, name: str = "the side"
 ) -> StrongestFeatures:
     """Return the features with the largest entries on the diagonal of `A`, see `eigenbasis_of_halves`."""
     for pair in factors:
         _check_energy(pair, float(pair.square().sum()), name)
     energies = torch.stack([(pair[0] * pair[1]).sum(0) for pair in factors]).sum(0)
     if energies.max() <= 0:
-        energies = torch.stack([pair.sum(0).square().sum(0) for pair in factors]).sum(0)
-    return strongest_features(energies.clamp_min(0), rows, name=name)
+        return strongest_features(
+            torch.stack([pair.sum(0).square().sum(0) for pair in factors]).sum(0), rows, name=name
+        )  # fmt: skip
+    found = strongest_features(energies.clamp_min(0), rows, name=name)
+    kept = found.features.long()
+    return replace(found, common=_common_of_halves([pair[:, :, kept] for pair in factors], steps))
 
 
 def fix_signs(vectors: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:

@@ -40,6 +40,7 @@ class PairStatistics(GramStatistics):
     def decompose(self, output: bool, rows: Rows, selected: bool, name: str) -> Eigenbasis | StrongestFeatures:
         own = self._gram(output, selected, name)
         factors = [M.T if output else M for M in self.M.values()]
+        steps = self.n_gradients / len(self.layers)
         if selected:
-            return strongest_features_of_pairs(factors, own, rows, name=name)
-        return eigenbasis_of_pairs(factors, own, rows, name=name)
+            return strongest_features_of_pairs(factors, own, steps, rows, name=name)
+        return eigenbasis_of_pairs(factors, own, steps, rows, name=name)

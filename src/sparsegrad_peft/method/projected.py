@@ -41,6 +41,11 @@ class Projections:
     right: Float[Tensor, "2 out v"]
     n_gradients: int = 0
 
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Number of gradients in each half."""
+        return (self.n_gradients + 1) // 2, self.n_gradients // 2
+
 
 @dataclass
 class ProjectedStatistics(Statistics):
@@ -74,8 +79,9 @@ class ProjectedStatistics(Statistics):
 
     def decompose(self, output: bool, rows: Rows, selected: bool, name: str) -> Eigenbasis | StrongestFeatures:
         factors = [_factors(sums, output) for sums in self.sums.values()]
+        steps = next(iter(self.sums.values())).steps
         if selected:
-            return strongest_features_of_halves(factors, rows, name=name)
+            return strongest_features_of_halves(factors, steps, rows, name=name)
         known = sum(2 * pair.shape[1] for pair in factors)
         count = row_count(rows, factors[0].shape[2])
         if count is None or count > known:
@@ -83,7 +89,7 @@ class ProjectedStatistics(Statistics):
                 f"{name}: {rows!r} rows were asked for, and the statistics hold the leading {known} directions at "
                 "most; calibrate with the sizes wanted, or with sizes=None to keep whole gradients"
             )
-        return eigenbasis_of_halves(factors, count, name=name)
+        return eigenbasis_of_halves(factors, steps, count, name=name)
 
 
 def _factors(sums: Projections, output: bool) -> Float[Tensor, "2 m n"]:

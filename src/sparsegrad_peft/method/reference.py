@@ -70,6 +70,22 @@ def half_grams(
     return gram_in, gram_out
 
 
+def common_shares(
+    gradients: Float[Tensor, "layers n out in"], rows: Float[Tensor, "k in"], normalize: bool = False
+) -> Float[Tensor, " k"]:
+    """Mean product of two different steps along each row, over the mean square of one step (not in the paper)."""
+    n = gradients.shape[1]
+    shares = []
+    for u in rows:
+        pairs = squares = 0.0
+        for of_layer in gradients:
+            along = [(G / G.norm() if normalize and G.norm() > 0 else G) @ u for G in of_layer]
+            squares += sum(float(v @ v) for v in along) / n
+            pairs += sum(float(along[s] @ along[t]) for s in range(n) for t in range(n) if s != t) / (n * (n - 1))
+        shares.append(min(max(pairs / squares, 0.0), 1.0))
+    return gradients.new_tensor(shares)
+
+
 # 2. HOSVD of the stack: left singular vectors of its unfoldings  (paper: preliminary phase)
 
 
@@ -95,9 +111,9 @@ def strongest_features(gram: Float[Tensor, "n n"], k: int) -> Float[Tensor, "k n
     return torch.eye(len(energies), dtype=gram.dtype)[sorted(order[:k])]
 
 
-def scales(energies: Float[Tensor, " k"], exponent: float) -> Float[Tensor, " k"]:
-    """`σ^q` for energies `σ²`, with a root mean square of 1."""
-    sigma = energies.sqrt()
+def scales(strength: Float[Tensor, " k"], exponent: float) -> Float[Tensor, " k"]:
+    """`σ^q` for energies or common shares `σ²`, with a root mean square of 1."""
+    sigma = strength.sqrt()
     return sigma**exponent / (sigma**exponent).square().mean().sqrt()
 
 

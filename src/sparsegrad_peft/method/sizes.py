@@ -13,8 +13,8 @@ A fraction gives the nearest multiple of 8 rows, if that is 16 or more: 0.1 of 7
 
 DEFAULT_SHARE = 0.01
 """Default share of a layer's entries that train."""
-DEFAULT_EXPONENT = 0.5
-"""Default exponent of the spectrum in the scales of the core's entries, see `Statistics.basis`."""
+DEFAULT_EXPONENT = 1.5
+"""Default exponent in the scales of the core's entries, see `Statistics.basis`."""
 _DIRECTIONS = 0.125  # default rows for a layer's smaller side, the hidden size
 _FEWEST_DIRECTIONS, _MOST_DIRECTIONS = 64, 128
 _LARGEST_NARROW = 0.33  # and never more than this share of it

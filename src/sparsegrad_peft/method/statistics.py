@@ -25,7 +25,7 @@ from .sizes import Rows, check_rows
 
 logger = logging.getLogger(__name__)
 
-_LEAST_ENERGY = 1e-12  # of the strongest direction: below it an energy is rounding
+_LEAST = 1e-6  # of the largest share: what is smaller counts as so much, since a scale must not be 0
 
 
 @dataclass
@@ -69,9 +69,11 @@ class Statistics(ABC):
     ) -> Basis:
         """Make the group's basis: its HOSVD factors (see `hosvd.eigenbasis`), or its strongest features.
 
-        With an exponent `q`, the entries of the core are scaled by `(σ_i τ_j)^q`, where `σ_i²` and `τ_j²` are the
-        gradient energies of direction (or feature) i of the output side and j of the input side. The scales of each
-        side have a root mean square of 1. Weak directions then move less in a step of Adam: q = 0 moves all alike.
+        With an exponent `q`, the entries of the core are scaled by `(σ_i τ_j)^q`. `σ_i²` belongs to direction (or
+        feature) i of the output side, and `τ_j²` to j of the input side. It is the share of the gradients' energy that
+        different steps have in common (`Eigenbasis.common`). The scales of each side have a root mean square of 1. Adam
+        moves every entry of a core by about the learning rate, so directions that are mostly noise then move less:
+        q = 0 moves all alike. Where only single gradients were summed, the share is not known, and all scales are 1.
 
         Args:
             c: rows of `U` to keep: "full", a count, a fraction of `in`, or "energy:SHARE".
@@ -160,12 +162,12 @@ def _rows_of(side: Eigenbasis | StrongestFeatures, dtype: torch.dtype) -> Tensor
 
 
 def _scale(side: Eigenbasis | StrongestFeatures, exponent: float) -> Tensor | None:
-    """`σ^q`, scaled to a root mean square of 1; None for q = 0. Energies that are 0 count as the least above it."""
+    """`σ^q` for the common shares `σ²`, scaled to a root mean square of 1; None for q = 0."""
     if exponent == 0:
         return None
-    kept = side.spectrum[: len(side.vectors)] if isinstance(side, Eigenbasis) else side.energies
-    energies = kept.double().clamp_min(float(kept.max()) * _LEAST_ENERGY)
-    scale = energies ** (exponent / 2)
+    rows = side.features if isinstance(side, StrongestFeatures) else side.vectors
+    common = torch.ones(len(rows), device=rows.device) if side.common is None else side.common.double()
+    scale = common.clamp_min(float(common.max()) * _LEAST) ** (exponent / 2)
     return (scale / scale.square().mean().sqrt()).float()
 
 

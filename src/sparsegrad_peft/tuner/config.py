@@ -39,8 +39,9 @@ class SparseGradConfig(PeftConfig):
         trained_share: share of a layer's entries that train, where `wide` is None.
         neurons: the larger side selects features, the neurons with the most gradient energy, and rotates nothing. Such
             a basis is a list of indices. None: True, but False with `shared`, `c` or `r`.
-        exponent: q in the scale `(σ_i τ_j)^q` of entry (i, j) of a core, from the spectrum of the gradients on both
-            sides. 0: no scales. None: 0.5, but 0 with `c` or `r`. docs/method.md explains it.
+        exponent: q in the scale `(σ_i τ_j)^q` of entry (i, j) of a core. `σ²` and `τ²` are the shares of the gradients'
+            energy that different steps have in common. 0: no scales. None: 1.5, but 0 with `c` or `r`. docs/method.md
+            explains it.
         c: rows of `U` (input side) of every layer; replaces `narrow` and `wide`. With `r`, this is the paper's form:
             directions on both sides, without scales.
         r: rows of `V` (output side) of every layer, likewise. Not a LoRA rank.
@@ -70,7 +71,7 @@ class SparseGradConfig(PeftConfig):
     wide: Rows | None = field(default=None, metadata={"help": "rows of the basis of a layer's larger side"})
     trained_share: float = field(default=DEFAULT_SHARE, metadata={"help": "share of the entries that train"})
     neurons: bool | None = field(default=None, metadata={"help": "the larger side selects features"})
-    exponent: float | None = field(default=None, metadata={"help": "of the spectrum in the scales of a core"})
+    exponent: float | None = field(default=None, metadata={"help": "in the scales of a core"})
     c: Rows | None = field(default=None, metadata={"help": "rows of U (input side); replaces narrow and wide"})
     r: Rows | None = field(default=None, metadata={"help": "rows of V (output side); replaces narrow and wide"})
     shared: bool = field(default=False, metadata={"help": "one pair of bases for each group of layers"})
