@@ -221,12 +221,12 @@ def energy(result: dict[str, Any]) -> str:
 def study(path: Path, short: bool = False) -> str:
     """Verdict and scores of one experiment, its differences, and where it ran.
 
-    `short`: scores, the ranking, and the comparison of the first method with the baseline.
+    `short`: scores of what has run, the ranking, and the comparison of the first method with the baseline.
     """
     [section] = read_sections([path])
     sentences = verdict(section)
     if short:
-        parts = [bullets(sentences[:2]), scores(section).markdown()]
+        parts = [bullets(sentences[:2]), scores(section).without_empty().markdown()]
     else:
         parts = [
             bullets(sentences),

@@ -50,18 +50,24 @@ def scores(section: Section) -> Table:
                 row.append(failed or "not run")
         rows.append(row)
     units = by_unit(section)
-    for unit, part in (units or {"points": section}).items():
+    means = {unit: part for unit, part in (units or {"points": section}).items() if len(part.tasks) > 1}
+    for unit, part in means.items():
         suffix = f", {unit}" if len(units) > 1 else ""
         best, last = _means(part), _means(at_last_evaluation(part))
         rows.append([f"mean of tasks{suffix}", *best])
         if last != best:
             rows.append([f"... at the last evaluation{suffix}", *last])
+    losses = [unit for unit in units if unit != "points"]
+    what = "100 x score" if "points" in units or not units else " or ".join(losses).capitalize()
     note = (
-        "100 x score of the best evaluation of a run on the task's dev set: mean ± standard deviation over seeds "
-        "(number of seeds). The mean of tasks is over the seeds that all methods of the row have run."
+        f"{what} of the best evaluation of a run on the task's dev set: mean ± standard deviation over seeds (number "
+        "of seeds)."
     )
-    if losses := [unit for unit in units if unit != "points"]:
-        note += f" A {' or '.join(losses)} is not multiplied, and lower is better."
+    if means:
+        note += " The mean of tasks is over the seeds that all methods of the row have run."
+    if losses:
+        unlike = f" A {' or '.join(losses)} is not multiplied, and lower is better."
+        note += unlike if "points" in units else " Lower is better."
     return Table("Scores", note, ["task", *section.methods], rows)
 
 

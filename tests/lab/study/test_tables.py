@@ -69,7 +69,7 @@ def test_losses_are_lower_the_better_and_apart(folder: Path) -> None:
     by_task = {row[0]: row[1:] for row in scores(section).rows}
     assert by_task["oasst1, loss"][:2] == ["1.2500 ± 0.0707 (2)", "1.2850 ± 0.0495 (2)"]
     assert by_task["mean of tasks, points"][:2] == ["72.0", "70.0"]
-    assert by_task["mean of tasks, loss"] == ["1.2500", "1.2850", "not all run"]
+    assert "mean of tasks, loss" not in by_task  # there is one task with a loss
     assert [row[0] for row in comparisons(section).rows] == [
         "sparsegrad", "full", "sparsegrad, loss", "full, loss",
     ]  # fmt: skip
