@@ -45,7 +45,7 @@ def _ranking(section: Section, methods: list[str]) -> str:
         scores = score_table(section.runs).reindex(columns=methods).groupby(level="task").count().min(axis=1)
         shared = tuple(task for task in section.tasks if scores.get(task, 0) > 0)
         words = f"No method has run on all of {', '.join(section.tasks)} yet"
-        return f"{words}; {_ranking(replace(section, tasks=shared), methods)}" if shared else f"{words}."
+        return f"{words}. {_ranking(replace(section, tasks=shared), methods)}" if shared else f"{words}."
     what = f"Mean of {len(section.tasks)} tasks" if len(section.tasks) > 1 else section.tasks[0]
     seeds = ", one seed" if len(common_seeds(section)) == 1 else ""
     lower = "" if first.higher_is_better else " (lower is better)"

@@ -25,7 +25,7 @@ def test_all_experiments_are_in_the_overview(study: Section, section: Section) -
     assert len(table.rows) == len(experiment_names())
     by = {row[0]: row[2:] for row in table.rows}
     said = "sparsegrad against lora: +10.00 points over 1 pair of runs; too few pairs for a test."
-    none = "No method has run on all of sst2, mrpc, stsb, cola, rte yet; rte, one seed: sparsegrad 60.0, lora 50.0."
+    none = "No method has run on all of sst2, mrpc, stsb, cola, rte yet. rte, one seed: sparsegrad 60.0, lora 50.0."
     assert by["The paper's comparison"] == [f"{none} {said}", "2 of 75"]
     assert by["A vision transformer"] == [f"rte, one seed: sparsegrad 60.0, lora 50.0. {said}", "2 of 40"]
     assert by["Attention layers"] == ["not run", "0 of 12"]
