@@ -12,8 +12,9 @@ from helpers import F64
 from sparsegrad_peft import GramStatistics, PairStatistics, ProjectedStatistics
 from sparsegrad_peft.method import reference
 from sparsegrad_peft.method.experts import ExpertLayout
+from sparsegrad_peft.method.hosvd import StrongestFeatures
 from sparsegrad_peft.method.projected import Projections, random_vectors
-from sparsegrad_peft.method.statistics import Statistics
+from sparsegrad_peft.method.statistics import Statistics, _scale
 
 Selected = tuple[bool, bool]
 """Whether the output and the input side select features."""
@@ -134,3 +135,9 @@ def test_steps_that_disagree_everywhere_count_as_one(make: Make, selected: bool)
     one, other = (s.basis(c=2, r=3, selected=(selected, False), exponent=0.5, dtype=F64) for s in (found, expected))
     for name, value in one.named_buffers():
         torch.testing.assert_close(value, other.get_buffer(name))
+
+
+def test_directions_that_are_all_noise_have_equal_scales() -> None:
+    """No share is above 0, and no scale is NaN."""
+    noise = StrongestFeatures(torch.arange(3), torch.ones(3), torch.ones(3), common=torch.zeros(3))
+    assert _scale(noise, 1.5).tolist() == [1.0, 1.0, 1.0]

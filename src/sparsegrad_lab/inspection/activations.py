@@ -87,7 +87,7 @@ def _saved_bytes(adapted: nn.Module, model: nn.Module, batch_size: int, length: 
 
 
 class _Saved:
-    """The tensors that autograd saves, by the block in which it does: 0 before the blocks and between them.
+    """The tensors that autograd saves, by place: 0 before the blocks, n in block n, -n between it and the next.
 
     Tensors are known by their storage, and kept, so that no later one gets the same storage.
     """

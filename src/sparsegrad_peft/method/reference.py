@@ -111,9 +111,9 @@ def strongest_features(gram: Float[Tensor, "n n"], k: int) -> Float[Tensor, "k n
     return torch.eye(len(energies), dtype=gram.dtype)[sorted(order[:k])]
 
 
-def scales(strength: Float[Tensor, " k"], exponent: float) -> Float[Tensor, " k"]:
-    """`σ^q` for energies or common shares `σ²`, with a root mean square of 1."""
-    sigma = strength.sqrt()
+def scales(shares: Float[Tensor, " k"], exponent: float) -> Float[Tensor, " k"]:
+    """`σ^q` for common shares `σ²`, with a root mean square of 1."""
+    sigma = shares.sqrt()
     return sigma**exponent / (sigma**exponent).square().mean().sqrt()
 
 

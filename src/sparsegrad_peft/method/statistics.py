@@ -25,7 +25,7 @@ from .sizes import Rows, check_rows
 
 logger = logging.getLogger(__name__)
 
-_LEAST = 1e-6  # of the largest share: what is smaller counts as so much, since a scale must not be 0
+_LEAST_SHARE = 1e-6  # a smaller one counts as so much, since a scale must not be 0
 
 
 @dataclass
@@ -167,7 +167,7 @@ def _scale(side: Eigenbasis | StrongestFeatures, exponent: float) -> Tensor | No
         return None
     rows = side.features if isinstance(side, StrongestFeatures) else side.vectors
     common = torch.ones(len(rows), device=rows.device) if side.common is None else side.common.double()
-    scale = common.clamp_min(float(common.max()) * _LEAST) ** (exponent / 2)
+    scale = common.clamp_min(_LEAST_SHARE) ** (exponent / 2)
     return (scale / scale.square().mean().sqrt()).float()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +23,7 @@ from transformers import (
 from calibration import LiveBytes
 from helpers import TINY_SIZES
 from sparsegrad_lab.bench.worker import saved_bytes
+from sparsegrad_lab.inspection.activations import count_activations
 from sparsegrad_lab.inspection.inspect import Inspection, inspect
 from sparsegrad_peft import SparseGradConfig
 from sparsegrad_peft.tuner.targets import mlp_linears
@@ -128,6 +130,8 @@ def test_with_gradient_checkpointing(words: int, method: str) -> None:
 def test_checkpointing_needs_blocks_and_a_batch() -> None:
     with pytest.raises(ValueError, match="gradient_checkpointing: expected batch_size and length too, found neither"):
         inspect(BertConfig(**TINY_SIZES), gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="gradient_checkpointing: Sequential has no blocks that transformers"):
+        count_activations(nn.Sequential(), [], SparseGradConfig(), 1, torch.float32, 1, 1, checkpointing=True)
 
 
 @pytest.mark.parametrize(("batch_size", "length"), [(1, None), (None, 8), (0, 8)])
