@@ -311,3 +311,16 @@ def test_progress_bar(progress: bool, capsys: pytest.CaptureFixture[str]) -> Non
 def test_progress_bar_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
     calibrate(Blocks(1), some_batches(), loss_fn=call, n_steps=2)
     assert "Calibrating" in capsys.readouterr().err
+
+
+def test_scales_of_single_gradients_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Their sums do not show what the steps have in common, so an exponent changes nothing."""
+    model, x = nn.Linear(6, 5), torch.randn(4, 6)
+    for mean_gradient in (False, True):
+        found = calibrate(
+            model, [x], loss_fn=lambda net, batch: net(batch).square().sum(), n_steps=2, mean_gradient=mean_gradient
+        )
+        for exponent in (0.0, 1.5):
+            caplog.clear()
+            found.bases(c=2, r=2, exponent=exponent)
+            assert ("all scales are 1" in caplog.text) is (exponent > 0 and not mean_gradient)

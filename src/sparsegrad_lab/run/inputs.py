@@ -23,6 +23,7 @@ from ..tasks.library_logs import suppress_library_logs
 from ..tasks.load import load_task
 from ..tasks.model_folder import model_path
 from ..tasks.pretrained import NeedsWeightsError, load_config
+from ..tasks.registry import TASKS
 from ..tasks.task import LANGUAGE, Task
 from ..tasks.unrelated import unrelated_texts
 from .interrupts import interrupts_kept
@@ -126,7 +127,10 @@ def load_run_task(arguments: RunArguments) -> tuple[Task, nn.Module | None]:
     """
     task = load_task(arguments.task, arguments.data)
     if "train" not in task.splits:
-        raise ValueError(f"{task.name} has no training rows in {task.source}")
+        advice = "give data.folder with them, or data.val_size to train on a part of the evaluation rows"
+        if "train_file" in TASKS[arguments.task].reads:
+            advice = "give data.train_file"
+        raise ValueError(f"{task.name} has no training rows in {task.source}; {advice}")
     config = load_config(model_path(arguments.model))
     empty_model: nn.Module | None
     try:

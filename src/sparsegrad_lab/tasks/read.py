@@ -23,8 +23,9 @@ class Row(dict[str, Any]):
 
 
 def read_rows(
-    path: Path, *, header: Sequence[str] | None = None, quoting: str | None = None, skip_ragged: bool = False
-) -> list[Row]:
+    path: Path, *, header: Sequence[str] | None = None, quoting: str | None = None, skip_ragged: bool = False,
+    replace_broken: bool = False,
+) -> list[Row]:  # fmt: skip
     """Read a `.csv`, `.tsv`, `.json` (a list of objects) or `.jsonl` file in UTF-8. Numbers become strings.
 
     Args:
@@ -33,6 +34,7 @@ def read_rows(
         quoting: "minimal": fields of CSV and TSV files may be in quotation marks; "none": quotation marks are text;
             None: "minimal" for CSV, "none" for TSV.
         skip_ragged: skip rows with too few or too many fields, and log how many, instead of raising an error.
+        replace_broken: put U+FFFD in place of bytes that are not UTF-8, and log in how many lines, likewise.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -41,7 +43,7 @@ def read_rows(
     """
     kind = path.suffix.lower()
     check_rows_file(path)
-    text = _text(path)
+    text = _text(path, replace_broken)
     if kind in (".csv", ".tsv"):
         quoted = quoting == "minimal" or (quoting is None and kind == ".csv")
         rows = list(_delimited(text, path, header, quoted, skip_ragged))
@@ -102,15 +104,29 @@ def read_objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return found
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, replace_broken: bool = False) -> str:
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")  # some GLUE files begin with a byte order mark
     except UnicodeDecodeError as error:
+        if replace_broken:
+            logger.warning("%s: %d lines have bytes that are not UTF-8", path, len(_broken_lines(content)))
+            return content.decode("utf-8-sig", errors="replace")
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(
             f"{path}, line {line}: expected UTF-8, found the byte 0x{content[error.start]:02x}; convert the file"
         ) from None
+
+
+def _broken_lines(content: bytes) -> list[bytes]:
+    def is_broken(line: bytes) -> bool:
+        try:
+            line.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return True
+        return False
+
+    return [line for line in content.split(b"\n") if is_broken(line)]
 
 
 def _delimited(text: str, path: Path, header: Sequence[str] | None, quoted: bool, skip_ragged: bool) -> Iterator[Row]:

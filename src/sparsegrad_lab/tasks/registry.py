@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from . import glue, oasst1
+from . import glue, oasst1, quora
 from .read import check_rows_file
 from .task import IMAGES, LANGUAGE, TEXT, Task
 
@@ -67,7 +67,7 @@ def _find_images(folder: str) -> None:
 _ROWS, _NEEDED = ("train_file", "validation_file", "text", "quoting", "val_size"), ("text",)
 _GLUE = {
     f"glue/{name}": TaskSource(
-        TEXT, "glue.load_glue", ("folder",), (("name", name),),
+        TEXT, "glue.load_glue", ("folder", "val_size"), (("name", name),),
         check=partial(_check_folder, partial(glue.find_folder, name)),
     )
     for name in glue.GLUE
@@ -82,6 +82,9 @@ TASKS: dict[str, TaskSource] = {
         TEXT, "files.load_files", (*_ROWS, "label", "labels", "regression"), needs=_NEEDED, check=_check_rows
     ),
     **_GLUE,
+    "quora": TaskSource(
+        TEXT, "quora.load_quora", ("folder", "val_size"), check=lambda data: quora.find_folder(data.folder)
+    ),
     "oasst1": TaskSource(
         LANGUAGE, "oasst1.load_oasst1", ("folder", "language", "val_size"), features=_LANGUAGE,
         check=partial(_check_folder, oasst1.find_folder),

@@ -17,7 +17,8 @@ class DataArguments:
 
     folder: str | None = None
     """glue/*: folder with the official files (glue/RTE/train.tsv, ...). oasst1: folder with .jsonl files. Default of
-    both: the folder in $SPARSEGRAD_DATA, else the Hugging Face hub. images: folder with train/CLASS/*.png and
+    both: the folder in $SPARSEGRAD_DATA, else the Hugging Face hub. quora: folder with qqp/dev.tsv; default:
+    $SPARSEGRAD_DATA. images: folder with train/CLASS/*.png and
     validation/CLASS/*.png"""
     train_file: str | None = None
     "files, text: CSV, TSV, JSON or JSON lines file with training rows"
@@ -48,7 +49,8 @@ class DataArguments:
     val_size: float | None = None
     """evaluate on this share of the rows, the same rows in each run, and train on the others. files, text: of the
     training file, in place of a validation_file, and the same share of each class. oasst1: of the conversations of all
-    files; default: the files with "validation" in their names"""
+    files; default: the files with "validation" in their names. glue/*, quora: of the evaluation rows, without the
+    training file; default: train on the training file"""
     max_length: int = 128
     "maximum number of tokens per row; longer rows are truncated"
     language: str | None = None

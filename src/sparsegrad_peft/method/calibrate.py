@@ -6,6 +6,7 @@ BERT-base 90 MB, where the paper's stack of 30 gradients takes 276 MB for one gr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,8 @@ from .projected import ProjectedStatistics, Projections, random_vectors
 from .sizes import Rows, Sizes
 from .statistics import Statistics, warn_of_completed
 from .sum_sizes import SumsOf, Widths, projection_widths
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -58,6 +61,11 @@ class Calibration:
             progress: show a progress bar, for bases of every single layer of a large model.
         """
         sizes = sizes or Sizes(c=c, r=r)
+        if exponent and not all(group.knows_common for group in self.groups.values()):
+            logger.warning(
+                "exponent=%g: sums of single gradients do not show what the steps have in common, so all scales are 1. "
+                "Calibrate with mean_gradient=True, or set exponent=0.", exponent,
+            )  # fmt: skip
         bases: dict[str, Basis] = {}
         notes: list[str] = []
         for name, group in progress_bar(list(self.groups.items()), "Making bases" if progress else None):

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class GramStatistics(Statistics):
     "`Σ GᵀG` (in, in); for a selected side, its diagonal (in,)"
     gram_out: Tensor
     "`Σ GGᵀ` (out, out); for a selected side, its diagonal (out,)"
+    knows_common: ClassVar[bool] = False
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -14,6 +14,7 @@ along a direction u is noise: the scales of the core follow this share. docs/met
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -28,6 +29,7 @@ class PairStatistics(GramStatistics):
 
     M: dict[str, Tensor] = field(default_factory=dict)
     "layer name -> the sum of its gradients (out, in)"
+    knows_common: ClassVar[bool] = True
 
     def _add_part(self, part: Tensor, number: int, count: int, layer: str) -> None:
         super()._add_part(part, number, count, layer)

@@ -14,6 +14,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class Statistics(ABC):
     "the layers whose gradients are in the sums"
     n_gradients: int = field(default=0, init=False)
     "number of gradients summed, over layers and steps"
+    knows_common: ClassVar[bool] = True
+    "the sums show which share of the energy different steps have in common"
 
     @property
     @abstractmethod

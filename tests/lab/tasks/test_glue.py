@@ -235,3 +235,25 @@ def test_hub_that_cannot_be_reached() -> None:
     )  # fmt: skip
     assert "glue/rte could not be loaded from the hub" in done.stdout, done.stderr
     assert "RTE/train.tsv and dev.tsv, in data.folder or in $SPARSEGRAD_DATA" in done.stdout
+
+
+def test_val_size_splits_the_evaluation_rows(tmp_path: Path) -> None:
+    """The training file is not read, each class gives the same share, and no row is in both parts."""
+    folder = tmp_path / "QNLI"
+    folder.mkdir()
+    lines = [f"{row}\tq{row}\ts{row}\t{'entailment' if row % 2 else 'not_entailment'}" for row in range(20)]
+    (folder / "dev.tsv").write_text("\n".join(["index\tquestion\tsentence\tlabel", *lines]) + "\n")
+    (folder / "train.tsv").write_text("not read\n")
+    splits = load_glue("qnli", tmp_path, val_size=0.2).splits
+    assert list(splits) == ["train", "validation"]
+    assert sorted(splits["validation"]["label"]) == [0, 0, 1, 1]
+    questions = [*splits["train"]["question"], *splits["validation"]["question"]]
+    assert sorted(questions) == sorted(f"q{row}" for row in range(20))
+
+
+@pytest.mark.skipif(not DATA, reason="SPARSEGRAD_DATA is not set")
+@pytest.mark.parametrize(("name", "train", "held"), [("qnli", 3824, 1639), ("mnli", 7851, 1964)])
+def test_val_size_of_the_real_dev_sets(name: str, train: int, held: int) -> None:
+    """The rows of the experiment `glue`, before `train_rows`."""
+    splits = load_glue(name, val_size={"qnli": 0.3, "mnli": 0.2}[name]).splits
+    assert [len(rows) for rows in splits.values()] == [train, held]

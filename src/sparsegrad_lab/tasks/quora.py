@@ -1,0 +1,59 @@
+"""Task `quora`: pairs of questions from Quora, half of them duplicates (Wang et al., 2017), not GLUE's QQP rows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .glue import DATA_VARIABLE
+from .hold_out import split_dataset
+from .labels import labelled_dataset
+from .read import read_rows
+from .task import Task
+
+_HEADER = ("label", "question1", "question2", "id")
+_TEXT, _LABELS = ("question1", "question2"), ("0", "1")
+
+
+def load_quora(folder: str | Path | None = None, val_size: float | None = None) -> Task:
+    """Load the pairs.
+
+    Args:
+        folder: see `find_folder`.
+        val_size: train on dev.tsv, without this share of it, which is evaluated; train.tsv is not read.
+
+    Raises:
+        ValueError: see `read_rows` and `hold_out`.
+        FileNotFoundError: there are no such files.
+    """
+    found = find_folder(folder)
+    splits = {}
+    for split, name in (("train", "train"), ("validation", "dev")):
+        path = found / f"{name}.tsv"
+        if path.is_file() and not (val_size is not None and split == "train"):
+            rows = read_rows(path, header=_HEADER, quoting="none", replace_broken=True)
+            splits[split] = labelled_dataset(rows, _TEXT, "label", _LABELS, str(path))
+    if val_size is not None:
+        train, held = split_dataset(splits["validation"], val_size, stratified=True, where=str(found))
+        splits = {"train": train, "validation": held}
+    return Task("quora", _TEXT, _LABELS, ("accuracy", "f1"), splits, str(found))
+
+
+def find_folder(data: str | Path | None) -> Path:
+    """Return the folder with the files. Reads no file.
+
+    Args:
+        data: a folder that holds `qqp/dev.tsv` (and `qqp/train.tsv`), or the files themselves; None: the folder in the
+            environment variable SPARSEGRAD_DATA.
+
+    Raises:
+        FileNotFoundError: there is no dev.tsv, or no folder was given.
+    """
+    data = data or os.environ.get(DATA_VARIABLE)
+    if not data:
+        raise FileNotFoundError(f"quora: expected a folder with qqp/dev.tsv, in data.folder or in ${DATA_VARIABLE}")
+    candidates = [Path(data) / "qqp", Path(data)]
+    for folder in candidates:
+        if (folder / "dev.tsv").is_file():
+            return folder
+    raise FileNotFoundError(f"{data}: expected dev.tsv of the Quora pairs, in {', '.join(map(str, candidates))}")

@@ -1,0 +1,58 @@
+"""The task `quora`: files, broken bytes, splits, and the real pairs if SPARSEGRAD_DATA is set."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from sparsegrad_lab.tasks.load import load_task
+from sparsegrad_lab.tasks.quora import load_quora
+from sparsegrad_lab.tasks.settings import DataArguments
+
+DATA = os.environ.get("SPARSEGRAD_DATA")
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    (tmp_path / "qqp").mkdir()
+    rows = [b"%d\tWhy %d?\tHow \xff %d?\t%d" % (row % 2, row, row, row) for row in range(10)]
+    (tmp_path / "qqp" / "dev.tsv").write_bytes(b"\n".join(rows) + b"\n")
+    return tmp_path
+
+
+def test_broken_bytes_are_replaced_and_counted(pairs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        task = load_quora(pairs)
+    assert task.splits["validation"][3] == {"question1": "Why 3?", "question2": "How \ufffd 3?", "label": 1}
+    assert "dev.tsv: 10 lines have bytes that are not UTF-8" in caplog.text
+
+
+def test_val_size_trains_on_the_evaluation_rows(pairs: Path) -> None:
+    (pairs / "qqp" / "train.tsv").write_text("not read\n")
+    splits = load_task("quora", DataArguments(folder=str(pairs), val_size=0.4)).splits
+    assert {name: sorted(rows["label"]) for name, rows in splits.items()} == {
+        "train": [0, 0, 0, 1, 1, 1],
+        "validation": [0, 0, 1, 1],
+    }
+    assert not set(splits["train"]["question1"]) & set(splits["validation"]["question1"])
+
+
+def test_a_missing_file_is_named_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert DataArguments(folder=str(tmp_path)).problems("quora") == [
+        f"{tmp_path}: expected dev.tsv of the Quora pairs, in {tmp_path / 'qqp'}, {tmp_path}"
+    ]
+    monkeypatch.delenv("SPARSEGRAD_DATA", raising=False)
+    (problem,) = DataArguments().problems("quora")
+    assert problem == "quora: expected a folder with qqp/dev.tsv, in data.folder or in $SPARSEGRAD_DATA"
+
+
+@pytest.mark.skipif(not DATA, reason="SPARSEGRAD_DATA is not set")
+def test_the_real_pairs(caplog: pytest.LogCaptureFixture) -> None:
+    """10,000 pairs, half of them duplicates; some lines have broken bytes."""
+    splits = load_quora(val_size=0.2).splits
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 8000, "validation": 2000}
+    assert sum(splits["validation"]["label"]) == 1000
+    assert "lines have bytes that are not UTF-8" in caplog.text
