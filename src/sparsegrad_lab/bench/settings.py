@@ -17,7 +17,8 @@ DEFAULT_METHODS = (
 
 
 WORKLOADS = (
-    "bert-base", "bert-base-padded", "roberta-large", "minilm", "mlp", "llama-mlp", "llama-long", "llama-2-7b",
+    "bert-base", "bert-base-padded", "roberta-large", "minilm", "mlp", "llama-mlp", "llama-long", "smollm2",
+    "llama-2-7b",
 )  # fmt: skip
 MLP_SIZES = re.compile(r"mlp-(\d+)x(\d+)")
 """The workload `mlp` at another width."""
@@ -29,7 +30,7 @@ class BenchArguments:
 
     workload: str = "bert-base"
     """bert-base, bert-base-padded, roberta-large, minilm, mlp (one block), mlp-HIDDENxWIDE, llama-mlp, llama-long,
-    llama-2-7b"""
+    smollm2, llama-2-7b"""
     tokens: int = 2048
     "tokens of a step, padding included"
     layers: int | None = None

@@ -104,7 +104,7 @@ class Workload:
         sequence = min(self.sequence, tokens)
         rows = max(1, tokens // sequence)
         ids = torch.randint(5, 1000, (rows, sequence), generator=generator)
-        if self.name.startswith("llama"):
+        if self.targets == _GATED:
             return {"input_ids": ids.to(device), "labels": ids.to(device)}
         mask = torch.ones_like(ids)
         if self.padded:
@@ -135,6 +135,9 @@ WORKLOADS: dict[str, Workload] = {
         Workload("llama-mlp", "one MLP block of LLaMA-2-7B", 1, 0, 4096, 11008, _gated_mlp(4096, 11008), _GATED),
         Workload("llama-long", "a LLaMA of 1024/2816, one sequence of 2048", 8, 2048, 1024, 2816,
                  transformer("llama", _DECODER, 1024, 2816, 16, num_key_value_heads=16, vocab_size=8192), _GATED),
+        Workload("smollm2", "SmolLM2-135M, sequences of 512", 30, 512, 576, 1536,
+                 transformer("llama", _DECODER, 576, 1536, 9, num_key_value_heads=3, vocab_size=49152,
+                              tie_word_embeddings=True), _GATED),
         Workload("llama-2-7b", "LLaMA-2-7B, sequences of 512", 32, 512, 4096, 11008,
                  transformer("llama", _DECODER, 4096, 11008, 32, num_key_value_heads=32, vocab_size=32000), _GATED),
     )
