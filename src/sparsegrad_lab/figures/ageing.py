@@ -74,7 +74,7 @@ def draw(data: dict[str, Any]) -> Drawing:
     mean = (
         " Bases of the mean gradient leave out what single batches do not share. So they hold less of one batch's "
         "gradient, part of which is noise."
-        if any(way.startswith("mean gradient") for way in ways) else ""
+        if data["mean_gradient"] else ""
     )  # fmt: skip
     return Drawing.of(
         "ageing", title,

@@ -95,6 +95,7 @@ def collect(
         "command": command, "config": arguments.as_dict(), "figures": settings.as_dict(), "environment": record,
         "block": setup.block, "blocks": max(map(len, setup.groups.values())), "density": DENSITY,
         "roles": {group: setup.role(names[0]) for group, names in setup.groups.items()}, "calibrated": own,
+        "mean_gradient": ways[own][0].mean_gradient,
         "gradient": gradient, "rows": zero_rows, "spectrum": spectra, "ageing": ageing,
         "touched": {"layers": setup.shown_layers} | {key: sparse[key] for key in ("touched", "images", "selection")},
         "runs": {name: {key: run[key] for key in ("learning_rate", "losses", "norms")}

@@ -79,6 +79,7 @@ def read(folder: Path) -> dict[str, Any]:
         run_title(data)
         if missing := PARTS - data.keys():
             raise KeyError(", ".join(sorted(missing)))
+        data.setdefault("mean_gradient", str(data["calibrated"]).startswith("mean gradient"))  # of earlier versions
         if any(isinstance(layer["images"], list) for layer in data["gradient"].values()):
             return _from_json_arrays(data)
         with (folder / "figures.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:

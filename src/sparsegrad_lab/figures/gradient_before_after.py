@@ -67,7 +67,7 @@ def draw(data: dict[str, Any]) -> Drawing:
     mean = (
         " Bases of the mean gradient begin with the directions that all batches share, and end with those in which "
         "batches disagree: the other edges are bright too. A run keeps the beginning only."
-        if data["calibrated"].startswith("mean gradient") else ""
+        if data["mean_gradient"] else ""
     )  # fmt: skip
     title = "A gradient before and after the change of basis"
     set_title(figure, title, data, f", block {data['block']}, before the first step; bases: {data['calibrated']}")

@@ -77,7 +77,7 @@ def draw(data: dict[str, Any]) -> Drawing:
         f"{percent(side['share_kept'])}"
         for side in data["spectrum"]
     ]
-    mean = " A curve ends where batches no longer agree." if data["calibrated"].startswith("mean gradient") else ""
+    mean = " A curve ends where batches no longer agree." if data["mean_gradient"] else ""
     title = "Spectrum of the calibration gradients"
     set_title(figure, title, data, f"; bases: {data['calibrated']}; dotted: the cut")
     return Drawing.of(
