@@ -114,10 +114,11 @@ class Sizes:
     def of(self, out_features: int, in_features: int) -> tuple[Rows, Rows]:
         """Return (r, c) for a layer of that shape, with the defaults in place of None.
 
-        If `narrow` is a share of energy, the default of `wide` is that for the default of `narrow`.
+        If `narrow` is a share of energy, the default of `wide` is that for the default of `narrow`. This is larger than
+        `default_directions` where `share` needs more than all rows of the wide side.
         """
         small, wide = min(out_features, in_features), self.wide
-        default = default_directions(small)
+        default = max(default_directions(small), math.ceil(self.share * small))
         narrow = default if self.narrow is None else self.narrow
         if wide is None:
             fraction = self.share * small / (row_count(narrow, small) or default)

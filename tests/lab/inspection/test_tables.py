@@ -45,9 +45,9 @@ def test_printed_at_80_columns(config: Any, options: dict[str, Any]) -> None:
 
 def test_printed_numbers_have_units() -> None:
     text = printed(inspect(BertConfig()))
-    assert "Calibration needs 119.5 MB more at its peak" in text
+    assert "Calibration needs 117.9 MB more at its peak" in text
     assert "These layers hold 100 % of the MLP's weights." in text
     assert "in MB (1e6 bytes)" in text
     assert "LoRA rank 6, AdamW" in text
-    assert "0.069-6.86" in text  # 12 bytes for each of 5,712 to 571,392 entries
+    assert "0.068-6.78" in text  # 12 bytes for each of 5,640 to 565,248 entries
     assert "[odd]" in printed(inspect(BertConfig(**TINY_SIZES, name_or_path="[odd]")))
