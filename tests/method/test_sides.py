@@ -246,7 +246,7 @@ def test_bad_scales(scale: list[float]) -> None:
 
 
 def test_default_sizes() -> None:
-    """A thirty-second of the hidden side, from 32 to 128 and at most a third; as many neurons as make 1 % of the entries."""
+    """1/32 of the hidden side, from 32 to 128 and at most a third; as many neurons as make 1 % of the entries."""
     sizes = Sizes(narrow=None, wide=None)
     assert sizes.counts(1536, 384) == (184, 32)  # MiniLM
     assert sizes.counts(576, 1536) == (32, 280)  # SmolLM2, down

@@ -83,7 +83,7 @@ TASKS: dict[str, TaskSource] = {
     ),
     **_GLUE,
     "quora": TaskSource(
-        TEXT, "quora.load_quora", ("folder", "val_size"), check=lambda data: quora.find_folder(data.folder)
+        TEXT, "quora.load_quora", ("folder", "val_size"), check=partial(_check_folder, quora.find_folder)
     ),
     "oasst1": TaskSource(
         LANGUAGE, "oasst1.load_oasst1", ("folder", "language", "val_size"), features=_LANGUAGE,

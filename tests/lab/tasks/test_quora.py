@@ -45,8 +45,10 @@ def test_a_missing_file_is_named_before_anything_is_read(tmp_path: Path, monkeyp
         f"{tmp_path}: expected dev.tsv of the Quora pairs, in {tmp_path / 'qqp'}, {tmp_path}"
     ]
     monkeypatch.delenv("SPARSEGRAD_DATA", raising=False)
-    (problem,) = DataArguments().problems("quora")
-    assert problem == "quora: expected a folder with qqp/dev.tsv, in data.folder or in $SPARSEGRAD_DATA"
+    with pytest.raises(
+        FileNotFoundError, match=r"expected a folder with qqp/dev.tsv, in data.folder or in \$SPARSEGRAD_DATA"
+    ):
+        load_quora()
 
 
 @pytest.mark.skipif(not DATA, reason="SPARSEGRAD_DATA is not set")
