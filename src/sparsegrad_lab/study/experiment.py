@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, reduce
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,17 @@ class Variant(_Spec):
     "EXPERIMENT/METHOD whose search gives the learning rate, in place of a search of its own"
     searched_rates: tuple[float, ...] = ()
     "learning rates with which that search, or its own, starts; not to be set"
+    searched_seeds: tuple[int, ...] = ()
+    "`Search.seeds` of that search, or of its own; not to be set"
     most_rates: int | None = None
-    "`Search.most_rates` of that search, or of its own; not to be set"
+    "`Search.most_rates` likewise; not to be set"
 
 
 class Search(_Spec):
     """What is different for the runs that try learning rates."""
 
-    seed: int = 100
+    seeds: tuple[int, ...] = (100,)
+    "a trial for each learning rate and seed; the best mean over seeds wins"
     most_rates: int | None = None
     """while the best learning rate is the lowest or the highest of those tried, try the next one, up to this number;
     None: only those that are given"""
@@ -102,8 +106,8 @@ class Experiment(_Spec):
         for model in self.models:
             for task in self.tasks:
                 for method, variant in self.methods.items():
-                    for rate in variant.learning_rates:
-                        yield Cell(self, model, task, method, self.search.seed, rate)
+                    for rate, seed in product(variant.learning_rates, self.search.seeds):
+                        yield Cell(self, model, task, method, seed, rate)
         own = {method: variant.seeds or self.seeds for method, variant in self.methods.items()}
         for seed in sorted(set().union(*own.values())):
             for model in self.models:
@@ -134,13 +138,14 @@ class Cell:
     def name(self) -> str:
         """Path of its result file below the results folder, without the suffix."""
         if self.trial is not None:
-            return f"{self._search_of(f'{self.experiment.name}/{self.method}')}{self.trial:g}"
+            return self._trial(f"{self.experiment.name}/{self.method}", self.trial, self.seed)
         return f"{self.experiment.name}/{self.model_and_task}/{self.method}-{self.seed}"
 
     def trials(self, rates: Iterable[float]) -> dict[str, float]:
         """Name -> learning rate of runs of its search."""
-        search = self._search_of(self.variant.rates_of or f"{self.experiment.name}/{self.method}")
-        return {f"{search}{rate:g}": rate for rate in rates}
+        source = self.variant.rates_of or f"{self.experiment.name}/{self.method}"
+        seeds = self.variant.searched_seeds
+        return {self._trial(source, rate, seed): rate for rate, seed in product(rates, seeds)}
 
     @property
     def answers(self) -> bool:
@@ -153,9 +158,11 @@ class Cell:
         """Path of its model and task below the experiment's folder."""
         return f"{self.model.replace('/', '-')}/{self.task.removeprefix('glue/')}"
 
-    def _search_of(self, experiment_and_method: str) -> str:
+    def _trial(self, experiment_and_method: str, rate: float, seed: int) -> str:
+        """Name of a trial. The first seed of a search is not in it."""
         experiment, method = experiment_and_method.split("/")
-        return f"{experiment}/{SEARCH}/{self.model_and_task}/{method}-lr"
+        suffix = "" if seed == self.variant.searched_seeds[0] else f"-{seed}"
+        return f"{experiment}/{SEARCH}/{self.model_and_task}/{method}-lr{rate:g}{suffix}"
 
     def settings(self, learning_rate: float | None) -> dict[str, Any]:
         """Settings of the run, as `sparsegrad train --config` reads them."""
@@ -168,7 +175,8 @@ class Cell:
         return reduce(merged, [*parts, {"model": self.model, "task": self.task, "seeds": [self.seed]}], {})
 
 
-_NOT_SET = {"name", "scale", "searched_rates", "most_rates"}
+_FROM_SEARCH = ("searched_rates", "searched_seeds", "most_rates")
+_NOT_SET = {"name", "scale", *_FROM_SEARCH}
 "Fields that are no keys of the files."
 
 
@@ -217,10 +225,10 @@ def load_experiment(name: str, scale: str | None = "cpu", folder: Path = SHIPPED
     _refuse_not_set(settings, ("name", "scale"), where)
     methods = settings.get("methods") or {}
     for key, value in methods.items():
-        _refuse_not_set(value or {}, ("searched_rates", "most_rates"), where, f"methods.{key}.")
-    most = (settings.get("search") or {}).get("most_rates")
+        _refuse_not_set(value or {}, _FROM_SEARCH, where, f"methods.{key}.")
+    search = settings.get("search") or {}
     settings["methods"] = {
-        key: _method(value or {}, key, where, folder / name, scale, most) for key, value in methods.items()
+        key: _method(value or {}, key, where, folder / name, scale, search) for key, value in methods.items()
     }
     try:
         experiment = Experiment.model_validate({**settings, "name": name, "scale": scale})
@@ -270,35 +278,43 @@ def _check(experiment: Experiment, where: str) -> None:
             raise ValueError(f"{where}: expected models with a name, found {model!r}; name the model's own folder")
 
 
-def _method(given: dict[str, Any], name: str, where: str, folder: Path, scale: str, most: int | None) -> dict[str, Any]:
+def _method(
+    given: dict[str, Any], name: str, where: str, folder: Path, scale: str, search: dict[str, Any]
+) -> dict[str, Any]:
     """A method's keys, with the path of its PEFT config and the rates of its search."""
     config = folder / str((given.get("settings") or {}).get("method", ""))
     if config.suffix == ".json":
         given = merged(given, {"settings": {"method": str(config)}})
     source = given.get("rates_of")
-    rates, most = _rates_of(source, scale, folder.parent, where) if source else (given.get("learning_rates", ()), most)
-    return {"words": name, **given, "searched_rates": rates, "most_rates": most}
+    rates = given.get("learning_rates", ())
+    if source:
+        rates, search = _rates_of(source, scale, folder.parent, where)
+    seeds = search.get("seeds", Search().seeds)
+    return {"words": name, **given, "searched_rates": rates, "searched_seeds": seeds,
+            "most_rates": search.get("most_rates")}  # fmt: skip
 
 
-def _rates_of(source: str, scale: str, folder: Path, where: str) -> tuple[tuple[float, ...], int | None]:
-    """Learning rates that a method of another experiment tries first, and that experiment's `Search.most_rates`.
+def _rates_of(source: str, scale: str, folder: Path, where: str) -> tuple[tuple[float, ...], dict[str, Any]]:
+    """Learning rates that a method of another experiment tries first, and that experiment's `search`.
 
     Raises:
         ValueError: there is no such experiment or method, or it has no search of its own.
     """
     experiment, _, name = source.partition("/")
-    rates = most = None
+    rates: Any = None
+    search: dict[str, Any] = {}
     if experiment in experiment_names(folder, scale):
         own = _read(folder / experiment / "experiment.yaml")
-        other = merged(own, own.get("scales", {}).get(scale) or {})
+        default = {"search": _read(folder / "default.yaml").get("search") or {}}
+        other = reduce(merged, [default, own, own.get("scales", {}).get(scale) or {}])
         rates = ((other.get("methods") or {}).get(name) or {}).get("learning_rates")
-        most = (other.get("search") or {}).get("most_rates")
+        search = other.get("search") or {}
     if not rates:
         raise ValueError(
             f"{where}: rates_of: expected EXPERIMENT/METHOD, a method that has learning_rates at scale {scale}; "
             f"found {source}"
         )
-    return tuple(float(rate) for rate in rates), most  # YAML reads 1e-3 as a string
+    return tuple(float(rate) for rate in rates), search  # YAML reads 1e-3 as a string
 
 
 @cache  # a study reads each file hundreds of times

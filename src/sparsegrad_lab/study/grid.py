@@ -154,7 +154,7 @@ class Grid:
         for cell in self.cells:
             cells.append(cell)
             for name, rate in self.results.search(cell).items() if cell.trial is not None else ():
-                if name not in names:
+                if name not in names and replace(cell, trial=rate).name == name:  # of the same seed
                     names.add(name)
                     cells.append(replace(cell, trial=rate))
         self.cells = cells

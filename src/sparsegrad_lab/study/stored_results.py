@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..methods.registry import METHODS
@@ -85,20 +86,22 @@ class StoredResults:
         return cell.trials(rates)
 
     def _best(self, trials: dict[str, float]) -> float:
-        """The learning rate with the best score on the rows that select.
+        """The learning rate with the best score on the rows that select, on average over the search's seeds.
 
-        Of equal scores, as where nothing was learnt, the trial with the lowest training loss wins. If all trials
-        failed, the lowest rate wins.
+        Of equal scores, as where nothing was learnt, the lowest training loss wins. A rate with a failed trial loses.
+        If all trials failed, the lowest rate wins.
         """
-        quality = {}
+        found: dict[float, list[tuple[float, float]]] = {}
         for name, rate in trials.items():
             trial = self.read(name)
             score, loss = trial.get("selection_score", trial.get("score")), trial.get("training_loss_last_sixth")
             if trial["status"] != "finished" or not isinstance(score, (int, float)):
-                quality[rate] = (-math.inf, -math.inf)
+                found.setdefault(rate, []).append((-math.inf, -math.inf))
                 continue
             better = score if higher_is_better(str(trial["metric"])) else -score
-            quality[rate] = (better, -loss if isinstance(loss, (int, float)) else -math.inf)
+            lower_loss = -loss if isinstance(loss, (int, float)) else -math.inf
+            found.setdefault(rate, []).append((better, lower_loss))
+        quality = {rate: tuple(map(fmean, zip(*seeds, strict=True))) for rate, seeds in found.items()}
         return max(sorted(quality), key=quality.__getitem__)
 
     def search_finished(self, cell: Cell) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import partial
+from itertools import groupby
 from statistics import mean, stdev
 from typing import TypeVar
 
@@ -165,13 +166,16 @@ def searches(section: Section) -> Table:
     rows = []
     for task in section.tasks:
         for method in section.methods:
-            trials: list[Run] = sorted(_of(section.trials, task, method), key=lambda run: run.learning_rate)
+            trials: list[Run] = sorted(_of(section.trials, task, method), key=lambda run: (run.learning_rate, run.seed))
             failed = [failure for failure in _of(section.failures, task, method) if failure.trial]
             if not trials and not failed:
                 continue
             tried = [one.learning_rate for one in (*trials, *failed)]
             used = sorted({run.learning_rate for run in section.runs_of(task, method)})
-            scored = [f"{run.learning_rate:g}: {run.format(run.value)}" for run in trials]
+            scored = [
+                f"{rate:g}: {' and '.join(run.format(run.value) for run in runs)}"
+                for rate, runs in groupby(trials, key=lambda run: run.learning_rate)
+            ]
             scored += [f"{failure.learning_rate:g}: {failure.status}" for failure in failed]
             edges = (min(tried), max(tried))
             rows.append([
@@ -179,9 +183,9 @@ def searches(section: Section) -> Table:
                 ", ".join(f"{rate:g}{' (edge)' if rate in edges else ''}" for rate in used),
             ])  # fmt: skip
     note = (
-        "Each method gets the same number of trials on a task, with a seed that no other run has. The runs use the "
-        "learning rate with the best score on the dev set, which also scores the runs; of equal scores, the one with "
-        "the lowest training loss. Beyond a rate at an edge of those tried, a better one may exist."
+        "Each method gets the same number of trials on a task, with seeds that no other run has. The runs use the "
+        "learning rate with the best score (the mean over the seeds) on the rows that select; of equal scores, the one "
+        "with the lowest training loss. Beyond a rate at an edge of those tried, a better one may exist."
     )
     return Table("Search", note, ["task", "method", "learning rate: score", "used"], rows)
 

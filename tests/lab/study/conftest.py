@@ -89,7 +89,7 @@ def experiments(tmp_path: Path, tiny_bert: Path, rows: Path) -> Path:
             "data": {**data, "max_length": 24}, "calibration": {"n_steps": 2},
             "training": {"epochs": 1, "batch_size": 8},
         },
-        "search": {"seed": 100, "settings": {"data": {"train_rows": 16}}, "task_settings": {}},
+        "search": {"seeds": [100], "settings": {"data": {"train_rows": 16}}, "task_settings": {}},
         "scales": {"cpu": {"models": [str(tiny_bert)], "tasks": ["files"]}},
     }  # fmt: skip
     first = {

@@ -164,3 +164,23 @@ def test_a_damaged_result_is_named(content: str, load: Any, places: Places) -> N
     stored.path(cell.name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"lr0\.01\.json: expected .*; remove it, and the run is done again"):
         stored.outdated([cell])
+
+
+def test_the_mean_over_the_seeds_of_a_search_decides(load: Any, places: Places, experiments: Path) -> None:
+    """One lucky seed does not choose a rate. The first seed is not in a trial's name, as in results of before."""
+    path = experiments / "first" / "experiment.yaml"
+    path.write_text(path.read_text(encoding="utf-8") + "search: {seeds: [100, 101]}\n", encoding="utf-8")
+    cells = [cell for cell in load("first").cells() if cell.method == "lora"]
+    trials, run = [cell for cell in cells if cell.trial is not None], cells[-1]
+    assert [cell.name.rpartition("/")[2] for cell in trials] == [
+        "lora-lr0.01", "lora-lr0.01-101", "lora-lr0.001", "lora-lr0.001-101"
+    ]  # fmt: skip
+    assert {cell.seed for cell in trials} == {100, 101}
+    stored = StoredResults(places.results)
+    for trial, score in zip(trials, (0.9, 0.1, 0.6, 0.5), strict=True):
+        assert stored.learning_rate(run) is None
+        result = {"status": "finished", "metric": "accuracy", "selection_score": score, "training_loss_last_sixth": 1.0}
+        stored.write(trial.name, result)
+    assert stored.learning_rate(run) == 1e-3
+    stored.write(trials[-1].name, {"status": "diverged"})  # it might for another seed too
+    assert stored.learning_rate(run) == 1e-2
