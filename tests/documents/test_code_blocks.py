@@ -62,7 +62,7 @@ SHOWN_BY = {
     "merge": r"merged: runs/reviews/merged",
     "search": r"next: +sparsegrad train --config runs/search-rte/best.yaml",
     "report": r"sparsegrad against lora",
-    "bench": r"sparsegrad .* 47,104 ",  # two layers of 736 x 32
+    "bench": r"sparsegrad .* 47,104 ",  # two layers of 368 x 64
 }
 
 

@@ -246,20 +246,20 @@ def test_bad_scales(scale: list[float]) -> None:
 
 
 def test_default_sizes() -> None:
-    """1/32 of the hidden side, from 32 to 128 and at most a third; as many neurons as make 1 % of the entries."""
+    """1/32 of the hidden side, from 64 to 128 and at most a third; as many neurons as make 1 % of the entries."""
     sizes = Sizes(narrow=None, wide=None)
-    assert sizes.counts(1536, 384) == (184, 32)  # MiniLM
-    assert sizes.counts(576, 1536) == (32, 280)  # SmolLM2, down
-    assert sizes.counts(3072, 768) == (736, 32)  # BERT-base
+    assert sizes.counts(1536, 384) == (96, 64)  # MiniLM
+    assert sizes.counts(576, 1536) == (64, 136)  # SmolLM2, down
+    assert sizes.counts(3072, 768) == (368, 64)  # BERT-base
     assert sizes.counts(8192, 2048) == (2624, 64)  # Llama-3.2-1B
     assert sizes.counts(100, 90) == (2, 32)
     assert sizes.counts(100, 50) == (3, 16)
     assert sizes.counts(11008, 4096) == (3520, 128)  # LLaMA-2-7B
     assert sizes.counts(32, 16) == (1, 5)
-    assert Sizes(narrow=None, wide=None, share=0.1).counts(1536, 384) == (1512, 39)
+    assert Sizes(narrow=None, wide=None, share=0.25).counts(1536, 384) == (1536, 96)
     assert Sizes(narrow="full", wide=None).counts(3072, 768) == (32, 768)
     assert Sizes(narrow=1, wide=None, share=0.5).counts(6, 6) == (6, 1)
-    assert Sizes(narrow="energy:0.5", wide=None).counts(1536, 384) == (184, None)
+    assert Sizes(narrow="energy:0.5", wide=None).counts(1536, 384) == (96, None)
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -57,8 +57,8 @@ def demo_arguments(method: str, output: Path, epochs: float) -> RunArguments:
     arguments = RunArguments(task=task, method=method, output=str(output / method))
     arguments.data.train_rows = 4000
     arguments.data.max_length = 64
-    # 32 * 180 = 3 * (384 + 1536) = 5,760 trained entries per layer, in both methods.
-    arguments.adapter.narrow, arguments.adapter.wide, arguments.adapter.rank = 32, 180, 3
+    # 64 * 90 = 3 * (384 + 1536) = 5,760 trained entries per layer, in both methods.
+    arguments.adapter.narrow, arguments.adapter.wide, arguments.adapter.rank = 64, 90, 3
     arguments.training.epochs = epochs
     return arguments
 

@@ -28,13 +28,13 @@ class SparseGradConfig(PeftConfig):
     trainers, replaces these bases by bases of the model's gradients, which gives the method its quality.
 
     By default an update is `ΔW[neurons] = S U` for the up- and gate-projections of an MLP, and `ΔW[:, neurons] = Vᵀ S`
-    for the down-projection: a thirty-second of the hidden side as directions (from 32 to 128), and as many
+    for the down-projection: a thirty-second of the hidden side as directions (from 64 to 128), and as many
     neurons as make 1 % of the layer's entries. docs/results.md compares this with other settings and methods.
 
     Args:
         narrow: rows of the basis of a layer's smaller side (the hidden size): "full", a count, a fraction, or
             "energy:SHARE". A share of energy is known after calibration; until then the default size holds. None: a
-            thirty-second of the side, but from 32 to 128 and at most a third.
+            thirty-second of the side, but from 64 to 128 and at most a third.
         wide: rows of the basis of a layer's larger side, likewise. None: as many as make `trained_share`.
         trained_share: share of a layer's entries that train, where `wide` is None.
         neurons: the larger side selects features, the neurons with the most gradient energy, and rotates nothing. Such

@@ -26,19 +26,19 @@ def method(inspection: Inspection, key: str) -> Any:
 
 
 def test_bytes_by_hand() -> None:
-    """BERT-base with the defaults: 24 cores of 736 neurons x 32 directions of the hidden side."""
+    """BERT-base with the defaults: 24 cores of 368 neurons x 64 directions of the hidden side."""
     inspection = inspect(BertConfig(), density=0.01)
-    total, layers, entries = 109_482_240, 24 * 768 * 3072, 24 * 736 * 32
+    total, layers, entries = 109_482_240, 24 * 768 * 3072, 24 * 368 * 64
     # Projections for the hidden side and for the neurons, 1.985 times as wide as needed: 24 million numbers in all.
     # Layers of a role have the same random vectors.
-    wider = 24e6 / (24 * 2 * (768 * (2 * 32 + 8) + 3072 * 32))
-    left, right = int(wider * (2 * 32 + 8)), int(wider * 32)
+    wider = 24e6 / (24 * 2 * (768 * (2 * 64 + 8) + 3072 * 32))
+    left, right = int(wider * (2 * 64 + 8)), int(wider * 32)
     sums = 24 * 2 * 4 * (768 * left + 3072 * right) + 4 * (3072 * left + 768 * right)
     complete = 2 * 4 * (768**2 + 3072**2)
-    bases = 24 * (2 * 32 * 768 + 4 * 736 + 4 * (736 + 32))  # directions, indices, scales
+    bases = 24 * (2 * 64 * 768 + 4 * 368 + 4 * (368 + 64))  # directions, indices, scales
     k, k_complete = 24 * 235, 24 * 23592
     rank = 6
-    assert [(g.r, g.c, g.k_per_layer) for g in inspection.groups] == [(736, 32, 235), (32, 736, 235)]
+    assert [(g.r, g.c, g.k_per_layer) for g in inspection.groups] == [(368, 64, 235), (64, 368, 235)]
     assert (inspection.layers, inspection.entries, inspection.k, inspection.lora_rank) == (24, entries, k, rank)
     assert inspection.calibration_bytes == sums + 2 * 4 * 768 * 3072  # a gradient, and a copy of norm 1
     lora = rank * 24 * (768 + 3072)
