@@ -62,6 +62,8 @@ def test_run_files_say_where_they_come_from(path: Path) -> None:
     assert environment["dirty"] is False
     assert environment["seed"] == result["seed"]
     run_name = f"lr{result['learning_rate']:g}" if result["trial"] else str(result["seed"])
+    if result["trial"] and result["seed"] != 100:  # the first seed of a search is not in the name
+        run_name += f"-{result['seed']}"
     assert path.name == f"{result['variant']}-{run_name}.json"
     assert result["task"].removeprefix("glue/") == path.parent.name
     assert path.is_relative_to(ROOT / tables.STUDY / result["experiment"])

@@ -153,10 +153,11 @@ class Grid:
         names, cells = {cell.name for cell in self.cells}, []
         for cell in self.cells:
             cells.append(cell)
-            for name, rate in self.results.search(cell).items() if cell.trial is not None else ():
-                if name not in names and replace(cell, trial=rate).name == name:  # of the same seed
-                    names.add(name)
-                    cells.append(replace(cell, trial=rate))
+            for rate in self.results.search(cell).values() if cell.trial is not None else ():
+                trial = replace(cell, trial=rate)
+                if trial.name not in names:
+                    names.add(trial.name)
+                    cells.append(trial)
         self.cells = cells
 
     def forget_failures(self) -> None:

@@ -128,8 +128,8 @@ def test_a_peft_config_is_what_its_file_says(load: Any, experiments: Path, place
 def grown(stored: StoredResults, cells: list[Cell]) -> list[Cell]:
     """Trials at further learning rates, which the stored results of a search ask for."""
     trials = {cell.name: cell for cell in cells if cell.trial is not None}
-    rates = {name: replace(cell, trial=rate) for cell in trials.values() for name, rate in stored.search(cell).items()}
-    return [cell for name, cell in rates.items() if name not in trials]
+    asked = [replace(cell, trial=rate) for cell in trials.values() for rate in stored.search(cell).values()]
+    return list({cell.name: cell for cell in asked if cell.name not in trials}.values())
 
 
 def test_the_committed_results_are_of_the_shipped_experiments() -> None:
