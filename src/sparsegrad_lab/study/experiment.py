@@ -327,5 +327,8 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     # By its absolute path: the same relative one is another file after a change of the working directory.
-    content: dict[str, Any] = copy.deepcopy(_parsed(path.absolute(), path.stat().st_mtime_ns))
-    return content or {}
+    content: dict[str, Any] = copy.deepcopy(_parsed(path.absolute(), path.stat().st_mtime_ns)) or {}
+    search = content.get("search")
+    if isinstance(search, dict) and "seed" in search:  # of earlier versions
+        search["seeds"] = [search.pop("seed")]
+    return content

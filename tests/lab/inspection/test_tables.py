@@ -45,7 +45,7 @@ def test_printed_at_80_columns(config: Any, options: dict[str, Any]) -> None:
 
 def test_printed_numbers_have_units() -> None:
     text = printed(inspect(BertConfig()))
-    assert "Calibration needs 117.9 MB more at its peak" in text
+    assert "Calibration needs 118.6 MB more at its peak" in text
     assert "These layers hold 100 % of the MLP's weights." in text
     assert "in MB (1e6 bytes)" in text
     assert "LoRA rank 6, AdamW" in text

@@ -21,7 +21,7 @@ FILES = {"validation_file": __file__, "text": ["a"]}
         ("files", {}, r"task files needs data.validation_file \(or data.train_file and data.val_size\), data.text"),
         ("images", {}, r"task images needs data.folder"),
         ("glue/rte", {"train_file": "x.csv"}, r"data.train_file is for files, text; task glue/rte does not read it"),
-        ("acceptability", {"folder": "x"}, r"data.folder is for glue/\*, oasst1, images; task acceptability does not"),
+        ("acceptability", {"folder": "x"}, r"data.folder is for glue/\*, quora, oasst1, images; task"),
         ("text", {**FILES, "labels": ["a", "b"]}, r"data.labels is for files; task text does not read it"),
         ("glue/rte", {"template": "plain"}, r"data.template is for oasst1, text; task glue/rte does not read it"),
         ("files", {**FILES, "packing": True}, r"data.packing is for oasst1, text; task files does not read it"),
@@ -35,7 +35,7 @@ FILES = {"validation_file": __file__, "text": ["a"]}
         (
             "acceptability",
             {"val_size": 0.1},
-            r"data.val_size is for files, oasst1, text; task acceptability does not read it",
+            r"data.val_size is for files, glue/\*, quora, oasst1, text; task acceptability does not read it",
         ),
         ("text", {"train_file": "a.csv", "text": ["a"], "val_size": 1.5}, r"data.val_size must be between 0 and 1"),
         ("files", {**FILES, "labels": ["0"]}, r"data.labels: expected at least two classes, found 1"),
