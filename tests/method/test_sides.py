@@ -257,6 +257,7 @@ def test_default_sizes() -> None:
     assert sizes.counts(11008, 4096) == (3520, 128)  # LLaMA-2-7B
     assert sizes.counts(32, 16) == (1, 5)
     assert Sizes(narrow=None, wide=None, share=0.25).counts(1536, 384) == (1536, 96)
+    assert Sizes(narrow=None, wide=10, share=0.25).counts(1536, 384) == (10, 64)
     assert Sizes(narrow="full", wide=None).counts(3072, 768) == (32, 768)
     assert Sizes(narrow=1, wide=None, share=0.5).counts(6, 6) == (6, 1)
     assert Sizes(narrow="energy:0.5", wide=None).counts(1536, 384) == (96, None)

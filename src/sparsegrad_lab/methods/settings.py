@@ -16,8 +16,8 @@ class AdapterArguments:
 
     narrow: int | float | str | None = None
     """sparsegrad: basis vectors of a layer's smaller side: "full", a count, a fraction of the side, or "energy:0.9"
-    (enough for this share of the gradients' energy); default: a thirty-second of the side, from 64
-    to 128"""
+    (enough for this share of the gradients' energy); default: a thirty-second of the side, from
+    64 to 128"""
     wide: int | float | str | None = None
     """sparsegrad: neurons (or basis vectors) of a layer's larger side, in the same forms; default: as many as make
     trained_share"""

@@ -110,23 +110,14 @@ def _text(path: Path, replace_broken: bool = False) -> str:
         return content.decode("utf-8-sig")  # some GLUE files begin with a byte order mark
     except UnicodeDecodeError as error:
         if replace_broken:
-            logger.warning("%s: %d lines have bytes that are not UTF-8", path, len(_broken_lines(content)))
-            return content.decode("utf-8-sig", errors="replace")
+            text = content.decode("utf-8-sig", errors="replace")
+            lines = sum("\ufffd" in line for line in text.split("\n"))
+            logger.warning("%s: %d lines have bytes that are not UTF-8", path, lines)
+            return text
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(
             f"{path}, line {line}: expected UTF-8, found the byte 0x{content[error.start]:02x}; convert the file"
         ) from None
-
-
-def _broken_lines(content: bytes) -> list[bytes]:
-    def is_broken(line: bytes) -> bool:
-        try:
-            line.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            return True
-        return False
-
-    return [line for line in content.split(b"\n") if is_broken(line)]
 
 
 def _delimited(text: str, path: Path, header: Sequence[str] | None, quoted: bool, skip_ragged: bool) -> Iterator[Row]:

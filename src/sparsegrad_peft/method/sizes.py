@@ -114,11 +114,12 @@ class Sizes:
     def of(self, out_features: int, in_features: int) -> tuple[Rows, Rows]:
         """Return (r, c) for a layer of that shape, with the defaults in place of None.
 
-        If `narrow` is a share of energy, the default of `wide` is that for the default of `narrow`. This is larger than
-        `default_directions` where `share` needs more than all rows of the wide side.
+        The default of `narrow` is `default_directions`, or more if `share` needs more even with all rows of the wide
+        side. If `narrow` is a share of energy, the default of `wide` is that for the default of `narrow`.
         """
         small, wide = min(out_features, in_features), self.wide
-        default = max(default_directions(small), math.ceil(self.share * small))
+        least = math.ceil(self.share * small) if wide is None else 0  # directions for the share, with all wide rows
+        default = max(default_directions(small), least)
         narrow = default if self.narrow is None else self.narrow
         if wide is None:
             fraction = self.share * small / (row_count(narrow, small) or default)
