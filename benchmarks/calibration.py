@@ -1,11 +1,11 @@
-"""Measure memory and time of calibration for BERT-base, and of the paper's SVDs in the same run.
+"""Measure memory and time of calibration for BERT-base, of the paper's SVDs, and of the default for a LLaMA.
 
     python benchmarks/calibration.py
     python benchmarks/calibration.py --steps 2 --skip-svd --json /tmp/calibration.json
 
 The model is BERT-base with random weights (12 blocks, 768/3072); the batches are random tokens. The paper stacks the
 gradients of a group and takes SVDs of the unfoldings of the stack. Here one stack of 30 gradients is decomposed in both
-ways.
+ways. The default adapter is calibrated on a LLaMA of SmolLM2's sizes (30 blocks, 576/1536), in batches of 4 rows.
 """
 
 from __future__ import annotations
@@ -14,19 +14,30 @@ import resource
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from record import environment, parser, write
-from sparsegrad_peft import CalibrationConfig, GramStatistics, calibrate, group_linears
+from sparsegrad_peft import (
+    CalibrationConfig,
+    GramStatistics,
+    PairStatistics,
+    ProjectedStatistics,
+    calibrate,
+    group_linears,
+)
 from sparsegrad_peft.method.gradients import stream_gradients
 from sparsegrad_peft.method.groups import linear_shape
 from sparsegrad_peft.method.hosvd import eigenbasis
+from sparsegrad_peft.method.sizes import DEFAULT_EXPONENT, Sizes
+from sparsegrad_peft.method.statistics import Statistics
+from sparsegrad_peft.tuner.calibration import RECOMMENDED
 
 
 class LiveBytes(TorchDispatchMode):
@@ -130,7 +141,38 @@ def measure_svd(model: nn.Module, layers: list[str], batches: Batches) -> dict[s
     return {"svd_of_one_stack": svd, "gram_of_one_stack": sums, "bases_of_one_stack": bases}
 
 
-def targets(size: dict[str, int], seconds: dict[str, float]) -> dict[str, dict[str, float | bool]]:
+def measure_default(blocks: int, tokens: int, steps: int) -> dict[str, float]:
+    """Time the default's calibration of all MLP layers of a LLaMA, and the same backpropagation. Count its sums."""
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=blocks, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    ))  # fmt: skip
+    groups = group_linears(model, r".*mlp\.\w+_proj", shared=False)
+    layers = [name for names in groups.values() for name in names]
+    tokens_of_steps = [torch.randint(0, 49152, (4, tokens)) for _ in range(steps)]
+    batches = [{"input_ids": ids, "labels": ids} for ids in tokens_of_steps]
+    sizes, config = Sizes(narrow=None, wide=None, neurons=True), replace(RECOMMENDED, n_steps=steps)
+    stream_gradients(model, layers, lambda *_: None, batches, n_steps=1)  # a warm-up
+    backpropagation, _ = timed(lambda: stream_gradients(model, layers, lambda *_: None, batches, n_steps=steps))
+    whole, calibration = timed(lambda: calibrate(model, batches, groups=groups, sizes=sizes, config=config))
+    bases, _ = timed(lambda: calibration.bases(sizes=sizes, exponent=DEFAULT_EXPONENT))
+    return {
+        "backpropagation_step": backpropagation / steps, "calibration_step": whole / steps, "bases": bases,
+        "sums_bytes": sum(4 * numbers_of(group) for group in calibration.groups.values()),
+    }  # fmt: skip
+
+
+def numbers_of(statistics: Statistics) -> int:
+    """Count the numbers in the sums of a group, without random vectors, which groups share."""
+    if isinstance(statistics, ProjectedStatistics):
+        return sum(sums.left.numel() + sums.right.numel() for sums in statistics.sums.values())
+    assert isinstance(statistics, PairStatistics)
+    return sum(tensor.numel() for tensor in (statistics.gram_in, statistics.gram_out, *statistics.M.values()))
+
+
+def targets(
+    size: dict[str, int], seconds: dict[str, float], default: dict[str, float]
+) -> dict[str, dict[str, float | bool]]:
     """Compare the measurements with their targets."""
 
     def target(found: float, reached: bool) -> dict[str, float | bool]:
@@ -141,6 +183,13 @@ def targets(size: dict[str, int], seconds: dict[str, float]) -> dict[str, dict[s
             size["peak_extra"], size["peak_extra"] <= size["gram"] + size["one_gradient"]
         ),
         "decompositions of both groups under 20 s": target(seconds["complete_bases"], seconds["complete_bases"] < 20),
+    }
+    ratio = (30 * default["calibration_step"] + default["bases"]) / (30 * default["backpropagation_step"])
+    result |= {
+        "the default's calibration, 30 steps and bases, at most 1.3x the same backpropagation": target(
+            ratio, ratio <= 1.3
+        ),
+        "its sums at most 100 MB": target(default["sums_bytes"] / 1e6, default["sums_bytes"] <= 100e6),
     }
     if "svd_of_one_stack" in seconds:
         svd, bases = seconds["svd_of_one_stack"], seconds["bases_of_one_stack"]
@@ -159,6 +208,9 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=16, help="sentences per batch")
     arguments.add_argument("--hidden", type=int, default=768, help="hidden size; the MLP is four times as wide")
     arguments.add_argument("--blocks", type=int, default=12, help="transformer blocks")
+    arguments.add_argument("--llama-blocks", type=int, default=30, help="blocks of the LLaMA")
+    arguments.add_argument("--llama-tokens", type=int, default=512, help="tokens per row of the LLaMA")
+    arguments.add_argument("--llama-steps", type=int, default=4, help="calibration steps of the LLaMA")
     arguments.add_argument("--skip-svd", action="store_true", help="skip the paper's SVDs, which take minutes")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
@@ -179,6 +231,7 @@ def main() -> None:
     seconds, captured = measure_calibration(model, groups, batches)
     if not options.skip_svd:
         seconds |= measure_svd(model, next(iter(groups.values())), batches)
+    default = measure_default(options.llama_blocks, options.llama_tokens, options.llama_steps)
     tokens = f"{options.batch}x{options.tokens}"
     base = (options.hidden, options.blocks) == (768, 12)
     name = "BERT-base" if base else f"BERT of {options.blocks} blocks, {options.hidden}/{4 * options.hidden}"
@@ -188,8 +241,14 @@ def main() -> None:
         "environment": environment(options.seed),
         "bytes": {**size, "process_high_water": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
         "seconds": seconds,
+        "default": {
+            **default,
+            "blocks": options.llama_blocks,
+            "tokens": 4 * options.llama_tokens,
+            "steps": options.llama_steps,
+        },
         "leading_tenth_energy_of_exact": captured,
-        "targets": targets(size, seconds),
+        "targets": targets(size, seconds, default),
     }
     for part, count in size.items():
         print(f"{part:26}{count / 1e6:10.1f} MB")

@@ -200,6 +200,14 @@ def calibration(result: dict[str, Any]) -> str:
         rows.append(["Gram matrices of these 30 gradients, s", f"{seconds['gram_of_one_stack']:.1f}", ""])
     rows.append(["calibration without the decompositions, s", f"{seconds['calibrate']:.0f}",
                  f"{seconds['backpropagation_alone']:.0f} (backpropagation alone)"])  # fmt: skip
+    default = result["default"]
+    workload = f"LLaMA of {default['blocks']} blocks, {default['tokens']:,} tokens"
+    rows += [
+        [f"one step of the default's calibration, {workload}, s", f"{default['calibration_step']:.1f}",
+         f"{default['backpropagation_step']:.1f} (backpropagation alone)"],
+        ["the default's bases for it, s", f"{default['bases']:.1f}", ""],
+        ["the default's sums for it, MB", megabytes(default["sums_bytes"]), ""],
+    ]  # fmt: skip
     return f"{markdown(['', 'SparseGrad', 'compared with'], rows)}\n\n{origin(result)}\n\n{targets(result)}"
 
 

@@ -43,7 +43,7 @@ def test_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 @pytest.mark.slow
 def test_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`python benchmarks/calibration.py`, on a small model."""
-    small = "--steps 1 --batch 1 --tokens 8 --hidden 64 --blocks 2"
+    small = "--steps 1 --batch 1 --tokens 8 --hidden 64 --blocks 2 --llama-blocks 1 --llama-tokens 8 --llama-steps 1"
     options = [*small.split(), "--json", str(tmp_path / "result.json")]
     script = ROOT / "benchmarks" / "calibration.py"
     monkeypatch.setattr(sys, "argv", [str(script), *options])
