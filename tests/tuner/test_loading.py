@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from helpers import (
     tuner_layers,
 )
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
+from sparsegrad_peft.method.sizes import Sizes
 
 
 def small_bert(**sizes: int) -> nn.Module:
@@ -194,6 +196,23 @@ def test_an_adapter_of_another_base(
     else:
         with pytest.raises(ValueError, match=words_if_fresh or words):
             PeftModel.from_pretrained(base, str(tmp_path))
+
+
+def test_an_adapter_with_the_default_sizes_of_an_earlier_version(tmp_path: Path) -> None:
+    """The file says how large its bases are; today's defaults for `narrow` and `wide` play no part."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 1}
+    assert Sizes(None, None, neurons=True).counts(1024, 256) != (28, 96)
+    model = get_peft_model(small_bert(**sizes), SparseGradConfig(task_type="SEQ_CLS", narrow=96, wide=28))
+    data = {"input_ids": torch.arange(10)[None]}
+    calibrate_adapter(model, [{**data, "labels": torch.tensor([1])}])
+    for core in cores(model):
+        nn.init.normal_(core, std=0.02)
+    model.save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"narrow": None, "wide": None}), "utf-8")
+    loaded = PeftModel.from_pretrained(small_bert(**sizes), str(tmp_path)).eval()
+    assert {tuple(core.shape) for core in cores(loaded)} == {(28, 96), (96, 28)}
+    assert max_difference(logits(loaded, data), logits(model.eval(), data)) == 0
 
 
 def test_an_adapter_of_another_architecture(tmp_path: Path) -> None:
