@@ -99,3 +99,23 @@ def test_the_cheaper_way_is_taken(out: int, in_: int, prefer: Prefer, monkeypatc
 def test_the_smaller_of_input_and_projection_is_saved() -> None:
     assert not saves_input(10, LayerShape(7, 5, 3, 2), "memory")
     assert saves_input(10, LayerShape(7, 5, 3, 5), "memory")  # the projection is no smaller
+
+
+@pytest.mark.parametrize("prefer", ["memory", "speed"])
+@pytest.mark.parametrize(("out", "in_"), SHAPES)
+def test_no_weight_is_formed_where_a_side_selects(out: int, in_: int, prefer: Prefer) -> None:
+    """However many tokens there are; and what the layer computes is still what is counted."""
+    r, c = 3, 2
+    V, U = torch.tensor([0, 2, 4], dtype=torch.int32), torch.tensor([1, 3], dtype=torch.int32)
+    for selects_out, tokens in product((True, False), (1, 9, 200)):
+        basis = (
+            Basis(orthogonal(in_, c), V, out_features=out)
+            if selects_out
+            else Basis(U, orthogonal(out, r), in_features=in_)
+        )
+        layer = SparseGradLinear.from_linear(nn.Linear(in_, out, dtype=F64), basis, prefer=prefer)
+        shape = LayerShape(out, in_, r, c, not selects_out, selects_out)
+        assert shape.selects
+        assert not forms_update(tokens, shape, prefer)
+        assert multiply_adds_done(one_step, layer, tokens, tokens) == step_cost(shape, tokens, prefer=prefer)
+    assert not LayerShape(out, in_, out, in_, False, False).selects  # the identity

@@ -29,7 +29,7 @@ def answer(sections: Sequence[Section]) -> Answer | None:
     if not found:
         return Answer(verdict(sections[0])[0], sections[0]) if sections else None
     section, comparison = enough[0] if enough else max(found, key=lambda pair: pair[1].pairs)
-    return Answer(_sentence(section, comparison), section)
+    return Answer(str(comparison), section)
 
 
 def _first_comparisons(section: Section) -> Iterator[Comparison]:
@@ -39,22 +39,3 @@ def _first_comparisons(section: Section) -> Iterator[Comparison]:
     for part in by_unit(section).values():
         compared = [comparison for comparison in compare_all(part.runs, others, section.baseline) if comparison.pairs]
         yield from compared[:1]
-
-
-def _sentence(section: Section, found: Comparison) -> str:
-    """The comparison for readers who have not seen the tables; whether it is significant stands first."""
-    points = found.unit == "points"
-    digits, unit = (2, "points") if points else (4, f"in {found.unit} (lower is better)")
-    difference = f"{found.difference:+.{digits}f} {unit}"
-    tasks = f"{found.tasks} tasks" if found.tasks > 1 else section.runs[0].task_name
-    over = f"over {found.pairs} pair{'s' if found.pairs > 1 else ''} of runs on {tasks}"
-    if found.pairs < 2:
-        return f"{found.method} against {found.other}: {difference}, {over}; too few for a test."
-    interval = f"95 % interval {found.low:+.{digits}f} to {found.high:+.{digits}f}"
-    if not found.conclusion.startswith("significant"):
-        few = "too few runs to tell" if found.pairs < FEWEST else "no significant difference"
-        return f"{found.method} against {found.other}: {few}. {difference} {over} ({interval})."
-    better = (found.difference > 0) == points
-    only = "; not significant over tasks" if found.conclusion != "significant" else ""
-    word = "better" if better else "worse"
-    return f"{found.method} is {word} than {found.other}: {difference} {over} ({interval}{only})."

@@ -47,39 +47,30 @@ class Comparison:
     unit: str = "points"
 
     def __str__(self) -> str:
+        """The comparison for readers who have not seen the tables; whether it is significant stands first."""
         if not self.pairs:
             return f"{self.method} and {self.other} have no task and seed in common."
-        digits, unit = (2, "points") if self.unit == "points" else (4, f"{self.unit} (lower is better)")
+        points = self.unit == "points"
+        digits, unit = (2, "points") if points else (4, f"in {self.unit} (lower is better)")
         pairs = f"{self.pairs} pair{'s' if self.pairs > 1 else ''} of runs"
-        found = f"{self.method} against {self.other}: {self.difference:+.{digits}f} {unit} over {pairs}"
-        if math.isnan(self.p):
-            return f"{found}; too few pairs for a test."
-        over_tasks = (
-            ""
-            if self.tasks < 2
-            else (
-                f", over the means of {self.tasks} tasks p = {self.p_tasks:.2g}, hierarchical bootstrap "
-                f"{self.low_tasks:+.{digits}f} to {self.high_tasks:+.{digits}f}"
-            )
-        )
-        more = (
-            ""
-            if self.needed is None or self.needed <= self.pairs
-            else (f" An interval of half a point on either side needs about {self.needed} pairs.")
-        )
-        return (
-            f"{found} (95 % interval {self.low:+.{digits}f} to {self.high:+.{digits}f}, paired t-test p = {self.p:.2g}"
-            f"{over_tasks}; {self.conclusion}), ahead in {self.ahead}.{more}"
-        )
+        tasks = f" on {self.tasks} tasks" if self.tasks > 1 else ""
+        found = f"{self.difference:+.{digits}f} {unit} over {pairs}{tasks}, ahead in {self.ahead}"
+        if self.pairs > 1:
+            found += f" (95 % interval {self.low:+.{digits}f} to {self.high:+.{digits}f})"
+        if self.conclusion != "significant":
+            return f"{self.method} against {self.other}: {self.conclusion}. {found}."
+        better = (self.difference > 0) == points
+        return f"{self.method} is {'better' if better else 'worse'} than {self.other}: {found}."
 
     @property
     def conclusion(self) -> str:
         """Whether the difference is significant at 5 %, over the pairs and over the tasks."""
         if self.pairs < FEWEST:
-            return "too few pairs to tell"
+            return "too few runs to tell"
         if self.low <= 0 <= self.high:
-            return "not significant"
-        return "significant" if self.tasks < 2 or self.p_tasks < 0.05 else "significant over runs, not over tasks"
+            return "no significant difference"
+        over_tasks = self.tasks < 2 or self.p_tasks < 0.05
+        return "significant" if over_tasks else "significant over these runs, but not over tasks"
 
 
 def score_table(runs: Iterable[Run]) -> pd.DataFrame:

@@ -105,6 +105,8 @@ def comparisons(section: Section) -> Table:
                 row += [f"{found.p_tasks:.2g}" if over else "",
                         f"{show(found.low_tasks)} to {show(found.high_tasks)}" if over else ""]  # fmt: skip
             row.append(f"{found.ahead} of {found.pairs}")
+            if "points" in units:
+                row.append("" if found.needed is None else str(found.needed))
             if published:
                 theirs = zip(published.get(method, ()), published.get(baseline, ()), strict=False)
                 digits = 1 if unit == "points" else 2
@@ -112,8 +114,13 @@ def comparisons(section: Section) -> Table:
             rows.append(row)
     over_tasks = ["p over tasks", "bootstrap interval"] if several_tasks else []
     header = ["method", "pairs", f"difference from {baseline}", "95 % interval", "p (paired t-test)", *over_tasks,
-              "ahead"]  # fmt: skip
-    note = "Pairs of runs with the same task and seed. A point is a hundredth of a score."
+              "ahead", *(["pairs for ± 0.5 points"] if "points" in units else [])]  # fmt: skip
+    note = "Pairs of runs with the same task and seed."
+    if "points" in units:
+        note += (
+            " A point is a hundredth of a score. The last column says about how many pairs an interval of half a point "
+            "on either side needs."
+        )
     if several_tasks:
         note += (
             " The runs of a task share its rows and a learning rate, so they are not independent; p over tasks is the "

@@ -36,20 +36,27 @@ def _ranking(section: Section, methods: list[str]) -> str:
 
     If no method has run on all tasks, the tasks that all methods have run on.
     """
-    first = section.runs[0]
-    means = means_of_tasks(section)
-    ranked = sorted(
-        ((means[method], method) for method in methods if not math.isnan(means[method])), reverse=first.higher_is_better
-    )
+    first, planned = section.runs[0], len(section.tasks)
+    ranked = _ranked(section, methods)
     if not ranked:
         scores = score_table(section.runs).reindex(columns=methods).groupby(level="task").count().min(axis=1)
-        shared = tuple(task for task in section.tasks if scores.get(task, 0) > 0)
-        words = f"No method has run on all of {', '.join(section.tasks)} yet"
-        return f"{words}. {_ranking(replace(section, tasks=shared), methods)}" if shared else f"{words}."
-    what = f"Mean of {len(section.tasks)} tasks" if len(section.tasks) > 1 else section.tasks[0]
+        section = replace(section, tasks=tuple(task for task in section.tasks if scores.get(task, 0) > 0))
+        if not section.tasks:
+            return "No task has runs of all methods yet."
+        ranked = _ranked(section, methods)
+    count = len(section.tasks)
+    of = f" of {planned}" if count < planned else ""
+    what = f"Mean of {count}{of} tasks" if count > 1 else f"{section.tasks[0]}{f', 1{of} tasks' if of else ''}"
     seeds = ", one seed" if len(common_seeds(section)) == 1 else ""
     lower = "" if first.higher_is_better else " (lower is better)"
     return f"{what}{seeds}{lower}: {', '.join(f'{method} {first.format(mean)}' for mean, method in ranked)}."
+
+
+def _ranked(section: Section, methods: list[str]) -> list[tuple[float, str]]:
+    """(mean, method) of the methods that have run on all tasks of the section, the best first."""
+    means = means_of_tasks(section)
+    found = [(means[method], method) for method in methods if not math.isnan(means[method])]
+    return sorted(found, reverse=section.runs[0].higher_is_better)
 
 
 def _missing(section: Section) -> list[str]:

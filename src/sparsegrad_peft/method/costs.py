@@ -3,7 +3,8 @@
 A layer computes with `W + Vᵀ S U`, where `W` is (out, in), `S` (r, c), `U` (c, in) and `V` (r, out). For `T` tokens the
 update can be applied in two ways:
 
-- *formed*: `W + Vᵀ S U` is computed once in forward and once in backward. This pays off with many tokens.
+- *formed*: `W + Vᵀ S U` is computed once in forward and once in backward. This pays off with many tokens, where both
+  sides are rotations or the identity.
 - *factored*: the input goes through `x Uᵀ Sᵀ V`. This pays off with few tokens.
 
 The file needs no torch, so that the command line and the benchmarks can count without it.
@@ -65,12 +66,17 @@ class LayerShape:
         """Sizes along a chain that passes through `U`."""
         return (self.c, self.in_) if self.rotates_in else (self.c,)
 
+    @property
+    def selects(self) -> bool:
+        """True if a side takes a part of the coordinates."""
+        return (not self.rotates_out and self.r < self.out) or (not self.rotates_in and self.c < self.in_)
+
 
 def saves_input(tokens: int, layer: LayerShape, prefer: Prefer) -> bool:
     """True if backward gets the input `x` (T, in), False if it gets the projected input `x Uᵀ` (T, c)."""
     if layer.c == layer.in_:  # the projected input is no smaller, and `x` may be kept for another layer anyway
         return True
-    if prefer == "memory" or not layer.rotates_in:
+    if prefer == "memory" or not layer.rotates_in or layer.selects:
         return False
     project = chain_cost(tokens, *layer.dims_in[::-1])
     from_input = chain_cost(*layer.dims_out[::-1], tokens, *layer.dims_in[::-1])
@@ -95,7 +101,13 @@ def backward_through_factors(tokens: int, layer: LayerShape, *, from_input: bool
 
 
 def forms_update(tokens: int, layer: LayerShape, prefer: Prefer) -> bool:
-    """True if forming `W + Vᵀ S U` needs fewer multiply-adds, forward and backward, than applying its factors."""
+    """True if forming `W + Vᵀ S U` needs fewer multiply-adds, forward and backward, than applying its factors.
+
+    Never where a side selects features: a copy of `W`, with additions to some of its rows or columns, takes longer than
+    the multiply-adds that it saves.
+    """
+    if layer.selects:
+        return False
     return _update_cost(True, tokens, tokens, layer, prefer) < _update_cost(False, tokens, tokens, layer, prefer)
 
 

@@ -7,7 +7,7 @@
 alone, and are made by counting multiply-adds (`costs.py`):
 
 - With many tokens the update `Vᵀ S U` is *formed* and added to `W`, once in forward and once in backward. With few
-  tokens it is applied through its *factors*.
+  tokens, or where a side selects features, it is applied through its *factors*.
 - Backward through the factors uses `δ Vᵀ` (T, r) twice, and computes it once where that is cheaper.
 - Backward needs the projected input `x_tilde = x Uᵀ` (T, c) or the input `x` (T, in). The smaller one is saved.
 

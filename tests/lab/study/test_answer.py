@@ -29,10 +29,11 @@ LORA = [0.60, 0.61, 0.59, 0.62, 0.60, 0.61]
     ("metric", "ours", "expected"),
     [
         ("accuracy", [s + d for s, d in zip(LORA, [0.05, 0.06, 0.05, 0.06, 0.05, 0.06], strict=True)],
-         "sparsegrad is better than lora: +5.50 points over 6 pairs of runs on t (95 % interval +4.93 to +6.07)."),
+         "sparsegrad is better than lora: +5.50 points over 6 pairs of runs, ahead in 6 (95 % interval +4.93 to "
+         "+6.07)."),
         ("accuracy", LORA[::-1], "sparsegrad against lora: no significant difference. +0.00 points over 6 pairs"),
         ("accuracy", [0.7, 0.72], "sparsegrad against lora: too few runs to tell. +10.50 points over 2 pairs of runs"),
-        ("accuracy", [0.7], "sparsegrad against lora: +10.00 points, over 1 pair of runs on t; too few for a test."),
+        ("accuracy", [0.7], "sparsegrad against lora: too few runs to tell. +10.00 points over 1 pair of runs"),
         ("loss", [s + d for s, d in zip(LORA, [0.05, 0.06, 0.05, 0.06, 0.05, 0.06], strict=True)],
          "sparsegrad is worse than lora: +0.0550 in loss (lower is better) over 6 pairs"),
     ],

@@ -53,23 +53,24 @@ def test_comparison_by_hand(runs: list[Run]) -> None:
     # Task means 3 and 1: the bootstrap's mean lies between the lowest and the highest difference.
     assert (found.low_tasks, found.high_tasks) == (pytest.approx(1), pytest.approx(3.75, abs=0.3))
     assert found.needed == 31  # (1.96 * 1.414 / 0.5)²
-    assert "p = 0.066, over the means of 2 tasks p = 0.3, hierarchical bootstrap +1.00 to " in str(found)
-    assert "; too few pairs to tell), ahead in 4. An interval of half a point on either side needs about 31" in str(
-        found
+    assert str(found) == (
+        "sparsegrad against lora: too few runs to tell. +2.00 points over 4 pairs of runs on 2 tasks, ahead in 4 "
+        "(95 % interval -0.25 to +4.25)."
     )
     one = compare(runs, "full", "lora")
     assert (one.pairs, one.difference) == (1, pytest.approx(8))
     assert math.isnan(one.p)
-    assert "too few pairs for a test" in str(one)
+    assert str(one).endswith("too few runs to tell. +8.00 points over 1 pair of runs, ahead in 1.")
     assert compare(runs, "full", "none").pairs == 0
 
 
 @pytest.mark.parametrize(
     ("differences", "said"),
     [
-        ([2, 4, 1, 1, 2], "too few pairs to tell"),  # p = 0.022
-        ([2, 4, 1, 1, 2, 2], "; significant)"),
-        ([2, 4, -1, -1, 2, 2], "not significant"),
+        ([2, 4, 1, 1, 2], "a against b: too few runs to tell. +2.00 points"),  # p = 0.022
+        ([2, 4, 1, 1, 2, 2], "a is better than b: +2.00 points"),
+        ([-2, -4, -1, -1, -2, -2], "a is worse than b: -2.00 points"),
+        ([2, 4, -1, -1, 2, 2], "a against b: no significant difference. +1.33 points"),
     ],
 )
 def test_what_is_said_of_a_difference(differences: list[int], said: str, runs: list[Run]) -> None:
@@ -94,10 +95,10 @@ def test_a_difference_on_one_task_is_none_over_tasks(runs: list[Run]) -> None:
     found = compare(pairs, "a", "b")
     assert found.low > 0
     assert (found.tasks, found.p_tasks > 0.05) == (2, True)
-    assert "significant over runs, not over tasks" in str(found)
+    assert "a against b: significant over these runs, but not over tasks. +" in str(found)
     same = [run.model_copy(update={"score": 0.5}) for run in pairs]
     assert compare(same, "a", "b").p == 1
-    assert "not significant" in str(compare(same, "a", "b"))
+    assert "no significant difference" in str(compare(same, "a", "b"))
 
 
 def test_the_bootstrap_is_as_wide_as_the_spread_of_tasks() -> None:
