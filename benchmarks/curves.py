@@ -14,7 +14,7 @@ from record import environment, parser, write
 from sparsegrad_lab.bench.settings import BenchArguments
 from sparsegrad_lab.bench.speed import measure
 
-METHODS = ("floor", "sparsegrad", "sparsegrad-speed", "lora", "full")
+METHODS = ("floor", "sparsegrad", "lora", "full")
 WIDTHS = ((256, 1024), (512, 2048), (768, 3072), (1024, 4096), (1536, 6144))
 
 

@@ -122,12 +122,12 @@ def speed_overview(path: Path, short: bool = False) -> str:
         lines.append((
             bool(part_of_model(result)),
             [result["workload"].removesuffix(", random weights"), ratio(rows, "sparsegrad", "floor"),
-             ratio(rows, "sparsegrad", "lora"), ratio(rows, "sparsegrad-speed", "lora"), ratio(rows, "full", "lora"),
+             ratio(rows, "sparsegrad", "lora"), ratio(rows, "full", "lora"),
              f"{default['peak_bytes'] / lora['peak_bytes']:.2f}",
              f"{default['bytes']['kept_for_backward'] / lora['bytes']['kept_for_backward']:.2f}",
              f"{default['bytes']['trainable_entries']:,}"],
         ))  # fmt: skip
-    header = ["workload", "step ÷ floor", "step ÷ LoRA", "step ÷ LoRA, `prefer=\"speed\"`", "full fine-tuning ÷ LoRA",
+    header = ["workload", "step ÷ floor", "step ÷ LoRA", "full fine-tuning ÷ LoRA",
               "peak memory ÷ LoRA", "saved for backward ÷ LoRA", "trained entries"]  # fmt: skip
     ordered = sorted(lines, key=lambda line: line[0])
     if not short:

@@ -32,7 +32,7 @@ def _layer(method: str, out: int, in_: int, tokens: int, live: int, sizes: Sizes
         return 3 * product + 2 * tokens * (in_**2 + out**2)
     if method == "sparsegrad-paper":  # rotates the gradient, and the update back
         return 3 * product + chain_cost(out, out, in_, in_) + out * in_ * min(out, in_)
-    if method not in ("sparsegrad", "sparsegrad-speed", "sparsegrad-complete"):
+    if method not in ("sparsegrad", "sparsegrad-complete"):
         return None
     if method == "sparsegrad-complete":
         sizes = COMPLETE

@@ -11,7 +11,7 @@ from sparsegrad_peft.method.sizes import Sizes, default_form
 from ..run.settings import refuse
 
 DEFAULT_METHODS = (
-    "floor", "sparsegrad", "sparsegrad-speed", "sparsegrad-paper", "sparsegrad-complete", "literal", "literal-sparse",
+    "floor", "sparsegrad", "sparsegrad-paper", "sparsegrad-complete", "literal", "literal-sparse",
     "lora", "lora-rank-7", "lora-fa", "full", "galore",
 )  # fmt: skip
 

@@ -33,7 +33,7 @@ from torch.nn import functional
 from .costs import LayerShape, Prefer, backward_through_factors, forms_update, saves_input
 from .live_rows import live_rows
 from .precision import HALF_PRECISION, without_autocast
-from .products import add_chain, chain
+from .products import add_chain, chain, last_product
 from .sides import Scales, Side, cast, is_selected, row_count, scaled, take
 
 
@@ -121,30 +121,32 @@ class SparseGradFunction(torch.autograd.Function):
                 x, x_tilde = (None if saved is None else saved[live] for saved in (x, x_tilde))
             U_c, V_c = cast(U, delta.dtype), cast(V, delta.dtype)
             grad_x = grad_weight = grad_bias = grad_core = None
-            delta_tilde = None  # δ Vᵀ (T, r), basis
+            delta_tilde = update = None  # δ Vᵀ (T, r), basis; the update's part of ∂L/∂x
             if ctx.needs_input_grad[0]:
                 S = dense_core(core, positions, (layer.r, layer.c), tuple(scales))
                 if W_formed is None and ctx.formed:
                     W_formed = _form(weight, S, U, V, delta.dtype)
-                if W_formed is not None:
-                    grad_x = delta @ W_formed
-                else:
+                if W_formed is None:
                     if ctx.needs_input_grad[3] and _shares_delta_tilde(layer, delta, x_tilde):
                         delta_tilde = take(delta, V_c)
-                    plain = delta @ weight.to(delta.dtype)
-                    grad_x = _add_update(plain, _through(delta, delta_tilde, V_c), S.to(delta.dtype), U_c)
+                    update = _update(_through(delta, delta_tilde, V_c), S.to(delta.dtype), U_c)
+            if ctx.needs_input_grad[3]:
+                left = (factor.T for factor in reversed(_through(delta, delta_tilde, V_c)))
+                grad_core = scaled(chain(*left, *_through(x, x_tilde, U_c)), tuple(scales)).to(core.dtype)  # G_tilde
+                if positions is not None:
+                    grad_core = grad_core.reshape(-1)[positions.long()]
+            del delta_tilde  # free it before ∂L/∂x (T, in) is made
+            if ctx.needs_input_grad[0]:
+                if update is None:
+                    grad_x = delta @ W_formed
+                else:
+                    grad_x = _add_update(delta @ weight.to(delta.dtype), update, U_c)
                 if live is not None:
                     grad_x = grad_x.new_zeros(tokens, grad_x.shape[1]).index_copy_(0, live, grad_x)
             if ctx.needs_input_grad[1]:
                 grad_weight = (delta.T @ x).to(weight.dtype)  # G
             if ctx.needs_input_grad[2]:
                 grad_bias = delta.sum(0)  # of δ, not of δ_tilde
-            if ctx.needs_input_grad[3]:
-                left = [factor.T for factor in reversed(_through(delta, delta_tilde, V_c))]
-                right = _through(x, x_tilde, U_c)
-                grad_core = scaled(chain(*left, *right), tuple(scales)).to(core.dtype)  # G_tilde
-                if positions is not None:
-                    grad_core = grad_core.reshape(-1)[positions.long()]
         return grad_x, grad_weight, grad_bias, grad_core, *[None] * 6
 
 
@@ -172,7 +174,8 @@ def output(
         return functional.linear(x, W_formed, bias), None, W_formed
     x_tilde = take(x, cast(U, x.dtype))
     y = functional.linear(x, weight.to(x.dtype), bias)
-    return _add_update(y, (x_tilde,), S.T.to(x.dtype), cast(V, x.dtype)), x_tilde, None
+    V = cast(V, x.dtype)
+    return _add_update(y, _update((x_tilde,), S.T.to(x.dtype), V), V), x_tilde, None
 
 
 def _layer_shape(weight: Tensor, U: Side, V: Side) -> LayerShape:
@@ -217,12 +220,17 @@ def _add_update_to_weight(weight: Tensor, S: Tensor, U: Side, V: Side) -> Tensor
     return formed.index_add_(0, V, rows)  # (r, in)
 
 
-def _add_update(y: Tensor, factors: tuple[Tensor, ...], S: Tensor, side: Side) -> Tensor:
-    """Add `factors S side` to `y` (T, n) in place: along a selected side, to its columns only."""
+def _update(factors: tuple[Tensor, ...], S: Tensor, side: Side) -> tuple[Tensor, Tensor | None]:
+    """The last product of `factors S side` (T, n), not yet computed. Along a selected side: its columns (T, k) only."""
+    return (chain(*factors, S), None) if is_selected(side) else last_product(*factors, S, side)
+
+
+def _add_update(y: Tensor, update: tuple[Tensor, Tensor | None], side: Side) -> Tensor:
+    """Add what `_update` returns to `y` (T, n) in place."""
+    left, right = update
     if is_selected(side):
-        update = chain(*factors, S)  # (T, k)
-        return y.scatter_add_(1, side.long().expand(update.shape), update)
-    return add_chain(y, *factors, S, side, in_place=True)
+        return y.scatter_add_(1, side.long().expand(left.shape), left)
+    return add_chain(y, left, right, in_place=True)
 
 
 def _through(z: Tensor, z_tilde: Tensor | None, side: Side) -> tuple[Tensor, ...]:

@@ -22,19 +22,22 @@ def _split(factors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 def chain(*factors: Tensor | None) -> Tensor:
     """Multiply the matrices in the cheapest order. `None` is the identity."""
+    left, right = last_product(*factors)
+    return left if right is None else left @ right
+
+
+def last_product(*factors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The two matrices of the last product of `chain`, with all others computed. One matrix: (it, None)."""
     present = [f for f in factors if f is not None]
     if len(present) == 1:
-        return present[0]
+        return present[0], None
     left, right = _split(present)
-    return chain(*left) @ chain(*right)
+    return chain(*left), chain(*right)
 
 
 def add_chain(out: Tensor, *factors: Tensor | None, in_place: bool = False) -> Tensor:
     """Return `out + chain(*factors)`; the last product and the sum are one `addmm`. `in_place` writes into `out`."""
-    present = [f for f in factors if f is not None]
-    if len(present) == 1:
-        return out.add_(present[0]) if in_place else out + present[0]
-    left, right = _split(present)
-    if in_place:
-        return out.addmm_(chain(*left), chain(*right))
-    return torch.addmm(out, chain(*left), chain(*right))
+    left, right = last_product(*factors)
+    if right is None:
+        return out.add_(left) if in_place else out + left
+    return out.addmm_(left, right) if in_place else torch.addmm(out, left, right)

@@ -51,7 +51,8 @@ class SparseGradConfig(PeftConfig):
             complete bases. Bases are rounded once, before training.
         original_space: train the whole core in the original space, without bases (MeProp, if the optimizer selects).
             The sizes and `shared` then have no effect.
-        prefer: "memory" saves the projected input for backward; "speed" saves what costs the fewest multiply-adds.
+        prefer: "memory" saves the projected input for backward; "speed" saves what costs the fewest multiply-adds. Only
+            with directions on both sides; neurons have one way.
         target_modules: layers to adapt, as in PEFT: name endings, a regular expression, or "all-linear". None: the MLP
             linears of the architecture, or none if `target_parameters` is given.
         target_parameters: fused experts to adapt, as in PEFT: names of parameters (experts, ., .), or their endings.
