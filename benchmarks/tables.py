@@ -133,11 +133,12 @@ def speed_overview(path: Path, short: bool = False) -> str:
     if not short:
         return markdown(header, [line for _, line in ordered])
     kept = [header.index(name) for name in SHORT_COLUMNS]
-    whole = [[line[column].partition(";")[0] for column in kept] for part, line in ordered if not part]
+    whole = [[re.sub(r"; .* blocks(, [^ ]+ tokens).*", r"\1", line[column]) for column in kept]
+             for part, line in ordered if not part]  # fmt: skip
     return markdown([header[column] for column in kept], whole)
 
 
-SHORT_COLUMNS = ("workload", "step ÷ floor", "step ÷ LoRA", "full fine-tuning ÷ LoRA", "peak memory ÷ LoRA")
+SHORT_COLUMNS = ("workload", "step ÷ floor", "step ÷ LoRA", "peak memory ÷ LoRA", "trained entries")
 "Columns of the short table of speed results."
 
 SPEED_TARGETS: tuple[tuple[str, str, str, float, Callable[[Any, Any], float]], ...] = (
