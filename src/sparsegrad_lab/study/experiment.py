@@ -101,6 +101,11 @@ class Experiment(_Spec):
     paper: dict[str, Any] | None = None
     "published figures: source, columns, scores or costs by method"
 
+    @property
+    def seeds_by_method(self) -> dict[str, tuple[int, ...]]:
+        """The seeds of each method: its own, or the experiment's."""
+        return {method: variant.seeds or self.seeds for method, variant in self.methods.items()}
+
     def cells(self) -> Iterator[Cell]:
         """All runs: the search first, then seed by seed, so that complete tables exist early."""
         for model in self.models:
@@ -108,7 +113,7 @@ class Experiment(_Spec):
                 for method, variant in self.methods.items():
                     for rate, seed in product(variant.learning_rates, self.search.seeds):
                         yield Cell(self, model, task, method, seed, rate)
-        own = {method: variant.seeds or self.seeds for method, variant in self.methods.items()}
+        own = self.seeds_by_method
         for seed in sorted(set().union(*own.values())):
             for model in self.models:
                 for task in self.tasks:

@@ -26,7 +26,8 @@ class Section:
     methods: dict[str, str]
     "name -> description, in the order of the tables"
     tasks: tuple[str, ...]
-    seeds: tuple[int, ...]
+    seeds: dict[str, tuple[int, ...]]
+    "method -> the seeds that the experiment plans; those of all runs, where the experiment is not known"
     baseline: str
     "method that the others are compared with"
     runs: tuple[Run, ...]
@@ -167,13 +168,14 @@ def _section(
         return Section(
             name, _line(first.title) or name or "All runs", _line(first.question),
             {method: _line(about[method].words) for method in methods},
-            tuple(dict.fromkeys(run.task_name for run in runs)), tuple(sorted({run.seed for run in runs})),
+            tuple(dict.fromkeys(run.task_name for run in runs)),
+            dict.fromkeys(methods, tuple(sorted({run.seed for run in runs}))),
             baseline or _line(first.baseline) or BASELINE, runs, trials, tuple(failures), experiment=name,
         )  # fmt: skip
     words = {name: method.words for name, method in experiment.methods.items()}
     return Section(
         name, experiment.title, experiment.question, {**words, **{m: words.get(m, "") for m in methods}},
-        tuple(task.removeprefix("glue/") for task in experiment.tasks), experiment.seeds,
+        tuple(task.removeprefix("glue/") for task in experiment.tasks), experiment.seeds_by_method,
         baseline or experiment.baseline, runs, trials, tuple(failures), experiment.paper, experiment.scored, name,
     )  # fmt: skip
 

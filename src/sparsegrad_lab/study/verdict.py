@@ -71,7 +71,7 @@ def _missing(section: Section) -> list[str]:
         failures = [failure for failure in section.failures if failure.method_name == method and not failure.trial]
         attempted = {run.task_name for run in runs} | {failure.task_name for failure in failures}
         tasks = [task for task in section.tasks if task not in attempted]
-        planned = len(attempted) * len(section.seeds)
+        planned = len(attempted) * len(section.seeds.get(method, ()))
         missing = planned - len(runs) - len(failures)
         if attempted and tasks:
             words.append(f"{method} on {', '.join(tasks)}")
