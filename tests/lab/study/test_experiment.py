@@ -23,7 +23,7 @@ EXPERIMENTS = {
     for name in experiment_names()
 }
 METHODS = [(name, method) for name, experiment in EXPERIMENTS.items() for method in experiment.methods]
-ALIKE = ("kept-entries", "calibration", "openassistant", "default-form", "sizes", "conversations", "every-third-block")
+ALIKE = ("kept-entries", "calibration", "openassistant", "default-form", "conversations", "every-third-block")
 "Experiments whose methods are alike: the first and the last of them are run."
 RUN = [
     (name, method)
@@ -34,8 +34,8 @@ RUN = [
 
 def test_all_are_found() -> None:
     """A folder that is not listed, or a config that no experiment uses, would never be run."""
-    assert len(EXPERIMENTS) == 18
-    assert len(METHODS) == 104
+    assert len(EXPERIMENTS) == 17
+    assert len(METHODS) == 99
     folders = {path.name for path in SHIPPED.iterdir() if path.is_dir()}
     assert folders == set(EXPERIMENTS)
     used = {Path(EXPERIMENTS[name].methods[method].settings.get("method", "")).resolve() for name, method in METHODS}
@@ -66,9 +66,9 @@ def test_settings_are_valid(name: str, scale: str) -> None:
 
 def test_scales() -> None:
     assert experiment_names(scale="paper") == AT_PAPER
-    assert len(experiment_names(scale="cpu")) == 17
-    with pytest.raises(ValueError, match="experiment sizes is for scale cpu"):
-        load_experiment("sizes", "paper")
+    assert len(experiment_names(scale="cpu")) == 16
+    with pytest.raises(ValueError, match="experiment selection is for scale cpu"):
+        load_experiment("selection", "paper")
     lora = load_experiment("comparison", "paper").methods["lora"]
     assert lora.settings == {"method": "lora", "adapter": {"rank": None}}
 
