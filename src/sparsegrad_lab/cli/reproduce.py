@@ -171,7 +171,9 @@ def _selection(options: Any, experiments: Sequence[Experiment]) -> Callable[[Cel
     known = {
         "methods": {method for experiment in experiments for method in experiment.methods},
         "tasks": {task for experiment in experiments for task in experiment.tasks},
-        "seeds": {str(seed) for experiment in experiments for own in experiment.seeds_by_method.values() for seed in own},
+        "seeds": {
+            str(seed) for experiment in experiments for own in experiment.seeds_by_method.values() for seed in own
+        },
     }
     selected: dict[str, set[str]] = {}
     for name, names in known.items():

@@ -23,9 +23,7 @@ def counted() -> FlopCounterMode:
 
 
 @pytest.mark.parametrize("tokens", [4, 96, 400, 1500])
-@pytest.mark.parametrize(
-    "method", ["floor", "sparsegrad", "sparsegrad-complete", "literal", "full"]
-)
+@pytest.mark.parametrize("method", ["floor", "sparsegrad", "sparsegrad-complete", "literal", "full"])
 def test_counted_is_computed(method: str, tokens: int) -> None:
     """With few tokens, where the update is applied in factors, and with many, where it is formed."""
     found = bench_runner(method, tokens=tokens)

@@ -160,8 +160,8 @@ def test_two_machines_share_a_study(experiments: Path, tmp_path: Path, empty_dat
 def test_an_experiment_needs_no_more_than_its_own_lines(experiments: Path, places: Places, capsys: Any) -> None:
     """No default.yaml; what a report says of it comes with the results.
 
-    The run was killed in the first write to its folder, so --retry does it again in a folder that holds only a draft. Its
-    method has a seed that the experiment does not have.
+    The run was killed in the first write to its folder, so --retry does it again in a folder that holds only a draft.
+    Its method has a seed that the experiment does not have.
     """
     settings = yaml.safe_load((experiments / "default.yaml").read_text(encoding="utf-8"))
     own = {
