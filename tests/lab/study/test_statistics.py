@@ -18,6 +18,7 @@ from sparsegrad_lab.study.statistics import (
     mean_of_tasks,
     score_table,
 )
+from sparsegrad_lab.study.verdict import verdict
 
 
 def test_means(runs: list[Run], section: Section) -> None:
@@ -41,6 +42,7 @@ def test_a_mean_is_over_the_seeds_that_all_have(section: Section) -> None:
     wider = replace(section, runs=(*section.runs, *more))
     assert mean_of_tasks(wider, "sparsegrad") == mean_of_tasks(section, "sparsegrad") == pytest.approx(72)
     assert mean_of_tasks(wider, "lora") == pytest.approx(70)
+    assert verdict(wider)[0] == "Mean of 2 tasks, the 2 seeds of all methods: sparsegrad 72.0, lora 70.0."
 
 
 def test_comparison_by_hand(runs: list[Run]) -> None:
