@@ -25,7 +25,7 @@ RUNS = sorted((ROOT / "benchmarks" / "results" / "study").rglob("*.json"))
 
 def test_counts() -> None:
     assert len(RESULTS) == 4
-    assert len(SPEED) == 9
+    assert len(SPEED) == 12
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_speed_files_say_where_they_come_from(path: Path) -> None:
     assert re.fullmatch(r"[0-9a-f]{40}", result["environment"]["commit"])
     assert result["environment"]["dirty"] is False
     assert str(path.relative_to(ROOT)) in result["command"]
-    assert {"floor", "sparsegrad", "lora", "full"} <= result["methods"].keys()
+    assert {"floor", "sparsegrad", "lora"} <= result["methods"].keys()
     assert not [name for name, row in result["methods"].items() if "failed" in row]
 
 
