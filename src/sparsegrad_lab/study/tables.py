@@ -118,8 +118,8 @@ def comparisons(section: Section) -> Table:
     note = "Pairs of runs with the same task and seed."
     if "points" in units:
         note += (
-            " A point is a hundredth of a score. The last column says about how many pairs an interval of half a point "
-            "on either side needs."
+            " A point is a hundredth of a score. Pairs for ± 0.5 points: about how many an interval of half a point on "
+            "either side needs."
         )
     if several_tasks:
         note += (
