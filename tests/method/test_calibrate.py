@@ -324,3 +324,14 @@ def test_scales_of_single_gradients_are_named(caplog: pytest.LogCaptureFixture) 
             caplog.clear()
             found.bases(c=2, r=2, exponent=exponent)
             assert ("all scales are 1" in caplog.text) is (exponent > 0 and not mean_gradient)
+
+
+def test_scales_of_one_step_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """One step has nothing in common with others."""
+    model, x = nn.Linear(6, 5), torch.randn(4, 6)
+    found = calibrate(model, [x], loss_fn=lambda net, batch: net(batch).square().sum(), n_steps=1, mean_gradient=True)
+    found.bases(c=2, r=2)
+    assert "scales" not in caplog.text
+    found.bases(c=2, r=2, exponent=1.5)
+    assert "in 1 of 1 groups" in caplog.text
+    assert "all scales are 1" in caplog.text

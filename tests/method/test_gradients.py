@@ -599,3 +599,5 @@ def test_output_without_loss() -> None:
         run(Outputs(torch.ones(2)), ["layer"], batches)
     with pytest.raises(TypeError, match=words.format("SimpleNamespace")):
         run(Outputs(SimpleNamespace(loss=None)), ["layer"], batches)
+    with pytest.raises(TypeError, match=r"output is a tuple, .* set model.config.return_dict = True"):
+        run(Outputs((torch.ones(()), torch.ones(2))), ["layer"], batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, TrainingArguments
 
 from helpers import F64, logits, max_difference, train_adapter, tuner_layers
 from sparsegrad_peft import SparseGradConfig, SparseGradTrainer, calibrate_adapter, export_lora, refresh_adapter
@@ -190,6 +191,43 @@ def test_decoding_writes_the_neurons_and_restores_them(monkeypatch: pytest.Monke
     assert all(map(torch.equal, found.logits, expected.logits))
     with pytest.raises(ValueError, match="max_new_tokens"):
         model.generate(**ids, max_new_tokens=0)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_generate_within_generate() -> None:
+    """Neurons are written once and restored once; another adapter, or none, sees the parameter without them."""
+    model, base = trained()
+    ids = batch_of()["input_ids"]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    adapted, plain = logits(model, batch_of()), logits(base, batch_of())
+    assert max_difference(adapted, plain) > 1e-3
+    seen = []
+
+    class Inside(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            if not seen:
+                seen.append("inner")
+                model.generate(input_ids=ids, max_new_tokens=1, logits_processor=[])
+                assert max_difference(logits(model, batch_of()), adapted) < 1e-5
+                with model.disable_adapter():
+                    assert max_difference(logits(model, batch_of()), plain) < 1e-5
+            return scores
+
+    options: dict[str, Any] = {"input_ids": ids, "max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(**options)
+    assert torch.equal(model.generate(**options, logits_processor=LogitsProcessorList([Inside()])), expected)
+    assert seen
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_generate_in_two_threads() -> None:
+    model, _ = trained()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    options: dict[str, Any] = {"input_ids": batch_of()["input_ids"], "do_sample": False}
+    expected = {count: model.generate(**options, max_new_tokens=count) for count in (2, 9)}
+    with ThreadPoolExecutor(2) as threads:
+        calls = [(count, threads.submit(model.generate, **options, max_new_tokens=count)) for count in (2, 9, 2, 9)]
+        assert all(torch.equal(call.result(), expected[count]) for count, call in calls)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

@@ -232,3 +232,23 @@ def test_modules_to_save_alone_load() -> None:
     before = model.base_model.model.classifier.weight.detach().clone()
     set_peft_model_state_dict(model, head)
     assert max_difference(model.base_model.model.classifier.weight.detach(), before + 1) == 0
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("exponent", [0.0, 1.5])
+def test_pytorchs_own_loading_refuses_bases_that_it_would_mix(exponent: float, strict: bool) -> None:
+    """`load_state_dict` copies the bases of all layers of a shape into the one that a new adapter has for them."""
+    data = tiny_batch("llama")
+    model, fresh = (
+        get_peft_model(tiny_model("llama"), SparseGradConfig(narrow=4, wide=6, neurons=False, exponent=exponent))
+        for _ in range(2)
+    )
+    calibrate_adapter(model, [data], n_steps=6, progress=False)
+    train_adapter(model.train(), data)
+    model.eval()
+    with pytest.raises(RuntimeError, match="the weights hold calibrated bases for adapter 'default', and the adapter"):
+        fresh.load_state_dict(model.state_dict(), strict=strict)
+    set_peft_model_state_dict(fresh, get_peft_model_state_dict(model))
+    assert max_difference(logits(fresh.eval(), data), logits(model, data)) == 0
+    fresh.load_state_dict(model.state_dict())
+    assert max_difference(logits(fresh, data), logits(model, data)) == 0

@@ -270,7 +270,7 @@ def test_ready_statistics() -> None:
         U = mine.sparsegrad_basis["default"].U
         assert torch.equal(U, theirs.sparsegrad_basis["default"].U[: len(U)])
     other, _ = trained_adapter("llama", calibrated=False, trained=0)
-    with pytest.raises(ValueError, match="the statistics are of groups"):
+    with pytest.raises(ValueError, match="the statistics are of other layers than the adapter's: in group"):
         calibrate_adapter(other, calibration=statistics)
 
 

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from helpers import tiny_batch, tiny_model, tuner_layers
+from helpers import logits, tiny_batch, tiny_model, tuner_layers
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
 
 
@@ -118,3 +118,19 @@ def test_a_deleted_adapter_leaves_nothing(tmp_path: Path) -> None:
     model.delete_adapter("default")
     gc.collect()
     assert basis() is None
+
+
+def test_a_copy_of_an_adapter_has_its_head_and_tokens() -> None:
+    """PEFT makes both anew."""
+    model = calibrated(SparseGradConfig(task_type="SEQ_CLS", trainable_token_indices=[1, 2]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".default" in name:
+                parameter.normal_()
+    expected = logits(model.eval(), tiny_batch("bert"))
+    model.add_adapter("twin", model.peft_config["default"])
+    assert torch.equal(logits(model, tiny_batch("bert")), expected)
+    model.set_adapter("twin")
+    assert torch.equal(logits(model.eval(), tiny_batch("bert")), expected)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model, tiny_batch("bert")), expected)

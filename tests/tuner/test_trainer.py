@@ -137,7 +137,8 @@ PLAIN = {"sparse": False, "density": None, "k": None}
 def test_groups_of_an_adapter(selection: dict[str, Any], tmp_path: Path) -> None:
     cores, decayed, not_decayed = groups_of(uncalibrated_adapter(), tmp_path, **selection)
     assert len(cores.pop("names")) == 6
-    assert cores == {"lr": 1e-2, "weight_decay": 0.0, **PLAIN, "sparse": bool(selection), **selection}
+    decay = 0.0 if selection else 0.1  # selected entries have none
+    assert cores == {"lr": 1e-2, "weight_decay": decay, **PLAIN, "sparse": bool(selection), **selection}
     assert decayed == {"lr": 1e-3, "weight_decay": 0.1, **PLAIN, "names": {f"{HEAD}.weight"}}
     assert not_decayed == {"lr": 1e-3, "weight_decay": 0.0, **PLAIN, "names": {f"{HEAD}.bias"}}
     assert {group["lr"] for group in groups_of(uncalibrated_adapter(), tmp_path, rest_learning_rate=None)} == {1e-2}

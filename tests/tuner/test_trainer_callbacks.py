@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 from trainers import CALIBRATION, arguments, losses, rows, saved
 from transformers import Trainer
 
@@ -77,3 +78,19 @@ def test_too_late_for_an_optimizer_that_has_trained(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="the optimizer has already trained"):
         again.train()
+
+
+def test_a_loss_of_ones_own(tmp_path: Path) -> None:
+    """For trainers whose loss is not the model's."""
+    seen = []
+
+    def loss_fn(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        seen.append(sorted(batch))
+        loss: torch.Tensor = model(**batch).logits.square().mean()
+        return loss
+
+    trainer = plain_trainer(tmp_path, uncalibrated_adapter(), callback=False)
+    trainer.add_callback(SparseGradCalibration(CALIBRATION, loss_fn))
+    trainer.train()
+    assert len(seen) == CALIBRATION.n_steps
+    assert trainer.model.peft_config["default"].calibrated

@@ -79,3 +79,22 @@ def test_a_batch_without_labels_tells_nothing(tmp_path: Path) -> None:
     for inputs, known in ((empty, False), (batch, True)):
         trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(72))
         assert (trainer._loss_is_known, trainer.model_accepts_loss_kwargs) == (known, True)
+
+
+def test_a_loss_function_of_ones_own_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers asks its author to use `num_items_in_batch`. Its result is not corrected, and nothing is said."""
+    found = []
+    for cls in (SparseGradTrainer, Trainer):
+        model = uncalibrated_adapter("bert", dropout=0)
+        calibrate_adapter(model, [tiny_batch("bert")], n_steps=3, training=False, progress=False)
+        args = arguments(tmp_path, max_steps=2, learning_rate=1e-8, gradient_accumulation_steps=4)
+        with caplog.at_level(logging.INFO, logger="sparsegrad_peft"):
+            trainer = cls(
+                model=model, args=args, train_dataset=rows(),
+                compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.logits.square().mean(),
+            )  # fmt: skip
+            trainer.train()
+        found.append(losses(trainer))
+    assert "num_items_in_batch" not in caplog.text
+    for own, expected in zip(*found, strict=True):
+        assert own == pytest.approx(expected, rel=1e-5)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trainers import CALIBRATION, saved
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from helpers import check_equal, logits, tiny_batch, tiny_model, uncalibrated_adapter
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
@@ -144,3 +144,33 @@ def test_the_reference_adapter_of_dpo_is_the_adapter_at_the_start(start: str, tm
         assert torch.equal(logits(trainer.model.eval(), row), logits(expected, row))
     loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "checkpoint-2" / "ref").eval()
     assert torch.equal(logits(loaded, row), logits(trainer.model.eval(), row))
+
+
+class GRPO(SparseGradTrainerMixin, GRPOTrainer):
+    pass
+
+
+def test_grpo_calibrates_with_its_own_loss(tmp_path: Path) -> None:
+    """Its loss reads what the Trainer sets when training begins; tokens of calibration are not counted."""
+    args = GRPOConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, num_generations=2, learning_rate=1e-2,
+        max_completion_length=4, logging_steps=1, save_steps=2, report_to=[], use_cpu=True, bf16=False,
+        disable_tqdm=True, seed=0, gradient_checkpointing=False, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    rewards: dict[str, Any] = {"reward_funcs": lambda completions, **_: [float(len(set(text))) for text in completions]}
+    data = Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(12)]})
+    found = []
+    for calibrated in (False, True):
+        model = uncalibrated_adapter("llama")
+        if calibrated:
+            calibrate_adapter(model, [tiny_batch("llama")], n_steps=2, progress=False)
+        trainer = GRPO(
+            model=model, args=args, train_dataset=data, processing_class=tokenizer(), calibration=CALIBRATION, **rewards
+        )
+        trainer.train()
+        assert trainer.model.peft_config["default"].calibrated
+        found.append([entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry])
+        assert found[-1][0] <= 2 * 8 * (2 + 4)
+    assert len(found[0]) == len(found[1]) == 2
+    cores = [value for name, value in saved(trainer.model).items() if "sparsegrad_S" in name]
+    assert any(bool(core.any()) for core in cores)

@@ -79,7 +79,19 @@ class Calibration:
             for side, buffer in list(basis.named_buffers()):
                 setattr(basis, side, broadcast_from_rank0(buffer))
         warn_of_completed(notes)
+        unscaled = [name for name, basis in bases.items() if exponent and _has_only_ones(basis)]
+        if unscaled and all(group.knows_common for group in self.groups.values()):
+            logger.warning(
+                "exponent=%g: in %d of %d groups, such as %s, the gradients have nothing in common above rounding, so "
+                "all scales are 1. Take more calibration steps, or set exponent=0.",
+                exponent, len(unscaled), len(bases), unscaled[0],
+            )  # fmt: skip
         return bases
+
+
+def _has_only_ones(basis: Basis) -> bool:
+    scales = [scale for scale in basis.scales if scale is not None and len(scale) > 1]  # a single scale is always 1
+    return bool(scales) and all(bool((scale == 1).all()) for scale in scales)
 
 
 def calibrate(

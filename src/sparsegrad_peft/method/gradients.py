@@ -53,6 +53,11 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     device = next(model.parameters()).device
     output = model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
     loss = getattr(output, "loss", None)
+    if isinstance(output, tuple):
+        raise TypeError(
+            "the model's output is a tuple, expected one with a loss; set model.config.return_dict = True, or pass "
+            "loss_fn=lambda model, batch: ..."
+        )
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"the model's output ({type(output).__name__}) has no loss; put labels into the batches (found the keys "

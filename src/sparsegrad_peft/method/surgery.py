@@ -90,8 +90,9 @@ def param_groups(
     """Make groups for `SparseGradAdamW`: the cores of the model's SparseGrad layers, and every other trained parameter.
 
     With `k` or `density`, each step selects entries of the blocks `S`; without them, blocks are trained whole. Packed
-    `values` are trained whole, without weight decay. Literal layers select in their own backward. A learning rate or
-    weight decay that is None is the optimizer's.
+    `values` are trained whole. Literal layers select in their own backward. Selected entries have no weight decay,
+    and cores that are trained whole have the optimizer's. A learning rate or weight decay that is None is the
+    optimizer's.
 
     Raises:
         ValueError: the model has no SparseGrad layer with a trainable core.
@@ -110,13 +111,20 @@ def param_groups(
     candidates: list[dict[str, Any]] = [
         {"params": blocks, "sparse": True, "k": k, "density": density, **core_options},
         {"params": literal, "sparse": True, **core_options},
-        {"params": packed, "weight_decay": 0.0, **core_options},
+        {"params": packed, **core_options},
         {"params": rest, **{name: value for name, value in rest_options.items() if value is not None}},
     ]
+    if not own:
+        raise ValueError(
+            "the model has no SparseGrad layers; call replace_linears or, for a PEFT adapter, get_peft_model first"
+        )
     for group in candidates:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     if not any(group["params"] for group in candidates[:3]):
-        raise ValueError("the model has no SparseGrad layer with a trainable core; call replace_linears first")
+        raise ValueError(
+            f"all {len(own)} cores of the model's SparseGrad layers are frozen; load a PEFT adapter with "
+            "is_trainable=True, or activate it with set_adapter"
+        )
     return [group for group in candidates if group["params"]]
 
 

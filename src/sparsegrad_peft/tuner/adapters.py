@@ -39,9 +39,14 @@ def config_of(model: nn.Module, adapter_name: str) -> SparseGradConfig:
         ValueError: there is no such adapter.
     """
     holder = holder_of(model)
-    config = holder[1].peft_config.get(adapter_name) if holder else None
-    if not isinstance(config, SparseGradConfig):
-        raise ValueError(f"the model has no SparseGrad adapter named {adapter_name!r}; make one with get_peft_model")
+    configs = holder[1].peft_config if holder else {}
+    if not isinstance(configs.get(adapter_name), SparseGradConfig):
+        known = ", ".join(name for name, config in configs.items() if isinstance(config, SparseGradConfig))
+        raise ValueError(
+            f"the model has no SparseGrad adapter named {adapter_name!r}; "
+            + (f"name one that it has, {known}, as adapter_name" if known else "make one with get_peft_model")
+        )
+    config: SparseGradConfig = configs[adapter_name]
     return config
 
 

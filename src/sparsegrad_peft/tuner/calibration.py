@@ -98,6 +98,7 @@ def adapter_statistics(
 
     The arguments are those of `calibrate_adapter`. The statistics fit the same adapter on a quantized copy of the base.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, which renames the layers
     peft_config, layers = config_of(model, adapter_name), layers_of(model, adapter_name)
     groups = wrapped_groups(model, layers, shared=peft_config.shared)
     config = adapter_calibration(config, options, peft_config.sizes)
@@ -114,8 +115,15 @@ def adapter_calibration(config: CalibrationConfig | None, options: dict[str, Any
 
 def check_groups(calibration: Calibration, groups: Mapping[str, list[str]]) -> None:
     """Raise `ValueError` unless ready statistics are of these groups of layers."""
-    if {name: tuple(names) for name, names in groups.items()} != {n: g.layers for n, g in calibration.groups.items()}:
-        raise ValueError(f"the statistics are of groups {list(calibration.groups)}, the adapter has {list(groups)}")
+    known = {name: tuple(group.layers) for name, group in calibration.groups.items()}
+    own = {name: tuple(names) for name, names in groups.items()}
+    different = [name for name in (*known, *own) if known.get(name) != own.get(name)]
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"the statistics are of other layers than the adapter's: in group {name!r} they are of "
+            f"{', '.join(known.get(name, ())) or 'none'}, and the adapter has {', '.join(own.get(name, ())) or 'none'}"
+        )
 
 
 def _check_can_calibrate(

@@ -39,7 +39,7 @@ class SparseGradExperts(nn.Module, SparseGradLayer):
         self.layout = expert_layout(self.get_base_layer(), parameter_name)
         SparseGradLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
-        self.before_decoding: tuple[Any, Tensor] | None = None  # within `generate`: place and numbers of the neurons
+        self.before_decoding: tuple[str, Any, Tensor] | None = None  # within `generate`: see `fold`
         self.update_layer(adapter_name, config, basis, status, start)
         self.train(base_layer.training)
 
@@ -76,7 +76,11 @@ class SparseGradExperts(nn.Module, SparseGradLayer):
         active = self._used_adapters()
         if self.merged and self.disable_adapters:
             self.unmerge()
-        if self.merged or not active or self.before_decoding is not None:
+        if self.before_decoding is not None:
+            if active == [self.before_decoding[0]]:
+                return self.base_layer(*args, **kwargs)
+            self.unfold()  # another adapter is active now, or none
+        if self.merged or not active:
             return self.base_layer(*args, **kwargs)
         if is_offloaded(self.get_base_layer()):
             raise RuntimeError(
@@ -92,7 +96,10 @@ class SparseGradExperts(nn.Module, SparseGradLayer):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Write the update of the one active adapter into the parameter, until `unfold`."""
+        """Write the update of the one active adapter into the parameter, until `unfold`.
+
+        `before_decoding` is the adapter, and place and numbers of the neurons before.
+        """
         active = self._used_adapters()
         if len(active) != 1 or self.merged or self.training or is_offloaded(self.get_base_layer()):
             return
@@ -100,14 +107,14 @@ class SparseGradExperts(nn.Module, SparseGradLayer):
         place, rows = changed_neurons(self.parameter, self.layout, *self.core_and_basis(active[0]))
         if place is not None:  # else the copy that restores the parameter would be as large as it
             by_neuron = self.layout.by_neuron(self.parameter.data)
-            self.before_decoding = place, by_neuron[place]
+            self.before_decoding = active[0], place, by_neuron[place]
             by_neuron[place] = rows
 
     @torch.no_grad()
     def unfold(self) -> None:
         """Restore the parameter, to the bit."""
         if self.before_decoding is not None:
-            place, rows = self.before_decoding
+            _, place, rows = self.before_decoding
             self.layout.by_neuron(self.parameter.data)[place] = rows
             self.before_decoding = None
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..method.basis import BASIS_BUFFERS, Basis
 from ..method.costs import Prefer
+from ..method.data_free import is_data_free
 from ..method.plain import is_conv1d
 from ..method.precision import at_least_float32
 from ..method.processes import is_sharded, own_shard
@@ -73,6 +74,7 @@ class SparseGradLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.out_features, self.in_features = self.weight_shape()
+        self.register_load_state_dict_pre_hook(_refuse_other_bases)  # type: ignore[attr-defined]  # of nn.Module
 
     def weight_shape(self) -> tuple[int, int]:
         """Return (out, in) of the adapted weight as a matrix."""
@@ -277,3 +279,33 @@ class SparseGradLayer(BaseTunerLayer):
             if name in self.sparsegrad_S:
                 self._warn_of_rounding()
                 self.set_base_weight(self.weight_plus(name, -1))
+
+
+def _refuse_other_bases(
+    layer: SparseGradLayer, tensors: dict[str, Any], prefix: str, _metadata: Any, _strict: bool, _missing: list[str],
+    _unexpected: list[str], errors: list[str],
+) -> None:  # fmt: skip
+    """Refuse calibrated bases in `load_state_dict`, if the adapter is not calibrated.
+
+    Its layers of one shape share a data-free basis, which cannot hold the bases of all of them.
+    """
+    if errors:
+        return  # one message is enough
+    sizes = {"U": layer.in_features, "V": layer.out_features}
+    for adapter in layer.sparsegrad_basis:
+        basis, start = layer.core_and_basis(adapter)[1], f"{prefix}sparsegrad_basis.{adapter}."
+        here = {name: getattr(basis, name) for name in BASIS_BUFFERS}
+        found = {name: tensors[start + name] for name in BASIS_BUFFERS if start + name in tensors}
+        if any(tensor is not None and tensor.is_meta for tensor in (*here.values(), *found.values())):
+            continue
+        same = all(
+            here[name] is not None and here[name].shape == tensor.shape and is_data_free(tensor, sizes[name])
+            for name, tensor in found.items()
+        )
+        if not same and all(is_data_free(here[side], n) for side, n in sizes.items()):
+            errors.append(
+                f"{prefix.rstrip('.')}: the weights hold calibrated bases for adapter {adapter!r}, and the adapter "
+                "here is not calibrated. Load them with PeftModel.from_pretrained, load_adapter or "
+                "set_peft_model_state_dict, which make room for them"
+            )
+            return

@@ -9,13 +9,19 @@ from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from threading import Lock
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
 from torch import Tensor, nn
 
 from ..method.basis import Basis
@@ -36,6 +42,9 @@ from .peft_private import PREFIX, in_out_features
 from .targets import TARGETS, choose_targets, log_share, named_experts
 
 logger = logging.getLogger(__name__)
+
+_FOLDING = Lock()
+"Held while layers are prepared for decoding or restored. Not an attribute of the model: locks cannot be copied."
 
 
 @dataclass
@@ -64,6 +73,8 @@ class SparseGradModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = SparseGradLayer
+    decodings = 0
+    "calls of `generate` that are running"
     target_module_mapping = TARGETS  # type: ignore[assignment]  # PEFT takes regular expressions too
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -92,6 +103,8 @@ class SparseGradModel(BaseTuner):
             raise
         finally:
             del self._injection  # the layers hold the bases, until the adapter is deleted
+        if source is not None:
+            _copy_whole_modules(model, source, adapter_name)
         adapted = [layer.key(name) for name, layer in layers_of(model, adapter_name).items()]
         log_share(model, adapted, automatic=given.target_modules is None and given.target_parameters is None)
 
@@ -326,15 +339,26 @@ class SparseGradModel(BaseTuner):
 
         @wraps(generate)
         def decode(*args: Any, **kwargs: Any) -> Any:
-            try:
-                for layer in layers:
-                    layer.fold()
+            with self._prepared(layers):
                 return generate(*args, **kwargs)
-            finally:
-                for layer in layers:
-                    layer.unfold()
 
         return decode
+
+    @contextmanager
+    def _prepared(self, layers: list[SparseGradTunerLinear | SparseGradExperts]) -> Iterator[None]:
+        """Fold layers once, also for calls within calls and in several threads."""
+        with _FOLDING:
+            self.decodings += 1
+        try:
+            with _FOLDING:
+                for layer in layers if self.decodings == 1 else ():
+                    layer.fold()
+            yield
+        finally:
+            with _FOLDING:
+                self.decodings -= 1
+                for layer in layers if self.decodings == 0 else ():
+                    layer.unfold()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -372,6 +396,19 @@ class SparseGradModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@torch.no_grad()
+def _copy_whole_modules(model: nn.Module, source: str, adapter_name: str) -> None:
+    """Copy what an adapter trains besides the layers, such as a head. PEFT starts anew with what the base model has."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
+            if adapter_name not in module.modules_to_save:  # PEFT adds it later, if it is not there
+                module.modules_to_save[adapter_name] = deepcopy(module.original_module).requires_grad_(False)
+            module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
+        deltas = getattr(module, "trainable_tokens_delta", {})
+        if source in deltas and adapter_name in deltas:
+            deltas[adapter_name].copy_(deltas[source])
 
 
 def _renamed(entries: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:

@@ -185,6 +185,8 @@ class SparseGradTrainerMixin:
             raise ValueError("rest_learning_rate is for what trains beside an adapter; found a model without one")
         groups = param_groups(model, **self.sparsegrad_selection) if has_cores else []
         groups = [group for group in groups if id(group["params"][0]) in own]  # the cores; the rest follows
+        for group in groups:
+            group["weight_decay"] = 0.0 if group.get("sparse") else self.args.weight_decay
         grouped = {id(parameter) for group in groups for parameter in group["params"]}
         decayed = set(self.get_decay_parameter_names(model))
         left = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in grouped]

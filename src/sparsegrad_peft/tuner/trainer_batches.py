@@ -9,9 +9,11 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-_TRL_COUNTERS = ("_metrics", "_total_train_tokens")
+_TRL_COUNTERS = ("_metrics", "_total_train_tokens", "_logs")
 """Private attributes of TRL's trainers (1.0 to 1.16), which count in `compute_loss` what they log. Waits for a public
 way to compute a loss without logging; `tests/tuner/test_trainer_trl.py` fails if TRL counts elsewhere."""
+_ACCUMULATION = "current_gradient_accumulation_steps"
+"""Attribute that `transformers.Trainer` sets when training has begun, and that losses of TRL read."""
 
 
 class Batches:
@@ -50,16 +52,36 @@ def check_rereadable(dataset: Any) -> None:
 
 @contextmanager
 def training_batches(trainer: Any) -> Iterator[Batches]:
-    """Yield the batches of a trainer's training loader; afterwards TRL's counters are as before."""
-    with restored_counters(trainer), closing(Batches(trainer.get_train_dataloader)) as batches:
-        yield batches
+    """Yield the batches of a trainer's training loader; afterwards the trainer is as before."""
+    prepared = getattr(trainer.accelerator, "_dataloaders", [])  # keeps every loader alive, with its worker processes
+    before, loader = list(prepared), closing(Batches(trainer.get_train_dataloader))
+    try:
+        with restored_counters(trainer), single_batches(trainer), loader as batches:
+            yield batches
+    finally:
+        prepared[:] = before
 
 
 @contextmanager
 def restored_counters(trainer: Any) -> Iterator[None]:
     """Restore TRL's counters when the block ends."""
     counters = {name: copy.deepcopy(vars(trainer)[name]) for name in _TRL_COUNTERS if name in vars(trainer)}
+    tokens = trainer.state.num_input_tokens_seen
     try:
         yield
     finally:
         vars(trainer).update(counters)
+        trainer.state.num_input_tokens_seen = tokens
+
+
+@contextmanager
+def single_batches(trainer: Any) -> Iterator[None]:
+    """Let the losses of TRL take each batch for a whole step, before training has begun."""
+    known = hasattr(trainer, _ACCUMULATION)
+    if not known:
+        setattr(trainer, _ACCUMULATION, 1)
+    try:
+        yield
+    finally:
+        if not known:
+            delattr(trainer, _ACCUMULATION)

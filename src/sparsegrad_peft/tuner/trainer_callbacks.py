@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..method.config import CalibrationConfig
+from ..method.gradients import default_loss
 from .adapters import calibrated, uncalibrated
 from .calibration import calibrate_adapter
 from .trainer_batches import Batches
@@ -16,15 +19,18 @@ from .trainer_batches import Batches
 class SparseGradCalibration(TrainerCallback):
     """Calibrate the adapters of a model when training begins, in any trainer that has callbacks.
 
-    The loss is the model's own, `model(**batch).loss`; `SparseGradTrainerMixin` uses the trainer's. The cores stay the
-    same parameters, so the trainer's optimizer stays right.
+    The cores stay the same parameters, so the trainer's optimizer stays right.
 
     Args:
         config: how to calibrate; None: as `calibrate_adapter` does.
+        loss_fn: the loss of a model for a batch. A callback cannot see the trainer's: the default, the model's own,
+            fits trainers that use it, such as TRL's `SFTTrainer`. `SparseGradTrainerMixin` uses the trainer's.
     """
 
-    def __init__(self, config: CalibrationConfig | None = None) -> None:
-        self.config = config
+    def __init__(
+        self, config: CalibrationConfig | None = None, loss_fn: Callable[[nn.Module, Any], Tensor] = default_loss
+    ) -> None:
+        self.config, self.loss_fn = config, loss_fn
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Calibrate the adapters that are not, such as all but those of a resumed run.
@@ -44,7 +50,10 @@ class SparseGradCalibration(TrainerCallback):
         check_untrained(names, optimizer)
         for name in names:
             with closing(Batches(lambda: loader)) as batches:
-                calibrate_adapter(model, batches, adapter_name=name, config=self.config, progress=not args.disable_tqdm)
+                calibrate_adapter(
+                    model, batches, adapter_name=name, config=self.config, loss_fn=self.loss_fn,
+                    progress=not args.disable_tqdm,
+                )  # fmt: skip
 
 
 def check_untrained(names: list[str], optimizer: Any) -> None:

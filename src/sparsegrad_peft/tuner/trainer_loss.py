@@ -23,7 +23,12 @@ loss that uses the number is halved when it doubles."""
 
 
 def matters(trainer: Any, num_items_in_batch: Any) -> bool:
-    """True if the Trainer relies on a model's use of the number, and a step has several batches."""
+    """True if the Trainer relies on a model's use of the number, and a step has several batches.
+
+    False with `compute_loss_func`: transformers asks its author to use the number.
+    """
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        return False
     batches = trainer.args.world_size * trainer.args.gradient_accumulation_steps
     return num_items_in_batch is not None and trainer.model_accepts_loss_kwargs and batches > 1
 
