@@ -108,6 +108,8 @@ class Grading:
     ) -> list[Row]:
         """Grade the items that the file has no judgement of, and add the judgements to it.
 
+        A judgement counts if it was asked for with the same text. Those of earlier answers stay in the file.
+
         Returns:
             The rows of all items.
 
@@ -119,9 +121,14 @@ class Grading:
         with open_rows(path) as file:
             if others := {row["judge"][0] for row in file.rows} - {self.judge.model}:
                 raise ValueError(f"{path} holds judgements of {', '.join(sorted(others))}; write another file")
-            wanted = {item.key for item in items}
-            done = {_key(row) for row in file.rows}
-            advance(len(wanted & done))
+            asked = {item.key: self._prompts(item) for item in items}
+
+            def counts(row: Row) -> bool:
+                """Whether a row is of an item, and of its present answers, questions and prompts."""
+                return _key(row) in asked and _prompts_of(row) == asked[_key(row)]
+
+            done = {_key(row) for row in file.rows if counts(row)}
+            advance(len(done))
             limit = asyncio.Semaphore(self.concurrency)
 
             async def grade(item: Item) -> None:
@@ -137,7 +144,7 @@ class Grading:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-            return [row for row in file.rows if _key(row) in wanted]
+            return [row for row in file.rows if counts(row)]
 
     async def _rate(self, item: Item) -> Row:
         ((name, answers),) = item.answers.items()
@@ -168,6 +175,14 @@ class Grading:
             }  # fmt: skip
         return {**row, "tstamp": time.time()}
 
+    def _prompts(self, item: Item) -> list[str]:
+        """What the judge is asked about an item, once for each order of the answers."""
+        answers = list(item.answers.values())
+        if len(answers) == 1:
+            return [self._messages(item, {"answer": answers[0]})[1][1]["content"]]
+        orders = (answers, answers[::-1])
+        return [self._messages(item, {"answer_a": one, "answer_b": two})[1][1]["content"] for one, two in orders]
+
     def _messages(self, item: Item, answers: Mapping[str, Sequence[str]]) -> tuple[str, list[dict[str, str]]]:
         """The prompt's name, and the messages."""
         question = item.question
@@ -186,6 +201,11 @@ class Grading:
             if (found := parse(raw[-1])) is not None:
                 return raw, found
         return raw, None
+
+
+def _prompts_of(row: Row) -> list[str]:
+    """What the judge was asked, as `Grading._prompts` has it."""
+    return [row["user_prompt"]] if "model" in row else [row["g1_user_prompt"], row["g2_user_prompt"]]
 
 
 def _key(row: Row) -> tuple[Any, ...]:

@@ -15,12 +15,20 @@ EXAMPLE = (
     "search; run it several times at once to share the trials."
 )
 
+_DRAWN = {
+    "training.learning_rate": "--search.lowest and --search.highest",
+    "training.batch_size": "--search.batch_sizes",
+}
+
 
 def main(argv: list[str]) -> None:
     """Search, then print the best settings and the next command."""
     parser = run_parser("search", SearchArguments.__doc__ or "", EXAMPLE, argv)
     parser.add_class_arguments(SearchArguments, "search")
     options = vars(parser.instantiate(parser.parse_args(argv)))
+    for name, instead in _DRAWN.items():
+        if name in parser.given:
+            parser.error(f"--{name}: a search draws it; set {instead}")
     settings: SearchArguments = options.pop("search")
     arguments = run_arguments(options)
     if arguments.output == RunArguments().output:

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -105,11 +106,16 @@ def check_file(path: Path) -> None:
     RunFolder(path.parent).check_writable()
 
 
+_ROWS = ("data.train_file", "data.validation_file", "data.unrelated")
+"Settings that may name a file of rows."
+
+
 class RunFolder:
     """The folder of a run.
 
     config.yaml       the settings
     method.json       the PEFT config, if it was given as the method
+    data.json         SHA-256 of the files of rows, if the task has some
     environment.json  commit, versions, device, number of processes, seed
     calibration.json  time and memory of the calibration, if there was one; a resumed run does not calibrate again
     metrics.json      the trainer's log: losses, learning rates, scores
@@ -188,6 +194,10 @@ class RunFolder:
         if there["method"] == here["method"] and (former := self.read_json("method.json")) is not None:
             there["method"], here["method"] = former, read_json(Path(arguments.method))
         there, here = flat(there), flat(here)
+        for name, content in (self.read_json("data.json") or {}).items():
+            path = here.get(name)
+            if path == there.get(name) and isinstance(path, str) and Path(path).is_file():
+                there[name], here[name] = (f"{path} with SHA-256 {sha[:12]}..." for sha in (content, _sha256(path)))
         names = sorted(there.keys() | here.keys())
         return [(name, there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)]
 
@@ -216,6 +226,10 @@ class RunFolder:
         if not (self.path / "config.yaml").is_file():
             if arguments.method.endswith(".json"):  # the file may be edited before the run is resumed
                 self.write_json("method.json", read_json(Path(arguments.method)))
+            settings = flat(arguments.as_dict())
+            files = {name: settings[name] for name in _ROWS if settings[name] and Path(settings[name]).is_file()}
+            if files:  # they too may be changed before the run is resumed
+                self.write_json("data.json", {name: _sha256(path) for name, path in files.items()})
             self.write_yaml("config.yaml", arguments.as_dict())
 
     def check_finished(self) -> None:
@@ -284,6 +298,14 @@ class RunFolder:
         for path in broken:
             shutil.rmtree(path)
         return [path.name for path in broken]
+
+
+def _sha256(path: str) -> str:
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _step(checkpoint: Path) -> int:

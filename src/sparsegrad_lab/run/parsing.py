@@ -62,6 +62,8 @@ class VerbParser(ArgumentParser):
 
     aliases: Mapping[str, str] = {}
     "Other name -> name of the setting."
+    given: frozenset[str] = frozenset()
+    "Settings that the command line names, by dotted name."
 
     def add_aliases(self) -> None:
         """Accept other names of the options that were added so far, also in YAML files, and show them in the help."""
@@ -81,7 +83,23 @@ class VerbParser(ArgumentParser):
             add_completers(self)
         words = self._with_values(list(sys.argv[1:] if args is None else args))
         self._check_given_once(word.partition("=")[0][2:] for word in words if word.startswith("--"))
-        return super().parse_args(self._with_lists(words), *more, **options)
+        names = {word.partition("=")[0] for word in words} & self._option_string_actions.keys()
+        self.given = frozenset(self._option_string_actions[name].dest for name in names)
+        parsed = super().parse_args(self._with_lists(words), *more, **options)
+        self._check_rank(parsed.get("method"))
+        return parsed
+
+    def _check_rank(self, method: Any) -> None:
+        """Refuse a rank on the command line for a method without one; users of LoRA expect it to set the size.
+
+        Other settings may be there for other methods, as in a loop over methods.
+        """
+        if "adapter.rank" not in self.given or method not in METHODS or not METHODS[method].ignores("adapter.rank"):
+            return
+        readers = ", ".join(other.name for other in METHODS.values() if not other.ignores("adapter.rank"))
+        self.error(
+            f"--rank is for {readers}, and method {method} does not read it; the size of SparseGrad is --trained_share"
+        )
 
     def parse_string(self, content: str, *more: Any, **options: Any) -> Any:
         """Parse the text of a YAML file."""

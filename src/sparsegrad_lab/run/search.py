@@ -98,7 +98,7 @@ def _follow() -> dict[str, Any]:
             return message.result
         assert message.arguments is not None
         try:
-            train(message.arguments, progress=False, callbacks=[_ReportToOptuna(None)])
+            train(message.arguments, progress=False, callbacks=[_ReportToOptuna(None, message.arguments.seeds[0])])
         except Exception as error:
             if exit_code_of(error) not in _FAILED_TRIAL:
                 raise
@@ -199,7 +199,7 @@ def _run_trial(
     single.push_to_hub = None
     name = f"trial {trial.number}: learning rate {single.training.learning_rate:g}, batch {single.training.batch_size}"
     # Optuna sees the evaluations of the first seed. The other seeds count only in the final score.
-    report = _ReportToOptuna(trial)
+    report = _ReportToOptuna(trial, single.seeds[0])
     from_rank0(_Message(arguments=single))
     try:
         results = train(single, progress=progress, callbacks=[report])
@@ -229,22 +229,28 @@ class _ReportToOptuna(TrainerCallback):
 
     Args:
         trial: None on the processes that follow rank 0.
+        seed: of the run whose scores are reported.
     """
 
-    def __init__(self, trial: Trial | None) -> None:
-        self.trial = trial
+    def __init__(self, trial: Trial | None, seed: int) -> None:
+        self.trial, self.seed = trial, seed
         self.pruned = False
         self._reported_steps: set[int] = set()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the score under the number of the evaluation: trials with small batches have more steps an epoch."""
-        score = kwargs["metrics"].get(f"eval_{args.metric_for_best_model}")
-        if score is None or self.pruned or state.global_step in self._reported_steps:
+        if self.pruned:  # a run with another seed
+            control.should_training_stop = True
+            return
+        name = f"eval_{args.metric_for_best_model}"
+        score = kwargs["metrics"].get(name)
+        if score is None or args.seed != self.seed or state.global_step in self._reported_steps:
             return
         self._reported_steps.add(state.global_step)
         prune = False
         if self.trial is not None:
-            self.trial.report(score, len(self._reported_steps))
+            evaluations = {entry["step"] for entry in state.log_history if name in entry}  # those before a kill too
+            self.trial.report(score, len({*evaluations, state.global_step}))
             prune = state.global_step < state.max_steps and self.trial.should_prune()
         if from_rank0(prune):
             self.pruned = control.should_training_stop = True

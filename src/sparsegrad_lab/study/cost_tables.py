@@ -22,7 +22,8 @@ def costs(section: Section) -> Table:
         timed = [run for run in runs if not run.resumed]
         shares = [run.calibration.seconds / run.training.seconds for run in timed if run.calibration is not None]
         trained = sorted({run.trained_entries.adapter for run in runs})
-        touched = sorted({run.trained_entries.touched or run.trained_entries.adapter for run in runs})
+        entries = [run.trained_entries for run in runs]
+        touched = sorted({one.adapter if one.touched is None else one.touched for one in entries})
         rows.append([
             Linked(method, runs),
             ", ".join(f"{count:,}" for count in trained),
@@ -34,8 +35,8 @@ def costs(section: Section) -> Table:
         ])  # fmt: skip
     header = ["method", "trained entries", "touched", "steps/s", "calibration, to training", "peak, MB", "saved, MB"]
     note = (
-        "Trained entries: of the MLP layers. Touched: entries that are not zero at the end, that is, all that any step "
-        "has selected; new bases during training spread them over all entries. Steps per second: over the tasks that "
+        "Trained entries: of the MLP layers. Touched: entries that at least one step has changed; all of them "
+        "where the bases were made anew during training. Steps per second: over the tasks that "
         "all methods have run, with evaluations and checkpoints. Peak: memory of the whole process. Other processes "
         "may have shared the machine; the performance page has measurements. Saved: adapter or model, with the head."
     )

@@ -73,7 +73,7 @@ class Answers(_Spec):
 
 
 class Experiment(_Spec):
-    """A grid of models x tasks x methods x seeds, after a search of the same size for each method.
+    """A grid of models x tasks x methods x seeds, after a search for the learning rate of each method.
 
     The fields are the keys of `experiment.yaml`; see docs/study.md.
     """

@@ -11,19 +11,25 @@ from .runs import Run
 _OWN_TASKS = ("files", "text", "images")
 _DATA_SETTINGS = ("train_file", "validation_file", "folder", "text", "label", "labels", "regression")
 "Settings that decide which rows a task of one's own has."
+_SCORED_BY = ("metrics", "validation_rows", "val_size", "development_share")
+"Settings that decide how any task is scored, and on which rows."
 
 
 def label_data(runs: tuple[Run, ...]) -> tuple[Run, ...]:
-    """Add the settings that differ to the names of tasks with the same name and different rows.
+    """Add the settings that differ to the names of tasks with the same name that cannot be compared.
 
     A task of one's own is named after its file, and many files are called "train".
     """
-    data = {run.path: {name: run.config.data.get(name) for name in _DATA_SETTINGS} for run in runs}
+
+    def settings(run: Run) -> dict[str, Any]:
+        names = (*_DATA_SETTINGS, *_SCORED_BY) if run.config.task in _OWN_TASKS else _SCORED_BY
+        return {"metric": run.metric, **{name: run.config.data.get(name) for name in names}}
+
+    data = {run.path: settings(run) for run in runs}
     labelled = []
     for run in runs:
-        own = run.config.task in _OWN_TASKS
-        others = [data[other.path] for other in runs if own and other.task_name == run.task_name]
-        differ = [name for name in _DATA_SETTINGS if any(other[name] != data[run.path][name] for other in others)]
+        others = [data[other.path] for other in runs if other.task_name == run.task_name]
+        differ = [name for name, value in data[run.path].items() if any(other.get(name) != value for other in others)]
         words = ", ".join(f"{name} {_one_line(data[run.path][name])}" for name in differ)
         labelled.append(run.model_copy(update={"data_label": f" ({words})"}) if words else run)
     return tuple(labelled)

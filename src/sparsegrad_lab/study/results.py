@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .runs import Failure, RejectedFileError, Run, parse_result, read_json
 
@@ -39,6 +40,8 @@ def read_results(paths: Iterable[str | Path]) -> ResultFiles:
         FileNotFoundError: a path does not exist, or there is no result below any of them.
     """
     roots = [Path(path) for path in paths]
+    seen: set[Path] = set()
+    first: dict[Any, Path] = {}
     runs: list[Run] = []
     failures: list[Failure] = []
     unfinished: list[Path] = []
@@ -47,6 +50,9 @@ def read_results(paths: Iterable[str | Path]) -> ResultFiles:
         if not root.exists():
             raise FileNotFoundError(f"there is no {root}; expected a run folder, or a folder with result files")
         for file in [root] if root.is_file() else sorted(_result_files(root)):
+            if file.resolve() in seen:
+                continue
+            seen.add(file.resolve())
             try:
                 record = parse_result(read_json(file), file)
                 if record is None and (file == root or file.name == "result.json"):
@@ -58,6 +64,10 @@ def read_results(paths: Iterable[str | Path]) -> ResultFiles:
                 rejected.append(f"{file}: {error.strerror if isinstance(error, OSError) else error}")
                 continue
             if isinstance(record, Run):
+                other = first.setdefault(record.place, file)
+                if other != file:
+                    rejected.append(f"{file}: the same run as {other}, or another result in its place")
+                    continue
                 runs.append(record)
             elif isinstance(record, Failure):
                 failures.append(record)

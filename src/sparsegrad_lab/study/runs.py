@@ -7,10 +7,11 @@ here are kept.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from ..tasks.task import DEVELOPMENT, higher_is_better
 
@@ -22,7 +23,7 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[^.\s/\\:\x00-\x1f\x7f][^
 Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=1000)]
 "Text without line breaks and control characters."
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=1e-6, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**18)]
 
 
@@ -135,6 +136,8 @@ class Run(_Ending):
     "the experiment's name for the method and its settings"
     metric: Line
     score: Number
+    selection_score: Number | None = None
+    "on the rows that choose the learning rate, where others are scored"
     steps: Annotated[int, Field(gt=0)]
     rows: Rows
     weights_bytes: Count
@@ -157,6 +160,16 @@ class Run(_Ending):
     data_label: str = Field("", exclude=True)
     "added to the task's name where tasks of one name have different rows; not in the file"
 
+    @model_validator(mode="after")
+    def _check_range(self) -> Run:
+        """Refuse scores that their metric cannot have."""
+        low, high = (-1.0, 1.0) if self.higher_is_better else (0.0, math.inf)
+        given = {"score": self.score, "selection_score": self.selection_score, "score_before": self.score_before}
+        for name, score in given.items():
+            if score is not None and not low <= score <= high:
+                raise ValueError(f"{name}: expected {self.metric} from {low:g} to {high:g}, found {score:g}")
+        return self
+
     @property
     def task_name(self) -> str:
         """Name of the task in the tables, such as "rte"."""
@@ -171,6 +184,14 @@ class Run(_Ending):
     def identity(self) -> tuple[Any, ...]:
         """Equal for two files of the same run, as when two experiments share it."""
         return self.environment.time, self.task, self.seed, self.score, self.training.seconds
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Equal for two results of which a table has room for one: of an experiment's run, or of the same run."""
+        if self.experiment is None:
+            return *self.identity, self.method, self.config.model_dump_json()
+        rate = self.learning_rate if self.trial else None
+        return self.experiment, self.scale, self.model, self.task, self.method_name, self.seed, self.trial, rate
 
     @property
     def gain(self) -> float | None:
@@ -194,6 +215,12 @@ class Run(_Ending):
     def value(self) -> float:
         """The score in its unit."""
         return self.score * (100 if self.higher_is_better else 1)
+
+    @property
+    def selection_value(self) -> float:
+        """In the unit of `value`, the score on the rows that choose the learning rate."""
+        score = self.score if self.selection_score is None else self.selection_score
+        return score * (100 if self.higher_is_better else 1)
 
     def format(self, value: float, digits: int = 1, sign: str = "") -> str:
         """A value of this run's unit as text. A loss gets three more digits."""
@@ -263,6 +290,9 @@ def parse_result(content: Any, path: Path) -> Run | Failure | None:
             return Failure.model_validate(content)
         return None
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()]
+        problems = [
+            ": ".join(filter(None, [".".join(map(str, found["loc"])), found["msg"].removeprefix("Value error, ")]))
+            for found in error.errors()
+        ]
         more = f"; and {len(problems) - 3} more problems" if len(problems) > 3 else ""
         raise RejectedFileError("; ".join(problems[:3]) + more) from error

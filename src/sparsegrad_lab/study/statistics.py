@@ -173,10 +173,19 @@ def compare_all(runs: Sequence[Run], methods: Iterable[str], other: str) -> list
 
 
 def pairs_needed(differences: Sequence[float] | pd.Series, half_width: float = 0.5) -> int | None:
-    """Return about how many pairs make the 95 % interval of the mean this wide on either side; None below two pairs."""
+    """Return about how many pairs make the 95 % interval of the mean this wide on either side, and at least `FEWEST`.
+
+    None below two pairs. The interval is Student's t, and the spread is that of the pairs so far.
+    """
+    from scipy.stats import t
+
     if len(differences) < 2:
         return None
-    return math.ceil((1.96 * float(np.std(differences, ddof=1)) / half_width) ** 2)
+    spread = float(np.std(differences, ddof=1))
+    pairs = max(FEWEST, math.ceil((1.96 * spread / half_width) ** 2))  # 1.96: t of infinitely many pairs
+    while t.ppf(0.975, pairs - 1) * spread / math.sqrt(pairs) > half_width:
+        pairs += 1
+    return pairs
 
 
 def _hierarchical_bootstrap(difference: pd.Series) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from ..tasks.task import display_name
 from .cost_tables import costs, costs_by_task
 from .runs import Failure, Run
 from .sections import Section
-from .statistics import at_last_evaluation, by_unit, compare_all, means_of_tasks
+from .statistics import at_last_evaluation, by_unit, common_seeds, compare_all, means_of_tasks
 from .table import Linked, Table
 
 _Found = TypeVar("_Found", Run, Failure)
@@ -64,8 +64,10 @@ def scores(section: Section) -> Table:
         f"{what} of the best evaluation of a run on the task's dev set: mean ± standard deviation over seeds (number "
         "of seeds)."
     )
-    if means:
+    if means and all(map(common_seeds, means.values())):
         note += " The mean of tasks is over the seeds that all methods of the row have run."
+    elif means:
+        note += " The mean of tasks is over all seeds, since no seed has run with all methods on all tasks."
     if losses:
         unlike = f" A {' or '.join(losses)} is not multiplied, and lower is better."
         note += unlike if "points" in units else " Lower is better."
@@ -124,7 +126,8 @@ def comparisons(section: Section) -> Table:
     if several_tasks:
         note += (
             " The runs of a task share its rows and a learning rate, so they are not independent; p over tasks is the "
-            "same test over the means of the tasks. The bootstrap draws tasks, and then seeds within each task."
+            "same test over the means of the tasks. The bootstrap draws tasks, and then seeds within each task; "
+            "each task counts the same there."
         )
     if len(section.methods) > 2:
         note += " Each row is a test of its own: of many, some are below 0.05 by chance."
@@ -180,7 +183,7 @@ def searches(section: Section) -> Table:
             tried = [one.learning_rate for one in (*trials, *failed)]
             used = sorted({run.learning_rate for run in section.runs_of(task, method)})
             scored = [
-                f"{rate:g}: {' and '.join(run.format(run.value) for run in runs)}"
+                f"{rate:g}: {' and '.join(run.format(run.selection_value) for run in runs)}"
                 for rate, runs in groupby(trials, key=lambda run: run.learning_rate)
             ]
             scored += [f"{failure.learning_rate:g}: {failure.status}" for failure in failed]
@@ -190,11 +193,12 @@ def searches(section: Section) -> Table:
                 ", ".join(f"{rate:g}{' (edge)' if rate in edges else ''}" for rate in used),
             ])  # fmt: skip
     note = (
-        "Each method gets the same number of trials on a task, with seeds that no other run has. The runs use the "
-        "learning rate with the best score (the mean over the seeds) on the rows that select; of equal scores, the one "
-        "with the lowest training loss. Beyond a rate at an edge of those tried, a better one may exist."
+        "All searches start with the same number of learning rates. In some experiments, a search goes on while its "
+        "best rate is at an edge. Its seeds are those of no other run. The scores are those of the rows that select, "
+        "and the runs use the rate with the best one (the mean over the seeds); of equal scores, the one with the "
+        "lowest training loss. Beyond a rate at an edge of those tried, a better one may exist."
     )
-    return Table("Search", note, ["task", "method", "learning rate: score", "used"], rows)
+    return Table("Search", note, ["task", "method", "learning rate: score on the rows that select", "used"], rows)
 
 
 def _of(found: Iterable[_Found], task: str, method: str) -> list[_Found]:

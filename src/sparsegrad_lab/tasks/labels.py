@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from .read import Row, check_columns
@@ -15,10 +17,15 @@ _MISSING = ("", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>")  # spelling
 _UNLABELLED = -1.0  # marks rows without a label in many data sets, GLUE's test files among them
 
 
+_CLASS_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?")
+"""A class that is a number. Python reads 1_0, 01 and 1e1 as numbers too, and floats round long ones; here they are
+names."""
+
+
 def class_names(rows: Sequence[Row], label: str, where: str) -> list[str]:
     """Return the classes in a label column, sorted, as numbers if all of them are numbers.
 
-    Spaces around a label are ignored, and "1" and "1.0" are one class.
+    Spaces around a label are ignored, and "1" and "1.0" are one class; "01" is another.
 
     Args:
         rows: the rows.
@@ -31,12 +38,17 @@ def class_names(rows: Sequence[Row], label: str, where: str) -> list[str]:
     lines: dict[str, int] = {}
     for row in rows:
         lines.setdefault(row[label].strip(), row.line)
-    values = {name: _number(name) for name in lines}
+    values = {name: _class_number(name) for name in lines}
     for name, line in lines.items():
         if name in _MISSING or values[name] == _UNLABELLED:
             raise ValueError(
                 f"{where}, line {line}: expected a class as {label!r}, found {name!r}, which usually marks a row "
                 "without a label. Remove such rows; if it is a class, list all classes in data.labels"
+            )
+        if len(name) > 1 and name[0] == name[-1] == '"':
+            raise ValueError(
+                f"{where}, line {line}: expected a class as {label!r}, found {name}, with its quotation marks; remove "
+                "the space before them, or list all classes in data.labels"
             )
     if None in values.values():
         return sorted(lines)
@@ -50,7 +62,7 @@ def repeated_class(labels: Iterable[str]) -> str | None:
     """Return the first label that names the same class as an earlier one, such as "1.0" after "1"; else None."""
     seen: set[Any] = set()
     for label in labels:
-        value = _number(label)
+        value = _class_number(label)
         key = label.strip() if value is None else value
         if key in seen:
             return label
@@ -79,12 +91,16 @@ def labelled_dataset(
     from datasets import Dataset
 
     by_name = {name.strip(): number for number, name in enumerate(labels or ())}
-    by_value = {_number(name): number for name, number in by_name.items()}
+    by_value = {_class_number(name): number for name, number in by_name.items()}
 
     def read(row: Row) -> float | int:
         word = row[label].strip()
-        value = _number(word)
-        found = value if labels is None else by_name.get(word, None if value is None else by_value.get(value))
+        found: float | int | None
+        if labels is None:
+            found = _number(word)
+        else:
+            value = _class_number(word)
+            found = by_name.get(word, None if value is None else by_value.get(value))
         if found is None:
             expected = "a number" if labels is None else f"one of {', '.join(map(repr, labels))}"
             raise ValueError(f"{where}, line {row.line}: expected {expected} as {label!r}, found {row[label]!r}")
@@ -92,6 +108,11 @@ def labelled_dataset(
 
     columns: dict[str, list[Any]] = {column: [row[column] for row in rows] for column in text}
     return Dataset.from_dict({**columns, "label": [read(row) for row in rows]})
+
+
+def _class_number(word: str) -> Decimal | None:
+    """Return the number that a class is, exactly, or None."""
+    return Decimal(word) if _CLASS_NUMBER.fullmatch(word.strip()) else None
 
 
 def _number(word: str) -> float | None:

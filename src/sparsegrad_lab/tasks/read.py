@@ -129,6 +129,18 @@ def _delimited(text: str, path: Path, header: Sequence[str] | None, quoted: bool
     try:
         with _long_fields():
             names = list(header) if header is not None else next(reader, [])
+            if not names and text.strip():
+                raise ValueError(f"{path}, line 1: expected the names of the columns, found an empty line; remove it")
+            if "" in names and header is None:
+                raise ValueError(
+                    f"{path}, line 1: {names.count('')} of {len(names)} columns have no name; name or delete them"
+                )
+            other = next((mark for mark in ";\t," if mark != delimiter and mark in names[0]), None) if names else None
+            if len(names) == 1 and other is not None:
+                raise ValueError(
+                    f"{path}, line 1: expected fields that are separated by {delimiter!r}, found one field, "
+                    f"{names[0]!r}; separate them by {delimiter!r}, or name a file with tabs .tsv"
+                )
             _check_names(names, path)
             for fields in reader:
                 if not fields:

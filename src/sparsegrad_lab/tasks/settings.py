@@ -99,6 +99,11 @@ class DataArguments:
             problems.append(f"data.metrics: expected some of {', '.join(METRICS)}; found {', '.join(unknown)}")
         if len(self.text) > 2:
             problems.append(f"data.text: expected one or two columns, found {len(self.text)}")
+        if len(set(self.text)) < len(self.text) or (self.label in self.text and source is not None):
+            problems.append(
+                f"data.text: expected columns that differ from each other and from the label column {self.label!r}, "
+                f"found {', '.join(self.text)}"
+            )
         if self.labels is not None and len(self.labels) < 2:
             problems.append(f"data.labels: expected at least two classes, found {len(self.labels)}")
         if (repeated := repeated_class(self.labels or ())) is not None:

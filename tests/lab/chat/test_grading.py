@@ -213,3 +213,18 @@ def test_refused_before_any_request(
     (tmp_path / "part.jsonl").write_text(Path(answers[0]).read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
     assert main(["judge", str(tmp_path / "part.jsonl"), "--questions", str(questions), "--model", "m"]) == 1
     assert "found none for 4 questions, such as 82; finish it with sparsegrad generate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("models", [("a",), ("a", "b")])
+def test_new_answers_are_graded_anew(models: tuple[str, ...], questions: Path, tmp_path: Path) -> None:
+    """Ratings of earlier answers stay in the file and do not count, as after a model was trained again."""
+    question, path = read_questions(questions)[0], tmp_path / "judgements.jsonl"
+    calls = []
+    for answer in ("good", "good", "nonsense"):
+        item = Item(question, 1, {name: [answer, ""] for name in models})
+        with answering((200, completion("[[9]] [[A]]"))) as asked:
+            (row,) = asyncio.run(grade("m", [item], path))
+        calls.append(len(asked))
+        assert answer in str(row)
+    assert calls == [len(models), 0, len(models)]
+    assert len(rows_of(path)) == 2

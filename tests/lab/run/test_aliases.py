@@ -59,7 +59,11 @@ def test_flags_without_a_value() -> None:
 
 def test_in_a_file_too(tmp_path: Path) -> None:
     found = parse(
-        [*in_file(tmp_path, {"num_train_epochs": 2, "data": {"train_rows": 5}, "lora_r": 3}), "--lora_r", "4"]
+        [
+            *in_file(tmp_path, {"num_train_epochs": 2, "data": {"train_rows": 5}, "method": "lora", "lora_r": 3}),
+            "--lora_r",
+            "4",
+        ]
     )
     assert (found.training.epochs, found.data.train_rows, found.adapter.rank) == (2, 5, 4)
 

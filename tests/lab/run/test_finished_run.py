@@ -15,7 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from sparsegrad_lab.run.finished_run import evaluate, merge, open_run, predict, write_csv
+from sparsegrad_lab.run.finished_run import evaluate, merge, open_run, predict, read_run, write_csv
 from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.run.settings import RunArguments
 from sparsegrad_lab.run.train import train
@@ -197,3 +197,21 @@ def test_a_run_whose_model_is_gone(run: Path, tmp_path: Path) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         open_run(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda settings: settings.pop("data"), "data"),
+        (lambda settings: settings.update(extra=1), "extra"),
+        (lambda settings: settings["data"].update(max_length="sixteen"), "sixteen"),
+    ],
+)
+def test_settings_that_were_changed_by_hand(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(Path(__file__).parents[2] / "samples" / "finished_run", folder)
+    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    change(settings)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"(?s)config.yaml: expected the settings of a run.*" + message):
+        read_run(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sparsegrad_lab.cli.train import parse
 from sparsegrad_lab.run import folder as module
 from sparsegrad_lab.run.folder import RunFolder, content_of, save_whole
 from sparsegrad_lab.run.search import search
@@ -74,3 +75,18 @@ def test_files_are_synced_before_the_folder_is_renamed(tmp_path: Path, monkeypat
     assert events[3:5] == ["rename to adapter", tmp_path.name]
     assert events[5].startswith(".result.json.")
     assert events[6:] == ["rename to result.json", tmp_path.name]
+
+
+def test_changed_rows_are_another_run(tmp_path: Path) -> None:
+    """Also where only their content has changed; a folder of an earlier version does not tell."""
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\na,0\nb,1\n", encoding="utf-8")
+    found = parse(["--task", "files", "--text", "text", "--train_file", str(rows), "--val_size", "0.5"])
+    folder = RunFolder(tmp_path / "run")
+    folder.start(found)
+    folder.check(found)
+    rows.write_text("text,label\na,1\nb,0\n", encoding="utf-8")
+    with pytest.raises(FileExistsError, match=r"differs in data.train_file \(.*rows.csv with SHA-256 [0-9a-f]{12}"):
+        folder.check(found)
+    (folder.path / "data.json").unlink()
+    folder.check(found)

@@ -8,14 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
+from transformers import TrainerControl, TrainerState
 
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.run.machine import process_identity
-from sparsegrad_lab.run.search import search
+from sparsegrad_lab.run.search import _ReportToOptuna, search
 from sparsegrad_lab.run.settings import RunArguments, SearchArguments
 
 # Optuna's own: two of its classes that are marked as new, one that it will rename.
@@ -137,3 +139,28 @@ def test_refused_before_any_work(options: dict[str, Any], problem: str, argument
     with pytest.raises(ValueError, match=problem):
         search(arguments(tmp_path / "s"), what(**options), lambda words: None)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_resumed_trial_is_compared_with_the_same_evaluations_of_others() -> None:
+    """Its first evaluation after a kill is the third of the run. Runs with other seeds are not reported, and a pruned
+    trial stops all of them."""
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=0.5))
+    trial = study.ask()
+    report = _ReportToOptuna(trial, seed=3)
+    args = SimpleNamespace(metric_for_best_model="accuracy", seed=3)
+    state = TrainerState(global_step=30, max_steps=90)
+    state.log_history = [{"step": step, "eval_accuracy": 0.8} for step in (10, 20, 30)]
+    control = TrainerControl()
+    for seed in (4, 3, 3):
+        args.seed = seed
+        report.on_evaluate(args, state, control, metrics={"eval_accuracy": 0.8})
+    assert study.trials[0].intermediate_values == {3: 0.8}
+    assert not control.should_training_stop
+    state.global_step = 40
+    report.on_evaluate(args, state, control, metrics={"eval_accuracy": 0.1})
+    assert control.should_training_stop
+    other = TrainerControl()
+    args.seed = 4
+    report.on_evaluate(args, state, other, metrics={"eval_accuracy": 0.9})
+    assert other.should_training_stop
+    assert study.trials[0].intermediate_values == {3: 0.8, 4: 0.1}

@@ -83,10 +83,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "seed below 0": ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
     "score as text": ({"score": "<script>"}, "score: Input should be a valid number"),
     "score not finite": ({"score": float("nan")}, "score: Input should be a finite number"),
+    "score above its metric": ({"score": 5.0}, "score: expected accuracy from -1 to 1, found 5"),
+    "loss below 0": ({"metric": "loss", "score": -1.0}, "score: expected loss from 0 to inf, found -1"),
     "no score": ({"score": None}, "score: Input should be a valid number"),
     "no time": (
         {"training": {"seconds": 0, "peak_memory_bytes": 1}},
-        "training.seconds: Input should be greater than 0",
+        "training.seconds: Input should be greater than or equal to 0.000001",
     ),
     "two lines": ({"method": "lora\n\n# heading"}, "method: String should match pattern"),
     "a list": ({"task": ["glue/rte"]}, "task: Input should be a valid string"),
@@ -119,3 +121,25 @@ def test_missing_fields_are_named(folder: Path, real: dict[str, Any]) -> None:
     write_json(folder / "wrong.json", {name: real[name] for name in ("task", "method", "seed", "score")})
     [rejected] = read_results([folder]).rejected
     assert "metric: Field required; steps: Field required; rows: Field required; and 5 more problems" in rejected
+
+
+def test_the_same_run_counts_once(folder: Path) -> None:
+    """Given twice, given with its folder, or copied."""
+    expected = read_results([folder]).runs
+    again = read_results([folder, folder, folder / "glue", folder / "glue" / "rte" / "lora-0.json"])
+    assert [run.path for run in again.runs] == [run.path for run in expected]
+    assert again.rejected == ()
+    shutil.copytree(folder / "glue" / "rte", folder / "old")
+    copied = read_results([folder])
+    assert len(copied.runs) == len(expected)
+    assert len(copied.rejected) == 5
+    assert all(": the same run as " in why for why in copied.rejected)
+
+
+def test_a_second_result_of_a_run_of_an_experiment(folder: Path, real: dict[str, Any]) -> None:
+    for name, score in (("a", 0.5), ("b", 0.75)):
+        write_json(folder / f"{name}.json", {**real, "experiment": "mine", "variant": "lora", "score": score})
+    files = read_results([folder / "a.json", folder / "b.json"])
+    assert [run.score for run in files.runs] == [0.5]
+    first, second = folder / "a.json", folder / "b.json"
+    assert files.rejected == (f"{second}: the same run as {first}, or another result in its place",)

@@ -79,3 +79,12 @@ def test_runs_of_another_experiment_are_named(study: Section, tmp_path: Path) ->
     assert sections["calibration"].shared == (
         'The runs of trajectory with seed 0 are those of sparsegrad in "The paper\'s comparison".',
     )
+
+
+def test_runs_that_are_scored_otherwise_are_told_apart(real: dict[str, Any], tmp_path: Path) -> None:
+    for name, method, metric in (("a", "lora", "f1"), ("b", "full", "accuracy"), ("c", "sparsegrad", "accuracy")):
+        write_json(tmp_path / "own" / name / "result.json", {**real, "method": method, "metric": metric})
+    [section] = read_sections([tmp_path / "own"])
+    assert section.tasks == ("train (metric f1)", "train (metric accuracy)")
+    assert compare(section.runs, "full", "lora").pairs == 0
+    assert compare(section.runs, "sparsegrad", "full").pairs == 1

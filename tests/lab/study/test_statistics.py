@@ -8,14 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t
 
 from sparsegrad_lab.study.runs import Rows, Run
 from sparsegrad_lab.study.sections import Section
 from sparsegrad_lab.study.statistics import (
+    FEWEST,
     _hierarchical_bootstrap,
     at_last_evaluation,
     compare,
     mean_of_tasks,
+    pairs_needed,
     score_table,
 )
 from sparsegrad_lab.study.verdict import verdict
@@ -54,7 +57,7 @@ def test_comparison_by_hand(runs: list[Run]) -> None:
     assert found.p == pytest.approx(0.0663, abs=1e-4)
     # Task means 3 and 1: the bootstrap's mean lies between the lowest and the highest difference.
     assert (found.low_tasks, found.high_tasks) == (pytest.approx(1), pytest.approx(3.75, abs=0.3))
-    assert found.needed == 31  # (1.96 * 1.414 / 0.5)²
+    assert found.needed == 34  # t(33) = 2.035: 2.035 * 1.414 / √34 = 0.494
     assert str(found) == (
         "sparsegrad against lora: too few runs to tell. +2.00 points over 4 pairs of runs on 2 tasks, ahead in 4 "
         "(95 % interval -0.25 to +4.25)."
@@ -121,3 +124,13 @@ def test_rows_that_select_give_no_score(section: Section) -> None:
     apart = first.model_copy(update={"rows": Rows.model_validate({"train": 9, "development": 2, "validation": 2})})
     found = at_last_evaluation(replace(section, runs=(first, apart))).runs
     assert [run.score for run in found] == [first.evaluations[-1][first.metric], first.score]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 0.5, 0.7, 3.0])
+def test_the_pairs_needed_give_the_interval(spread: float) -> None:
+    """At that number the interval of Student's t is narrow enough, and one pair earlier it was not."""
+    needed = pairs_needed(np.array([-1, 1]) * spread / math.sqrt(2))
+    assert needed is not None
+    widths = [t.ppf(0.975, pairs - 1) * spread / math.sqrt(pairs) for pairs in (needed, needed - 1)]
+    assert widths[0] <= 0.5
+    assert needed == FEWEST or widths[1] > 0.5

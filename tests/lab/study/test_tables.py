@@ -117,3 +117,18 @@ def test_a_study_names_what_was_not_run_and_what_failed(study: Section) -> None:
     assert "full, seed 1: out of memory (too &lt;large&gt;)" in text
     assert 'id="of-comparison"' in text
     assert "out of memory: seed 1" in markdown(Report([study]), "t")
+
+
+def test_the_search_shows_the_scores_that_chose(study: Section) -> None:
+    """Other rows are scored than those that choose: 0.001 is the better rate there, and 0.01 was taken."""
+    trials = tuple(
+        run.model_copy(update={"selection_score": 0.7 if run.learning_rate == 0.01 else 0.6, "score": 0.5})
+        for run in study.trials
+    )
+    assert searches(replace(study, trials=trials)).rows[0][2] == "0.001: 60.0, 0.01: 70.0"
+
+
+def test_means_without_a_common_seed_say_so(section: Section) -> None:
+    apart = tuple(run.model_copy(update={"seed": run.seed + 10 * (run.method == "lora")}) for run in section.runs)
+    assert "over the seeds that all methods of the row have run" in scores(section).note
+    assert "over all seeds, since no seed has run with all methods" in scores(replace(section, runs=apart)).note

@@ -24,6 +24,10 @@ def rows_of(*labels: str) -> list[Row]:
         (["1.0", "0.0"], ["0.0", "1.0"], [1, 0]),
         (["1.5", "0.5"], ["0.5", "1.5"], [1, 0]),
         (["yes", "yes ", "no"], ["no", "yes"], [1, 1, 0]),
+        (["2_1", "21"], ["21", "2_1"], [1, 0]),  # Python reads both as 21
+        (["01", "1"], ["01", "1"], [0, 1]),
+        (["1e1", "10"], ["10", "1e1"], [1, 0]),
+        (["12345678901234567", "12345678901234568"], ["12345678901234567", "12345678901234568"], [0, 1]),
     ],
 )
 def test_classes(labels: list[str], names: list[str], numbers: list[int]) -> None:
@@ -72,3 +76,11 @@ def test_labels_that_are_refused(label: str, labels: list[str] | None, words: st
 )
 def test_repeated_classes(labels: list[str], repeated: str | None) -> None:
     assert repeated_class(labels) == repeated
+
+
+def test_quotation_marks_are_no_part_of_a_class() -> None:
+    """A CSV file with a space before the quotation mark."""
+    with pytest.raises(
+        ValueError, match=r'line 3: expected a class as .label., found "good", with its quotation marks'
+    ):
+        class_names(rows_of("good", ' "good"'), "label", "rows.csv")
