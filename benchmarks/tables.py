@@ -16,6 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -231,12 +232,12 @@ def energy(result: dict[str, Any]) -> str:
 def study(path: Path, short: bool = False) -> str:
     """Verdict and scores of one experiment, its differences, and where it ran.
 
-    `short`: scores of what has run, the ranking, and the comparison of the first method with the baseline.
+    `short`: scores of what has run, the ranking, and the comparison of the first method with the baseline; no note.
     """
     [section] = read_sections([path])
     sentences = verdict(section)
     if short:
-        parts = [bullets(sentences[:2]), scores(section).without_empty().markdown()]
+        parts = [bullets(sentences[:2]), replace(scores(section).without_empty(), note="").markdown()]
     else:
         parts = [
             bullets(sentences),

@@ -9,7 +9,7 @@ from ..run.folder import RunFolder
 from ..run.parsing import make_parser
 from ..run.settings import RunArguments, refuse
 
-EXAMPLE = "sparsegrad evaluate runs/glue-rte/sparsegrad; prints {'validation': {'accuracy': 0.5632, ...}}, as JSON."
+EXAMPLE = 'sparsegrad evaluate runs/glue-rte/sparsegrad; prints JSON, such as {"validation": {"accuracy": 0.5632}}.'
 
 
 def main(argv: list[str]) -> None:

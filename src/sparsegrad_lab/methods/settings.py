@@ -17,7 +17,7 @@ class AdapterArguments:
     narrow: int | float | str | None = None
     """sparsegrad: basis vectors of a layer's smaller side: "full", a count, a fraction of the side, or "energy:0.9"
     (enough for this share of the gradients' energy); default: a thirty-second of the side, from
-    64 to 128"""
+    64 to 128, and never more than a third of it"""
     wide: int | float | str | None = None
     """sparsegrad: neurons (or basis vectors) of a layer's larger side, in the same forms; default: as many as make
     trained_share"""
@@ -27,8 +27,8 @@ class AdapterArguments:
     """sparsegrad: the larger side keeps its strongest neurons instead of basis vectors; default: yes, but no with
     shared, c or r"""
     exponent: float | None = None
-    """sparsegrad: how much less the entries of noisy directions move; 0 moves all entries alike; default: 1.5, but 0
-    with c or r"""
+    """sparsegrad: from 0 to 2. 0: all entries move alike; larger: entries of noisy directions move less; default: 1.5,
+    but 0 with c or r"""
     c: int | float | str | None = None
     "sparsegrad: basis vectors of each layer's input side (rows of U); replaces narrow and wide"
     r: int | float | str | None = None
@@ -45,8 +45,8 @@ class AdapterArguments:
     products: Literal["regular", "sparse"] = "regular"
     'literal: "regular" uses dense matrix products, "sparse" the paper\'s sparse-by-dense products'
     rank: int | None = None
-    """lora: rank; default: the rank that trains about as many entries as sparsegrad with the sizes above. galore: rank
-    of the projected gradients; default: a quarter of the layers' smallest side"""
+    """sparsegrad has none. lora: rank; default: the rank that trains about as many entries as sparsegrad with the sizes
+    above. galore: rank of the projected gradients; default: a quarter of the layers' smallest side"""
     target_modules: str | list[str] | None = None
     "layers to adapt, as in PEFT: name endings or a regular expression; default: the MLP layers"
     layers: list[int] | None = None

@@ -225,7 +225,10 @@ class RunArguments:
 
 @dataclass
 class SearchArguments:
-    """Search the learning rate and the batch size. Each trial is a training run; weak ones are stopped early."""
+    """Search the learning rate and the batch size, in place of --learning_rate and --batch_size.
+
+    Each trial is a training run; weak ones are stopped early.
+    """
 
     trials: int = 20
     "number of runs, including those that were stopped early, diverged or ran out of memory"

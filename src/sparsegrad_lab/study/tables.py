@@ -64,9 +64,10 @@ def scores(section: Section) -> Table:
         f"{what} of the best evaluation of a run on the task's dev set: mean ± standard deviation over seeds (number "
         "of seeds)."
     )
-    if means and all(map(common_seeds, means.values())):
+    found = [part for part in means.values() if any(map(math.isfinite, means_of_tasks(part).values()))]
+    if found and all(map(common_seeds, found)):
         note += " The mean of tasks is over the seeds that all methods of the row have run."
-    elif means:
+    elif found:
         note += " The mean of tasks is over all seeds, since no seed has run with all methods on all tasks."
     if losses:
         unlike = f" A {' or '.join(losses)} is not multiplied, and lower is better."

@@ -47,10 +47,10 @@ class DataArguments:
     """share of the evaluation rows, the same rows in each run, that selects the best evaluation; only the other rows
     are scored; default: all rows select and are scored"""
     val_size: float | None = None
-    """evaluate on this share of the rows, the same rows in each run, and train on the others. files, text: of the
-    training file, in place of a validation_file, and the same share of each class. oasst1: of the conversations of all
-    files; default: the files with "validation" in their names. glue/*, quora: of the evaluation rows, without the
-    training file; default: train on the training file"""
+    """evaluate on this share of the rows, the same rows in each run, and train on the others. files, text: a share of
+    the training file and of each class, in place of a validation_file. oasst1: a share of the conversations of all
+    files; without it, the files with "validation" in their names. glue/*, quora: a share of the evaluation rows, and
+    the training file is not read"""
     max_length: int = 128
     "maximum number of tokens per row; longer rows are truncated"
     language: str | None = None
