@@ -23,6 +23,8 @@ class Mean:
     questions: int
 
     def __str__(self) -> str:
+        if self.questions < 2:  # nothing to resample
+            return f"{self.mean:.2f}"
         return f"{self.mean:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 

@@ -187,6 +187,8 @@ def predict(
     else:
         rows = read_rows(Path(file), quoting=arguments.data.quoting)
         kind.check_rows(task, rows, str(file))
+        if "prediction" in rows[0]:
+            raise ValueError(f"{file}: found a column 'prediction', which predictions would replace; rename it")
     run = open_run(path)
     return kind.predict(run.model, run.processor, task, rows, arguments.data, max_new_tokens)
 
@@ -207,7 +209,7 @@ def merge(path: str | Path) -> tuple[Path, bool]:
     The adapter of a 4-bit base is merged into the unquantized weights: 4 bits would lose most of the update.
 
     Returns:
-        The folder, and True if it was written now, False if it was there before.
+        The folder, and True if it was written now, False if it was there before, and newer than the adapter.
 
     Raises:
         ValueError: the run has no adapter; its `model/` is plain already.
@@ -216,7 +218,7 @@ def merge(path: str | Path) -> tuple[Path, bool]:
     folder = RunFolder(path)
     folder.read_arguments()
     target = folder.path / "merged"
-    if (target / "config.json").is_file():
+    if _is_newer(target / "config.json", folder.path / "adapter" / "adapter_model.safetensors"):
         return target, False
     if (folder.path / "model").is_dir():
         raise ValueError(f"{folder} has no adapter to merge; {folder.path / 'model'} is a plain model already")
@@ -230,3 +232,7 @@ def merge(path: str | Path) -> tuple[Path, bool]:
 
     save_whole(target, save)
     return target, True
+
+
+def _is_newer(file: Path, than: Path) -> bool:
+    return file.is_file() and (not than.is_file() or file.stat().st_mtime_ns > than.stat().st_mtime_ns)

@@ -204,8 +204,11 @@ def _parsed(text: str, path: Path, line: int | None = None) -> Any:
             _check_names([name for name, _ in pairs], path)
         return found
 
+    def no_number(name: str) -> None:
+        raise ValueError(f"{path}, line {line or 1}: {name} is not a value of JSON; write null or a number")
+
     try:
-        found = json.loads(text, object_pairs_hook=unique)
+        found = json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
         if "\\ud" in text.lower():  # half of a pair of surrogates is no character
             json.dumps(found, ensure_ascii=False).encode()
         return found

@@ -29,6 +29,7 @@ def test_means_by_category_and_turn() -> None:
     means = {name: found.mean for name, found in table_of(rows)["m"].items()}
     assert means == {"all": 5.5, "turn 1": 6.5, "turn 2": 4.5, "math": 3.0, "stem": 8.0}
     assert unrated(rows) == 1
+    assert str(table_of(rows)["m"]["math"]) == "3.00"  # of one question there is no interval
 
 
 def test_a_winner_wins_in_both_orders() -> None:

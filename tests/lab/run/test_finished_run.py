@@ -107,6 +107,7 @@ def test_predict_a_file(kind: str, finished_run: Path, tmp_path: Path) -> None:
         (None, [], r"expected either a file or texts, found neither"),
         ("sentence,label\nwarm,good\n", [], r"rows.csv, line 2: expected a column 'text', found 'sentence', 'label'"),
         ("text\n", [], r"rows.csv: expected rows, found none"),
+        ("text,prediction\nwarm,good\n", [], r"rows.csv: found a column 'prediction', which predictions would replace"),
     ],
 )
 def test_predict_refuses(content: str | None, texts: list[str], expected: str, gone: Path, tmp_path: Path) -> None:
@@ -164,6 +165,8 @@ def test_merging_is_done_once(run: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
     assert merge(run) == (folder, False)
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+    (run / "adapter" / "adapter_model.safetensors").touch()  # as after training again
+    assert merge(run) == (folder, True)
 
 
 def test_merge_where_the_weights_were_trained(arguments: Arguments, tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_broken_utf8_with_its_line(kind: str, tmp_path: Path) -> None:
         ("g.json", '["x"]', r"line 1: expected an object, found str"),
         ("h.txt", "x", r"expected a file that ends in .csv, .tsv, .json, .jsonl"),
         ("i.csv", "text,label,label\nx,0,1\n", r"expected different column names, found several columns label"),
+        ("o.jsonl", '{"text": NaN, "label": 0}\n', r"line 1: NaN is not a value of JSON"),
         ("k.csv", "\ntext,label\nx,0\n", r"line 1: expected the names of the columns, found an empty line"),
         ("l.csv", "text,label,,\nx,0,,\n", r"line 1: 2 of 4 columns have no name; name or delete them"),
         ("m.csv", "text;label\nx, y;0\n", r"line 1: expected fields that are separated by ',', found one field"),
