@@ -109,6 +109,12 @@ def part_of_model(result: dict[str, Any]) -> str:
     return depth[0] if depth is not None and depth[1] != depth[2] else ""
 
 
+def own_sizes(arguments: dict[str, Any]) -> str:
+    """The size of the core where it is not the default, to tell workloads apart."""
+    narrow, wide = arguments.get("narrow"), arguments.get("wide")
+    return "" if narrow is None else f", core {wide} × {narrow}"
+
+
 def speed_overview(path: Path, short: bool = False) -> str:
     """One line for each workload, whole models first; `short` leaves out parts of models and some columns."""
 
@@ -122,8 +128,8 @@ def speed_overview(path: Path, short: bool = False) -> str:
         default, lora = rows["sparsegrad"], rows["lora"]
         lines.append((
             bool(part_of_model(result)),
-            [result["workload"].removesuffix(", random weights"), ratio(rows, "sparsegrad", "floor"),
-             ratio(rows, "sparsegrad", "lora"), ratio(rows, "full", "lora"),
+            [result["workload"].removesuffix(", random weights") + own_sizes(result["arguments"]),
+             ratio(rows, "sparsegrad", "floor"), ratio(rows, "sparsegrad", "lora"), ratio(rows, "full", "lora"),
              f"{default['peak_bytes'] / lora['peak_bytes']:.2f}",
              f"{default['bytes']['kept_for_backward'] / lora['bytes']['kept_for_backward']:.2f}",
              f"{default['bytes']['trainable_entries']:,}"],
@@ -134,7 +140,7 @@ def speed_overview(path: Path, short: bool = False) -> str:
     if not short:
         return markdown(header, [line for _, line in ordered])
     kept = [header.index(name) for name in SHORT_COLUMNS]
-    whole = [[re.sub(r"; .* blocks(, [^ ]+ tokens).*", r"\1", line[column]) for column in kept]
+    whole = [[re.sub(r"; .* blocks(, [^ ]+ tokens).*?(, core .*)?$", r"\1\2", line[column]) for column in kept]
              for part, line in ordered if not part]  # fmt: skip
     return markdown([header[column] for column in kept], whole)
 
