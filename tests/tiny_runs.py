@@ -102,6 +102,18 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def search_words(words: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Builds a command line for `sparsegrad search`: as `words`, without the settings that a search draws."""
+
+    def make(output: Path, *more: str) -> list[str]:
+        given = words(output, *more)[1:]
+        drawn = {"--training.learning_rate", "--training.batch_size"}
+        return ["search", *(word for i, word in enumerate(given) if not drawn & {word, given[i - 1]})]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def language_words(words: Callable[..., list[str]], tiny_llama: Path) -> Callable[..., list[str]]:
     """As `words`, for the tiny LLaMA: the first text is a prompt, the second its answer."""
     more = ["--model", str(tiny_llama), "--task", "text", "--data.text", '["text", "other"]']

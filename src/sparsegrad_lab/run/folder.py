@@ -108,6 +108,8 @@ def check_file(path: Path) -> None:
 
 _ROWS = ("data.train_file", "data.validation_file", "data.unrelated")
 "Settings that may name a file of rows."
+_BEFORE_THE_SETTINGS = {"method.json", "data.json"}
+"Files that a killed process may have written before config.yaml."
 
 
 class RunFolder:
@@ -165,7 +167,7 @@ class RunFolder:
                 raise FileExistsError(
                     f"{self} holds another run, which differs in {found}; choose another output folder, or remove it"
                 )
-        elif content_of(self.path):
+        elif {path.name for path in content_of(self.path)} - _BEFORE_THE_SETTINGS:
             raise FileExistsError(
                 f"{self} is not empty and holds no run (no config.yaml); choose another output folder"
             )

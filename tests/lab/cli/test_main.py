@@ -580,12 +580,9 @@ def test_several_seeds_beside_one(finished_run: Path, words: Words, run: Run) ->
     assert not (finished_run / "seed-0").exists()
 
 
-def test_a_search_wants_a_folder_of_its_own(finished_run: Path, words: Words, run: Run) -> None:
+def test_a_search_wants_a_folder_of_its_own(finished_run: Path, search_words: Words, run: Run) -> None:
     before = sorted(path.name for path in finished_run.iterdir())
-    drawn = {"--training.learning_rate", "--training.batch_size"}
-    given = words(finished_run)[1:]
-    kept = [word for place, word in enumerate(given) if not drawn & {word, given[place - 1]}]
-    status, _, err = run("search", *kept, "--search.trials", "1")
+    status, _, err = run(*search_words(finished_run), "--search.trials", "1")
     assert status == 1
     assert "is not empty and holds no search; choose another output folder" in err
     assert sorted(path.name for path in finished_run.iterdir()) == before

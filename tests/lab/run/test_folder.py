@@ -90,3 +90,8 @@ def test_changed_rows_are_another_run(tmp_path: Path) -> None:
         folder.check(found)
     (folder.path / "data.json").unlink()
     folder.check(found)
+
+
+def test_a_kill_before_the_settings_are_written(killed: Path, arguments: Arguments) -> None:
+    (killed / "data.json").write_text("{}", encoding="utf-8")
+    RunFolder(killed).check(arguments(killed))

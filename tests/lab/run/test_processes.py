@@ -100,10 +100,10 @@ def test_two_processes_train_as_one_also_after_a_kill(words: Words, no_dropout: 
 
 
 @pytest.mark.slow
-def test_two_processes_search_together(words: Words, tmp_path: Path) -> None:
+def test_two_processes_search_together(search_words: Words, tmp_path: Path) -> None:
     """Rank 0 chooses the settings of each trial, and both processes train it."""
     folder = tmp_path / "search"
-    searched = ["search", *words(folder)[1:], "--search.trials", "2", "--search.batch_sizes", "[4]"]
+    searched = [*search_words(folder), "--search.trials", "2", "--search.batch_sizes", "[4]"]
     search = start([*torchrun(), *searched])
     output, errors = search.communicate(timeout=240)
     assert search.returncode == 0, errors

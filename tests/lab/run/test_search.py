@@ -101,8 +101,8 @@ def test_an_interrupted_trial_is_run_again(arguments: Arguments, tmp_path: Path)
     assert result["trials"][2]["batch_size"] == drawn[1]
 
 
-def test_two_processes_share_the_trials(words: Callable[..., list[str]], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sparsegrad_lab.cli.main", "search", *words(tmp_path / "s")[1:]]
+def test_two_processes_share_the_trials(search_words: Callable[..., list[str]], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sparsegrad_lab.cli.main", *search_words(tmp_path / "s")]
     command += ["--search.trials", "5", "--search.lowest", "1e-3", "--search.batch_sizes", "[8,16]"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     both = [

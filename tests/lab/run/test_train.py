@@ -81,7 +81,8 @@ def test_each_method(
     folder = tmp_path / "run"
     saved = METHODS[method].leaves if method in METHODS else "adapter"
     whole = saved == "model"
-    files = {"config.yaml", "environment.json", "metrics.json", "result.json", "curves.png", "tokenizer", saved}
+    files = {"config.yaml", "data.json", "environment.json", "metrics.json", "result.json", "curves.png", "tokenizer"}
+    files |= {saved}
     files |= {"calibration.json"} if method in ("sparsegrad", "literal") else set()
     files |= {"method.json"} if method == "ia3" else set()
     assert {file.name for file in folder.iterdir()} == files  # and no checkpoints

@@ -109,7 +109,7 @@ for limit in sys.argv[1].split(","):  # SIGXFSZ is ignored by Python: writes fai
     print(f"status {status} at {limit}", file=sys.stderr)
 """
 LIMITS = {
-    0: "config.yaml",
+    0: "data.json",
     1000: "metrics.json|config.yaml",  # paths are part of the config
     1600: "checkpoints|metrics.json",  # adapter_config.json, by Python
     9000: "checkpoints",  # the weights, by safetensors

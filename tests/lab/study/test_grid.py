@@ -218,7 +218,7 @@ def test_results_that_nobody_was_told_of_are_told(load: Any, tmp_path: Path, fin
     for cell in cells:
         rate = cell.trial or 1e-2
         config = arguments_from(cell.settings(1e-3 if cell.trial is None else rate)).as_dict()
-        result = {**real, "status": "finished", "score": 1 / rate, "config": config, "experiment": "first"}
+        result = {**real, "status": "finished", "score": 1e-3 / rate, "config": config, "experiment": "first"}
         StoredResults(here.results).write(cell.name, {**result, "name": cell.name})
     begun = Lines()
     reproduce([load("first")], here, progress=begun)
