@@ -121,7 +121,7 @@ class Grading:
         with open_rows(path) as file:
             if others := {row["judge"][0] for row in file.rows} - {self.judge.model}:
                 raise ValueError(f"{path} holds judgements of {', '.join(sorted(others))}; write another file")
-            asked = {item.key: self._prompts(item) for item in items}
+            asked = {item.key: [messages[1]["content"] for _, messages in self._requests(item)] for item in items}
 
             def counts(row: Row) -> bool:
                 """Whether a row is of an item, and of its present answers, questions and prompts."""
@@ -147,8 +147,8 @@ class Grading:
             return [row for row in file.rows if counts(row)]
 
     async def _rate(self, item: Item) -> Row:
-        ((name, answers),) = item.answers.items()
-        prompt, messages = self._messages(item, {"answer": answers})
+        (name,) = item.answers
+        ((prompt, messages),) = self._requests(item)
         raw, rating = await self._until_parsed(messages, rating_of)
         return {
             "question_id": item.question.id, "category": item.question.category, "turn": item.turn, "model": name,
@@ -158,14 +158,13 @@ class Grading:
 
     async def _compare(self, item: Item) -> Row:
         """Ask in both orders, since judges prefer a position. A winner is only who wins in both."""
-        (first, answers), (second, others) = item.answers.items()
+        first, second = item.answers
         row: Row = {
             "question_id": item.question.id, "category": item.question.category, "turn": item.turn, "model_1": first,
             "model_2": second,
         }  # fmt: skip
         names = {"A": "model_1", "B": "model_2", "C": "tie", None: None}
-        for game, (one, two) in (("g1", (answers, others)), ("g2", (others, answers))):
-            prompt, messages = self._messages(item, {"answer_a": one, "answer_b": two})
+        for game, (prompt, messages) in zip(("g1", "g2"), self._requests(item), strict=True):
             raw, letter = await self._until_parsed(messages, winner_of)
             if game == "g2":
                 letter = {"A": "B", "B": "A"}.get(str(letter), letter)
@@ -175,13 +174,13 @@ class Grading:
             }  # fmt: skip
         return {**row, "tstamp": time.time()}
 
-    def _prompts(self, item: Item) -> list[str]:
-        """What the judge is asked about an item, once for each order of the answers."""
+    def _requests(self, item: Item) -> list[tuple[str, list[dict[str, str]]]]:
+        """The prompt's name and the messages about an item, once for each order of the answers."""
         answers = list(item.answers.values())
         if len(answers) == 1:
-            return [self._messages(item, {"answer": answers[0]})[1][1]["content"]]
+            return [self._messages(item, {"answer": answers[0]})]
         orders = (answers, answers[::-1])
-        return [self._messages(item, {"answer_a": one, "answer_b": two})[1][1]["content"] for one, two in orders]
+        return [self._messages(item, {"answer_a": one, "answer_b": two}) for one, two in orders]
 
     def _messages(self, item: Item, answers: Mapping[str, Sequence[str]]) -> tuple[str, list[dict[str, str]]]:
         """The prompt's name, and the messages."""
@@ -204,7 +203,7 @@ class Grading:
 
 
 def _prompts_of(row: Row) -> list[str]:
-    """What the judge was asked, as `Grading._prompts` has it."""
+    """What the judge was asked, once for each order of the answers."""
     return [row["user_prompt"]] if "model" in row else [row["g1_user_prompt"], row["g2_user_prompt"]]
 
 

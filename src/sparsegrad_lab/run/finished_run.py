@@ -209,7 +209,8 @@ def merge(path: str | Path) -> tuple[Path, bool]:
     The adapter of a 4-bit base is merged into the unquantized weights: 4 bits would lose most of the update.
 
     Returns:
-        The folder, and True if it was written now, False if it was there before, and newer than the adapter.
+        The folder, and True if it was written now, False if it was there before and is not older than the
+        adapter.
 
     Raises:
         ValueError: the run has no adapter; its `model/` is plain already.
@@ -218,7 +219,7 @@ def merge(path: str | Path) -> tuple[Path, bool]:
     folder = RunFolder(path)
     folder.read_arguments()
     target = folder.path / "merged"
-    if _is_newer(target / "config.json", folder.path / "adapter" / "adapter_model.safetensors"):
+    if _is_up_to_date(target / "config.json", folder.path / "adapter" / "adapter_model.safetensors"):
         return target, False
     if (folder.path / "model").is_dir():
         raise ValueError(f"{folder} has no adapter to merge; {folder.path / 'model'} is a plain model already")
@@ -234,5 +235,5 @@ def merge(path: str | Path) -> tuple[Path, bool]:
     return target, True
 
 
-def _is_newer(file: Path, than: Path) -> bool:
-    return file.is_file() and (not than.is_file() or file.stat().st_mtime_ns > than.stat().st_mtime_ns)
+def _is_up_to_date(file: Path, source: Path) -> bool:
+    return file.is_file() and (not source.is_file() or file.stat().st_mtime_ns >= source.stat().st_mtime_ns)

@@ -164,9 +164,10 @@ class Run(_Ending):
     def _check_range(self) -> Run:
         """Refuse scores that their metric cannot have."""
         low, high = (-1.0, 1.0) if self.higher_is_better else (0.0, math.inf)
+        rounding = 1e-6
         given = {"score": self.score, "selection_score": self.selection_score, "score_before": self.score_before}
         for name, score in given.items():
-            if score is not None and not low <= score <= high:
+            if score is not None and not low - rounding <= score <= high + rounding:
                 raise ValueError(f"{name}: expected {self.metric} from {low:g} to {high:g}, found {score:g}")
         return self
 

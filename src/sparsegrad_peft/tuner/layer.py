@@ -299,7 +299,10 @@ def _refuse_other_bases(
         if any(tensor is not None and tensor.is_meta for tensor in (*here.values(), *found.values())):
             continue
         same = all(
-            here[name] is not None and here[name].shape == tensor.shape and is_data_free(tensor, sizes[name])
+            name in sizes  # a data-free basis has no scales
+            and here[name] is not None
+            and here[name].shape == tensor.shape
+            and is_data_free(tensor, sizes[name])
             for name, tensor in found.items()
         )
         if not same and all(is_data_free(here[side], n) for side, n in sizes.items()):

@@ -27,7 +27,7 @@ def matters(trainer: Any, num_items_in_batch: Any) -> bool:
 
     False with `compute_loss_func`: transformers asks its author to use the number.
     """
-    if getattr(trainer, "compute_loss_func", None) is not None:
+    if trainer.compute_loss_func is not None:
         return False
     batches = trainer.args.world_size * trainer.args.gradient_accumulation_steps
     return num_items_in_batch is not None and trainer.model_accepts_loss_kwargs and batches > 1
