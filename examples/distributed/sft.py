@@ -51,3 +51,4 @@ trainer.train()
 trainer.save_model(options.output)  # called on every process; the first one writes
 if trainer.is_world_process_zero():
     print(f"adapter: {options.output}")
+trainer.accelerator.end_training()  # closes the process group: with it open, a process may crash as it ends
