@@ -1,9 +1,13 @@
-"""Answer files in FastChat's form: {"question_id", "model_id", "choices": [{"index": 0, "turns": [TEXT, ...]}]}."""
+"""Answer files in FastChat's form: {"question_id", "model_id", "choices": [{"index": 0, "turns": [TEXT, ...]}]}.
+
+Those of `sparsegrad generate` also hold the question, as "question".
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..tasks.read import read_objects
 from .questions import Question
@@ -14,11 +18,12 @@ def read_answers(path: Path, questions: Sequence[Question]) -> tuple[str, dict[i
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is no answer, the file has answers of several models or two to a question, or it lacks an
-            answer to a turn of a question.
+        ValueError: a line is no answer or answers another question, the file has answers of several models or two to
+            a question, or it lacks an answer to a turn of a question.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected answers, as sparsegrad generate writes them")
+    by_id = {question.id: question for question in questions}
     found: dict[int | str, list[str]] = {}
     names = set()
     for line, row in read_objects(path):
@@ -28,6 +33,7 @@ def read_answers(path: Path, questions: Sequence[Question]) -> tuple[str, dict[i
             raise ValueError(f"{path}, line {line}: expected an answer of FastChat's form, found no {error}") from error
         if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
             raise ValueError(f"{path}, line {line}: expected a list of texts as turns")
+        check_question(row, by_id, f"{path}, line {line}")
         if question in found:
             raise ValueError(f"{path}, line {line}: a second answer to question {question}")
         found[question] = turns
@@ -41,3 +47,22 @@ def read_answers(path: Path, questions: Sequence[Question]) -> tuple[str, dict[i
             "finish it with sparsegrad generate"
         )
     return names.pop(), found
+
+
+def check_question(row: Mapping[str, Any], questions: Mapping[int | str, Question], where: str) -> None:
+    """Refuse an answer to a question that has been changed since.
+
+    Args:
+        row: a line of an answer file. Without "question", as in FastChat's files, it is not checked.
+        questions: by id.
+        where: the line's place, for the message.
+
+    Raises:
+        ValueError: the question of this id has another category or other turns.
+    """
+    question = questions.get(row["question_id"])
+    if question is not None and row.get("question", question.asked) != question.asked:
+        raise ValueError(
+            f"{where}: the answer is to another question {question.id}: {str(row['question'])[:80]}; the file of "
+            f"questions has {str(question.asked)[:80]}. Use the questions of then, or write another file of answers"
+        )

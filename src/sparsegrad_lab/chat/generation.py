@@ -12,6 +12,7 @@ from typing import Any
 
 from ..tasks.conversations import Message
 from ..tasks.generation import RowSampling
+from .answers import check_question
 from .model import ChatModel
 from .questions import Question
 from .rows_file import open_rows
@@ -67,13 +68,16 @@ def answer_questions(
         The number of new answers.
 
     Raises:
-        ValueError: the file has answers of another model or with other settings, or a line of it is damaged.
+        ValueError: the file has answers of another model, to other questions or with other settings, or a line of it
+            is damaged.
         FileExistsError: another process writes the file.
     """
     described = {**asdict(settings), "model": model.name}
+    by_id = {question.id: question for question in questions}
     with open_rows(path) as file:
-        for row in file.rows:
+        for line, row in enumerate(file.rows, 1):
             _check_same(row, described, model_id, path)
+            check_question(row, by_id, f"{path}, answer {line}")
         done = {row["question_id"] for row in file.rows}
         open_questions = [question for question in questions if question.id not in done]
         advance(len(questions) - len(open_questions))
@@ -81,7 +85,8 @@ def answer_questions(
             batch = open_questions[start : start + batch_size]
             for question, turns in zip(batch, _answers(model, batch, settings), strict=True):
                 file.append({
-                    "question_id": question.id, "answer_id": uuid.uuid4().hex, "model_id": model_id,
+                    "question_id": question.id, "question": question.asked, "answer_id": uuid.uuid4().hex,
+                    "model_id": model_id,
                     "choices": [{"index": 0, "turns": turns}], "tstamp": time.time(), "settings": described,
                 })  # fmt: skip
             advance(len(batch))

@@ -28,6 +28,11 @@ class Question:
     turns: tuple[str, ...]
     reference: tuple[str, ...] = ()
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What decides an answer. Answer files keep it, so that a changed question is noticed."""
+        return {"category": self.category, "turns": list(self.turns)}
+
 
 def read_questions(path: Path) -> list[Question]:
     """Read a question file.

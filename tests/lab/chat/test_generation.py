@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sparsegrad_lab.chat.answers import read_answers
 from sparsegrad_lab.chat.generation import AnswerSettings, answer_questions
 from sparsegrad_lab.chat.model import ChatModel, open_model
 from sparsegrad_lab.chat.questions import Question, read_questions
@@ -95,6 +96,18 @@ def test_another_setting_is_refused(model: ChatModel, questions: Path, tmp_path:
         ValueError, match=r"a.jsonl holds answers that differ in seed \(0 there, 1 here\); write another"
     ):
         answer(model, asked, path, seed=1)
+
+
+def test_a_changed_question_is_refused(model: ChatModel, tmp_path: Path) -> None:
+    """Under the same id, another text or category would keep the old answer."""
+    path = tmp_path / "a.jsonl"
+    answer(model, [Question(1, "math", ("what is warm",)), Question(2, "math", ("a film",))], path)
+    for changed in (Question(1, "math", ("what is cold",)), Question(1, "writing", ("what is warm",))):
+        with pytest.raises(ValueError, match="the answer is to another question 1"):
+            answer(model, [changed], path)
+        with pytest.raises(ValueError, match="the answer is to another question 1"):
+            read_answers(path, [changed])
+    assert answer(model, [Question(2, "math", ("a film",))], path) == 0
 
 
 def test_the_command(chat_llama: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
