@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .hold_out import split_dataset
+from .hold_out import split_apart
 from .labels import labelled_dataset
 from .read import read_rows
 from .task import Task
@@ -76,10 +76,10 @@ def load_glue(name: str, folder: str | Path | None = None, val_size: float | Non
         folder: see `find_folder`; None: the folder in the environment variable SPARSEGRAD_DATA if it has the task, else
             the hub.
         val_size: train on the official evaluation rows, without this share of them, which is evaluated; the training
-            file is not read. MNLI: the matched rows.
+            file is not read. MNLI: the matched rows. Rows that share a text stay together.
 
     Raises:
-        ValueError: there is no such task, or see `read_rows` and `hold_out`.
+        ValueError: there is no such task, or see `read_rows` and `split_apart`.
         FileNotFoundError: the folder does not have the task, or the hub cannot be reached.
     """
     if name not in GLUE:
@@ -100,8 +100,8 @@ def _split(task: Task, val_size: float | None) -> Task:
     if val_size is None:
         return task
     name = task.evaluation_splits[0]
-    train, held = split_dataset(task.splits[name], val_size, stratified=task.labels is not None, where=task.source)
-    return replace(task, splits={"train": train, name: held})
+    train, held = split_apart(task.splits[name], val_size, task.text, f"data.val_size, {task.source}")
+    return replace(task, splits={"train": train, name: held}, apart=True)
 
 
 def find_folder(name: str, data: str | Path) -> Path:

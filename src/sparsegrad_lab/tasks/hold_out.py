@@ -46,8 +46,48 @@ def hold_out(
     )
 
 
-def split_dataset(data: Dataset, share: float, *, stratified: bool, where: str) -> tuple[Dataset, Dataset]:
-    """Split a data set as `hold_out` splits rows; `stratified`: the same share of each class in column "label"."""
-    classes = data["label"] if stratified else None
-    train, held = hold_out(range(len(data)), share, classes, where)
+def split_apart(data: Dataset, share: float, text: Sequence[str], where: str) -> tuple[Dataset, Dataset]:
+    """Split a data set at random, the same way in each run. Rows that share a text stay together.
+
+    Three rows of MNLI have the same premise, for example. A model that trains on one of them knows something about the
+    others.
+
+    Args:
+        data: the rows.
+        share: of the groups of rows that is held out, about this share of the rows.
+        text: columns of texts.
+        where: the setting and the file, for messages.
+
+    Returns:
+        Training rows and held-out rows.
+
+    Raises:
+        ValueError: one of both would be empty.
+    """
+    from sklearn.model_selection import GroupShuffleSplit
+
+    groups = _groups([data[column] for column in text])
+    count = len(set(groups))
+    if not 0 < round(share * count) < count:
+        raise ValueError(
+            f"{where}: a share of {share:g} of {len(data)} rows, {count} without those that share a text, leaves one "
+            "of both parts empty; change the share"
+        )
+    split = GroupShuffleSplit(n_splits=1, test_size=round(share * count), random_state=0)
+    train, held = next(split.split(groups, groups=groups))
     return data.select(train), data.select(held)
+
+
+def _groups(columns: Sequence[Sequence[str]]) -> list[int]:
+    """The group of each row. Two rows are in one group if they share a text, or if each shares one with a third."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    numbers: dict[str, int] = {}
+    rows = len(columns[0])
+    links = [(row, numbers.setdefault(text, len(numbers))) for column in columns for row, text in enumerate(column)]
+    first = [row for row, _ in links]
+    second = [rows + number for _, number in links]
+    nodes = rows + len(numbers)
+    graph = coo_matrix(([1] * len(links), (first, second)), shape=(nodes, nodes))
+    return [int(group) for group in connected_components(graph, directed=False)[1][:rows]]

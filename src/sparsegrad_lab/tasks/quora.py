@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from .glue import DATA_VARIABLE
-from .hold_out import split_dataset
+from .hold_out import split_apart
 from .labels import labelled_dataset
 from .read import read_rows
 from .task import Task
@@ -20,10 +20,11 @@ def load_quora(folder: str | Path | None = None, val_size: float | None = None) 
 
     Args:
         folder: see `find_folder`.
-        val_size: train on dev.tsv, without this share of it, which is evaluated; train.tsv is not read.
+        val_size: train on dev.tsv, without this share of it, which is evaluated; train.tsv is not read. Pairs that
+            share a question stay together.
 
     Raises:
-        ValueError: see `read_rows` and `hold_out`.
+        ValueError: see `read_rows` and `split_apart`.
         FileNotFoundError: there are no such files.
     """
     found = find_folder(folder)
@@ -34,9 +35,9 @@ def load_quora(folder: str | Path | None = None, val_size: float | None = None) 
             rows = read_rows(path, header=_HEADER, quoting="none", replace_broken=True)
             splits[split] = labelled_dataset(rows, _TEXT, "label", _LABELS, str(path))
     if val_size is not None:
-        train, held = split_dataset(splits["validation"], val_size, stratified=True, where=str(found))
+        train, held = split_apart(splits["validation"], val_size, _TEXT, f"data.val_size, {found}")
         splits = {"train": train, "validation": held}
-    return Task("quora", _TEXT, _LABELS, ("accuracy", "f1"), splits, str(found))
+    return Task("quora", _TEXT, _LABELS, ("accuracy", "f1"), splits, str(found), apart=val_size is not None)
 
 
 def find_folder(data: str | Path | None) -> Path:

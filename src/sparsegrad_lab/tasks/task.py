@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from .hold_out import split_apart
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -32,6 +34,7 @@ class Task:
             for language modelling.
         source: where the rows come from, for messages.
         kind: `TEXT`, `LANGUAGE` or `IMAGES`.
+        apart: whether rows that share a text stay together where the evaluation rows are split once more.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Task:
     splits: Mapping[str, Dataset] = field(repr=False)
     source: str = ""
     kind: str = TEXT
+    apart: bool = False
 
     @property
     def evaluation_splits(self) -> list[str]:
@@ -74,13 +78,17 @@ class Task:
         """
         name = self.evaluation_splits[0]
         rows = self.splits[name].shuffle(seed=0)
-        count = round(share * len(rows))
-        if not 0 < count < len(rows):
-            raise ValueError(
-                f"data.development_share: expected rows to select and rows to score, found {len(rows)} rows in split "
-                f"{name} and a share of {share:g}"
-            )
-        parts = {DEVELOPMENT: rows.select(range(count)), name: rows.select(range(count, len(rows)))}
+        if self.apart:
+            scored, chosen = split_apart(rows, share, self.text, "data.development_share")
+        else:
+            count = round(share * len(rows))
+            if not 0 < count < len(rows):
+                raise ValueError(
+                    f"data.development_share: expected rows to select and rows to score, found {len(rows)} rows in "
+                    f"split {name} and a share of {share:g}"
+                )
+            scored, chosen = rows.select(range(count, len(rows))), rows.select(range(count))
+        parts = {DEVELOPMENT: chosen, name: scored}
         others = {other: data for other, data in self.splits.items() if other not in ("train", name)}
         train = {"train": self.splits["train"]} if "train" in self.splits else {}
         return replace(self, splits={**train, **parts, **others})
