@@ -26,7 +26,7 @@ from sparsegrad_lab.run.folder import write_whole
 from sparsegrad_lab.study.report import bullets
 from sparsegrad_lab.study.report import markdown as results_document
 from sparsegrad_lab.study.report import origin as origin_of_runs
-from sparsegrad_lab.study.sections import read_report, read_sections
+from sparsegrad_lab.study.sections import read_report
 from sparsegrad_lab.study.tables import comparisons, scores
 from sparsegrad_lab.study.verdict import verdict
 from sparsegrad_peft.method.sizes import Sizes
@@ -240,7 +240,7 @@ def study(path: Path, short: bool = False) -> str:
 
     `short`: scores of what has run, the ranking, and the comparison of the first method with the baseline; no note.
     """
-    [section] = read_sections([path])
+    [section] = read_report([path]).sections
     sentences = verdict(section)
     if short:
         parts = [bullets(sentences[:2]), replace(scores(section).without_empty(), note="").markdown()]

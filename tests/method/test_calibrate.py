@@ -335,3 +335,13 @@ def test_scales_of_one_step_are_named(caplog: pytest.LogCaptureFixture) -> None:
     found.bases(c=2, r=2, exponent=1.5)
     assert "in 1 of 1 groups" in caplog.text
     assert "all scales are 1" in caplog.text
+
+
+def test_a_weight_of_two_modules_is_not_calibrated() -> None:
+    """As the output layer of a language model, which is tied to the embeddings."""
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False))
+    model[2].weight = model[0].weight
+    batches = [torch.arange(7)]
+    assert list(calibrate(model, batches, loss_fn=lambda m, x: m(x).square().mean(), n_steps=1).groups) == ["1"]
+    with pytest.raises(ValueError, match=r"0 and 2 share one weight tensor.* leave 2 out"):
+        calibrate(model, batches, groups={"out": ["2"]}, loss_fn=lambda m, x: m(x).square().mean(), n_steps=1)

@@ -70,3 +70,15 @@ def test_a_normalized_step_of_a_tiny_or_huge_gradient(scale: float) -> None:
     moved = torch.zeros(3, 5)
     normalized_step(moved, gradient * scale, 0.1)
     torch.testing.assert_close(moved, -0.1 * 15**0.5 * gradient / gradient.norm())
+
+
+def test_bfloat16_weights_move_by_the_step_on_average() -> None:
+    """Rounded to the nearest number, a weight of 0.05 would stay where it is. Equal weights move alike."""
+    weights = torch.full((100, 200), 0.05, dtype=torch.bfloat16)
+    moved = [weights.clone() for _ in range(2)]
+    for weight in moved:
+        for _ in range(5):
+            sign_step(weight, torch.ones_like(weight), 1e-4)
+    assert torch.equal(*moved)
+    change = (moved[0].double() - weights.double()).mean()
+    assert change == pytest.approx(-5e-4, rel=0.05)

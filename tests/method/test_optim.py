@@ -489,6 +489,20 @@ def test_state_of_another_optimizer() -> None:
     optimizer.step()
 
 
+def test_a_state_with_another_selection_is_refused() -> None:
+    """The saved settings would replace those of this run."""
+    weight = nn.Parameter(torch.ones(4, 5))
+    saved = SparseGradAdamW([{"params": [weight], "sparse": True, "density": 0.1}], lr=1e-3).state_dict()
+    for group, words in (
+        ({"sparse": True, "density": 0.2}, r"saved with density=0.1, found density=0.2"),
+        ({}, r"saved with density=0.1, found density=None"),
+    ):
+        other = SparseGradAdamW([{"params": [weight], **group}], lr=1e-3)
+        with pytest.raises(ValueError, match=words):
+            other.load_state_dict(saved)
+        assert other.param_groups[0]["density"] == group.get("density")
+
+
 def test_half_precision_weights_with_a_basis_are_refused() -> None:
     weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
     basis = Basis(torch.eye(4), torch.eye(4))

@@ -150,7 +150,7 @@ def test_a_core_that_is_not_there_says_so() -> None:
     ("options", "dtype"),
     [
         ({}, torch.bfloat16),
-        ({"c": "full"}, torch.bfloat16),
+        ({"c": "full", "r": 0.5}, torch.bfloat16),
         ({"c": "full", "r": "full"}, torch.float32),
         ({"narrow": "full", "wide": "full"}, torch.float32),
         ({"basis_dtype": "float64"}, torch.float64),
@@ -222,3 +222,27 @@ def test_bases_of_gigabytes_are_announced(monkeypatch: pytest.MonkeyPatch, caplo
     assert [m for m in caplog.messages if m.startswith("the bases of 6 layers take 0.0 GB. With SparseGradConfig(")]
     bases = [b for n, b in model.named_buffers() if n.endswith((".U", ".V"))]
     assert sum(b.nbytes for b in bases) == size
+
+
+def test_an_adapter_that_is_not_active_is_not_calibrated() -> None:
+    """The gradients would be those of the weights that another adapter has trained."""
+    model, _ = trained_adapter("bert")
+    model.add_adapter("new", SparseGradConfig())
+    with pytest.raises(ValueError, match=r"'new' is not active, and 'default' would take part .*set_adapter\('new'\)"):
+        calibrate_adapter(model, [tiny_batch("bert")], adapter_name="new", progress=False)
+    model.set_adapter("new")
+    calibrate_adapter(model, [tiny_batch("bert")], adapter_name="new", n_steps=1, progress=False)
+
+
+def test_ready_statistics_stand_alone() -> None:
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig())
+    ready = calibrate_adapter(model, [tiny_batch("bert")], n_steps=1, progress=False)
+    with pytest.raises(ValueError, match=r"found ready statistics \(calibration\) and batches, n_steps, which"):
+        calibrate_adapter(model, [tiny_batch("bert")], calibration=ready, n_steps=2)
+
+
+@pytest.mark.parametrize("alone", [{"r": 16}, {"c": 0.25}])
+def test_the_rows_of_one_side_alone_are_no_size(alone: dict[str, Any]) -> None:
+    """`r=16` is what a user of LoRA would write."""
+    with pytest.raises(ValueError, match=r"alone; expected c and r, .* trained_share"):
+        SparseGradConfig(**alone)

@@ -330,3 +330,23 @@ def test_pickle_and_copy(tmp_path: Path) -> None:
     for twin in (loaded, copy.deepcopy(model)):
         assert max_difference(logits(twin, data), logits(model, data)) == 0
         assert len({id(layer.sparsegrad_basis["default"]) for layer in tuner_layers(twin)}) == MLP_GROUPS["bert"]
+
+
+def test_a_forward_put_on_the_layer_itself_is_kept() -> None:
+    model = tiny_model("bert")
+    wanted = model(**tiny_batch("bert")).logits
+    layer = model.get_submodule("bert.encoder.layer.0.intermediate.dense")
+    own = layer.forward
+    layer.forward = lambda x: 2 * own(x)
+    changed = model(**tiny_batch("bert")).logits
+    assert not torch.allclose(changed, wanted)
+    torch.testing.assert_close(get_peft_model(model, SparseGradConfig())(**tiny_batch("bert")).logits, changed)
+
+
+def test_nothing_is_merged_into_a_computed_weight() -> None:
+    model = tiny_model("bert")
+    layer = model.get_submodule("bert.encoder.layer.0.intermediate.dense")
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    adapted = get_peft_model(model, SparseGradConfig(target_modules=["layer.0.intermediate.dense"]))
+    with pytest.raises(TypeError, match="computes its weight"):
+        adapted.merge_and_unload()

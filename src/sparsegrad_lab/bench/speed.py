@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from sparsegrad_peft.method.groups import linear_shape
@@ -35,6 +36,11 @@ def check(arguments: BenchArguments) -> None:
         for name in arguments.method_names or []
         if name not in METHODS
     ]
+    if workload.sequence and arguments.tokens > workload.sequence and arguments.tokens % workload.sequence:
+        problems.append(
+            f"tokens: expected a multiple of {workload.sequence}, the length of a sequence, or fewer; found "
+            f"{arguments.tokens}"
+        )
     try:
         arguments.sizes.check(workload.wide, workload.hidden, workload.name)
         arguments.sizes.check(workload.hidden, workload.wide, workload.name)
@@ -135,6 +141,6 @@ def _shapes(arguments: BenchArguments, layers: int) -> tuple[list[tuple[int, int
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """Return p20, p50 and p80."""
-    ordered = sorted(values)
-    return {f"p{q}": round(ordered[min(len(ordered) - 1, len(ordered) * q // 100)], 3) for q in (20, 50, 80)}
+    """Return p20, p50 (the median) and p80."""
+    low, middle, high = np.percentile(values, [20, 50, 80])
+    return {"p20": round(float(low), 3), "p50": round(float(middle), 3), "p80": round(float(high), 3)}

@@ -90,6 +90,8 @@ class AdapterArguments:
                     check_rows(rows, None, f"adapter.{name}")
             except (TypeError, ValueError) as error:
                 problems.append(str(error))
+        if (self.c is None) != (self.r is None):
+            problems.append(f"adapter.c and adapter.r belong together, found c = {self.c} and r = {self.r}")
         if self.prefer not in ("memory", "speed"):
             problems.append(f"adapter.prefer: expected memory or speed, found {self.prefer!r}")
         if self.density is not None and self.k is not None:

@@ -96,6 +96,8 @@ def describe(cell: Cell, arguments: RunArguments, attempts: int) -> dict[str, An
             "question": cell.experiment.question,
             "baseline": cell.experiment.baseline,
             "words": cell.variant.words,
+            "scored": cell.experiment.scored,
+            "own": cell.experiment.own,
         },
         **({} if config is None else {"adapter_config": config}),
     }

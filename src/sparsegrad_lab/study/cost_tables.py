@@ -27,18 +27,19 @@ def costs(section: Section) -> Table:
         rows.append([
             Linked(method, runs),
             ", ".join(f"{count:,}" for count in trained),
-            f"{touched[0]:,}" if len(touched) == 1 else f"{touched[0]:,} to {touched[-1]:,}",
+            _range([f"{count:,}" for count in touched]),
             _steps_per_second([run for run in timed if run.task_name in common]),
             f"{100 * sum(shares) / len(shares):.0f} %" if shares else "none",
             f"{max(run.megabytes for run in runs):,.0f}",
-            f"{max(run.weights_bytes for run in runs) / 1e6:.1f}",
+            _range(sorted({f"{run.weights_bytes / 1e6:.1f}" for run in runs}, key=float)),
         ])  # fmt: skip
-    header = ["method", "trained entries", "touched", "steps/s", "calibration, to training", "peak, MB", "saved, MB"]
+    header = ["method", "trained entries", "touched", "steps/s", "calibration ÷ training", "peak, MB", "saved, MB"]
     note = (
-        "Trained entries: of the MLP layers. Touched: entries that at least one step has changed; all of them "
-        "where the bases were made anew during training. Steps per second: over the tasks that "
-        "all methods have run, with evaluations and checkpoints. Peak: memory of the whole process. Other processes "
-        "may have shared the machine; the performance page has measurements. Saved: adapter or model, with the head."
+        "Trained entries: of the MLP layers. Touched: those that are not zero after training; a core starts at zero, "
+        "so these are the entries that a step has changed (all of them where the bases were made anew during "
+        "training). Steps per second: over the tasks that all methods have run, with evaluations and checkpoints. "
+        "Calibration ÷ training: of their times. Peak: the largest memory of a run's process. Other processes may have "
+        "shared the machine; the performance page has measurements. Saved: adapter or model, with the head."
     )
     return Table("Costs", note, header, rows)
 
@@ -72,3 +73,8 @@ def costs_by_task(section: Section) -> Table:
 
 def _steps_per_second(runs: Sequence[Run]) -> str:
     return f"{sum(run.steps for run in runs) / sum(run.training.seconds for run in runs):.2f}" if runs else ""
+
+
+def _range(values: Sequence[str]) -> str:
+    """The only one of some sorted values, or the first and the last."""
+    return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"

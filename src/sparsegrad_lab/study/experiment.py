@@ -100,6 +100,8 @@ class Experiment(_Spec):
     "for language models: answers to questions; None: no answers"
     paper: dict[str, Any] | None = None
     "published figures: source, columns, scores or costs by method"
+    own: bool = False
+    "False for the experiments that ship with the package; not to be set"
 
     @property
     def seeds_by_method(self) -> dict[str, tuple[int, ...]]:
@@ -181,7 +183,7 @@ class Cell:
 
 
 _FROM_SEARCH = ("searched_rates", "searched_seeds", "most_rates")
-_NOT_SET = {"name", "scale", *_FROM_SEARCH}
+_NOT_SET = {"name", "scale", "own", *_FROM_SEARCH}
 "Fields that are no keys of the files."
 
 
@@ -227,7 +229,7 @@ def load_experiment(name: str, scale: str | None = "cpu", folder: Path = SHIPPED
         raise ValueError(f"{where} is for scale {own['only_at']}: its sizes are for that model")
     own_scales = own.pop("scales", {})
     settings = reduce(merged, [default, scales[scale] or {}, own, own_scales.get(scale) or {}])
-    _refuse_not_set(settings, ("name", "scale"), where)
+    _refuse_not_set(settings, ("name", "scale", "own"), where)
     methods = settings.get("methods") or {}
     for key, value in methods.items():
         _refuse_not_set(value or {}, _FROM_SEARCH, where, f"methods.{key}.")
@@ -236,7 +238,7 @@ def load_experiment(name: str, scale: str | None = "cpu", folder: Path = SHIPPED
         key: _method(value or {}, key, where, folder / name, scale, search) for key, value in methods.items()
     }
     try:
-        experiment = Experiment.model_validate({**settings, "name": name, "scale": scale})
+        experiment = Experiment.model_validate({**settings, "name": name, "scale": scale, "own": folder != SHIPPED})
     except ValidationError as error:
         raise ValueError(f"{where}: {'; '.join(map(_problem, error.errors()))}") from error
     _check(experiment, where)
@@ -278,6 +280,12 @@ def _check(experiment: Experiment, where: str) -> None:
         raise ValueError(f"{where}: expected the same number of learning rates to try for each method, found {trials}")
     if experiment.baseline not in experiment.methods:
         raise ValueError(f"{where}: expected a baseline among {methods}; found {experiment.baseline!r}")
+    for name, method in experiment.methods.items():
+        if both := set(method.searched_seeds) & set(experiment.seeds_by_method[name]):
+            raise ValueError(
+                f"{where}: expected other seeds for the search than for the runs that are scored, found "
+                f"{', '.join(map(str, sorted(both)))} in both for {name}"
+            )
     for model in experiment.models:
         if model.strip("/").rpartition("/")[2] in ("", ".", "..") or "\\" in model:
             raise ValueError(f"{where}: expected models with a name, found {model!r}; name the model's own folder")
@@ -309,9 +317,9 @@ def _rates_of(source: str, scale: str, folder: Path, where: str) -> tuple[tuple[
     rates: Any = None
     search: dict[str, Any] = {}
     if experiment in experiment_names(folder, scale):
-        own = _read(folder / experiment / "experiment.yaml")
-        default = {"search": _read(folder / "default.yaml").get("search") or {}}
-        other = reduce(merged, [default, own, own.get("scales", {}).get(scale) or {}])
+        own, default = _read(folder / experiment / "experiment.yaml"), _read(folder / "default.yaml")
+        scales = [(part.get("scales") or {}).get(scale) or {} for part in (default, own)]
+        other = reduce(merged, [default, scales[0], own, scales[1]])
         rates = ((other.get("methods") or {}).get(name) or {}).get("learning_rates")
         search = other.get("search") or {}
     if not rates:

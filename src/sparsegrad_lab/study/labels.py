@@ -1,4 +1,4 @@
-"""Tells run folders apart that have the same method, task and seed, by the settings in which they differ."""
+"""Tells run folders apart that have the same method and task, by the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ _DATA_SETTINGS = ("train_file", "validation_file", "folder", "text", "label", "l
 "Settings that decide which rows a task of one's own has."
 _SCORED_BY = ("metrics", "validation_rows", "val_size", "development_share")
 "Settings that decide how any task is scored, and on which rows."
+_TOKENS = ("language", "max_length", "template", "packing")
+"Settings that decide which tokens a loss is of."
 
 
 def label_data(runs: tuple[Run, ...]) -> tuple[Run, ...]:
@@ -23,6 +25,8 @@ def label_data(runs: tuple[Run, ...]) -> tuple[Run, ...]:
 
     def settings(run: Run) -> dict[str, Any]:
         names = (*_DATA_SETTINGS, *_SCORED_BY) if run.config.task in _OWN_TASKS else _SCORED_BY
+        if not run.higher_is_better:
+            names = (*names, *_TOKENS)
         return {"metric": run.metric, **{name: run.config.data.get(name) for name in names}}
 
     data = {run.path: settings(run) for run in runs}
@@ -41,8 +45,10 @@ def label_runs(runs: tuple[Run, ...]) -> tuple[Run, ...]:
     for run in sorted(runs, key=lambda run: run.environment.time):
         alike[run.method_name, run.task_name, run.seed][str(sorted(_settings(run).items()))] = run
     differ: dict[str, set[str]] = defaultdict(set)
-    for (method, _, _), group in alike.items():
-        settings = [_settings(run) for run in group.values()]
+    of_task: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for (method, task, _), group in alike.items():
+        of_task[method, task] += map(_settings, group.values())
+    for (method, _), settings in of_task.items():
         names = {name for one in settings for name in one}
         differ[method] |= {name for name in names if any(settings[0].get(name) != one.get(name) for one in settings)}
     labelled = {}

@@ -44,7 +44,7 @@ def run_card(run: Run) -> RunCard:
         ("training loss at the end", "" if loss is None else f"{loss:.4f}, mean of the last sixth of the steps"),
         ("learning rate", f"{run.learning_rate:g}"),
         ("steps", f"{run.steps:,} of {training.batch_size} rows, {training.epochs:g} epochs"),
-        ("rows", f"{run.rows.train:,} to train on, {run.rows.evaluation:,} to evaluate on"),
+        ("rows", str(run.rows)),
         *calibration,
         ("training", "resumed" if run.resumed else f"{run.training.seconds:,.0f} s"),
         ("peak memory", f"{run.megabytes:,.0f} MB"),

@@ -58,9 +58,13 @@ class Rows(_Record):
         return (self.__pydantic_extra__ or {}).get(DEVELOPMENT, 0)
 
     @property
-    def evaluation(self) -> int:
-        """Rows of all splits but the train split."""
-        return sum((self.__pydantic_extra__ or {}).values())
+    def scored(self) -> int:
+        """Rows that give the score: of the first evaluation split that does not select."""
+        return next((rows for name, rows in (self.__pydantic_extra__ or {}).items() if name != DEVELOPMENT), 0)
+
+    def __str__(self) -> str:
+        select = f"{self.development:,} to select, " if self.development else ""
+        return f"{self.train:,} to train, {select}{self.scored:,} to score"
 
 
 class MachineInfo(_Record):
@@ -98,6 +102,9 @@ class About(_Record):
     baseline: str = ""
     words: str = ""
     "description of the method"
+    scored: bool = True
+    own: bool = False
+    "whether the experiment is not one of those that ship with the package"
 
 
 class _Ending(_Record):

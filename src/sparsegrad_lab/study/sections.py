@@ -40,8 +40,8 @@ class Section:
     "False where runs are too short to learn: their scores mean nothing, their times and memory do"
     experiment: str = ""
     "name of the experiment; several models of one experiment get a section each"
-    shared: tuple[str, ...] = ()
-    "sentences about runs that another section has too"
+    remarks: tuple[str, ...] = ()
+    "sentences about learning rates of other searches, and about runs that another section has too"
 
     @property
     def attempted(self) -> set[str]:
@@ -69,11 +69,11 @@ class Section:
         rows = []
         for task in self.tasks:
             sizes = [run.rows for run in self.runs_of(task)]
-            text = sorted({f"{size.train:,} ({size.evaluation:,})" for size in sizes})
-            rows += [f"{task} {', '.join(text)}"] if text else []
+            text = sorted(set(map(str, sizes)))
+            rows += [f"{task} {' or '.join(text)}"] if text else []
         steps = sorted({run.steps for run in self.runs})
         count = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
-        return f"Model {models}. Rows to train on (and to score on): {'; '.join(rows)}. {count} steps a run."
+        return f"Model {models}. Rows: {'; '.join(rows)}. {count} steps a run."
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,27 +105,29 @@ def read_report(paths: Iterable[str | Path], baseline: str | None = None) -> Rep
     return Report(_note_shared_runs(_sections(files, baseline)), files.unfinished, files.rejected)
 
 
-def read_sections(paths: Iterable[str | Path], baseline: str | None = None) -> list[Section]:
-    """The sections of `read_report` alone."""
-    return read_report(paths, baseline).sections
-
-
 def _sections(files: ResultFiles, baseline: str | None) -> list[Section]:
     """Runs without an experiment first, then the shipped experiments in their order, then others."""
-    names = {found.experiment or "" for found in (*files.runs, *files.failures)}
+    kinds = {_kind(found) for found in (*files.runs, *files.failures)}
     shipped = {name: number for number, name in enumerate(experiment_names())}
     sections = []
-    for name in sorted(names, key=lambda name: (name != "", shipped.get(name, -1), name)):
-        runs = [run for run in files.runs if (run.experiment or "") == name]
-        failures = [failure for failure in files.failures if (failure.experiment or "") == name]
-        experiment = _shipped_experiment(name, runs[0].scale if runs else failures[0].scale)
-        sections += _sections_by_model(name, experiment, runs, failures, baseline)
+    for kind in sorted(kinds, key=lambda kind: (kind[0] != "", shipped.get(kind[0], -1), *kind)):
+        name, scale, own = kind
+        runs = [run for run in files.runs if _kind(run) == kind]
+        failures = [failure for failure in files.failures if _kind(failure) == kind]
+        experiment = load_experiment(name, scale) if not own and name in experiment_names(scale=scale) else None
+        found = _sections_by_model(name, experiment, runs, failures, baseline)
+        if len({other for other in kinds if other[0] == name}) > 1:
+            ending = f"scale {scale}{', your own' if own else ''}"
+            found = [
+                replace(one, name=safe_name(f"{one.name}-{ending}"), title=f"{one.title}, {ending}") for one in found
+            ]
+        sections += found
     return sections
 
 
-def _shipped_experiment(name: str, scale: str) -> Experiment | None:
-    """The experiment of that name, if it ships with the package and has that scale."""
-    return load_experiment(name, scale) if name in experiment_names(scale=scale) else None
+def _kind(found: Run | Failure) -> tuple[str, str, bool]:
+    """Name and scale of its experiment, and whether that is not one of the package's. Runs without one are alike."""
+    return (found.experiment, found.scale, found.about.own) if found.experiment else ("", "", False)
 
 
 def _sections_by_model(
@@ -163,21 +165,37 @@ def _section(
         runs = label_runs(label_data(runs))
     methods = _in_order(runs)
     if experiment is None:
-        about = {run.method_name: run.about for run in runs}
+        about = {one.method_name: one.about for one in (*failures, *runs) if not one.trial}
+        methods += [method for method in about if method not in methods]
         first = next(iter(about.values()), About())
         return Section(
             name, _line(first.title) or name or "All runs", _line(first.question),
             {method: _line(about[method].words) for method in methods},
             tuple(dict.fromkeys(run.task_name for run in runs)),
             dict.fromkeys(methods, tuple(sorted({run.seed for run in runs}))),
-            baseline or _line(first.baseline) or BASELINE, runs, trials, tuple(failures), experiment=name,
+            baseline or _line(first.baseline) or BASELINE, runs, trials, tuple(failures), scored=first.scored,
+            experiment=name,
         )  # fmt: skip
     words = {name: method.words for name, method in experiment.methods.items()}
     return Section(
         name, experiment.title, experiment.question, {**words, **{m: words.get(m, "") for m in methods}},
         tuple(task.removeprefix("glue/") for task in experiment.tasks), experiment.seeds_by_method,
         baseline or experiment.baseline, runs, trials, tuple(failures), experiment.paper, experiment.scored, name,
+        _borrowed_rates(experiment, methods),
     )  # fmt: skip
+
+
+def _borrowed_rates(experiment: Experiment, methods: Iterable[str]) -> tuple[str, ...]:
+    """A sentence for each search of another experiment or method that gives learning rates here."""
+    of_search: dict[str, list[str]] = {}
+    for method in methods:
+        variant = experiment.methods.get(method)
+        if variant is not None and variant.rates_of is not None:
+            of_search.setdefault(variant.rates_of, []).append(method)
+    return tuple(
+        f"Learning rate of {', '.join(names)}: the one found for {source}, without a search of their own."
+        for source, names in of_search.items()
+    )
 
 
 def _in_order(runs: Iterable[Run]) -> list[str]:
@@ -206,5 +224,5 @@ def _note_shared_runs(sections: list[Section]) -> list[Section]:
             f"those of {other} in {title!r}."
             for (method, title, other), seeds in shared.items()
         )
-        noted.append(replace(section, shared=sentences))
+        noted.append(replace(section, remarks=section.remarks + sentences))
     return noted

@@ -124,11 +124,6 @@ def means_of_tasks(section: Section) -> dict[str, float]:
     return {str(method): float(mean) for method, mean in by_task.mean(skipna=False).items()}
 
 
-def mean_of_tasks(section: Section, method: str) -> float:
-    """One method's entry of `means_of_tasks`."""
-    return means_of_tasks(section)[method]
-
-
 def at_last_evaluation(section: Section) -> Section:
     """The section with the score of each run's last evaluation in place of its best.
 

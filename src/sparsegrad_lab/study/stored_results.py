@@ -48,7 +48,10 @@ class StoredResults:
             if not isinstance(result, dict) or "status" not in result:
                 raise RejectedFileError("expected a result with a status")
         except RejectedFileError as error:
-            raise ValueError(f"{self.path(name)}: {error}; remove it, and the run is done again") from error
+            raise ValueError(
+                f"{self.path(name)}: {error}; remove it, and reproduce writes it again, from the run's folder if it is "
+                "there, or else by another run"
+            ) from error
         return result
 
     def write(self, name: str, result: dict[str, Any]) -> None:

@@ -51,28 +51,41 @@ def scores(section: Section) -> Table:
                 row.append(failed or "not run")
         rows.append(row)
     units = by_unit(section)
-    means = {unit: part for unit, part in (units or {"points": section}).items() if len(part.tasks) > 1}
+    means = {
+        unit: part
+        for unit, part in (units or {"points": section}).items()
+        if len(part.tasks) > 1 or (_seeds_differ(part) and common_seeds(part))
+    }
     for unit, part in means.items():
         suffix = f", {unit}" if len(units) > 1 else ""
         best, last = _means(part), _means(at_last_evaluation(part))
-        rows.append([f"mean of tasks{suffix}", *best])
+        rows.append([f"{'mean of tasks' if len(part.tasks) > 1 else 'seeds of all methods'}{suffix}", *best])
         if last != best:
             rows.append([f"... at the last evaluation{suffix}", *last])
     losses = [unit for unit in units if unit != "points"]
     what = "100 x score" if "points" in units or not units else " or ".join(losses).capitalize()
+    split = any(run.rows.development for run in section.runs)
+    rows_scored = "the rows that do not select" if split else "the task's dev set"
     note = (
-        f"{what} of the best evaluation of a run on the task's dev set: mean ± standard deviation over seeds (number "
-        "of seeds)."
+        f"{what} of each run's best checkpoint, on {rows_scored}: mean ± standard deviation over seeds (number of "
+        "seeds)."
     )
     found = [part for part in means.values() if any(map(math.isfinite, means_of_tasks(part).values()))]
     if found and all(map(common_seeds, found)):
-        note += " The mean of tasks is over the seeds that all methods of the row have run."
+        name = "mean of tasks" if len(section.tasks) > 1 else "seeds of all methods"
+        note += f" The row {name!r} is over the seeds that all its methods have run."
     elif found:
         note += " The mean of tasks is over all seeds, since no seed has run with all methods on all tasks."
     if losses:
         unlike = f" A {' or '.join(losses)} is not multiplied, and lower is better."
         note += unlike if "points" in units else " Lower is better."
     return Table("Scores", note, ["task", *section.methods], rows)
+
+
+def _seeds_differ(section: Section) -> bool:
+    """True if some methods have run seeds that others have not, so that their means cannot be compared as they are."""
+    seeds = {frozenset(run.seed for run in section.runs_of(method=run.method_name)) for run in section.runs}
+    return len(seeds) > 1
 
 
 def _mean_and_deviation(runs: list[Run]) -> str:
@@ -121,14 +134,19 @@ def comparisons(section: Section) -> Table:
     note = "Pairs of runs with the same task and seed."
     if "points" in units:
         note += (
-            " A point is a hundredth of a score. Pairs for ± 0.5 points: about how many an interval of half a point on "
-            "either side needs."
+            " A point is a hundredth of a score. Pairs for ± 0.5 points: about how many pairs a 95 % interval of half "
+            "a point on either side needs."
         )
     if several_tasks:
         note += (
             " The runs of a task share its rows and a learning rate, so they are not independent; p over tasks is the "
             "same test over the means of the tasks. The bootstrap draws tasks, and then seeds within each task; "
             "each task counts the same there."
+        )
+    else:
+        note += (
+            " The runs share the scored rows and a learning rate: the test says what other seeds would give, and not "
+            "what other rows or tasks would."
         )
     if len(section.methods) > 2:
         note += " Each row is a test of its own: of many, some are below 0.05 by chance."
@@ -197,7 +215,7 @@ def searches(section: Section) -> Table:
         "All searches start with the same number of learning rates. In some experiments, a search goes on while its "
         "best rate is at an edge. Its seeds are those of no other run. The scores are those of the rows that select, "
         "and the runs use the rate with the best one (the mean over the seeds); of equal scores, the one with the "
-        "lowest training loss. Beyond a rate at an edge of those tried, a better one may exist."
+        "lowest training loss. (edge): the lowest or highest rate tried; a better one may lie beyond."
     )
     return Table("Search", note, ["task", "method", "learning rate: score on the rows that select", "used"], rows)
 

@@ -28,7 +28,7 @@ def verdict(section: Section) -> list[str]:
         here = {run.method_name for run in part.runs}
         others = [method for method in methods if method in here - {baseline}] if baseline in here else []
         comparisons += map(str, compare_all(part.runs, others, baseline))
-    return [*(_ranking(part, methods) for part in parts), *comparisons, *_missing(section), *section.shared]
+    return [*(_ranking(part, methods) for part in parts), *comparisons, *_missing(section), *section.remarks]
 
 
 def _ranking(section: Section, methods: list[str]) -> str:
@@ -78,7 +78,8 @@ def _missing(section: Section) -> list[str]:
         if attempted and tasks:
             words.append(f"{method} on {', '.join(tasks)}")
         if attempted and missing > 0:
-            words.append(f"{missing} of the other {planned} runs of {method}")
+            where = f" on {', '.join(task for task in section.tasks if task in attempted)}" if tasks else ""
+            words.append(f"{missing} of {planned} planned runs of {method}{where}")
         for failure in failures:
             failed[f"{method} {failure.status}"].append(failure.task_name)
     sentences = [f"Not run: {'; '.join(words)}."] if words else []

@@ -155,11 +155,11 @@ class Basis(nn.Module):
         """Return the update `ΔW` of a core: `Vᵀ (scale_out · S · scale_in) U`."""
         U, V = cast(self.U, S.dtype), cast(self.V, S.dtype)
         S = scaled(S, self.scales)
-        if is_selected(V):
-            left = put(S.T, V, self._features(V, self.out_features)).T  # (out, c)
-            return put(left, U, self._features(U, self.in_features))
+        if is_selected(V):  # the product of the chosen rows alone, and then zeros around it
+            rows = put(S, U, _known(self.in_features)) if is_selected(U) else chain(S, U)
+            return rows.new_zeros(_known(self.out_features), rows.shape[1]).index_copy_(0, V.long(), rows)
         if is_selected(U):
-            return chain(None if V is None else V.T, put(S, U, self._features(U, self.in_features)))
+            return put(chain(None if V is None else V.T, S), U, _known(self.in_features))
         return chain(None if V is None else V.T, S, U)
 
     def coordinates(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "r c"]:
@@ -178,12 +178,6 @@ class Basis(nn.Module):
         if is_selected(U):
             G, U = G.index_select(1, U), None
         return chain(V, G, None if U is None else U.T)
-
-    @staticmethod
-    def _features(side: Tensor | None, features: int | None) -> int:
-        if features is None:
-            raise ValueError("a basis that selects features needs in_features and out_features")
-        return features
 
     def core_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """Return (r, c) for a layer of this shape.
@@ -289,6 +283,12 @@ class HoldsBasis(nn.Module):
         if recurse and not self.registers_basis:
             self.basis._apply(fn)
         return self
+
+
+def _known(features: int | None) -> int:
+    """The number of features of a side that selects some, which `Basis` has checked."""
+    assert features is not None
+    return features
 
 
 def _check_side(side: Tensor | None, features: int | None, name: str) -> int | None:

@@ -19,7 +19,7 @@ from .config import CalibrationConfig, resolve_config
 from .experts import check_selects_neurons, expert_layout, fused_parameters, owner_of, target_shape
 from .gradients import Step, default_loss, stream_gradients
 from .gram import GramStatistics
-from .groups import group_linears
+from .groups import group_linears, tied_weights
 from .pairs import PairStatistics
 from .processes import broadcast_from_rank0, failing_together, progress_bar
 from .projected import ProjectedStatistics, Projections, random_vectors
@@ -117,7 +117,7 @@ def calibrate(
             is frozen meanwhile.
         batches: inputs of `loss_fn`, iterated again from the start when they run out.
         groups: group name -> names of linear layers, from `group_linears`, or of fused experts' parameters. None takes
-            every linear layer of the model.
+            every linear layer of the model whose weight is its own.
         sizes: the largest bases that will be asked for. With them calibration needs less memory: a selected side takes
             one number for each feature, and with `mean_gradient` the sums of large models are projected (see
             `projected.py`).
@@ -131,8 +131,8 @@ def calibrate(
         A `Calibration`; `.bases(c=..., r=...)` makes the bases.
 
     Raises:
-        ValueError: the layers of a group differ in shape, a layer is named twice, or whatever `stream_gradients`
-            refuses.
+        ValueError: the layers of a group differ in shape, a layer is named twice, its weight is also another module's,
+            or whatever `stream_gradients` refuses.
         RuntimeError: not all processes of the group call this.
 
     Example:
@@ -148,12 +148,24 @@ def calibrate(
             if layer in group_of:
                 raise ValueError(f"{layer} is named twice, in groups {group_of[layer].name!r} and {group.name!r}")
             group_of[layer] = group
+    _refuse_tied(model, group_of)
 
     stream_gradients(
         model, group_of, lambda layer, G: group_of[layer].add(G, layer, normalize=config.normalize), batches, step=step,
         loss_fn=loss_fn, config=config, progress="Calibrating" if progress else None,
     )  # fmt: skip
     return Calibration(statistics, config)
+
+
+def _refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
+    tied = tied_weights(model)
+    for name in names:
+        owner, parameter = owner_of(model, name)
+        if owners := tied.get(id(getattr(owner, parameter or "weight", None))):
+            raise ValueError(
+                f"{' and '.join(owners)} share one weight tensor. Its gradient is the sum over all of them, and bases "
+                f"for {name} alone would be made of it; leave {name} out"
+            )
 
 
 @torch.inference_mode(False)  # tensors made in inference mode cannot be written to outside it

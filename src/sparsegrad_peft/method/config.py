@@ -10,16 +10,34 @@ import torch
 from torch import Tensor
 
 from .precision import unit_norm_
+from .processes import own_shard
 
 
 def sign_step(parameter: Tensor, gradient: Tensor, lr: float) -> None:
     """`p ← p - lr · sign(g)`: Adam's first step, without its state. Overwrites the gradient."""
-    parameter.add_(gradient.sign_(), alpha=-lr)
+    _add(parameter, gradient.sign_(), -lr)
 
 
 def normalized_step(parameter: Tensor, gradient: Tensor, lr: float) -> None:
     """`p ← p - lr · √n · g/‖g‖`: a step along the gradient, as long as that of `sign_step`. Overwrites the gradient."""
-    parameter.add_(unit_norm_(gradient), alpha=-lr * parameter.numel() ** 0.5)
+    _add(parameter, unit_norm_(gradient), -lr * parameter.numel() ** 0.5)
+
+
+def _add(parameter: Tensor, direction: Tensor, factor: float) -> None:
+    """Add a step to a parameter. In bfloat16 it is rounded up or down at random, so that the mean movement is right.
+
+    Rounded to the nearest number, a step of 1e-4 would leave every weight above 0.03 where it is.
+    """
+    if parameter.dtype != torch.bfloat16:
+        parameter.add_(direction, alpha=factor)
+        return
+    weight, step = own_shard(parameter), own_shard(direction)
+    exact = weight.float().add_(step, alpha=factor)
+    seed = int(weight.view(torch.int16).sum())  # processes with the same weights move alike
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    below = torch.randint(0, 1 << 16, exact.shape, generator=generator, device=exact.device, dtype=torch.int32)
+    bits = exact.view(torch.int32).add_(below).bitwise_and_(-(1 << 16))  # bfloat16 is the upper half of float32
+    weight.copy_(bits.view(torch.float32))
 
 
 @dataclass(frozen=True)

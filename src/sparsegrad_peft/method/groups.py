@@ -50,7 +50,8 @@ def group_linears(
 
     Args:
         model: where to look.
-        target_modules: which linear layers, see `matches_target`; None takes them all. The `out_proj` of an
+        target_modules: which linear layers, see `matches_target`; None takes them all, without those whose weight is
+            also another module's, such as an output layer tied to the embeddings. The `out_proj` of an
             `nn.MultiheadAttention` is never taken, since that module reads its weight and does not call it.
         shared: True gives the layers of a group one basis (the paper), False makes each layer its own group.
 
@@ -69,7 +70,11 @@ def group_linears(
     }
     if isinstance(target_modules, Iterator):  # the first name would use it up
         target_modules = list(target_modules)
-    chosen = [name for name in linears if matches_target(name, target_modules)]
+    tied = tied_weights(model) if target_modules is None else {}
+    chosen = [
+        name for name, module in linears.items()
+        if matches_target(name, target_modules) and id(getattr(module, "weight", None)) not in tied
+    ]  # fmt: skip
     if not chosen:
         some = ", ".join(list(linears)[:8]) or "none at all"
         raise ValueError(f"target_modules={target_modules!r} matches no linear layer; the model has: {some}")
@@ -83,6 +88,16 @@ def group_linears(
             key = role if len(set(shapes.values())) == 1 else f"{role} ({out_features}x{in_features})"
             groups.setdefault(key, []).append(name)
     return groups
+
+
+def tied_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Return the ids of the parameters that belong to several modules, with the names of these modules."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for value in module._parameters.values():
+            if value is not None:
+                owners.setdefault(id(value), []).append(name)
+    return {number: names for number, names in owners.items() if len(names) > 1}
 
 
 def check_same_groups(groups: Mapping[str, object], bases: Mapping[str, object]) -> None:

@@ -295,7 +295,19 @@ class SparseGradAdamW(Optimizer):
         )  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Do what `Optimizer.load_state_dict` does, and keep positions as integers and moments as wide as saved."""
+        """Do what `Optimizer.load_state_dict` does, and keep positions as integers and moments as wide as saved.
+
+        Raises:
+            ValueError: the saved groups select other numbers of entries. They would replace the settings of this
+                optimizer.
+        """
+        for number, (own, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
+            for name in sorted({"sparse", "k", "density"} & saved.keys()):  # those of other optimizers lack them
+                if own.get(name) != saved[name]:
+                    raise ValueError(
+                        f"parameter group {number} was saved with {name}={saved[name]}, found {name}="
+                        f"{own.get(name)} here; go on with the saved setting, or start a new run"
+                    )
         super().load_state_dict(state_dict)
         # The base class casts state to the type of its parameter: float positions, half-precision moments.
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]

@@ -66,21 +66,19 @@ def check_starting_together(what: str, model: nn.Module) -> None:
     check_equal_weights(dict(model.named_parameters()))
 
 
-def wait_for_all(what: str, patience: float | None = None) -> None:
+def wait_for_all(what: str) -> None:
     """Wait until every process has called this, so that a call on some of them ends with an error and not in a hang.
 
     The processes meet in the key-value store of the group, which has no time-out of its own.
 
     Args:
         what: the work that is about to start, for the messages.
-        patience: in seconds; None is `PATIENCE`.
 
     Raises:
         RuntimeError: some processes have not called it in time.
     """
     if not is_distributed():
         return
-    patience = PATIENCE if patience is None else patience
     store = dist.distributed_c10d._get_default_store()
     number = store.add(f"sparsegrad/calls/{dist.get_rank()}", 1)  # the same on every process
     keys = [f"sparsegrad/{number}/{rank}" for rank in range(world_size())]
@@ -88,13 +86,13 @@ def wait_for_all(what: str, patience: float | None = None) -> None:
     start, warned, pause = time.monotonic(), False, 0.001
     while not store.check(keys):
         waited = time.monotonic() - start
-        if (waited > min(_WARN_AFTER, patience) and not warned) or waited > patience:
+        if (waited > min(_WARN_AFTER, PATIENCE) and not warned) or waited > PATIENCE:
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
             ranks = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            if waited > patience:
+            if waited > PATIENCE:
                 raise RuntimeError(
                     f"{what} runs on every process, and rank {ranks} of {len(keys)} processes did not call it within "
-                    f"{patience:.0f} s. Call it on all ranks, each with its own batches"
+                    f"{PATIENCE:.0f} s. Call it on all ranks, each with its own batches"
                 )
             warned = True
             logger.warning("%s waits for rank %s of %d processes", what, ranks, len(keys))

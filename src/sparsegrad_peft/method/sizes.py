@@ -17,7 +17,7 @@ DEFAULT_EXPONENT = 1.5
 """Default exponent in the scales of the core's entries, see `Statistics.basis`."""
 _DIRECTIONS = 1 / 32  # default rows for a layer's smaller side, the hidden size
 _FEWEST_DIRECTIONS, _MOST_DIRECTIONS = 64, 128
-_LARGEST_NARROW = 0.33  # and never more than this share of it
+_LARGEST_NARROW = 0.33  # and, to rounding, never more than this share of it
 
 _INDEX = 4  # bytes of an int32
 _ALIGN = 8  # a size that the matrix units of CPUs and GPUs are made for
@@ -80,7 +80,7 @@ def row_count(rows: Rows, n: int) -> int | None:
 
 
 def default_directions(hidden_size: int) -> int:
-    """Return a thirty-second of the hidden size, but from 64 to 128, and at most a third of it."""
+    """Return a thirty-second of the hidden size, but from 64 to 128, and at most about a third of it."""
     wanted = min(max(row_count(_DIRECTIONS, hidden_size) or 1, _FEWEST_DIRECTIONS), _MOST_DIRECTIONS)
     return min(wanted, row_count(_LARGEST_NARROW, hidden_size) or hidden_size)
 

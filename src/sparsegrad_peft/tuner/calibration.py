@@ -51,7 +51,7 @@ def calibrate_adapter(
     Args:
         model: from `get_peft_model`, or any model with a SparseGrad adapter in it or in a part of it.
         batches: inputs of the model with labels: `model(**batch).loss`. See `sparsegrad_peft.calibrate`.
-        adapter_name: which adapter.
+        adapter_name: which adapter. It must be active: the other active adapters take part in the forward pass.
         calibration: ready statistics in place of batches: the result of an earlier call for the same layers.
         config: how to calibrate. None: `RECOMMENDED`, with single fields of it among the options. The paper's way is
             `CalibrationConfig()`.
@@ -61,8 +61,9 @@ def calibrate_adapter(
         The statistics. They can be used again for adapters of this size or smaller (see `sizes` of `calibrate`).
 
     Raises:
-        ValueError: the model has no such adapter, the adapter trains in the original space or has already learnt
-            something, the statistics are of other layers, and whatever `calibrate` refuses.
+        ValueError: the model has no such adapter, the adapter is not active, trains in the original space or has
+            already learnt something, the statistics are of other layers or stand beside batches or options, and
+            whatever `calibrate` refuses.
         TypeError: the layers are quantized, and no ready statistics were given.
         RuntimeError: not all processes call this.
     """
@@ -75,7 +76,7 @@ def calibrate_adapter(
     if calibration is None:
         calibration = adapter_statistics(model, batches, adapter_name=adapter_name, config=config, **options)
     else:
-        check_groups(calibration, groups)
+        check_ready(calibration, groups, batches, config, options)
     bases = calibration.bases(
         sizes=peft_config.sizes, exponent=float(peft_config.exponent or 0), dtype=peft_config.dtype_of_bases,
         progress=bool(options.get("progress", True)),
@@ -102,6 +103,7 @@ def adapter_statistics(
     peft_config, layers = config_of(model, adapter_name), layers_of(model, adapter_name)
     groups = wrapped_groups(model, layers, shared=peft_config.shared)
     config = adapter_calibration(config, options, peft_config.sizes)
+    check_active(adapter_name, layers.values())
     with _left_out(adapter_name, layers.values()):
         return calibrate(model, batches, groups=groups, sizes=peft_config.sizes, config=config, **options)
 
@@ -113,8 +115,29 @@ def adapter_calibration(config: CalibrationConfig | None, options: dict[str, Any
     return resolve_config(config, {name: options.pop(name) for name in names}, default)
 
 
-def check_groups(calibration: Calibration, groups: Mapping[str, list[str]]) -> None:
-    """Raise `ValueError` unless ready statistics are of these groups of layers."""
+def check_active(adapter_name: str, layers: Iterable[SparseGradLayer]) -> None:
+    """Raise `ValueError` if only other adapters are active, whose updates and heads would form the gradients."""
+    active = dict.fromkeys(name for layer in layers for name in layer.active_adapters)
+    if active and adapter_name not in active:
+        raise ValueError(
+            f"adapter {adapter_name!r} is not active, and {', '.join(map(repr, active))} would take part in the "
+            f"forward pass; call model.set_adapter({adapter_name!r}) first"
+        )
+
+
+def check_ready(
+    calibration: Calibration, groups: Mapping[str, list[str]], batches: Any, config: Any, options: Mapping[str, Any]
+) -> None:
+    """Raise `ValueError` unless ready statistics are of these groups of layers, and nothing else says how to get some.
+
+    Of the options of `calibrate`, `progress` alone still has an effect.
+    """
+    given = {"batches": batches, "config": config, **{name: True for name in options if name != "progress"}}
+    ignored = [name for name, value in given.items() if value is not None]
+    if ignored:
+        raise ValueError(
+            f"found ready statistics (calibration) and {', '.join(ignored)}, which they make needless; give one of both"
+        )
     known = {name: tuple(group.layers) for name, group in calibration.groups.items()}
     own = {name: tuple(names) for name, names in groups.items()}
     different = [name for name in (*known, *own) if known.get(name) != own.get(name)]

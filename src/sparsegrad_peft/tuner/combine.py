@@ -64,7 +64,7 @@ def add_weighted_sum(
     config = deepcopy(tuner.peft_config[adapters[0]])
     assert isinstance(config, SparseGradConfig)
     config.init_weights = True
-    sums = (_join if joined else _add)(tuner, adapters, weights, layers, config)
+    sums = _join(tuner, adapters, weights, layers, config) if joined else _add(adapters, weights, layers)
     tuner.peft_config[adapter_name] = config
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
@@ -110,7 +110,7 @@ def _same(one: Basis, other: Basis) -> bool:
 
 
 def _add(
-    tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], layers: dict[str, SparseGradLayer], config: Any
+    adapters: Sequence[str], weights: Sequence[float], layers: dict[str, SparseGradLayer]
 ) -> dict[str, tuple[Basis, Tensor]]:
     """Return layer -> copy of the basis, and the sum of the cores."""
     copies: dict[int, Basis] = {}  # loading weights into one adapter must not change another

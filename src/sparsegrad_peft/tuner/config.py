@@ -15,11 +15,6 @@ from .peft_private import ensure_peft_type
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
-def dtype_of_bases(sizes: Sizes) -> torch.dtype:
-    """Return the default data type of bases: float32 for complete ones, bfloat16 for truncated ones."""
-    return torch.float32 if sizes.complete else torch.bfloat16
-
-
 @dataclass
 class SparseGradConfig(PeftConfig):
     """Configuration of a SparseGrad adapter, for `get_peft_model`.
@@ -34,7 +29,7 @@ class SparseGradConfig(PeftConfig):
     Args:
         narrow: rows of the basis of a layer's smaller side (the hidden size): "full", a count, a fraction, or
             "energy:SHARE". A share of energy is known after calibration; until then the default size holds. None: a
-            thirty-second of the side, but from 64 to 128 and at most a third.
+            thirty-second of the side, but from 64 to 128 and at most about a third.
         wide: rows of the basis of a layer's larger side, likewise. None: as many as make `trained_share`.
         trained_share: share of a layer's entries that train, where `wide` is None.
         neurons: the larger side selects features, the neurons with the most gradient energy, and rotates nothing. Such
@@ -42,9 +37,9 @@ class SparseGradConfig(PeftConfig):
         exponent: q in the scale `(σ_i τ_j)^q` of entry (i, j) of a core. `σ²` and `τ²` are the shares of the gradients'
             energy that different steps have in common. 0: no scales. None: 1.5, but 0 with `c` or `r`. docs/method.md
             explains it.
-        c: rows of `U` (input side) of every layer; replaces `narrow` and `wide`. With `r`, this is the paper's form:
-            directions on both sides, without scales.
-        r: rows of `V` (output side) of every layer, likewise. Not a LoRA rank.
+        c: rows of `U` (input side) of every layer, together with `r` in place of `narrow` and `wide`. This is the
+            paper's form: directions on both sides, without scales.
+        r: rows of `V` (output side) of every layer, likewise. Not a LoRA rank: `trained_share` sets how much trains.
         shared: one pair of bases for all layers with the same role and shape (the paper), or one for each layer.
             Both sides then have directions. Smaller bases in models below about a billion parameters.
         basis_dtype: "bfloat16", "float32" or "float64", in memory and in the file. None: bfloat16, or float32 for
@@ -112,6 +107,12 @@ class SparseGradConfig(PeftConfig):
             rows = getattr(self, name)
             if rows is not None:
                 check_rows(rows, None, name)  # against the layers' sizes: when the adapter is made
+        if (self.c is None) != (self.r is None) and not self.core_shapes:
+            given = f"c={self.c!r}" if self.r is None else f"r={self.r!r}"
+            raise ValueError(
+                f"found {given} alone; expected c and r, the rows of U and of V, or neither. They are no LoRA rank: "
+                "trained_share sets the share of the entries that train"
+            )
         self._resolve_form()
         if not isinstance(self.core_shapes, dict | None):
             raise ValueError(
@@ -172,8 +173,9 @@ class SparseGradConfig(PeftConfig):
 
     @property
     def dtype_of_bases(self) -> torch.dtype:
-        """The data type of the bases: `basis_dtype`, or its default."""
-        return dtype_of_bases(self.sizes) if self.basis_dtype is None else _DTYPES[self.basis_dtype]
+        """The data type of the bases: `basis_dtype`, or its default, float32 for complete ones and bfloat16 else."""
+        default = "float32" if self.sizes.complete else "bfloat16"
+        return _DTYPES[self.basis_dtype or default]
 
     @property
     def calibrated(self) -> bool:

@@ -70,8 +70,8 @@ def export_lora(
         raise ValueError(f'rank must be a count of at least 1, or "full", found {rank!r}')
     out = Path(out).resolve()
     _check_replaceable(out)
-    config, tensors = _read(Path(adapter))
-    factors = _factors(config, AdapterWeights.read(tensors))
+    config, tensors, weights = _read(Path(adapter))
+    factors = _factors(config, weights)
     carried = {name: value for name, value in tensors.items() if f".{PREFIX}" not in name}
 
     largest = max(1, *(layer.rank for layer in factors.values()))  # a rank of 0 is no LoRA adapter
@@ -117,8 +117,8 @@ def _lora_paths(factors: Iterable[str], fused: Sequence[str]) -> dict[str, str]:
     return paths
 
 
-def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read configuration and tensors of a SparseGrad adapter, and check the numbers."""
+def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, Tensor], AdapterWeights]:
+    """Read configuration and tensors of a SparseGrad adapter, and its cores and bases, whose numbers are checked."""
     config_path, weights_path = adapter / CONFIG_NAME, adapter / SAFETENSORS_WEIGHTS_NAME
     for path in (config_path, weights_path):
         if not path.is_file():
@@ -135,10 +135,10 @@ def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except SafetensorError as error:
         raise ValueError(f"{weights_path} is damaged or cut off ({error}); save or copy the adapter again") from error
     try:
-        AdapterWeights.read(tensors)
+        weights = AdapterWeights.read(tensors)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{weights_path}: {error}") from error
-    return config, tensors
+    return config, tensors, weights
 
 
 @torch.no_grad()

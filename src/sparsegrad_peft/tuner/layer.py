@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..method.basis import BASIS_BUFFERS, Basis
 from ..method.costs import Prefer
@@ -99,7 +100,7 @@ class SparseGradLayer(BaseTunerLayer):
         """Add an adapter, or replace the one of that name."""
         r, c = basis.core_shape(self.out_features, self.in_features)
         self.sparsegrad_basis[adapter_name] = basis
-        # Filled in its place: with low_cpu_mem_usage that is the meta device, and nothing is allocated.
+        # Filled in place: with low_cpu_mem_usage the core is on the meta device, and nothing is allocated.
         core = self.sparsegrad_S[adapter_name] = nn.Parameter(torch.empty(r, c))
         if start == "from file":
             nn.init.constant_(core, torch.nan)  # a core that the file lacks is found by `check_numbers`
@@ -246,6 +247,15 @@ class SparseGradLayer(BaseTunerLayer):
                 stacklevel=2,
             )
 
+    def _check_own_weight(self) -> None:
+        """Refuse a weight that is computed from others in each forward pass: what is written to it is lost."""
+        base = self.get_base_layer()
+        if (type(base) is nn.Linear or is_parametrized(base)) and not isinstance(base.weight, nn.Parameter):
+            raise TypeError(
+                f"{type(base).__name__} computes its weight (by a parametrization, weight norm or pruning), so nothing "
+                "can be merged into it; remove that from the layer before the adapter is made"
+            )
+
     def _warn_of_rounding(self) -> None:
         if self.quantization_backend is not None:
             warnings.warn(
@@ -262,6 +272,7 @@ class SparseGradLayer(BaseTunerLayer):
             if name not in self.sparsegrad_S:
                 continue
             self._warn_of_rounding()
+            self._check_own_weight()
             merged = self.weight_plus(name)
             if safe_merge and not bool(torch.isfinite(merged).all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")

@@ -92,6 +92,8 @@ class SparseGradTunerLinear(nn.Module, SparseGradLayer):
         base = self.base_layer
         if is_offloaded(base):  # calling it fetches its weight
             return False
+        if "forward" in vars(base):  # replaced on the layer itself
+            return False
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
         return (type(base) is nn.Linear or is_conv1d(base)) and self.quantization_backend is None and not any(hooks)
 

@@ -17,7 +17,7 @@ from ..method.refresh import check_moments, coordinates, rotate_moments
 from ..method.sizes import Sizes
 from .adapters import config_of, layers_by_calibrated_name, layers_of, wrapped_groups
 from .bases import on_device
-from .calibration import adapter_calibration, check_groups, frozen
+from .calibration import adapter_calibration, check_active, check_ready, frozen
 from .experts import SparseGradExperts
 from .layer import SparseGradLayer
 
@@ -45,7 +45,7 @@ def refresh_adapter(
         model: with a calibrated adapter in it.
         batches: inputs of the model with labels.
         optimizer: an Adam-like optimizer whose moments of the cores are rotated. None: there is none.
-        adapter_name: which adapter.
+        adapter_name: which adapter. It must be active.
         calibration: ready statistics for the same layers, in place of batches.
         config: how to calibrate. None: as `calibrate_adapter` does, with single fields among the options.
         options: for `sparsegrad_peft.calibrate`.
@@ -54,8 +54,9 @@ def refresh_adapter(
         The statistics.
 
     Raises:
-        ValueError: there is no such adapter, it is not calibrated or merged, its bases are truncated, or the optimizer
-            is not Adam-like or uses amsgrad; and whatever `calibrate` refuses. Nothing has been changed then.
+        ValueError: there is no such adapter, it is not active, not calibrated or merged, its bases are truncated, or
+            the optimizer is not Adam-like or uses amsgrad; and whatever `calibrate` refuses. Nothing has been changed
+            then.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which renames the layers
     peft_config, layers = config_of(model, adapter_name), layers_of(model, adapter_name)
@@ -67,10 +68,11 @@ def refresh_adapter(
     sizes = Sizes("full", "full", neurons=bool(peft_config.neurons))
     if calibration is None:
         config = adapter_calibration(config, options, peft_config.sizes)
+        check_active(adapter_name, layers.values())
         with frozen(S for S, _ in held.values()):
             calibration = calibrate(model, batches, groups=groups, sizes=sizes, config=config, **options)
     else:
-        check_groups(calibration, groups)
+        check_ready(calibration, groups, batches, config, options)
     sides = (side for _, basis in held.values() for side in (basis.U, basis.V) if side is not None)
     dtype = next((side.dtype for side in sides if side.is_floating_point()), torch.float32)
     bases = calibration.bases(

@@ -166,7 +166,8 @@ class SparseGradTrainerMixin:
         """
 
         def loss_of(model: nn.Module, batch: Any) -> Tensor:
-            # The model is not prepared yet, which would set bfloat16. Not for float16, which needs scaled losses.
+            # Before training, the model is not prepared yet, which would set bfloat16. Not for float16, which needs
+            # scaled losses.
             precision = self.accelerator.autocast() if self.args.bf16 else nullcontext()
             with self.compute_loss_context_manager(), precision:
                 loss: Tensor = self.compute_loss(model, self._prepare_inputs(batch))

@@ -33,7 +33,7 @@ class SparseGradCalibration(TrainerCallback):
         self.config, self.loss_fn = config, loss_fn
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Calibrate the adapters that are not, such as all but those of a resumed run.
+        """Calibrate the active adapters that have no calibrated bases yet. Those of a resumed run have them.
 
         Raises:
             ValueError: the model is wrapped for several processes or the optimizer has trained; and whatever

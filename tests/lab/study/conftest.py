@@ -15,7 +15,7 @@ import yaml
 from sparsegrad_lab.study.experiment import Experiment, load_experiment
 from sparsegrad_lab.study.grid import Places
 from sparsegrad_lab.study.runs import Run
-from sparsegrad_lab.study.sections import Section, read_sections
+from sparsegrad_lab.study.sections import Section, read_report
 
 SCORES = {  # task -> method -> score of each seed
     "glue/rte": {"sparsegrad": [0.60, 0.64], "lora": [0.58, 0.60], "full": [0.66]},
@@ -46,13 +46,13 @@ def folder(tmp_path: Path, real: dict[str, Any]) -> Path:
 
 @pytest.fixture
 def runs(folder: Path) -> list[Run]:
-    [found] = read_sections([folder])
+    [found] = read_report([folder]).sections
     return list(found.runs)
 
 
 @pytest.fixture
 def section(folder: Path) -> Section:
-    [found] = read_sections([folder])
+    [found] = read_report([folder]).sections
     return found
 
 
@@ -74,7 +74,7 @@ def study(tmp_path: Path, real: dict[str, Any]) -> Section:
     failed = {"task": "glue/rte", "variant": "full", "seed": 1, "status": "out of memory", "error": "too <large>",
               "config": {}, "experiment": "comparison", "scale": "cpu", "trial": False}  # fmt: skip
     (tmp_path / "study" / "c.json").write_text(json.dumps(failed), encoding="utf-8")
-    [found] = read_sections([tmp_path / "study"])
+    [found] = read_report([tmp_path / "study"]).sections
     return found
 
 

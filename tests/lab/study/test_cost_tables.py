@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparsegrad_lab.study.cost_tables import costs, costs_by_task
 from sparsegrad_lab.study.plots import cost_plots, run_plots
-from sparsegrad_lab.study.sections import Section, read_sections
+from sparsegrad_lab.study.sections import Section, read_report
 from sparsegrad_lab.study.tables import every_run
 
 
@@ -29,7 +29,7 @@ def test_a_resumed_run_has_no_time(section: Section) -> None:
 
 def test_the_papers_costs_stand_below_ours() -> None:
     study = Path(__file__).parents[3] / "benchmarks" / "results" / "study" / "speed"
-    [section] = read_sections([study])
+    [section] = read_report([study]).sections
     table = costs_by_task(section)
     last = dict(zip(table.header, table.rows[-1], strict=True))
     assert last.pop("task") == "in the paper (RoBERTa-base)"

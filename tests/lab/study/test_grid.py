@@ -24,7 +24,7 @@ from sparsegrad_lab.run.parsing import arguments_from
 from sparsegrad_lab.study.experiment import load_experiment, merged
 from sparsegrad_lab.study.grid import Grid, Places, reproduce
 from sparsegrad_lab.study.locks import SharedRuns
-from sparsegrad_lab.study.sections import read_sections
+from sparsegrad_lab.study.sections import read_report
 from sparsegrad_lab.study.stored_results import StoredResults
 
 
@@ -189,7 +189,7 @@ def test_an_experiment_needs_no_more_than_its_own_lines(experiments: Path, place
     assert main([*words, "--retry"]) == 0
     assert read(result_file(places, cell.name))["status"] == "finished"
     assert not draft.exists()
-    [section] = read_sections([places.results])
+    [section] = read_report([places.results]).sections
     assert (section.title, section.question, section.baseline) == ("Mine", "Which?", "one")
     assert section.methods == {"one": "the first"}
     capsys.readouterr()
@@ -259,6 +259,8 @@ def test_a_shared_storage_writes_only_results_of_these_runs(name: str, load: Any
         (("first", "methods", {"lora": {"rates": []}}), "unknown key methods.lora.rates"),
         (("first", "name", "second"), "experiment first: name is set by the library; remove it from the file"),
         (("first", "scale", "paper"), "experiment first: scale is set by the library"),
+        (("first", "own", True), "experiment first: own is set by the library"),
+        (("first", "search", {"seeds": [100, 1]}), "than for the runs that are scored, found 1 in both"),
         (("first", "methods", {"lora": {"searched_rates": [1.0]}}), "lora.searched_rates is set by the library"),
         (("first", "methods", {"lora": {"settings": {"method": "lore"}}}), "found 'lore'"),
         (("first", "methods", {"lora": {"settings": {"adaptor": {"c": 8}}}}), "adaptor"),

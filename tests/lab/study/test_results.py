@@ -12,21 +12,21 @@ import pytest
 from helpers import write_json
 from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.study.results import read_results
-from sparsegrad_lab.study.sections import read_sections
+from sparsegrad_lab.study.sections import read_report
 
 
 def test_trials_and_runs_of_a_study_are_no_seeds(folder: Path, real: dict[str, Any]) -> None:
     """What `sparsegrad search` and `reproduce` leave below `runs` has its own summary and result files."""
-    before = len(read_sections([folder])[0].runs)
+    before = len(read_report([folder]).sections[0].runs)
     found = {**real, "task": "glue/rte", "method": "sparsegrad", "seed": 7, "score": 0.1}
     for inner, mark in (("search-rte/trial-000", "../search.json"), ("study/deep/run", "../../claims.journal")):
         write_json(folder / inner / "result.json", found)
         (folder / inner / mark).write_text("{}", encoding="utf-8")
-    assert len(read_sections([folder])[0].runs) == before
-    [asked_for] = read_sections([folder / "search-rte"])
+    assert len(read_report([folder]).sections[0].runs) == before
+    [asked_for] = read_report([folder / "search-rte"]).sections
     assert len(asked_for.runs) == 1
     write_json(folder / "search-rte" / "by-itself" / "result.json", found)  # not one of the trials
-    assert len(read_sections([folder])[0].runs) == before + 1
+    assert len(read_report([folder]).sections[0].runs) == before + 1
 
 
 def test_only_result_files_are_opened(folder: Path, real: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from helpers import write_json
 from sparsegrad_lab.study.page import render_page
-from sparsegrad_lab.study.sections import Report, Section, read_sections
-from sparsegrad_lab.study.statistics import compare, mean_of_tasks
+from sparsegrad_lab.study.sections import Report, Section, read_report
+from sparsegrad_lab.study.statistics import compare, means_of_tasks
 from sparsegrad_lab.study.verdict import verdict
 
 
@@ -25,13 +25,13 @@ def test_models_are_apart(real: dict[str, Any], tmp_path: Path) -> None:
         for variant, score in scores_of.items():
             what = {"task": "glue/rte", "model": model, "variant": variant, "score": score}
             write_json(tmp_path / "s" / f"{model}-{variant}.json", {**common, **what})
-    sections = read_sections([tmp_path / "s"])
+    sections = read_report([tmp_path / "s"]).sections
     assert [section.name for section in sections] == [
         "comparison-bert-base-uncased", "comparison-roberta-base", "comparison-roberta-large",
     ]  # fmt: skip
     assert "too few runs to tell. -10.00 points over 1 pair" in verdict(sections[0])[1]
     assert verdict(sections[1])[0] == "No run has a score yet."
-    assert mean_of_tasks(replace(sections[2], tasks=("rte",)), "sparsegrad") == pytest.approx(85)
+    assert means_of_tasks(replace(sections[2], tasks=("rte",)))["sparsegrad"] == pytest.approx(85)
     text = render_page(Report(list(sections)), "t")
     assert all(f'id="of-{section.name}"' in text for section in sections)
     assert "roberta-large</h3>" in text
@@ -47,7 +47,7 @@ def test_runs_of_one_seed_are_told_apart(folder: Path, real: dict[str, Any]) -> 
             }  # fmt: skip
             write_json(folder / f"{name}{more}" / "result.json", {**real, **what})
     (folder / "glue" / "rte" / "full-0.json").unlink()
-    [section] = read_sections([folder])
+    [section] = read_report([folder]).sections
     names = {"full (learning_rate 0.0001)": 0.1, "full (learning_rate 0.01)": 10.0}
     assert {run.method_name: run.value for run in section.runs if "full" in run.method_name} == pytest.approx(names)
 
@@ -60,23 +60,24 @@ def test_rows_of_ones_own_are_told_apart(real: dict[str, Any], tmp_path: Path) -
         write_json(
             tmp_path / "own" / name / "result.json", {**real, "task": "train", "method": method, "config": config}
         )
-    [section] = read_sections([tmp_path / "own"])
+    [section] = read_report([tmp_path / "own"]).sections
     assert section.tasks == ("train (train_file d/train.csv)", "train (train_file d2/train.csv)")
     assert compare(section.runs, "full", "lora").pairs == 1
 
 
 def test_a_baseline_that_has_no_runs(folder: Path) -> None:
     with pytest.raises(ValueError, match="one of full, lora, sparsegrad; found 'lore'"):
-        read_sections([folder], "lore")
+        read_report([folder], "lore")
 
 
 def test_runs_of_another_experiment_are_named(study: Section, tmp_path: Path) -> None:
     [run] = [run for run in study.runs if run.variant == "sparsegrad"]
     again = {**json.loads(run.as_json()), "experiment": "calibration", "variant": "trajectory"}
     write_json(tmp_path / "study" / "d.json", again)
-    sections = {section.name: section for section in read_sections([tmp_path / "study"])}
-    assert sections["comparison"].shared == ()
-    assert sections["calibration"].shared == (
+    sections = {section.name: section for section in read_report([tmp_path / "study"]).sections}
+    assert sections["comparison"].remarks == ()
+    assert sections["calibration"].remarks == (
+        "Learning rate of trajectory: the one found for comparison/sparsegrad, without a search of their own.",
         'The runs of trajectory with seed 0 are those of sparsegrad in "The paper\'s comparison".',
     )
 
@@ -84,7 +85,39 @@ def test_runs_of_another_experiment_are_named(study: Section, tmp_path: Path) ->
 def test_runs_that_are_scored_otherwise_are_told_apart(real: dict[str, Any], tmp_path: Path) -> None:
     for name, method, metric in (("a", "lora", "f1"), ("b", "full", "accuracy"), ("c", "sparsegrad", "accuracy")):
         write_json(tmp_path / "own" / name / "result.json", {**real, "method": method, "metric": metric})
-    [section] = read_sections([tmp_path / "own"])
+    [section] = read_report([tmp_path / "own"]).sections
     assert section.tasks == ("train (metric f1)", "train (metric accuracy)")
     assert compare(section.runs, "full", "lora").pairs == 0
     assert compare(section.runs, "sparsegrad", "full").pairs == 1
+
+
+def test_seeds_with_other_settings_are_told_apart(real: dict[str, Any], tmp_path: Path) -> None:
+    """Their mean and deviation would be of two different things."""
+    for seed, epochs in ((0, 3.0), (1, 10.0)):
+        config = {**real["config"], "training": {**real["config"]["training"], "epochs": epochs}}
+        write_json(tmp_path / f"{seed}" / "result.json", {**real, "method": "lora", "seed": seed, "config": config})
+    [section] = read_report([tmp_path]).sections
+    assert [run.method_name for run in section.runs] == ["lora (epochs 3.0)", "lora (epochs 10.0)"]
+
+
+def test_scales_and_experiments_of_ones_own_have_sections_of_their_own(real: dict[str, Any], tmp_path: Path) -> None:
+    """Their words and sizes are not those of the experiment of this name that ships with the package."""
+    what = {"experiment": "glue", "variant": "lora", "task": "glue/rte", "model": "minilm", "trial": False}
+    common = {**real, **what, "status": "finished"}
+    about = {"title": "Mine", "words": "rank 9", "scored": False}
+    write_json(tmp_path / "a.json", {**common, "scale": "cpu"})
+    write_json(tmp_path / "b.json", {**common, "scale": "cpu", "seed": 5, "about": {**about, "own": True}})
+    write_json(tmp_path / "c.json", {**common, "scale": "large", "about": about})
+    sections = {section.name: section for section in read_report([tmp_path]).sections}
+    assert list(sections) == ["glue-scale-cpu", "glue-scale-cpu-your-own", "glue-scale-large"]
+    assert "rank 3" in sections["glue-scale-cpu"].methods["lora"]
+    own = sections["glue-scale-cpu-your-own"]
+    assert (own.title, own.methods, own.scored) == ("Mine, scale cpu, your own", {"lora": "rank 9"}, False)
+
+
+def test_rows_that_select_and_rows_that_score(real: dict[str, Any], tmp_path: Path) -> None:
+    """MNLI's mismatched rows are evaluated and give no score."""
+    rows = {"train": 3000, "development": 980, "validation_matched": 980, "validation_mismatched": 9832}
+    write_json(tmp_path / "a" / "result.json", {**real, "rows": rows})
+    [section] = read_report([tmp_path]).sections
+    assert "3,000 to train, 980 to select, 980 to score" in section.setting

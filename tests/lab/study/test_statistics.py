@@ -17,7 +17,7 @@ from sparsegrad_lab.study.statistics import (
     _hierarchical_bootstrap,
     at_last_evaluation,
     compare,
-    mean_of_tasks,
+    means_of_tasks,
     pairs_needed,
     score_table,
 )
@@ -29,9 +29,9 @@ def test_means(runs: list[Run], section: Section) -> None:
     assert list(section.methods) == ["sparsegrad", "lora", "full"]
     rte = score_table(runs).loc["rte"]
     assert (rte["sparsegrad"].mean(), rte["sparsegrad"].std()) == (pytest.approx(62), pytest.approx(math.sqrt(8)))
-    assert mean_of_tasks(section, "sparsegrad") == pytest.approx(72)
-    assert mean_of_tasks(section, "lora") == pytest.approx(70)
-    assert math.isnan(mean_of_tasks(section, "full"))  # has not run on MRPC
+    assert means_of_tasks(section)["sparsegrad"] == pytest.approx(72)
+    assert means_of_tasks(section)["lora"] == pytest.approx(70)
+    assert math.isnan(means_of_tasks(section)["full"])  # has not run on MRPC
 
 
 def test_a_mean_is_over_the_seeds_that_all_have(section: Section) -> None:
@@ -43,8 +43,8 @@ def test_a_mean_is_over_the_seeds_that_all_have(section: Section) -> None:
     ]  # fmt: skip
     assert {run.task_name for run in more} == {"rte", "mrpc"}
     wider = replace(section, runs=(*section.runs, *more))
-    assert mean_of_tasks(wider, "sparsegrad") == mean_of_tasks(section, "sparsegrad") == pytest.approx(72)
-    assert mean_of_tasks(wider, "lora") == pytest.approx(70)
+    assert means_of_tasks(wider)["sparsegrad"] == means_of_tasks(section)["sparsegrad"] == pytest.approx(72)
+    assert means_of_tasks(wider)["lora"] == pytest.approx(70)
     assert verdict(wider)[0] == "Mean of 2 tasks, the 2 seeds of all methods: sparsegrad 72.0, lora 70.0."
 
 

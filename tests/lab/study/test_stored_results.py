@@ -162,7 +162,7 @@ def test_a_damaged_result_is_named(content: str, load: Any, places: Places) -> N
     [cell, *_] = load("first").cells()
     stored.path(cell.name).parent.mkdir(parents=True)
     stored.path(cell.name).write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"lr0\.01\.json: expected .*; remove it, and the run is done again"):
+    with pytest.raises(ValueError, match=r"lr0\.01\.json: expected .*; remove it, and reproduce writes it again"):
         stored.outdated([cell])
 
 

@@ -13,7 +13,7 @@ from sparsegrad_lab.study.page import render_page
 from sparsegrad_lab.study.plots import forgetting_plots
 from sparsegrad_lab.study.report import markdown
 from sparsegrad_lab.study.runs import Run
-from sparsegrad_lab.study.sections import Report, Section, read_sections
+from sparsegrad_lab.study.sections import Report, Section, read_report
 from sparsegrad_lab.study.statistics import compare
 from sparsegrad_lab.study.tables import comparisons, every_run, scores, searches, tables_of
 from sparsegrad_lab.study.verdict import verdict
@@ -42,7 +42,7 @@ def test_forgetting(folder: Path) -> None:
         result["unrelated_perplexity"] = {"before": 10.0, "after": after}
         result["score_before"] = 0.5
         path.write_text(json.dumps(result), encoding="utf-8")
-    [section] = read_sections([folder])
+    [section] = read_report([folder]).sections
     table = tables_of(section)["forgetting"]
     assert table.rows == [
         ["rte, gain", "+12.0", "not measured", "not measured"],  # 60 and 64 points, after 50
@@ -61,7 +61,7 @@ def test_losses_are_lower_the_better_and_apart(folder: Path) -> None:
         for seed, loss in enumerate(losses):
             result = {**real, "task": "oasst1", "method": method, "seed": seed, "score": loss, "metric": "loss"}
             (folder / f"{method}-{seed}.json").write_text(json.dumps(result), encoding="utf-8")
-    [section] = read_sections([folder])
+    [section] = read_report([folder]).sections
     found = compare([run for run in section.runs if run.unit == "loss"], "sparsegrad", "lora")
     assert (found.pairs, found.ahead, found.difference) == (2, 2, pytest.approx(-0.035))
     assert "-0.0350 in loss (lower is better) over 2 pairs of runs, ahead in 2 (95 %" in str(found)
@@ -97,9 +97,9 @@ def test_a_study_names_what_was_not_run_and_what_failed(study: Section) -> None:
     assert against["sparsegrad"][-1] == ""
     assert searches(study).rows == [["rte", "sparsegrad", "0.001: 45.0, 0.01: 55.0", "0.01 (edge)"]]
     assert verdict(study)[-2:] == [
-        "Not run: sparsegrad-paper, meprop; sparsegrad on sst2, mrpc, stsb, cola; 2 of the other 3 runs of sparsegrad; "
-        "lora on sst2, mrpc, stsb, cola; 2 of the other 3 runs of lora; full on sst2, mrpc, stsb, cola; 2 of the other "
-        "3 runs of full.",
+        "Not run: sparsegrad-paper, meprop; sparsegrad on sst2, mrpc, stsb, cola; 2 of 3 planned runs of sparsegrad on "
+        "rte; lora on sst2, mrpc, stsb, cola; 2 of 3 planned runs of lora on rte; full on sst2, mrpc, stsb, cola; 2 of "
+        "3 planned runs of full on rte.",
         "Failed: full out of memory on rte.",
     ]
     # Of a study of time and memory there is no score to look at.
@@ -130,5 +130,17 @@ def test_the_search_shows_the_scores_that_chose(study: Section) -> None:
 
 def test_means_without_a_common_seed_say_so(section: Section) -> None:
     apart = tuple(run.model_copy(update={"seed": run.seed + 10 * (run.method == "lora")}) for run in section.runs)
-    assert "over the seeds that all methods of the row have run" in scores(section).note
+    assert "The row 'mean of tasks' is over the seeds that all its methods have run" in scores(section).note
     assert "over all seeds, since no seed has run with all methods" in scores(replace(section, runs=apart)).note
+
+
+def test_methods_with_other_seeds_are_compared_over_the_common_ones(folder: Path) -> None:
+    """A method with one easy seed would look better than one with three."""
+    for task in ("mrpc", "stsb"):
+        for path in (folder / "glue" / task).glob("*.json"):
+            path.unlink()
+    [section] = read_report([folder]).sections
+    table = scores(section)
+    assert ["seeds of all methods", "60.0", "58.0", "66.0"] in table.rows
+    assert "The row 'seeds of all methods' is over the seeds that all its methods have run" in table.note
+    assert "not what other rows or tasks would" in comparisons(section).note
