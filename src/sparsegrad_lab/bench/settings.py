@@ -45,9 +45,9 @@ class BenchArguments:
     wide: int | float | None = None
     "rows of the basis of a layer's larger side, likewise"
     c: int | float | None = None
-    "rows of U, the input side of every layer; replaces narrow and wide"
+    "rows of U, the input side of every layer, in place of narrow and wide"
     r: int | float | None = None
-    "rows of V, the output side of every layer; replaces narrow and wide"
+    "rows of V, the output side of every layer, in place of narrow and wide"
     repeats: int = 9
     "measured rounds; in each round every method runs one step"
     warmup: int = 2

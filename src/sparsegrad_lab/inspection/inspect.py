@@ -114,8 +114,8 @@ def inspect(
         narrow: rows of the basis of a layer's smaller side: a count, a fraction or "full". None: the default of
             `SparseGradConfig`.
         wide: rows of the basis of its larger side, likewise.
-        c: rows of `U`, the input side of every layer; replaces narrow and wide.
-        r: rows of `V`, the output side of every layer; replaces narrow and wide.
+        c: rows of `U`, the input side of every layer; with `r`, in place of narrow and wide.
+        r: rows of `V`, the output side of every layer, likewise.
         shared: one pair of bases for a group of layers, or one for each layer. None: the default.
         density: share of the entries that a step updates, above 0 and at most 1.
         target_modules: layers to adapt, as in PEFT. None: the model's MLP layers.

@@ -30,9 +30,9 @@ class AdapterArguments:
     """sparsegrad: from 0 to 2. 0: all entries move alike; larger: entries of noisy directions move less; default: 1.5,
     but 0 with c or r"""
     c: int | float | str | None = None
-    "sparsegrad: basis vectors of each layer's input side (rows of U); replaces narrow and wide"
+    "sparsegrad: basis vectors of each layer's input side (rows of U); with r, in place of narrow and wide"
     r: int | float | str | None = None
-    "sparsegrad: basis vectors of each layer's output side (rows of V); replaces narrow and wide; not a LoRA rank"
+    "sparsegrad: basis vectors of each layer's output side (rows of V); with c; not a LoRA rank"
     shared: bool = False
     "sparsegrad, literal: layers with the same role and shape share one pair of bases; default: each layer has its own"
     prefer: Literal["memory", "speed"] = "memory"

@@ -49,8 +49,8 @@ class DataArguments:
     val_size: float | None = None
     """evaluate on this share of the rows, the same rows in each run, and train on the others. files, text: a share of
     the training file and of each class, in place of a validation_file. oasst1: a share of the conversations of all
-    files; without it, the files with "validation" in their names. glue/*, quora: a share of the evaluation rows, and
-    the training file is not read"""
+    files; without it, the files with "validation" in their names. glue/*, quora: a share of the evaluation rows, where
+    rows that share a text stay together; the training file is not read"""
     max_length: int = 128
     "maximum number of tokens per row; longer rows are truncated"
     language: str | None = None

@@ -68,8 +68,10 @@ class SparseGradConfig(PeftConfig):
     trained_share: float = field(default=DEFAULT_SHARE, metadata={"help": "share of the entries that train"})
     neurons: bool | None = field(default=None, metadata={"help": "the larger side selects features"})
     exponent: float | None = field(default=None, metadata={"help": "in the scales of a core"})
-    c: Rows | None = field(default=None, metadata={"help": "rows of U (input side); replaces narrow and wide"})
-    r: Rows | None = field(default=None, metadata={"help": "rows of V (output side); replaces narrow and wide"})
+    c: Rows | None = field(
+        default=None, metadata={"help": "rows of U (input side); with r"}
+    )
+    r: Rows | None = field(default=None, metadata={"help": "rows of V (output side); with c"})
     shared: bool = field(default=False, metadata={"help": "one pair of bases for each group of layers"})
     basis_dtype: str | None = field(default=None, metadata={"help": "data type of the bases"})
     original_space: bool = field(default=False, metadata={"help": "train without bases (MeProp)"})

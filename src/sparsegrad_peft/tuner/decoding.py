@@ -1,10 +1,10 @@
-"""Decoding: within one call of `generate`, each layer's update is two thin matrices.
+"""Decoding with directions on both sides: within one call of `generate`, each layer's update is two thin matrices.
 
     x Uᵀ Sᵀ V = (x downᵀ) upᵀ        down (m, in), up (out, m), m = min(r, c)
 
 With one token, a product costs the bytes of its matrices. `U`, `S` and `V` are c·in + r·c + r·out numbers, `down` and
-`up` are m·(in + out): a quarter less for the default sizes, and one product less. They are made when `generate` begins
-and dropped when it ends, so they are never older than the adapter.
+`up` are m·(in + out): fewer, and one product less. They are made when `generate` begins and dropped when it ends, so
+they are never older than the adapter. A side that selects neurons copies numbers and needs none of this.
 """
 
 from __future__ import annotations

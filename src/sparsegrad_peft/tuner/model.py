@@ -230,7 +230,7 @@ class SparseGradModel(BaseTuner):
     def _basis_for(
         self, config: SparseGradConfig, key: str, size: list[int], device: torch.device | None, target: nn.Module
     ) -> Basis:
-        """Return the basis that the layer of this name and `size_entry` shares with its group."""
+        """Return the basis that the layer of this name and size (see `size_entry`) shares with its group."""
         out_features, in_features = size[:2]
         bases, source = self._injection.bases, self._injection.source
         if self._injection.is_new:

@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 NAME = "SPARSEGRAD"
 PREFIX = "sparsegrad_"
-"""Of all attributes of adapted layers. transformers expects the method's name in lower case."""
+"""Begins the names of all attributes that an adapted layer has for its adapters. transformers expects the method's name
+in lower case."""
 
 HOOKS: dict[type, dict[str, tuple[str, ...]]] = {
     BaseTuner: {
