@@ -238,12 +238,15 @@ def energy(result: dict[str, Any]) -> str:
 def study(path: Path, short: bool = False) -> str:
     """Verdict and scores of one experiment, its differences, and where it ran.
 
-    `short`: scores of what has run, the ranking, and the comparison of the first method with the baseline; no note.
+    `short`: scores of what has run, the ranking (whose seeds have no row then), and the comparison of the first method
+    with the baseline; no note.
     """
     [section] = read_report([path]).sections
     sentences = verdict(section)
     if short:
-        parts = [bullets(sentences[:2]), replace(scores(section).without_empty(), note="").markdown()]
+        table = scores(section).without_empty()
+        rows = [row for row in table.rows if row[0] != "seeds of all methods"]
+        parts = [bullets(sentences[:2]), replace(table, note="", rows=rows).markdown()]
     else:
         parts = [
             bullets(sentences),

@@ -68,9 +68,7 @@ class SparseGradConfig(PeftConfig):
     trained_share: float = field(default=DEFAULT_SHARE, metadata={"help": "share of the entries that train"})
     neurons: bool | None = field(default=None, metadata={"help": "the larger side selects features"})
     exponent: float | None = field(default=None, metadata={"help": "in the scales of a core"})
-    c: Rows | None = field(
-        default=None, metadata={"help": "rows of U (input side); with r"}
-    )
+    c: Rows | None = field(default=None, metadata={"help": "rows of U (input side); with r"})
     r: Rows | None = field(default=None, metadata={"help": "rows of V (output side); with c"})
     shared: bool = field(default=False, metadata={"help": "one pair of bases for each group of layers"})
     basis_dtype: str | None = field(default=None, metadata={"help": "data type of the bases"})
