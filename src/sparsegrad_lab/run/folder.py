@@ -118,7 +118,7 @@ class RunFolder:
     config.yaml       the settings
     method.json       the PEFT config, if it was given as the method
     data.json         SHA-256 of the files of rows, if the task has some
-    environment.json  commit, versions, device, number of processes, seed
+    environment.json  commit, versions, device, number of processes, seed, SHA-256 of the rows of each split
     calibration.json  time and memory of the calibration, if there was one; a resumed run does not calibrate again
     metrics.json      the trainer's log: losses, learning rates, scores
     adapter/          adapter of the best evaluation; model/ for a method that trains the weights themselves

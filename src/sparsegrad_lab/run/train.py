@@ -126,7 +126,7 @@ def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[Trai
             "training": measure.phase.as_dict(),
             "resumed": checkpoint is not None,
             "config": arguments.as_dict(),
-            "environment": {**environment(), "seed": arguments.seeds[0]},
+            "environment": folder.read_json("environment.json"),
         }
         adapter_config = getattr(trainer.model, "peft_config", {}).get("default")
         write_whole(folder.weights / "README.md", make_card(result, adapter_config))
@@ -149,8 +149,27 @@ def _finished_result(folder: RunFolder, arguments: RunArguments) -> dict[str, An
 def _start(folder: RunFolder, inputs: Inputs, arguments: RunArguments, reporter: ProgressCallback) -> Path | None:
     """Write the settings into the folder, now that the inputs were accepted. Returns the checkpoint to resume from."""
     folder.start(arguments)
-    folder.write_json("environment.json", {**environment(), "seed": arguments.seeds[0]})
+    folder.write_json("environment.json", _described_environment(folder, inputs, arguments))
     return _find_checkpoint(folder, inputs, arguments, reporter)
+
+
+def _described_environment(folder: RunFolder, inputs: Inputs, arguments: RunArguments) -> dict[str, Any]:
+    """Machine, versions, seed and rows of the run; of a resumed run also the commits of its earlier parts.
+
+    Raises:
+        ValueError: the run began with other rows.
+    """
+    here = {**environment(), "seed": arguments.seeds[0], "rows_sha256": inputs.task.hashes()}
+    before = folder.read_json("environment.json") or {}
+    if (rows := before.get("rows_sha256")) is not None and rows != here["rows_sha256"]:
+        different = [split for split, sha in here["rows_sha256"].items() if rows.get(split) != sha]
+        raise ValueError(
+            f"{folder}: the run began with other rows ({', '.join(different) or 'other splits'}); put the data back, "
+            "or start a new run in another folder"
+        )
+    commits = [*before.get("earlier_commits", ()), before.get("commit")]
+    here["earlier_commits"] = [commit for commit in dict.fromkeys(commits) if commit not in (None, here["commit"])]
+    return here
 
 
 def _find_checkpoint(

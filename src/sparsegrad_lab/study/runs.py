@@ -77,6 +77,8 @@ class MachineInfo(_Record):
     packages: dict[str, Line | None]
     commit: Line | None = None
     dirty: bool | None = None
+    rows_sha256: dict[str, Line] = {}
+    "of each split"
 
 
 class TrainingSettings(_Record):

@@ -174,14 +174,15 @@ def _section(
             tuple(dict.fromkeys(run.task_name for run in runs)),
             dict.fromkeys(methods, tuple(sorted({run.seed for run in runs}))),
             baseline or _line(first.baseline) or BASELINE, runs, trials, tuple(failures), scored=first.scored,
-            experiment=name,
+            experiment=name, remarks=_other_rows(runs),
         )  # fmt: skip
+    remarks = (*_borrowed_rates(experiment, methods), *_other_rows(runs))
     words = {name: method.words for name, method in experiment.methods.items()}
     return Section(
         name, experiment.title, experiment.question, {**words, **{m: words.get(m, "") for m in methods}},
         tuple(task.removeprefix("glue/") for task in experiment.tasks), experiment.seeds_by_method,
         baseline or experiment.baseline, runs, trials, tuple(failures), experiment.paper, experiment.scored, name,
-        _borrowed_rates(experiment, methods),
+        remarks,
     )  # fmt: skip
 
 
@@ -196,6 +197,19 @@ def _borrowed_rates(experiment: Experiment, methods: Iterable[str]) -> tuple[str
         f"Learning rate of {', '.join(names)}: the one found for {source}, without a search of their own."
         for source, names in of_search.items()
     )
+
+
+def _other_rows(runs: Iterable[Run]) -> tuple[str, ...]:
+    """A sentence for each task whose runs had different rows, by the hashes in the results of those that have some."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for run in runs:
+        for split, sha in run.environment.rows_sha256.items():
+            found.setdefault(run.task_name, {}).setdefault(split, set()).add(sha)
+    different = {task: [split for split, hashes in splits.items() if len(hashes) > 1] for task, splits in found.items()}
+    return tuple(
+        f"The runs on {task} did not have the same rows ({', '.join(splits)}): their scores cannot be compared."
+        for task, splits in different.items() if splits
+    )  # fmt: skip
 
 
 def _in_order(runs: Iterable[Run]) -> list[str]:

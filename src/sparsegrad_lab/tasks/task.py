@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from .hold_out import split_apart
@@ -60,6 +62,18 @@ class Task:
     def main_metric(self) -> str:
         """The metric that selects the best evaluation."""
         return main_metric(self.metrics)
+
+    def hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of the rows of each split, in their order; nothing for images."""
+        if self.kind == IMAGES:
+            return {}
+        found = {}
+        for name, data in self.splits.items():
+            digest = sha256()
+            for batch in data.iter(batch_size=1000):
+                digest.update(json.dumps(batch, sort_keys=True).encode())
+            found[name] = digest.hexdigest()
+        return found
 
     def limited(self, train: int | None, validation: int | None) -> Task:
         """Return the task with at most so many rows per split: a random sample, the same in each run."""

@@ -383,3 +383,21 @@ def test_real_minilm(arguments: Arguments, tmp_path: Path) -> None:
     assert result["steps"] == 2
     assert result["trained_entries"]["adapter"] == 72_960  # 12 cores of 152 by 40 or so
     assert evaluate(tmp_path / "run")["validation"]["accuracy"] == result["score"]
+
+
+def test_a_resumed_run_needs_the_same_rows(arguments: Arguments, tmp_path: Path) -> None:
+    """Also those that no setting names, such as the files of a GLUE task."""
+    asked = arguments(tmp_path / "run")
+    train(asked, progress=False)
+    folder = RunFolder(tmp_path / "run")
+    before = folder.read_json("environment.json")
+    assert before is not None
+    assert set(before["rows_sha256"]) == {"train", "validation"}
+    (folder.path / "result.json").unlink()
+    other = {**before["rows_sha256"], "train": "of other rows"}
+    folder.write_json("environment.json", {**before, "commit": "former", "rows_sha256": other})
+    with pytest.raises(ValueError, match=r"the run began with other rows \(train\); put the data back"):
+        train(asked, progress=False)
+    folder.write_json("environment.json", {**before, "commit": "former"})
+    (result,) = train(asked, progress=False)
+    assert result["environment"]["earlier_commits"] == ["former"]

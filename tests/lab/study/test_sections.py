@@ -121,3 +121,14 @@ def test_rows_that_select_and_rows_that_score(real: dict[str, Any], tmp_path: Pa
     write_json(tmp_path / "a" / "result.json", {**real, "rows": rows})
     [section] = read_report([tmp_path]).sections
     assert "3,000 to train, 980 to select, 980 to score" in section.setting
+
+
+def test_runs_on_different_rows_are_named(real: dict[str, Any], tmp_path: Path) -> None:
+    for method, sha in (("lora", "a"), ("full", "b")):
+        environment = {**real["environment"], "rows_sha256": {"train": "same", "validation": sha}}
+        write_json(tmp_path / method / "result.json", {**real, "method": method, "environment": environment})
+    [section] = read_report([tmp_path]).sections
+    assert section.remarks == (
+        f"The runs on {section.tasks[0]} did not have the same rows (validation): their scores cannot be compared.",
+    )
+    assert section.remarks[0] in verdict(section)
