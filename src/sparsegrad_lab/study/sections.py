@@ -107,7 +107,8 @@ def read_report(paths: Iterable[str | Path], baseline: str | None = None) -> Rep
 
 def _sections(files: ResultFiles, baseline: str | None) -> list[Section]:
     """Runs without an experiment first, then the shipped experiments in their order, then others."""
-    kinds = {_kind(found) for found in (*files.runs, *files.failures)}
+    everything: list[Run | Failure] = [*files.runs, *files.failures]
+    kinds = set(map(_kind, everything))
     shipped = {name: number for number, name in enumerate(experiment_names())}
     sections = []
     for kind in sorted(kinds, key=lambda kind: (kind[0] != "", shipped.get(kind[0], -1), *kind)):
@@ -165,7 +166,8 @@ def _section(
         runs = label_runs(label_data(runs))
     methods = _in_order(runs)
     if experiment is None:
-        about = {one.method_name: one.about for one in (*failures, *runs) if not one.trial}
+        scored: list[Run | Failure] = [*(failure for failure in failures if not failure.trial), *runs]
+        about = {one.method_name: one.about for one in scored}
         methods += [method for method in about if method not in methods]
         first = next(iter(about.values()), About())
         return Section(
