@@ -42,11 +42,6 @@ class Projections:
     right: Float[Tensor, "2 out v"]
     n_gradients: int = 0
 
-    @property
-    def steps(self) -> tuple[int, int]:
-        """Number of gradients in each half."""
-        return (self.n_gradients + 1) // 2, self.n_gradients // 2
-
 
 @dataclass
 class ProjectedStatistics(Statistics):
@@ -80,7 +75,8 @@ class ProjectedStatistics(Statistics):
 
     def decompose(self, output: bool, rows: Rows, selected: bool, name: str) -> Eigenbasis | StrongestFeatures:
         factors = [_factors(sums, output) for sums in self.sums.values()]
-        steps = next(iter(self.sums.values())).steps
+        mean = round(self.n_gradients / len(self.sums))  # experts of one group may see different numbers of steps
+        steps = (mean + 1) // 2, mean // 2
         if selected:
             return strongest_features_of_halves(factors, steps, rows, name=name)
         known = sum(2 * pair.shape[1] for pair in factors)

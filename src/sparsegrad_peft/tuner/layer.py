@@ -206,16 +206,20 @@ class SparseGradLayer(BaseTunerLayer):
         self.sparsegrad_checked[adapter] = True
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return `Vᵀ S U` in the layout and type of the base layer's weight."""
+        """Return `Vᵀ S U` in the layout of the base layer's weight and the type of the core."""
+        return self._accurate_update(adapter).to(self.sparsegrad_S[adapter].dtype)
+
+    def _accurate_update(self, adapter: str) -> Tensor:
+        """`Vᵀ S U` in float32 or wider."""
         self.check_numbers(adapter)
         S, basis = self.core_and_basis(adapter)
-        delta = basis.from_basis(S.to(at_least_float32(S.dtype))).to(S.dtype)
+        delta = basis.from_basis(S.to(at_least_float32(S.dtype)))
         return delta.T if is_conv1d(self.get_base_layer()) else delta
 
     def weight_plus(self, adapter: str, factor: int = 1) -> Tensor:
         """Return the base weight plus `factor` times an adapter's update, computed in the wider type, rounded once."""
         weight = self.get_base_weight()
-        return (weight + factor * self.get_delta_weight(adapter)).to(weight.dtype)
+        return (weight + factor * self._accurate_update(adapter)).to(weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: `peft.convert_to_lora` works, since the update is a matrix of its own."""
