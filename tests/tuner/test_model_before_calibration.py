@@ -140,7 +140,7 @@ def test_what_does_not_train_without_calibration_is_silent() -> None:
 
 def test_sizes_that_do_not_fit_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"c, layer bert.encoder.layer.0.intermediate.dense: .* a count from 1 to 16"):
-        get_peft_model(tiny_model("bert"), SparseGradConfig(c=17))
+        get_peft_model(tiny_model("bert"), SparseGradConfig(c=17, r=4))
 
 
 def test_a_file_of_an_early_version_without_calibration(tmp_path: Path) -> None:

@@ -108,9 +108,9 @@ def calibrate(
 ) -> Calibration:
     r"""Collect the gradient statistics of each group of layers. The model does not change.
 
-    Peak extra memory is the sums and one layer's gradient (and, with a `Trajectory`, a copy of what moves).
-    Under `torch.distributed` every process calls this with its own batches. The gradients are averaged layer by layer
-    as they arrive, so N processes find the bases that one process finds on the whole batches, to rounding.
+    Peak extra memory is the sums and one layer's gradient (and, with a `Trajectory`, a copy of what moves). Under
+    `torch.distributed` every process calls this with its own batches. The gradients are averaged layer by layer as
+    they arrive, so N processes find the bases that one process finds on the whole batches, to rounding.
 
     Args:
         model: any module, or one sharded by `fully_shard` (FSDP2); unwrap DDP first. Everything but the target layers
@@ -131,8 +131,8 @@ def calibrate(
         A `Calibration`; `.bases(c=..., r=...)` makes the bases.
 
     Raises:
-        ValueError: the layers of a group differ in shape, a layer is named twice, its weight is also another module's,
-            or whatever `stream_gradients` refuses.
+        ValueError: the layers of a group differ in shape, a layer is named twice or shares its weight, or whatever
+            `stream_gradients` refuses.
         RuntimeError: not all processes of the group call this.
 
     Example:
@@ -140,8 +140,7 @@ def calibrate(
         >>> bases = calibrate(model, loader, groups=groups, n_steps=30).bases(c=0.25, r=0.25)
     """
     config = resolve_config(config, fields)
-    groups = groups if groups is not None else group_linears(model)
-    statistics = _empty_statistics(model, groups, sizes, config)
+    statistics = _empty_statistics(model, group_linears(model) if groups is None else groups, sizes, config)
     group_of: dict[str, Statistics] = {}
     for group in statistics.values():
         for layer in group.layers:

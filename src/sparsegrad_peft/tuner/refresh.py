@@ -55,8 +55,7 @@ def refresh_adapter(
 
     Raises:
         ValueError: there is no such adapter, it is not active, not calibrated or merged, its bases are truncated, or
-            the optimizer is not Adam-like or uses amsgrad; and whatever `calibrate` refuses. Nothing has been changed
-            then.
+            the optimizer is not Adam-like or uses amsgrad; and whatever `calibrate` refuses. Nothing has changed then.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which renames the layers
     peft_config, layers = config_of(model, adapter_name), layers_of(model, adapter_name)

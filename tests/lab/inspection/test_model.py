@@ -102,8 +102,8 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, found int8"):
         inspect(config, dtype="int8")
     with pytest.raises(ValueError, match=r"c, group encoder.*expected"):
-        inspect(config, c=1000)
+        inspect(config, c=1000, r=4)
     with pytest.raises(ValueError, match=r"r = energy:0\.9: this size depends on the gradients"):
-        inspect(config, r="energy:0.9")
+        inspect(config, c=4, r="energy:0.9")
     with pytest.raises(ValueError, match="density must be above 0"):
         inspect(config, density=0.0)
