@@ -245,7 +245,7 @@ def study(path: Path, short: bool = False) -> str:
     sentences = verdict(section)
     if short:
         table = scores(section).without_empty()
-        rows = [row for row in table.rows if row[0] != "seeds of all methods"]
+        rows = table.rows[:1] if len(section.tasks) == 1 else table.rows
         parts = [bullets(sentences[:2]), replace(table, note="", rows=rows).markdown()]
     else:
         parts = [

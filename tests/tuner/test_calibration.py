@@ -237,7 +237,7 @@ def test_an_adapter_that_is_not_active_is_not_calibrated() -> None:
 def test_ready_statistics_stand_alone() -> None:
     model = get_peft_model(tiny_model("bert"), SparseGradConfig())
     ready = calibrate_adapter(model, [tiny_batch("bert")], n_steps=1, progress=False)
-    with pytest.raises(ValueError, match=r"found ready statistics \(calibration\) and batches, n_steps, which"):
+    with pytest.raises(ValueError, match=r"pass ready statistics \(calibration\) or batches, n_steps, found both"):
         calibrate_adapter(model, [tiny_batch("bert")], calibration=ready, n_steps=2)
 
 

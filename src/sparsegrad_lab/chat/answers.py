@@ -63,6 +63,6 @@ def check_question(row: Mapping[str, Any], questions: Mapping[int | str, Questio
     question = questions.get(row["question_id"])
     if question is not None and row.get("question", question.asked) != question.asked:
         raise ValueError(
-            f"{where}: the answer is to another question {question.id}: {str(row['question'])[:80]}; the file of "
-            f"questions has {str(question.asked)[:80]}. Use the questions of then, or write another file of answers"
+            f"{where}: the answer is to another question {question.id}: {row['question']!r:.400}; the file of "
+            f"questions has {question.asked!r:.400}. Use the questions that were answered, or write to another file"
         )

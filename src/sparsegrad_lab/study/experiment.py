@@ -281,7 +281,8 @@ def _check(experiment: Experiment, where: str) -> None:
     if experiment.baseline not in experiment.methods:
         raise ValueError(f"{where}: expected a baseline among {methods}; found {experiment.baseline!r}")
     for name, method in experiment.methods.items():
-        if both := set(method.searched_seeds) & set(experiment.seeds_by_method[name]):
+        searched = set(method.searched_seeds) if method.searched_rates else set()
+        if both := searched & set(experiment.seeds_by_method[name]):
             raise ValueError(
                 f"{where}: expected other seeds for the search than for the runs that are scored, found "
                 f"{', '.join(map(str, sorted(both)))} in both for {name}"

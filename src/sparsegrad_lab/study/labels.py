@@ -20,6 +20,7 @@ _TOKENS = ("language", "max_length", "template", "packing")
 def label_data(runs: tuple[Run, ...]) -> tuple[Run, ...]:
     """Add the settings that differ to the names of tasks with the same name that cannot be compared.
 
+    A setting that the result of an earlier version lacks counts as equal.
     A task of one's own is named after its file, and many files are called "train".
     """
 
@@ -27,13 +28,16 @@ def label_data(runs: tuple[Run, ...]) -> tuple[Run, ...]:
         names = (*_DATA_SETTINGS, *_SCORED_BY) if run.config.task in _OWN_TASKS else _SCORED_BY
         if not run.higher_is_better:
             names = (*names, *_TOKENS)
-        return {"metric": run.metric, **{name: run.config.data.get(name) for name in names}}
+        return {"metric": run.metric, **{name: run.config.data[name] for name in names if name in run.config.data}}
 
     data = {run.path: settings(run) for run in runs}
     labelled = []
     for run in runs:
         others = [data[other.path] for other in runs if other.task_name == run.task_name]
-        differ = [name for name, value in data[run.path].items() if any(other.get(name) != value for other in others)]
+        differ = [
+            name for name, value in data[run.path].items()
+            if any(other.get(name, value) != value for other in others)
+        ]  # fmt: skip
         words = ", ".join(f"{name} {_one_line(data[run.path][name])}" for name in differ)
         labelled.append(run.model_copy(update={"data_label": f" ({words})"}) if words else run)
     return tuple(labelled)
@@ -49,8 +53,10 @@ def label_runs(runs: tuple[Run, ...]) -> tuple[Run, ...]:
     for (method, task, _), group in alike.items():
         of_task[method, task] += map(_settings, group.values())
     for (method, _), settings in of_task.items():
-        names = {name for one in settings for name in one}
-        differ[method] |= {name for name in names if any(settings[0].get(name) != one.get(name) for one in settings)}
+        for name in {name for one in settings for name in one}:
+            given = [one[name] for one in settings if name in one]  # results of earlier versions lack some
+            if any(value != given[0] for value in given):
+                differ[method].add(name)
     labelled = {}
     for (method, _, _), group in alike.items():
         for run in group.values():

@@ -127,8 +127,10 @@ def _sections(files: ResultFiles, baseline: str | None) -> list[Section]:
 
 
 def _kind(found: Run | Failure) -> tuple[str, str, bool]:
-    """Name and scale of its experiment, and whether that is not one of the package's. Runs without one are alike."""
-    return (found.experiment, found.scale, found.about.own) if found.experiment else ("", "", False)
+    """Name and scale of its experiment, and whether it is one's own with the name of one of the package's."""
+    if not found.experiment:
+        return "", "", False
+    return found.experiment, found.scale, found.about.own and found.experiment in experiment_names()
 
 
 def _sections_by_model(
@@ -202,16 +204,22 @@ def _borrowed_rates(experiment: Experiment, methods: Iterable[str]) -> tuple[str
 
 
 def _other_rows(runs: Iterable[Run]) -> tuple[str, ...]:
-    """A sentence for each task whose runs had different rows, by the hashes in the results of those that have some."""
+    """Sentences for each task whose runs had different rows, by the hashes in the results of those that have some."""
     found: dict[str, dict[str, set[str]]] = {}
     for run in runs:
         for split, sha in run.environment.rows_sha256.items():
             found.setdefault(run.task_name, {}).setdefault(split, set()).add(sha)
-    different = {task: [split for split, hashes in splits.items() if len(hashes) > 1] for task, splits in found.items()}
-    return tuple(
-        f"The runs on {task} did not have the same rows ({', '.join(splits)}): their scores cannot be compared."
-        for task, splits in different.items() if splits
-    )  # fmt: skip
+    sentences = []
+    for task, splits in found.items():
+        different = [split for split, hashes in splits.items() if len(hashes) > 1]
+        if "train" in different:
+            sentences.append(f"The runs on {task} did not train on the same rows.")
+        if evaluated := [split for split in different if split != "train"]:
+            sentences.append(
+                f"The runs on {task} were not evaluated on the same rows ({', '.join(evaluated)}): their scores cannot "
+                "be compared."
+            )
+    return tuple(sentences)
 
 
 def _in_order(runs: Iterable[Run]) -> list[str]:

@@ -59,21 +59,20 @@ def scores(section: Section) -> Table:
     for unit, part in means.items():
         suffix = f", {unit}" if len(units) > 1 else ""
         best, last = _means(part), _means(at_last_evaluation(part))
-        rows.append([f"{'mean of tasks' if len(part.tasks) > 1 else 'seeds of all methods'}{suffix}", *best])
+        rows.append([f"{'mean of tasks' if len(part.tasks) > 1 else 'mean over common seeds'}{suffix}", *best])
         if last != best:
             rows.append([f"... at the last evaluation{suffix}", *last])
     losses = [unit for unit in units if unit != "points"]
     what = "100 x score" if "points" in units or not units else " or ".join(losses).capitalize()
     split = any(run.rows.development for run in section.runs)
-    rows_scored = "the rows that do not select" if split else "the task's dev set"
+    rows_scored = "the scored rows, which chose nothing" if split else "the task's dev set"
     note = (
         f"{what} of each run's best checkpoint, on {rows_scored}: mean ± standard deviation over seeds (number of "
         "seeds)."
     )
     found = [part for part in means.values() if any(map(math.isfinite, means_of_tasks(part).values()))]
     if found and all(map(common_seeds, found)):
-        name = "mean of tasks" if len(section.tasks) > 1 else "seeds of all methods"
-        note += f" The row {name!r} is over the seeds that all its methods have run."
+        note += " The means below the tasks are over the seeds that all methods of the row have run."
     elif found:
         note += " The mean of tasks is over all seeds, since no seed has run with all methods on all tasks."
     if losses:

@@ -16,12 +16,17 @@ def verdict(section: Section) -> list[str]:
     with_runs = {run.method_name for run in section.runs}
     methods = [method for method in section.methods if method in with_runs]
     if not methods:
-        return ["No run has a score yet.", *_missing(section)]
+        return ["No run has a score yet.", *_missing(section), *section.remarks]
     if not section.scored:
-        return [f"{len(section.runs)} short runs that measure time and memory only.", *_missing(section)]
+        return [
+            f"{len(section.runs)} short runs that measure time and memory only.",
+            *_missing(section),
+            *section.remarks,
+        ]
     if baseline not in methods or len(methods) == 1:
         runs = f"{len(section.runs)} run{'s' if len(section.runs) > 1 else ''}"
-        return [f"{runs} of {', '.join(methods)}; no comparison with {baseline} is possible.", *_missing(section)]
+        impossible = f"{runs} of {', '.join(methods)}; no comparison with {baseline} is possible."
+        return [impossible, *_missing(section), *section.remarks]
     parts = list(by_unit(section).values())
     comparisons: list[str] = []
     for part in parts:

@@ -70,8 +70,8 @@ def split_apart(data: Dataset, share: float, text: Sequence[str], where: str) ->
     count = len(set(groups))
     if not 0 < round(share * count) < count:
         raise ValueError(
-            f"{where}: a share of {share:g} of {len(data)} rows, {count} without those that share a text, leaves one "
-            "of both parts empty; change the share"
+            f"{where}: {len(data)} rows form {count} groups that share texts, and a share of {share:g} leaves one of "
+            "both parts empty; change the share"
         )
     split = GroupShuffleSplit(n_splits=1, test_size=round(share * count), random_state=0)
     train, held = next(split.split(groups, groups=groups))

@@ -12,6 +12,9 @@ from torch import Tensor
 from .precision import unit_norm_
 from .processes import own_shard
 
+_AT_ONCE = 1 << 20
+"""Entries that are rounded at a time, which takes 8 bytes for each."""
+
 
 def sign_step(parameter: Tensor, gradient: Tensor, lr: float) -> None:
     """`p ← p - lr · sign(g)`: Adam's first step, without its state. Overwrites the gradient."""
@@ -31,13 +34,15 @@ def _add(parameter: Tensor, direction: Tensor, factor: float) -> None:
     if parameter.dtype != torch.bfloat16:
         parameter.add_(direction, alpha=factor)
         return
-    weight, step = own_shard(parameter), own_shard(direction)
-    exact = weight.float().add_(step, alpha=factor)
+    weight, step = (torch.atleast_1d(own_shard(tensor)) for tensor in (parameter, direction))
     seed = int(weight.view(torch.int16).sum())  # processes with the same weights move alike
     generator = torch.Generator(weight.device).manual_seed(seed)
-    below = torch.randint(0, 1 << 16, exact.shape, generator=generator, device=exact.device, dtype=torch.int32)
-    bits = exact.view(torch.int32).add_(below).bitwise_and_(-(1 << 16))  # bfloat16 is the upper half of float32
-    weight.copy_(bits.view(torch.float32))
+    rows = max(1, _AT_ONCE * len(weight) // max(1, weight.numel()))
+    for part, of_step in zip(weight.split(rows), step.split(rows), strict=True):
+        exact = part.float().add_(of_step, alpha=factor)
+        below = torch.randint(0, 1 << 16, exact.shape, generator=generator, device=exact.device, dtype=torch.int32)
+        bits = exact.view(torch.int32).add_(below).bitwise_and_(-(1 << 16))  # bfloat16 is the upper half of float32
+        part.copy_(bits.view(torch.float32))
 
 
 @dataclass(frozen=True)

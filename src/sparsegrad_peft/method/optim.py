@@ -298,7 +298,7 @@ class SparseGradAdamW(Optimizer):
         """Do what `Optimizer.load_state_dict` does, and keep positions as integers and moments as wide as saved.
 
         Raises:
-            ValueError: the saved groups select other numbers of entries. They would replace the settings of this
+            ValueError: the saved groups differ in `sparse`, `k` or `density`, which would replace those of this
                 optimizer.
         """
         for number, (own, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):

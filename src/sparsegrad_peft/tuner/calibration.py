@@ -51,7 +51,7 @@ def calibrate_adapter(
     Args:
         model: from `get_peft_model`, or any model with a SparseGrad adapter in it or in a part of it.
         batches: inputs of the model with labels: `model(**batch).loss`. See `sparsegrad_peft.calibrate`.
-        adapter_name: which adapter. It must be active: the other active adapters take part in the forward pass.
+        adapter_name: which adapter. It must be active: the gradients are those of the model with its active adapters.
         calibration: ready statistics in place of batches: the result of an earlier call for the same layers.
         config: how to calibrate. None: `RECOMMENDED`, with single fields of it among the options. The paper's way is
             `CalibrationConfig()`.
@@ -132,12 +132,10 @@ def check_ready(
 
     Of the options of `calibrate`, `progress` alone still has an effect.
     """
-    given = {"batches": batches, "config": config, **{name: True for name in options if name != "progress"}}
+    given = {"batches": batches, "config": config, **options, "progress": None}
     ignored = [name for name, value in given.items() if value is not None]
     if ignored:
-        raise ValueError(
-            f"found ready statistics (calibration) and {', '.join(ignored)}, which they make needless; give one of both"
-        )
+        raise ValueError(f"pass ready statistics (calibration) or {', '.join(ignored)}, found both")
     known = {name: tuple(group.layers) for name, group in calibration.groups.items()}
     own = {name: tuple(names) for name, names in groups.items()}
     different = [name for name in (*known, *own) if known.get(name) != own.get(name)]

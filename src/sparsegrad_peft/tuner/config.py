@@ -107,7 +107,7 @@ class SparseGradConfig(PeftConfig):
             rows = getattr(self, name)
             if rows is not None:
                 check_rows(rows, None, name)  # against the layers' sizes: when the adapter is made
-        if (self.c is None) != (self.r is None) and not self.core_shapes:
+        if (self.c is None) != (self.r is None) and not self.core_shapes and not self.original_space:
             given = f"c={self.c!r}" if self.r is None else f"r={self.r!r}"
             raise ValueError(
                 f"found {given} alone; expected c and r, the rows of U and of V, or neither. They are no LoRA rank: "

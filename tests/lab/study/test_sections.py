@@ -129,6 +129,7 @@ def test_runs_on_different_rows_are_named(real: dict[str, Any], tmp_path: Path) 
         write_json(tmp_path / method / "result.json", {**real, "method": method, "environment": environment})
     [section] = read_report([tmp_path]).sections
     assert section.remarks == (
-        f"The runs on {section.tasks[0]} did not have the same rows (validation): their scores cannot be compared.",
+        f"The runs on {section.tasks[0]} were not evaluated on the same rows (validation): their scores cannot be "
+        "compared.",
     )
     assert section.remarks[0] in verdict(section)

@@ -130,7 +130,7 @@ def test_the_search_shows_the_scores_that_chose(study: Section) -> None:
 
 def test_means_without_a_common_seed_say_so(section: Section) -> None:
     apart = tuple(run.model_copy(update={"seed": run.seed + 10 * (run.method == "lora")}) for run in section.runs)
-    assert "The row 'mean of tasks' is over the seeds that all its methods have run" in scores(section).note
+    assert "The means below the tasks are over the seeds that all methods of the row have run" in scores(section).note
     assert "over all seeds, since no seed has run with all methods" in scores(replace(section, runs=apart)).note
 
 
@@ -141,6 +141,6 @@ def test_methods_with_other_seeds_are_compared_over_the_common_ones(folder: Path
             path.unlink()
     [section] = read_report([folder]).sections
     table = scores(section)
-    assert ["seeds of all methods", "60.0", "58.0", "66.0"] in table.rows
-    assert "The row 'seeds of all methods' is over the seeds that all its methods have run" in table.note
+    assert ["mean over common seeds", "60.0", "58.0", "66.0"] in table.rows
+    assert "The means below the tasks are over the seeds that all methods of the row have run" in table.note
     assert "not what other rows or tasks would" in comparisons(section).note
