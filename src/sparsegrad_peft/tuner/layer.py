@@ -254,9 +254,8 @@ class SparseGradLayer(BaseTunerLayer):
     def _check_own_weight(self) -> None:
         """Refuse a weight that is computed from others in each forward pass: what is written to it is lost."""
         base = self.get_base_layer()
-        if (type(base) is nn.Linear or is_conv1d(base) or is_parametrized(base)) and not isinstance(
-            base.weight, nn.Parameter
-        ):
+        has_weight = type(base) is nn.Linear or is_conv1d(base) or is_parametrized(base)
+        if has_weight and not isinstance(base.weight, nn.Parameter):
             raise TypeError(
                 f"{type(base).__name__} computes its weight (by a parametrization, weight norm or pruning), so nothing "
                 "can be merged into it; remove that from the layer before the adapter is made"
