@@ -107,30 +107,30 @@ def read_report(paths: Iterable[str | Path], baseline: str | None = None) -> Rep
 
 def _sections(files: ResultFiles, baseline: str | None) -> list[Section]:
     """Runs without an experiment first, then the shipped experiments in their order, then others."""
-    everything: list[Run | Failure] = [*files.runs, *files.failures]
-    kinds = set(map(_kind, everything))
     shipped = {name: number for number, name in enumerate(experiment_names())}
+
+    def kind_of(found: Run | Failure) -> tuple[str, str, bool]:
+        """Experiment and scale, and whether it is one's own with the name of a shipped one. Other runs are alike."""
+        if not found.experiment:
+            return "", "", False
+        return found.experiment, found.scale, found.about.own and found.experiment in shipped
+
+    everything: list[Run | Failure] = [*files.runs, *files.failures]
+    kinds = set(map(kind_of, everything))
     sections = []
     for kind in sorted(kinds, key=lambda kind: (kind[0] != "", shipped.get(kind[0], -1), *kind)):
         name, scale, own = kind
-        runs = [run for run in files.runs if _kind(run) == kind]
-        failures = [failure for failure in files.failures if _kind(failure) == kind]
+        runs = [run for run in files.runs if kind_of(run) == kind]
+        failures = [failure for failure in files.failures if kind_of(failure) == kind]
         experiment = load_experiment(name, scale) if not own and name in experiment_names(scale=scale) else None
         found = _sections_by_model(name, experiment, runs, failures, baseline)
-        if len({other for other in kinds if other[0] == name}) > 1:
+        if sum(other[0] == name for other in kinds) > 1:
             ending = f"scale {scale}{', your own' if own else ''}"
             found = [
                 replace(one, name=safe_name(f"{one.name}-{ending}"), title=f"{one.title}, {ending}") for one in found
             ]
         sections += found
     return sections
-
-
-def _kind(found: Run | Failure) -> tuple[str, str, bool]:
-    """Name and scale of its experiment, and whether it is one's own with the name of one of the package's."""
-    if not found.experiment:
-        return "", "", False
-    return found.experiment, found.scale, found.about.own and found.experiment in experiment_names()
 
 
 def _sections_by_model(
