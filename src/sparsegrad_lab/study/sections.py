@@ -41,7 +41,7 @@ class Section:
     experiment: str = ""
     "name of the experiment; several models of one experiment get a section each"
     remarks: tuple[str, ...] = ()
-    "sentences about learning rates of other searches, and about runs that another section has too"
+    "sentences about learning rates of other searches, runs on other rows, and runs that another section has too"
 
     @property
     def attempted(self) -> set[str]:

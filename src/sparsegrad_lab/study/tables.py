@@ -65,7 +65,7 @@ def scores(section: Section) -> Table:
     losses = [unit for unit in units if unit != "points"]
     what = "100 x score" if "points" in units or not units else " or ".join(losses).capitalize()
     split = any(run.rows.development for run in section.runs)
-    rows_scored = "the scored rows, which chose nothing" if split else "the task's dev set"
+    rows_scored = "rows that select neither checkpoint nor rate" if split else "the task's dev set"
     note = (
         f"{what} of each run's best checkpoint, on {rows_scored}: mean ± standard deviation over seeds (number of "
         "seeds)."

@@ -157,6 +157,7 @@ def calibrate(
 
 
 def _refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise `ValueError` for a layer whose weight is also another module's."""
     tied = tied_weights(model)
     for name in names:
         owner, parameter = owner_of(model, name)
