@@ -263,11 +263,13 @@ def calibration_share(path: Path, epochs: int = 3) -> str:
     rows = []
     for task, count in GLUE_ROWS.items():
         runs = [json.loads(file.read_text(encoding="utf-8")) for file in path.glob(f"*/{task}/sparsegrad-[0-9]*.json")]
-        batch = runs[0]["config"]["training"]["batch_size"]
+        if not runs:
+            continue
+        config = runs[0]["config"]
+        batch, n_steps = config["training"]["batch_size"], config["calibration"]["n_steps"]
         taken = median(run["calibration"]["seconds"] / run["training"]["seconds"] * run["steps"] for run in runs)
         steps = epochs * -(-count // batch)
         rows.append([task, f"{taken:.0f}", f"{steps:,}", f"{100 * taken / steps:.1f} %"])
-    n_steps = runs[0]["config"]["calibration"]["n_steps"]
     source = (
         f"MiniLM, batches of {batch}; calibration: {n_steps} backward passes along a trajectory, bases for each layer. "
         "The time of a training step includes its share of the evaluations. Median over seeds."

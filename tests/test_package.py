@@ -131,7 +131,7 @@ def test_without_peft_the_adapter_says_what_to_install() -> None:
         "    print(error)\n",
         "-W", "error",
     )  # fmt: skip
-    assert out == "SparseGradConfig needs PEFT: pip install 'sparsegrad-peft[peft]'"
+    assert out == "SparseGradConfig needs PEFT; in a checkout: pip install '.[peft]'"
 
 
 def test_the_method_needs_no_extra(tmp_path: Path) -> None:

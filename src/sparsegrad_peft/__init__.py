@@ -83,7 +83,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     except ModuleNotFoundError as error:
         if error.name == "peft":
-            raise ImportError(f"{name} needs PEFT: pip install 'sparsegrad-peft[peft]'") from error
+            raise ImportError(f"{name} needs PEFT; in a checkout: pip install '.[peft]'") from error
         raise
 
 

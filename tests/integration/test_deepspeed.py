@@ -19,9 +19,7 @@ from groups_of_processes import free_port, message_of, run_in_processes, set_lau
 from helpers import orthogonal
 from sparsegrad_peft import Basis, SparseGradAdamW, SparseGradLinear, param_groups
 
-pytest.importorskip(
-    "deepspeed", reason="the extra deepspeed is not installed: pip install 'sparsegrad-peft[deepspeed]'"
-)
+pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed: pip install '.[deepspeed]'")
 
 STEPS, ROWS = 5, 8
 

@@ -183,7 +183,7 @@ class BenchMethod:
 
 METHODS: dict[str, BenchMethod] = {
     "floor": BenchMethod("frozen MLP: input gradients only, nothing trains in it", _floor),
-    "sparsegrad": BenchMethod("the default: truncated bases, all entries of S train", _sparsegrad),
+    "sparsegrad": BenchMethod("the default: neurons on the wide side, all entries of S train", _sparsegrad),
     "sparsegrad-topk": BenchMethod("the default, the largest 10 % of S in each step", lambda s: _sparsegrad(s, 0.1)),
     "sparsegrad-paper": BenchMethod("complete bases, the largest 1 % in each step, on plain weights", _plain_weights,
                                     complete=True),

@@ -23,7 +23,7 @@ from .completion import complete
 VERBS = {
     "demo": "compare SparseGrad and LoRA on a small model, in minutes and without a download",
     "train": "fine-tune a model on a task",
-    "search": "search the best learning rate and batch size",
+    "search": "find the best learning rate and batch size",
     "evaluate": "print the scores of a finished run",
     "predict": "predict with a finished run",
     "chat": "talk to a language model",
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if traceback or (error.name or "").startswith(("sparsegrad_peft", "sparsegrad_lab")):
             raise
-        advice = "" if "pip install" in str(error) else "; install it with: pip install 'sparsegrad-peft[lab]'"
+        advice = "" if "pip install" in str(error) else "; in a checkout, install it with: pip install '.[lab]'"
         print(f"sparsegrad {verb}: {error}{advice}", file=sys.stderr)
         return ExitCode.FAILED
     except Exception as error:

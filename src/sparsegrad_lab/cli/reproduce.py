@@ -71,8 +71,8 @@ def main(argv: list[str]) -> None:
 def _parser() -> VerbParser:
     parser = make_parser(
         "reproduce",
-        "Run experiments. Each compares methods on tasks, over several seeds, after a learning rate search of the same "
-        "size for every method. Without a name: list the experiments.",
+        "Run experiments. Each compares methods on tasks, over several seeds. Learning rate searches come first and "
+        "start with the same number of rates. Without a name: list the experiments.",
         EXAMPLE,
     )
     parser.add_argument("experiments", type=str, nargs="*", help='names of experiments, or "all"')

@@ -14,7 +14,7 @@ from ..run.settings import RunArguments, refuse
 class FiguresArguments:
     """Draw figures of SparseGrad on a model and a task: a gradient before and after the change of basis, gradient rows
     that are zero, spectra, how the bases age, which entries a run changes, and how far the weights move. Runs two short
-    trainings and saves nothing of them but the figures.
+    training runs and saves only their figures.
     """
 
     steps: int = 60

@@ -95,7 +95,7 @@ def _usage(result: dict[str, Any], config: PeftConfig | None, base: str | None) 
     if config is None:
         lines.append(f'model = {auto}.from_pretrained("PATH")  # this folder')
     else:
-        register = "import sparsegrad_peft.tuner  # pip install 'sparsegrad-peft[peft]'"
+        register = "import sparsegrad_peft.tuner  # of the package sparsegrad-peft"
         labels = result["labels"]
         head = ""
         if kind.heads:

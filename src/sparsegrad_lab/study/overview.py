@@ -40,7 +40,7 @@ def overview(sections: Sequence[Section]) -> Table | None:
         else:
             outcome, count = f"not run: its sizes are for scale {experiment.scale}", ""
         rows.append([experiment.title, experiment.question, outcome, count])
-    note = "Runs: without those of the search for learning rates. The sections below have the details."
+    note = "Runs: finished of planned, without learning rate searches. The sections below have the details."
     return Table("Questions and answers", note, ["experiment", "question", "outcome", "runs"], rows)
 
 

@@ -238,8 +238,9 @@ class Run(_Ending):
 
     @property
     def megabytes(self) -> float:
-        """Peak memory of training, in 1e6 bytes."""
-        return self.training.peak_memory_bytes / 1e6
+        """Peak memory of calibration and training, in 1e6 bytes."""
+        phases = [self.training] if self.calibration is None else [self.training, self.calibration]
+        return max(phase.peak_memory_bytes for phase in phases) / 1e6
 
 
 class Failure(_Ending):

@@ -148,7 +148,7 @@ def comparisons(section: Section) -> Table:
             "what other rows or tasks would."
         )
     if len(section.methods) > 2:
-        note += " Each row is a test of its own: of many, some are below 0.05 by chance."
+        note += " Each row is a separate test. Among many tests, some fall below 0.05 by chance."
     if set(units) - {"points"}:
         note += " A difference in loss is negative where the method is ahead."
     if published:
@@ -211,10 +211,10 @@ def searches(section: Section) -> Table:
                 ", ".join(f"{rate:g}{' (edge)' if rate in edges else ''}" for rate in used),
             ])  # fmt: skip
     note = (
-        "All searches start with the same number of learning rates. In some experiments, a search goes on while its "
-        "best rate is at an edge. Its seeds are those of no other run. The scores are those of the rows that select, "
-        "and the runs use the rate with the best one (the mean over the seeds); of equal scores, the one with the "
-        "lowest training loss. (edge): the lowest or highest rate tried; a better one may lie beyond."
+        "All searches start with the same number of learning rates. In some experiments, a search continues while its "
+        "best rate is the lowest or highest tried. Searches have seeds of their own. Scores are on the rows that "
+        "select, one for each seed. Runs use the rate with the best mean score; the training loss breaks ties. (edge): "
+        "the lowest or highest rate tried; a better one may lie beyond."
     )
     return Table("Search", note, ["task", "method", "learning rate: score on the rows that select", "used"], rows)
 

@@ -54,7 +54,7 @@ def _ranking(section: Section, methods: list[str]) -> str:
     what = f"Mean of {count}{of} tasks" if count > 1 else f"{section.tasks[0]}{f', 1{of} tasks' if of else ''}"
     common = common_seeds(section)
     some = bool(common) and any(run.seed not in common for run in section.runs if run.task_name in section.tasks)
-    seeds = ", one seed" if len(common) == 1 else f", the {len(common)} seeds of all methods" if some else ""
+    seeds = ", one seed" if len(common) == 1 else f", mean over {len(common)} common seeds" if some else ""
     lower = "" if first.higher_is_better else " (lower is better)"
     return f"{what}{seeds}{lower}: {', '.join(f'{method} {first.format(mean)}' for mean, method in ranked)}."
 

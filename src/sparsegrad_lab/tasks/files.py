@@ -110,7 +110,9 @@ def _read(
     val_size: float | None,
 ) -> dict[str, list[Row]]:  # fmt: skip
     if (validation is None) == (val_size is None) or (validation is None and train is None):
-        raise ValueError("expected data.validation_file, or data.train_file and data.val_size, and not both")
+        raise ValueError(
+            "expected either data.validation_file, or data.train_file with data.val_size; found neither or both"
+        )
     if not 1 <= len(text) <= 2:
         raise ValueError(f"data.text: expected one or two text columns, found {len(text)}: {', '.join(text)}")
     paths = {"train": train, "validation": validation}

@@ -210,7 +210,7 @@ class Basis(nn.Module):
             if count is not None and side is not None:
                 check_rows(count, side.shape[0], what)
             if count is not None and is_selected(side):
-                raise ValueError(f"{what}={count}: this side selects features, which have no order; calibrate anew")
+                raise ValueError(f"{what}={count}: this side selects features, which have no order; calibrate again")
         U = self.U if self.U is None or c is None else self.U[:c].clone()
         V = self.V if self.V is None or r is None else self.V[:r].clone()
         scale_in, scale_out = (

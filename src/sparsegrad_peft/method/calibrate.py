@@ -110,7 +110,7 @@ def calibrate(
 
     Peak extra memory is the sums and one layer's gradient (and, with a `Trajectory`, a copy of what moves). Under
     `torch.distributed` every process calls this with its own batches. The gradients are averaged layer by layer as
-    they arrive, so N processes find the bases that one process finds on the whole batches, to rounding.
+    they arrive, so N processes find the bases that one process finds on the whole batches, up to rounding.
 
     Args:
         model: any module, or one sharded by `fully_shard` (FSDP2); unwrap DDP first. Everything but the target layers

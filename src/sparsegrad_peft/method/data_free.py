@@ -66,7 +66,7 @@ def data_free_basis(
 
 
 def is_data_free(matrix: Tensor | None, n: int) -> bool:
-    """True if this is, to rounding, the side that `data_free_basis` has for n features."""
+    """True if this is, up to rounding, the side that `data_free_basis` has for n features."""
     if matrix is None:
         return True
     if is_selected(matrix):

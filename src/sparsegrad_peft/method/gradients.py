@@ -2,7 +2,7 @@
 
 Calibration, the choice of positions and every measurement of sparsity need the same thing: the gradient `G` of each
 target weight over some batches. `stream_gradients` hands on each gradient and drops it, so it never holds more than
-one. It restores whatever it changed, to the bit, also after an exception.
+one. It restores whatever it changed, bit for bit, also after an exception.
 
 Several processes take each step together: their gradients are averaged one layer at a time (`averaging.py`), so all of
 them see the gradients, and follow the trajectory, of the whole batch.

@@ -144,7 +144,7 @@ def failing_together() -> Iterator[None]:
 
 
 def check_equal_weights(weights: Mapping[str, Tensor]) -> None:
-    """Raise on every process unless all have the same weights, to the bit. Sharded weights are left out.
+    """Raise on every process unless all have the same weights, bit for bit. Sharded weights are left out.
 
     Raises:
         ValueError: the names or the values differ.

@@ -101,7 +101,7 @@ def refresh_folded(optimizer: SparseGradAdamW, bases: Mapping[nn.Parameter, Basi
 
 
 def coordinates(update: Tensor, basis: Basis) -> Tensor:
-    """Return `S` (r, c) with `Vᵀ S U` nearest to an update (out, in); equal to it, to rounding, in a complete basis.
+    """Return `S` (r, c) with `Vᵀ S U` nearest to an update (out, in); equal to it, up to rounding, in a complete basis.
 
     A basis stored in half precision is only nearly orthogonal: `V (Vᵀ S U) Uᵀ` differs from `S` by up to a percent. So
     a complete basis is inverted by iterative refinement. Each round shrinks the error by more than a factor of ten.

@@ -1,4 +1,4 @@
-"""A context after which a model is what it was before, to the bit."""
+"""A context after which a model is what it was before, bit for bit."""
 
 from __future__ import annotations
 

@@ -131,8 +131,8 @@ def step_shard(
     """
     if "positions" in state:
         raise ValueError(
-            "the optimizer's state is of a parameter that was not sharded; resume on as many processes without "
-            "sharding, or start the optimizer anew"
+            "the optimizer's state was saved without sharding; resume without sharding on the same number of "
+            "processes, or start with a new optimizer"
         )
     if not state:
         state["step"] = torch.tensor(0.0)

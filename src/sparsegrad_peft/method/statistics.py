@@ -97,7 +97,7 @@ class Statistics(ABC):
         side_in = self.decompose(False, c, selected[1], f"{self}, input side")
         side_out = self.decompose(True, r, selected[0], f"{self}, output side")
         completed = [
-            f"{self}, {which} side: the calibration gradients stand above rounding in {side.rank} of the "
+            f"{self}, {which} side: the calibration gradients exceed rounding error in only {side.rank} of the "
             f"{len(side.vectors)} directions asked for"
             for which, side in (("input", side_in), ("output", side_out))
             if isinstance(side, Eigenbasis) and len(side.vectors) > side.rank

@@ -116,7 +116,7 @@ class SparseGradConfig(PeftConfig):
         self._resolve_form()
         if not isinstance(self.core_shapes, dict | None):
             raise ValueError(
-                f"core_shapes of the adapter's config is damaged: expected a table, {self.core_shapes!r:.80}"
+                f"core_shapes of the adapter's config is damaged: expected a table, found {self.core_shapes!r:.80}"
             )
         for layer, shape in (self.core_shapes or {}).items():
             _check_core_shape(layer, shape)

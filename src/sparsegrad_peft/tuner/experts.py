@@ -112,7 +112,7 @@ class SparseGradExperts(nn.Module, SparseGradLayer):
 
     @torch.no_grad()
     def unfold(self) -> None:
-        """Restore the parameter, to the bit."""
+        """Restore the parameter, bit for bit."""
         if self.before_decoding is not None:
             _, place, rows = self.before_decoding
             self.layout.by_neuron(self.parameter.data)[place] = rows

@@ -286,7 +286,7 @@ class SparseGradLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Subtract the merged updates from the base weight, to rounding."""
+        """Subtract the merged updates from the base weight, up to rounding."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return

@@ -313,7 +313,7 @@ class SparseGradModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add an adapter that is the weighted sum of others, to rounding. It is not active yet.
+        """Add an adapter that is the weighted sum of others, up to rounding. It is not active yet.
 
         Args:
             adapters: names of adapters of the same layers.

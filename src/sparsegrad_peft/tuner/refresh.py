@@ -34,9 +34,9 @@ def refresh_adapter(
 ) -> Calibration:
     """Give an adapter with complete bases new ones, from a few steps of backpropagation at the current weights.
 
-    Bases age (`docs/method.md`): after a hundred steps the gradient has left the directions that it had when they were
-    made. What the adapter has learnt stays, `S' = V' Vᵀ S U U'ᵀ`, and the optimizer's moments are rotated with it (see
-    `sparsegrad_peft.refresh` for layers of plain PyTorch).
+    Bases age (`docs/method.md`): after a hundred steps they hold less of the gradient. What the adapter has learnt
+    stays, `S' = V' Vᵀ S U U'ᵀ`, and the optimizer's moments are rotated with it (see `sparsegrad_peft.refresh` for
+    layers of plain PyTorch).
 
     Under `torch.distributed` each process passes its own batches, and all of them call this. Pass the model that DDP
     wraps.

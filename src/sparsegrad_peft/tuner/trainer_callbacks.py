@@ -23,8 +23,8 @@ class SparseGradCalibration(TrainerCallback):
 
     Args:
         config: how to calibrate; None: as `calibrate_adapter` does.
-        loss_fn: the loss of a model for a batch. A callback cannot see the trainer's: the default, the model's own,
-            fits trainers that use it, such as TRL's `SFTTrainer`. `SparseGradTrainerMixin` uses the trainer's.
+        loss_fn: (model, batch) -> loss. Default: the model's own loss, which TRL's `SFTTrainer` uses. A callback cannot
+            see the trainer's loss; `SparseGradTrainerMixin` uses it.
     """
 
     def __init__(

@@ -176,9 +176,9 @@ class Writer:
                 end = text.find(answer, len(prompt)) + len(answer)
                 if not text.startswith(prompt) or end < len(prompt) + len(answer):
                     raise ValueError(
-                        "the chat template does not write an answer as it is generated after its prompt, so the tokens "
-                        "to learn are unknown. Mark the answers with {% generation %} in the template, or set "
-                        "data.template to plain"
+                        "the chat template writes an answer differently from how it is generated after the prompt, so "
+                        "the tokens to learn are unknown. Mark the answers with {% generation %} in the template, or "
+                        "set data.template to plain"
                     )
                 pieces += [(text[done : len(prompt)], False), (text[len(prompt) : end], message["learn"])]
                 done = end
