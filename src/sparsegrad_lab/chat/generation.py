@@ -73,6 +73,8 @@ def answer_questions(
         FileExistsError: another process writes the file.
     """
     described = {**asdict(settings), "model": model.name}
+    if model.weights_sha256 is not None:
+        described["weights_sha256"] = model.weights_sha256
     by_id = {question.id: question for question in questions}
     with open_rows(path) as file:
         for line, row in enumerate(file.rows, 1):
@@ -121,6 +123,8 @@ def _seed(seed: int, question: int | str, turn: int) -> int:
 def _check_same(row: dict[str, Any], described: dict[str, Any], model_id: str, path: Path) -> None:
     there = {"model_id": row.get("model_id"), **(row.get("settings") or {})}
     here = {"model_id": model_id, **described}
+    if "weights_sha256" not in there:  # an earlier version did not name the weights
+        here.pop("weights_sha256", None)
     differences = [
         f"{name} ({there.get(name)} there, {here[name]} here)" for name in here if there.get(name) != here[name]
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -64,6 +65,8 @@ class ChatModel:
     "the pretrained model that was trained; None: this is a pretrained model"
     adapter_off: bool = False
     "answer without the adapter"
+    weights_sha256: str | None = None
+    "of the trained weights; None: this is a pretrained model"
 
     @property
     def context(self) -> int | None:
@@ -81,7 +84,7 @@ class ChatModel:
         if self.base_name is None:
             return None
         if isinstance(self.model, PeftModel):
-            return replace(self, name=self.base_name, adapter_off=True, base_name=None)
+            return replace(self, name=self.base_name, adapter_off=True, base_name=None, weights_sha256=None)
         return open_model(self.base_name)
 
     def answer(
@@ -103,18 +106,34 @@ class ChatModel:
         (text,) = self._generate([conversation], max_new_tokens, sampling=sampling, streamer=streamer)
         return text
 
-    def _generate(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int, **options: Any) -> list[str]:
+    def _generate(
+        self, conversations: Sequence[Sequence[Message]], max_new_tokens: int, *, sampling: RowSampling | None,
+        streamer: TextStreamer | None = None,
+    ) -> list[str]:  # fmt: skip
         prompts = [self.writer.encode_prompt(list(messages)) for messages in conversations]
-        longest = max(map(len, prompts))
-        room = max_new_tokens if self.context is None else min(max_new_tokens, self.context - longest)
-        if room < 1:
-            raise ValueError(
-                f"the conversation has {longest:,} tokens, and the model's context is {self.context:,}; shorten it"
-            )
+        rooms = [max_new_tokens] * len(prompts)
+        if (context := self.context) is not None:
+            rooms = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+            if min(rooms) < 1:
+                raise ValueError(
+                    f"the conversation has {max(map(len, prompts)):,} tokens, and the model's context is {context:,}; "
+                    "shorten it"
+                )
+        # A row that the context shortens is a batch of its own: it must not shorten the others.
+        whole = [row for row, room in enumerate(rooms) if room == max_new_tokens]
+        batches = [whole] if whole else []
+        batches += [[row] for row, room in enumerate(rooms) if room < max_new_tokens]
         ends = sorted(self.writer.end_tokens() | generation_ends(self.model))
         off: AbstractContextManager[Any] = self.model.disable_adapter() if self.adapter_off else nullcontext()
+        texts: dict[int, str] = {}
         with off:
-            return generate(self.model, self.tokenizer, prompts, room, ends, stop_text=self._stop, **options)
+            for rows in batches:
+                found = generate(
+                    self.model, self.tokenizer, [prompts[row] for row in rows], rooms[rows[0]], ends,
+                    stop_text=self._stop, streamer=streamer, sampling=None if sampling is None else sampling.of(rows),
+                )  # fmt: skip
+                texts.update(zip(rows, found, strict=True))
+        return [texts[row] for row in range(len(prompts))]
 
 
 def open_model(name: str) -> ChatModel:
@@ -128,12 +147,13 @@ def open_model(name: str) -> ChatModel:
     if folder.name == "adapter" and (folder.parent / "config.yaml").is_file():
         folder = folder.parent  # an adapter in its run
     base_name: str | None = None
+    weights = None
     if (folder / "config.yaml").is_file():
         _, _, task = read_run(folder)
         if task.kind != LANGUAGE:
             raise ValueError(f"{name}: expected a run of a language model, found one of {task.kind} ({task.name})")
         run = open_run(folder)
-        model, tokenizer = run.model, run.processor
+        model, tokenizer, weights = run.model, run.processor, run.folder.weights
         base_name, plain = run.arguments.model, run.arguments.data.template == "plain"
     elif (folder / "adapter_config.json").is_file():
         base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
@@ -143,6 +163,7 @@ def open_model(name: str) -> ChatModel:
                 "give the folder of the run, or write the base's folder there"
             )
         load_config(model_path(base_name))
+        weights = folder
         tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base_name)
         with suppress_library_logs():
             model = PeftModel.from_pretrained(_pretrained(base_name, tokenizer), str(folder))
@@ -155,7 +176,16 @@ def open_model(name: str) -> ChatModel:
     writer = Writer(tokenizer, _COLUMNS, plain)
     if not writer.templated and not plain:
         logger.warning("%s has no chat template: conversations are written as Human: and Assistant: turns", name)
-    return ChatModel(name, model.eval(), tokenizer, writer, base_name)
+    sha256 = None if weights is None else _sha256(weights)
+    return ChatModel(name, model.eval(), tokenizer, writer, base_name, weights_sha256=sha256)
+
+
+def _sha256(folder: Path) -> str:
+    """SHA-256 of the weights in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _pretrained(name: str, tokenizer: Any) -> Any:

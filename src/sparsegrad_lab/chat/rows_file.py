@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from ..run.checkpoints import writing
 from ..run.folder import check_file
-from ..tasks.read import read_objects
+from ..tasks.read import objects_in
 
 
 class RowsFile:
@@ -21,13 +21,21 @@ class RowsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _drop_torn_line(path)
-        self.rows: list[dict[str, Any]] = [row for _, row in read_objects(path)] if path.is_file() else []
+        content = path.read_bytes() if path.is_file() else b""
+        end = content.rfind(b"\n") + 1
+        last_is_whole = _is_object(content[end:])
+        self._whole: int | None = len(content) if last_is_whole else end
+        self._break = b"\n" if last_is_whole else b""
+        self.rows: list[dict[str, Any]] = [row for _, row in objects_in(content[: self._whole], path)]
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row; it is on the disk when this returns."""
+        """Add a row; it is on the disk when this returns. The first one replaces a line that a kill cut off."""
         self.rows.append(row)
         with writing(self.path), self.path.open("ab") as file:
+            if self._whole is not None:
+                file.truncate(self._whole)
+                file.write(self._break)
+                self._whole = None
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -35,10 +43,10 @@ class RowsFile:
 
 @contextmanager
 def open_rows(path: Path) -> Iterator[RowsFile]:
-    """Open a file for one process, with the rows that it already has. A line that a kill cut off is removed.
+    """Open a file for one process, with the rows that it already has. It changes with the first row that is added.
 
     Raises:
-        ValueError: another line is no JSON object.
+        ValueError: a line that a kill cannot have cut off is no JSON object.
         FileExistsError: another process has the file open.
     """
     check_file(path)
@@ -54,10 +62,8 @@ def open_rows(path: Path) -> Iterator[RowsFile]:
         lock.release()
 
 
-def _drop_torn_line(path: Path) -> None:
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

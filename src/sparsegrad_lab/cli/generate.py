@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -62,7 +63,8 @@ def main(argv: list[str]) -> None:
             advance=lambda done: bar.advance(task, done),
         )  # fmt: skip
     print(f"written: {output} ({count} new answers, {len(questions)} in all)")
-    print(f"next:    sparsegrad judge {output} --questions {options.questions} --model JUDGE")
+    paths = [shlex.quote(str(path)) for path in (output, options.questions)]
+    print(f"next:    sparsegrad judge {paths[0]} --questions {paths[1]} --model JUDGE")
 
 
 def output_file(model: str, output: str | None, questions: str) -> Path:

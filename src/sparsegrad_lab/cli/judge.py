@@ -38,9 +38,13 @@ def main(argv: list[str]) -> None:
         check_file(path)
     prompts = read_prompts(None if options.prompts is None else Path(options.prompts))
     judge = Endpoint(options.model, timeout=options.timeout)
-    without = [q.id for q in questions if q.category in REFERENCE_CATEGORIES and not has_reference(q, len(q.turns[:2]))]
+    without = [
+        f"{question.id} (turn {turn})"
+        for question in questions if question.category in REFERENCE_CATEGORIES
+        for turn in range(1, len(question.turns[:2]) + 1) if not has_reference(question, turn)
+    ]  # fmt: skip
     if without:
-        print(f"no reference answer, graded without: {', '.join(map(str, without))}", file=sys.stderr)
+        print(f"no reference answer, graded without: {', '.join(without)}", file=sys.stderr)
     items = (single_items if options.mode == "single" else pair_items)(questions, models)
     with make_progress_bar(Console(stderr=True)) as bar:
         task = bar.add_task("judging", total=len(items))

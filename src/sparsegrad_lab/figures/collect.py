@@ -110,7 +110,7 @@ def calibration_ways(arguments: RunArguments) -> tuple[str, dict[str, Way]]:
         SHARED: (_along_trajectory(arguments), True),
         PER_LAYER: (_along_trajectory(arguments), False),
     }
-    own = (calibration_config(arguments.calibration.resolved(arguments.adapter)), arguments.adapter.shared)
+    own = (calibration_config(arguments.calibration.resolved(arguments.adapter.sizes)), arguments.adapter.shared)
     mean = replace(_along_trajectory(arguments), mean_gradient=True)
     name = next((name for name, way in {**ways, MEAN: (mean, False)}.items() if way == own), OWN)
     return name, {**ways, name: own}

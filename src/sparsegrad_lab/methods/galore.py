@@ -22,7 +22,7 @@ class GaLore(Full):
     order = 4
     summary = "GaLore, AdamW on low-rank projections of the layers' gradients"
     learning_rate = 1e-3
-    reads = Full.reads | {"adapter.rank"}
+    reads = Full.reads - {"training.weight_decay"} | {"adapter.rank"}  # transformers gives its groups no weight decay
 
     def problems(self, adapter: AdapterArguments, calibration: CalibrationArguments) -> list[str]:
         """The package `galore-torch` is missing."""

@@ -30,7 +30,7 @@ CALIBRATION = frozenset({
     "calibration.n_steps", "calibration.walk", "calibration.normalize", "calibration.mean_gradient",
 })  # fmt: skip
 "Settings of the calibration."
-LOOP = frozenset({"training.rest_learning_rate", "training.gradient_accumulation"})
+LOOP = frozenset({"training.rest_learning_rate", "training.gradient_accumulation", "training.weight_decay"})
 "Settings of the training loop that some methods cannot use."
 REFUSED_IF_UNREAD = (*sorted(LAYERS | SELECTION | LOOP), "adapter.products", "calibration.refresh")
 """Settings that a run must leave at their default if its method does not read them.

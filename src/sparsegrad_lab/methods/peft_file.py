@@ -81,7 +81,7 @@ class PeftFile(Method):
         calibration = trainer = None
         if isinstance(config, SparseGradConfig):
             config.forget_bases()  # they belong to the saved adapter
-            calibration = calibration_config(setup.calibration)
+            calibration = calibration_config(setup.calibration.resolved(config.sizes))
         elif getattr(config, "init_lora_weights", None) in STARTS:
             calibration, trainer = calibration_config(setup.calibration), LoraStartTrainer
         with warnings.catch_warnings():

@@ -123,10 +123,10 @@ class CalibrationArguments:
         """Read settings of this or an earlier version, which had no `mean_gradient`."""
         return cls(**{"mean_gradient": False, **settings})
 
-    def resolved(self, adapter: AdapterArguments) -> CalibrationArguments:
-        """The settings with the default of `mean_gradient` in its place."""
+    def resolved(self, sizes: Sizes) -> CalibrationArguments:
+        """The settings with the default of `mean_gradient` for these sizes in its place."""
         given = self.mean_gradient
-        return replace(self, mean_gradient=not adapter.sizes.by_side if given is None else given)
+        return replace(self, mean_gradient=not sizes.by_side if given is None else given)
 
     def problems(self) -> list[str]:
         """What is wrong with these settings, one message each."""
@@ -140,5 +140,5 @@ def resolved(settings: dict[str, Any]) -> dict[str, Any]:
         KeyError, TypeError: they are no settings of a run.
     """
     adapter = AdapterArguments.from_dict(settings["adapter"])
-    calibration = CalibrationArguments.from_dict(settings["calibration"]).resolved(adapter)
+    calibration = CalibrationArguments.from_dict(settings["calibration"]).resolved(adapter.sizes)
     return {**settings, "adapter": adapter.resolved(), "calibration": asdict(calibration)}

@@ -68,7 +68,7 @@ class SparseGrad(Method):
             target_parameters=None if adapter.layers is None else fused,
             modules_to_save=modules_to_save(model, targets, setup.heads, train_rest=setup.train_rest),
         )  # fmt: skip
-        calibration = None if self.original_space else calibration_config(setup.calibration.resolved(adapter))
+        calibration = None if self.original_space else calibration_config(setup.calibration.resolved(adapter.sizes))
         return Adapted(get_peft_model(model, config), calibration, setup.density, adapter.k)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 
+from transformers import set_seed
+
 from sparsegrad_peft.tuner.calibration import calibrate_adapter
 
 from ..tasks.library_logs import suppress_library_logs
@@ -22,6 +24,7 @@ def calibrate_unquantized(arguments: RunArguments, folder: RunFolder, inputs: In
         folder: gets `calibration.json`.
         inputs: of the run; their model is quantized.
     """
+    set_seed(arguments.seeds[0])  # a new head gets the numbers that the run's has
     with suppress_library_logs():
         unquantized = load_adapted(arguments, inputs.task, inputs.processor, four_bits=False)
         statistics = make_trainer(arguments, folder, replace(inputs, adapted=unquantized), ()).calibration_statistics()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 import sparsegrad_peft.tuner  # noqa: F401  # registers SparseGrad, so that PEFT can load its adapters
 
 from ..tasks.kinds import KINDS
+from ..tasks.kinds.packing import prepare_model
 from ..tasks.kinds.text import text_logits
 from ..tasks.library_logs import suppress_library_logs
 from ..tasks.load import load_task
@@ -32,6 +34,8 @@ from .interrupts import interrupts_kept
 from .parsing import arguments_from
 from .settings import RunArguments
 from .train import save_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,7 +54,7 @@ class FinishedRun:
 
     @torch.inference_mode()
     def outputs(self, features: Dataset, arguments: RunArguments) -> np.ndarray[Any, Any]:
-        """Outputs (rows, ...) for features with "labels", as `Kind.reduced` keeps them."""
+        """Outputs (rows, ...) for features with "labels", as `Kind.reduced` keeps them, in the run's precision."""
         kind = KINDS[self.task.kind]
         collate = kind.collator(self.processor, arguments.padded_length)
         size = kind.evaluation_batch_size(arguments.training.batch_size)
@@ -60,8 +64,17 @@ class FinishedRun:
             rows = [features[row] for row in range(start, min(start + size, len(features)))]
             batch = {name: value.to(device) for name, value in collate(rows).items()}
             labels = batch.pop("labels")
-            kept.append(kind.reduced(self.model(**batch).logits, labels).float().cpu())
+            with _precision(arguments, device):
+                logits = self.model(**batch).logits
+            kept.append(kind.reduced(logits, labels).float().cpu())
         return torch.cat(kept).numpy()
+
+
+def _precision(arguments: RunArguments, device: torch.device) -> torch.autocast:
+    """Mixed precision as in training. A CPU computes runs of fp16 in float32."""
+    precision = arguments.training.precision
+    used = precision == "bf16" or (precision == "fp16" and device.type != "cpu")
+    return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=used)
 
 
 def open_run(path: str | Path, *, unquantized: bool = False) -> FinishedRun:
@@ -125,10 +138,11 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
         `data.unrelated`, "unrelated" too: the scores of these texts.
 
     Raises:
-        ValueError: the task has no such split, or other labels than the run was trained with.
+        ValueError: the task has no such split, or other labels than the run was trained with; or the rows have changed,
+            and `data.val_size` held some of them out.
         FileNotFoundError: see `open_run`.
     """
-    _, arguments, trained = read_run(path)
+    folder, arguments, trained = read_run(path)
     task = load_task(arguments.task, arguments.data).with_label_order(trained.labels or ())
     if task.labels != trained.labels:
         raise ValueError(
@@ -136,11 +150,15 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
         )
     if split is not None and split not in task.splits:
         raise ValueError(f"{task.name} has splits {', '.join(task.splits)}; found {split!r}")
+    names = [split] if split else task.evaluation_splits
+    _check_rows(folder, arguments, task, names)
     run, kind = open_run(path), KINDS[task.kind]
     scores: dict[str, dict[str, Any]] = {}
-    for name in [split] if split else task.evaluation_splits:
+    for name in names:
         with suppress_library_logs(), interrupts_kept():
             features = longest_first(kind.features(task, name, run.processor, arguments.data))
+            if "position_ids" in features.column_names:
+                prepare_model(run.model, features["input_ids"][0])
             kind.check_features(features, run.model, run.processor)
             outputs, labels = run.outputs(features, arguments), features["labels"][:]
             scores[name] = {
@@ -151,6 +169,32 @@ def evaluate(path: str | Path, split: str | None = None) -> dict[str, dict[str, 
             replace(task, metrics=LOSSES), run.outputs(unrelated, arguments), unrelated["labels"][:]
         )
     return scores
+
+
+def _check_rows(folder: RunFolder, arguments: RunArguments, task: Task, names: Sequence[str]) -> None:
+    """Compare the rows to evaluate with those of the run; a run of an earlier version does not name its rows.
+
+    Raises:
+        ValueError: they differ, and the run may have trained on some of them: `data.val_size` divides changed rows in
+            another way.
+    """
+    there = (folder.read_result().get("environment") or {}).get("rows_sha256") or {}
+    here = task.hashes()
+    changed = [name for name in names if name in there and there[name] != here[name]]
+    divided = arguments.data.val_size is not None
+    if changed and divided:
+        raise ValueError(
+            f"{folder}: the rows of {task.source} have changed since the run ({', '.join(changed)}), and data.val_size "
+            "divides them in another way: the run has trained on rows that would be evaluated. Put the data back, or "
+            "write the rows to evaluate into a file and use sparsegrad predict"
+        )
+    if changed:
+        logger.warning("%s: the rows have changed since the run: %s", folder, ", ".join(changed))
+    elif divided and not there:
+        logger.warning(
+            "%s: the run does not say which rows it has trained on. If they have changed since, or this version "
+            "divides them in another way (data.val_size), some of them are evaluated here", folder,
+        )  # fmt: skip
 
 
 def predict(

@@ -18,6 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 import yaml
+from filelock import FileLock, Timeout
 
 from ..methods.settings import resolved
 from ..tasks.parse_files import read_json, read_yaml
@@ -108,7 +109,7 @@ def check_file(path: Path) -> None:
 
 _ROWS = ("data.train_file", "data.validation_file", "data.unrelated")
 "Settings that may name a file of rows."
-_BEFORE_THE_SETTINGS = {"method.json", "data.json"}
+_BEFORE_THE_SETTINGS = {".lock", "method.json", "data.json"}
 "Files that a killed process may have written before config.yaml."
 
 
@@ -126,12 +127,13 @@ class RunFolder:
     logs/             TensorBoard's, with `report_to`
     curves.png        loss and score
     result.json       scores, times, memory; written last: the run is finished if it is there
-    checkpoints/      while the run is not finished
+    checkpoints/      while the run is not finished; .lock while a process trains
     merged/           after `sparsegrad merge`
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock = FileLock(self.path / ".lock")
 
     def __str__(self) -> str:
         return str(self.path)
@@ -220,8 +222,25 @@ class RunFolder:
                 f"{self}: cannot write in {near} ({error.strerror}); choose another output folder"
             ) from error
 
+    def release(self) -> None:
+        """Let other processes train into the folder again."""
+        if self._lock.is_locked:
+            (self.path / ".lock").unlink(missing_ok=True)
+            self._lock.release()
+
     def start(self, arguments: RunArguments) -> None:
-        """Write the settings, so that the folder belongs to this run, and remove drafts of a killed process."""
+        """Take the folder for this process, write the settings into it, and remove drafts of a killed process.
+
+        Raises:
+            FileExistsError: another process trains into the folder, or has finished the run since `check`.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise FileExistsError(f"{self}: another process trains into this folder; wait for it") from None
+        if self.finished:
+            raise FileExistsError(f"{self}: another process has just finished this run; the same command shows it")
         for path in self.path.glob(".*") if self.path.is_dir() else ():
             if _is_draft(path) and path.is_file():
                 path.unlink(missing_ok=True)

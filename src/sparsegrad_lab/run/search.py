@@ -15,6 +15,7 @@ from typing import Any
 
 import optuna
 import yaml
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -83,6 +84,7 @@ class _Message:
     """From rank 0 to the other processes: what to train, or how the search ended."""
 
     arguments: RunArguments | None = None
+    pruned: bool = False
     result: dict[str, Any] | None = None
     error: Exception | None = None
 
@@ -98,7 +100,7 @@ def _follow() -> dict[str, Any]:
             return message.result
         assert message.arguments is not None
         try:
-            train(message.arguments, progress=False, callbacks=[_ReportToOptuna(None, message.arguments.seeds[0])])
+            train(message.arguments, progress=False, callbacks=[_ReportToOptuna(None, message)])
         except Exception as error:
             if exit_code_of(error) not in _FAILED_TRIAL:
                 raise
@@ -160,11 +162,14 @@ def _requeue_interrupted(study: optuna.Study) -> None:
         if process is None or not is_on_this_host(process):
             continue
         if process == process_identity() or not is_alive(process):
+            try:
+                study._storage.set_trial_user_attr(trial._trial_id, "error", "interrupted")
+                study.tell(trial.number, state=TrialState.FAIL)
+            except (UpdateFinishedTrialError, ValueError):
+                continue  # another process has queued it
             if trial.params:
-                folder = trial.user_attrs.get("folder")
-                study.enqueue_trial(trial.params, user_attrs={"folder": folder} if folder else None)
-            study._storage.set_trial_user_attr(trial._trial_id, "error", "interrupted")
-            study.tell(trial.number, state=TrialState.FAIL)
+                kept = {name: value for name, value in trial.user_attrs.items() if name in ("folder", "pruned")}
+                study.enqueue_trial(trial.params, user_attrs=kept)
 
 
 def _counted(study: optuna.Study) -> list[FrozenTrial]:
@@ -199,8 +204,9 @@ def _run_trial(
     single.push_to_hub = None
     name = f"trial {trial.number}: learning rate {single.training.learning_rate:g}, batch {single.training.batch_size}"
     # Optuna sees the evaluations of the first seed. The other seeds count only in the final score.
-    report = _ReportToOptuna(trial, single.seeds[0])
-    from_rank0(_Message(arguments=single))
+    message = _Message(arguments=single, pruned=trial.user_attrs.get("pruned", False))
+    report = _ReportToOptuna(trial, message)
+    from_rank0(message)
     try:
         results = train(single, progress=progress, callbacks=[report])
     except Exception as error:
@@ -229,12 +235,13 @@ class _ReportToOptuna(TrainerCallback):
 
     Args:
         trial: None on the processes that follow rank 0.
-        seed: of the run whose scores are reported.
+        message: what is trained. The scores of its first seed are reported.
     """
 
-    def __init__(self, trial: Trial | None, seed: int) -> None:
-        self.trial, self.seed = trial, seed
-        self.pruned = False
+    def __init__(self, trial: Trial | None, message: _Message) -> None:
+        assert message.arguments is not None
+        self.trial, self.seed = trial, message.arguments.seeds[0]
+        self.pruned = message.pruned
         self._reported_steps: set[int] = set()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -246,12 +253,17 @@ class _ReportToOptuna(TrainerCallback):
         score = kwargs["metrics"].get(name)
         if score is None or args.seed != self.seed or state.global_step in self._reported_steps:
             return
-        self._reported_steps.add(state.global_step)
+        scores = {entry["step"]: entry[name] for entry in state.log_history if name in entry}  # those before a kill too
+        scores[state.global_step] = score
         prune = False
         if self.trial is not None:
-            evaluations = {entry["step"] for entry in state.log_history if name in entry}  # those before a kill too
-            self.trial.report(score, len({*evaluations, state.global_step}))
+            for number, (step, value) in enumerate(sorted(scores.items()), 1):
+                if step not in self._reported_steps:
+                    self.trial.report(value, number)
             prune = state.global_step < state.max_steps and self.trial.should_prune()
+            if prune:
+                self.trial.set_user_attr("pruned", True)  # a resumed trial stays pruned
+        self._reported_steps.update(scores)
         if from_rank0(prune):
             self.pruned = control.should_training_stop = True
 

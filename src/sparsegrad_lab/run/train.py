@@ -69,10 +69,14 @@ def train(
             single = copy.deepcopy(arguments)
             single.seeds = [seed]
             single.output = str(output / f"seed-{seed}" if several else output)
-            with writing(Path(single.output)):
-                results.append(_train_one(single, progress, callbacks))
+            folder = RunFolder(single.output)
+            try:
+                with writing(folder.path):
+                    results.append(_train_one(single, folder, progress, callbacks))
+            finally:
+                folder.release()
             if repository is not None:
-                on_rank0(partial(push, RunFolder(single.output), repository))
+                on_rank0(partial(push, folder, repository))
     return results
 
 
@@ -82,8 +86,9 @@ def output_folder(arguments: RunArguments) -> Path:
     return Path(arguments.output.replace("{task}", task).replace("{method}", method))
 
 
-def _train_one(arguments: RunArguments, progress: bool, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
-    folder = RunFolder(arguments.output)
+def _train_one(
+    arguments: RunArguments, folder: RunFolder, progress: bool, callbacks: Sequence[TrainerCallback]
+) -> dict[str, Any]:
     reporter = ProgressCallback(folder, show=progress)
     if (finished := on_rank0(lambda: _finished_result(folder, arguments))) is not None:
         reporter.say(f"{folder}: this run is finished; nothing to do")

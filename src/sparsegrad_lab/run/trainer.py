@@ -46,13 +46,23 @@ class MeasureTraining(TrainerCallback):
         self._stack.close()
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """Early stopping that a resumed run remembers: the Trainer forgets it when training begins."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop again after one step if the run was killed after it had stopped. The best weights replace it."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
+
+
 def make_trainer(
     arguments: RunArguments, folder: RunFolder, inputs: Inputs, callbacks: Sequence[TrainerCallback]
 ) -> MethodTrainer:
     """The trainer of a run. Early stopping is added to the callbacks if the settings ask for it."""
     task, adapted, features = inputs.task, inputs.adapted, inputs.features
     kind, training = KINDS[task.kind], arguments.training
-    stopping = [] if training.patience is None else [EarlyStoppingCallback(early_stopping_patience=training.patience)]
+    stopping = [] if training.patience is None else [EarlyStopping(early_stopping_patience=training.patience)]
     rows_per_step = _rows_per_step(training)
     by_length = partial(LengthSampler.of_dataset, rows_per_step, arguments.seeds[0])
     trainer: MethodTrainer = (adapted.trainer or MethodTrainer)(
@@ -98,7 +108,7 @@ def _trainer_arguments(
     """The run's settings as `transformers.TrainingArguments`."""
     training = arguments.training
     steps_per_epoch = -(-n_train // _rows_per_step(training))
-    evaluation_steps = max(1, steps_per_epoch // training.evaluations)
+    evaluation_steps = -(-steps_per_epoch // training.evaluations)
     total = max(1, round(steps_per_epoch * training.epochs))
     return transformers.TrainingArguments(
         output_dir=str(folder.checkpoints),

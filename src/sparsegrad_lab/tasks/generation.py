@@ -26,8 +26,12 @@ class RowSampling(LogitsProcessor):
     """
 
     def __init__(self, temperatures: Sequence[float], seeds: Sequence[int]) -> None:
-        self.temperatures = temperatures
+        self.temperatures, self.seeds = temperatures, seeds
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def of(self, rows: Sequence[int]) -> RowSampling:
+        """Return the sampling of some of the rows, from the beginning of their streams."""
+        return RowSampling([self.temperatures[row] for row in rows], [self.seeds[row] for row in rows])
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (rows, vocabulary) whose argmax is the sampled token."""

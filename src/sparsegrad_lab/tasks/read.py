@@ -98,14 +98,22 @@ def read_objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
         FileNotFoundError: there is no such file.
         ValueError: the file is not UTF-8, or a line is not a JSON object.
     """
-    found = list(_json_lines(_text(path), path))
+    return objects_in(path.read_bytes(), path)
+
+
+def objects_in(content: bytes, path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """As `read_objects`, for the content of a file or its beginning."""
+    found = list(_json_lines(_decoded(content, path), path))
     for number, item in found:
         _check_object(item, path, number)
     return found
 
 
 def _text(path: Path, replace_broken: bool = False) -> str:
-    content = path.read_bytes()
+    return _decoded(path.read_bytes(), path, replace_broken)
+
+
+def _decoded(content: bytes, path: Path, replace_broken: bool = False) -> str:
     try:
         return content.decode("utf-8-sig")  # some GLUE files begin with a byte order mark
     except UnicodeDecodeError as error:

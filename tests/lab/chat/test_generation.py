@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sparsegrad_lab.chat.generation import AnswerSettings, answer_questions
 from sparsegrad_lab.chat.model import ChatModel, open_model
 from sparsegrad_lab.chat.questions import Question, read_questions
 from sparsegrad_lab.cli.main import main
+from sparsegrad_lab.tasks.generation import RowSampling
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +70,6 @@ def test_sampling_follows_the_models_probabilities(model: ChatModel) -> None:
     """4,000 first tokens of as many streams: each of the likely tokens is as frequent as the softmax says."""
     import torch
 
-    from sparsegrad_lab.tasks.generation import RowSampling
-
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
     picked = RowSampling([0.7] * 4000, list(range(4000)))(torch.zeros(4000, 1), scores.clone()).argmax(1)
     expected = (scores[0] / 0.7).softmax(0)
@@ -122,3 +122,23 @@ def test_the_command(chat_llama: Path, questions: Path, tmp_path: Path, capsys: 
     assert "is not the folder of a run: name a file to write with --output" in capsys.readouterr().err
     assert main([*words, "--output", str(tmp_path)]) == 1
     assert "expected a file to write, found a folder" in capsys.readouterr().err
+
+
+def test_a_long_conversation_does_not_shorten_the_others(model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a context of 40 tokens, one conversation leaves room for 5 tokens, the other for 20."""
+    monkeypatch.setattr(model.model.config, "max_position_embeddings", 40)
+    talks = [[{"role": "user", "content": text}] for text in ("what", " ".join(["warm"] * 32))]
+    sampling = [RowSampling([1.0] * 2, [seed, seed + 1]) for seed in range(8)]
+    together = [model.answer(talks, 20, rows) for rows in sampling]
+    alone = [[model.answer([talks[row]], 20, rows.of([row]))[0] for row in range(2)] for rows in sampling]
+    assert together == alone
+    assert max(len(first.split()) for first, _ in together) > 5 >= max(len(second.split()) for _, second in together)
+
+
+def test_answers_of_other_weights_are_refused(model: ChatModel, questions: Path, tmp_path: Path) -> None:
+    """A run that was trained again has another file of weights. Files of earlier versions do not name the weights."""
+    asked, path = read_questions(questions), tmp_path / "a.jsonl"
+    answer(model, asked[:2], path)
+    answer(replace(model, weights_sha256="1"), asked[:3], path)
+    with pytest.raises(ValueError, match=r"a.jsonl holds answers that differ in weights_sha256 \(1 there, 2 here\)"):
+        answer(replace(model, weights_sha256="2"), asked[2:], path)

@@ -56,7 +56,7 @@ def test_ratings_by_a_served_model(
         assert main([*words, str(tmp_path / "single.jsonl"), "--page", str(tmp_path / "page.md")]) == 0
         shown = capsys.readouterr()
         assert main([*words, str(tmp_path / "pair.jsonl"), "--mode", "pair"]) == 0
-    assert "no reference answer, graded without: 84" in shown.err
+    assert "no reference answer, graded without: 84 (turn 1), 84 (turn 2)" in shown.err
     rows = rows_of(tmp_path / "single.jsonl")
     assert len(rows) == 2 * 9
     assert {(row["model"], row["score"]) for row in rows} == {("dull", 2.0), ("bright", 9.0)}

@@ -25,3 +25,17 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rows.jsonl, line 2: "), open_rows(path):
         pass
     assert path.read_text(encoding="utf-8").count("\n") == 3
+
+
+@pytest.mark.parametrize(("content", "kept"), [('{"a": 1}\n{"a": 2}', 2), ('{"a": 1}\n{"a": ', 1), ('{"a": ', 0)])
+def test_the_last_line_is_kept_if_it_is_whole(content: str, kept: int, tmp_path: Path) -> None:
+    """Another program may write no last line break. Nothing changes before the first new row."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with open_rows(path) as file:
+        assert [row["a"] for row in file.rows] == [1, 2][:kept]
+        assert path.read_text(encoding="utf-8") == content
+        for number in (3, 4):
+            file.append({"a": number})
+    with open_rows(path) as file:
+        assert [row["a"] for row in file.rows] == [*[1, 2][:kept], 3, 4]

@@ -40,3 +40,10 @@ def test_resume(arguments: Arguments, tmp_path: Path) -> None:
     assert found["scores"] == expected["scores"]
     weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "resumed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_weight_decay_is_refused(arguments: Arguments, tmp_path: Path) -> None:
+    """The Trainer gives GaLore's groups none."""
+    pytest.importorskip("galore_torch")
+    with pytest.raises(ValueError, match=r"training.weight_decay"):
+        train(arguments(tmp_path / "run", "--method", "galore", "--training.weight_decay", "0.1"), progress=False)

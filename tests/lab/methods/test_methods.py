@@ -21,6 +21,7 @@ from sparsegrad_lab.methods.registry import find_method
 from sparsegrad_lab.methods.settings import AdapterArguments
 from sparsegrad_lab.run.settings import RunArguments
 from sparsegrad_lab.tasks.library_logs import suppress_library_logs
+from sparsegrad_peft import SparseGradConfig
 
 HEAD = {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
 MLPS = [f"bert.encoder.layer.{i}.{side}.dense" for i in range(2) for side in ("intermediate", "output")]
@@ -200,3 +201,12 @@ def test_galore_without_its_package(arguments: Any, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("sparsegrad_lab.methods.galore.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="method galore needs its package: pip install galore-torch"):
         arguments(tmp_path / "run", "--method", "galore").check()
+
+
+def test_a_file_of_sparsegrad_is_calibrated_as_the_method(tmp_path: Path) -> None:
+    """For the mean gradient, which gives the entries their scales; sizes of one's own for single gradients."""
+    for number, config in enumerate([SparseGradConfig(), SparseGradConfig(c=8, r=8)]):
+        config.save_pretrained(tmp_path / str(number))
+        found = adapted(str(tmp_path / str(number) / "adapter_config.json"), "freeze").calibration
+        assert found is not None
+        assert found.mean_gradient is (number == 0)

@@ -13,7 +13,6 @@ from transformers import Trainer
     [
         ("_get_train_sampler", ["train_dataset"]),
         ("_save_checkpoint", ["model", "trial"]),
-        ("_load_best_model", []),
         ("_clip_grad_norm", ["model"]),
         ("_get_grad_norm", ["model", "grad_norm"]),
         ("_load_from_checkpoint", ["resume_from_checkpoint", "model"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from chat_models import save_model
 from sparsegrad_lab.chat.model import open_model
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.cli.train import parse
+from sparsegrad_lab.run import calibration, inputs
 from sparsegrad_lab.run.finished_run import evaluate, merge, open_run, predict
 from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.run.settings import RunArguments
@@ -140,3 +142,26 @@ def test_a_classifier(arguments: Callable[..., RunArguments], tmp_path: Path) ->
     quantized = [name for name, module in run.model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert quantized
     assert not any("classifier" in name or "pooler" in name for name in quantized)
+
+
+def test_a_new_head_is_the_runs_own(arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration loads the model a second time. With another random head it would see other gradients."""
+    heads: list[torch.Tensor] = []
+    real = inputs.load_adapted
+
+    def load(*given: Any, **options: Any) -> Any:
+        adapted = real(*given, **options)
+        head = adapted.model.base_model.model.classifier.modules_to_save["default"]
+        heads.append(head.weight.detach().clone())
+        return adapted
+
+    for module in (inputs, calibration):
+        monkeypatch.setattr(module, "load_adapted", load)
+    train(arguments(tmp_path / "run", "--load_in_4bit", "--adapter.c", "0.25"), progress=False)
+    quantized, unquantized = heads
+    assert torch.equal(quantized, unquantized)
+
+
+def test_a_chat_model_names_its_weights(finished: Path) -> None:
+    content = (finished / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert open_model(str(finished)).weights_sha256 == hashlib.sha256(content).hexdigest()

@@ -218,3 +218,20 @@ def test_settings_that_were_changed_by_hand(change: Callable[[Any], Any], messag
     (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     with pytest.raises(ValueError, match=r"(?s)config.yaml: expected the settings of a run.*" + message):
         read_run(folder)
+
+
+def test_evaluate_changed_rows(
+    arguments: Arguments, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A part that is held out from changed rows has rows that the run has trained on; a dev set only has other rows."""
+    held_out = ["--data.validation_file", "null", "--val_size", "0.25"]
+    for name, more in {"held-out": held_out, "dev": []}.items():
+        file = shutil.copy(rows / "dev.csv", tmp_path / f"{name}.csv")
+        given = ["--data.train_file", str(file)] if more else ["--data.validation_file", str(file)]
+        train(arguments(tmp_path / name, "--method", "lora", *given, *more), progress=False)
+        header, first, *others = file.read_text(encoding="utf-8").splitlines()
+        file.write_text("\n".join([header, *others, first]) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"have changed since the run \(validation\), and data.val_size divides them"):
+        evaluate(tmp_path / "held-out")
+    assert evaluate(tmp_path / "dev")["validation"]["accuracy"] >= 0
+    assert "dev: the rows have changed since the run: validation" in caplog.text

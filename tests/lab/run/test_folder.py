@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from sparsegrad_lab.cli.train import parse
 from sparsegrad_lab.run import folder as module
@@ -95,3 +96,15 @@ def test_changed_rows_are_another_run(tmp_path: Path) -> None:
 def test_a_kill_before_the_settings_are_written(killed: Path, arguments: Arguments) -> None:
     (killed / "data.json").write_text("{}", encoding="utf-8")
     RunFolder(killed).check(arguments(killed))
+
+
+def test_one_process_trains_into_a_folder(arguments: Arguments, tmp_path: Path) -> None:
+    """A second one would remove the checkpoints of the first. Its lock goes with it."""
+    asked = arguments(tmp_path / "run", "--method", "lora", "--training.epochs", "1")
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"):
+        with pytest.raises(FileExistsError, match=r"run: another process trains into this folder; wait for it"):
+            train(asked, progress=False)
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+    train(asked, progress=False)
+    assert not (tmp_path / "run" / ".lock").exists()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import TrainerControl, TrainerState
 
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.run.machine import process_identity
-from sparsegrad_lab.run.search import _ReportToOptuna, search
+from sparsegrad_lab.run.search import _Message, _ReportToOptuna, _requeue_interrupted, search
 from sparsegrad_lab.run.settings import RunArguments, SearchArguments
 
 # Optuna's own: two of its classes that are marked as new, one that it will rename.
@@ -146,7 +147,8 @@ def test_a_resumed_trial_is_compared_with_the_same_evaluations_of_others() -> No
     trial stops all of them."""
     study = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=0.5))
     trial = study.ask()
-    report = _ReportToOptuna(trial, seed=3)
+    message = _Message(RunArguments(seeds=[3, 4]))
+    report = _ReportToOptuna(trial, message)
     args = SimpleNamespace(metric_for_best_model="accuracy", seed=3)
     state = TrainerState(global_step=30, max_steps=90)
     state.log_history = [{"step": step, "eval_accuracy": 0.8} for step in (10, 20, 30)]
@@ -154,7 +156,7 @@ def test_a_resumed_trial_is_compared_with_the_same_evaluations_of_others() -> No
     for seed in (4, 3, 3):
         args.seed = seed
         report.on_evaluate(args, state, control, metrics={"eval_accuracy": 0.8})
-    assert study.trials[0].intermediate_values == {3: 0.8}
+    assert study.trials[0].intermediate_values == {1: 0.8, 2: 0.8, 3: 0.8}
     assert not control.should_training_stop
     state.global_step = 40
     report.on_evaluate(args, state, control, metrics={"eval_accuracy": 0.1})
@@ -163,4 +165,26 @@ def test_a_resumed_trial_is_compared_with_the_same_evaluations_of_others() -> No
     args.seed = 4
     report.on_evaluate(args, state, other, metrics={"eval_accuracy": 0.9})
     assert other.should_training_stop
-    assert study.trials[0].intermediate_values == {3: 0.8, 4: 0.1}
+    assert study.trials[0].intermediate_values == {1: 0.8, 2: 0.8, 3: 0.8, 4: 0.1}
+    assert study.trials[0].user_attrs["pruned"]
+    again = TrainerControl()  # killed and resumed
+    args.seed = 3
+    _ReportToOptuna(trial, replace(message, pruned=True)).on_evaluate(args, state, again, metrics={"eval_accuracy": 1})
+    assert again.should_training_stop
+
+
+def test_a_dead_trial_is_queued_once() -> None:
+    """Two searches that start at the same time both find it."""
+    study = optuna.create_study()
+    trial = study.ask()
+    trial.suggest_float("learning_rate", 1e-3, 1e-1)
+    for name, value in {"process": process_identity(), "folder": "trial-000", "pruned": True}.items():
+        trial.set_user_attr(name, value)
+    found = study.get_trials()
+    second = SimpleNamespace(
+        get_trials=lambda states: found, _storage=study._storage, tell=study.tell, enqueue_trial=study.enqueue_trial
+    )
+    for one in (study, second):
+        _requeue_interrupted(one)
+    (queued,) = study.get_trials(states=(optuna.trial.TrialState.WAITING,))
+    assert queued.user_attrs == {"folder": "trial-000", "pruned": True}

@@ -233,10 +233,12 @@ def test_early_stopping(arguments: Arguments, tmp_path: Path) -> None:
     assert (result["steps"], result["best_step"]) == (3 * 6, 6)
 
 
-def test_evaluations_within_an_epoch(arguments: Arguments, tmp_path: Path) -> None:
-    train(arguments(tmp_path / "run", "--training.evaluations", "3", "--training.epochs", "1"), progress=False)
+@pytest.mark.parametrize(("asked", "steps"), [(3, [2, 4, 6]), (4, [2, 4, 6]), (2, [3, 6])])
+def test_evaluations_within_an_epoch(asked: int, steps: list[int], arguments: Arguments, tmp_path: Path) -> None:
+    """An epoch has six steps; there are never more evaluations than asked for."""
+    train(arguments(tmp_path / "run", "--training.evaluations", str(asked), "--training.epochs", "1"), progress=False)
     log = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
-    assert [entry["step"] for entry in log if "eval_loss" in entry] == [2, 4, 6]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == steps
 
 
 def test_finished_run_is_not_run_again(finished_run: Path, arguments: Arguments, capsys: pytest.CaptureFixture) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.cli.train import parse
@@ -26,6 +27,7 @@ from sparsegrad_lab.run.checkpoints import is_complete
 from sparsegrad_lab.run.finished_run import open_run
 from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.run.settings import RunArguments
+from sparsegrad_lab.run.train import train
 
 Words = Callable[..., list[str]]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in the tests: equal to the bit
@@ -229,10 +231,13 @@ def test_a_run_without_its_best_checkpoint_starts_again(
     check_same(stopped_run, finished_run)
 
 
-def test_a_copied_run_resumes(stopped_run: Path, words: Words, finished_run: Path, tmp_path: Path) -> None:
-    """It reads nothing from the original folder, such as the weights of the best checkpoint."""
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_copied_run_resumes(moved: bool, stopped_run: Path, words: Words, finished_run: Path, tmp_path: Path) -> None:
+    """It reads nothing from the original folder, such as the weights of the best checkpoint, and does not miss it."""
     copy = tmp_path / "copy"
     shutil.copytree(stopped_run, copy)
+    if moved:
+        shutil.rmtree(stopped_run)
     for file in stopped_run.rglob("adapter_model.safetensors"):
         file.write_bytes(b"")
     assert main(words(copy)) == 0
@@ -261,3 +266,23 @@ def test_a_language_model_resumes(language_words: Words, tmp_path: Path) -> None
     assert main(language_words(run)) == 0
     assert RunFolder(run).read_result()["resumed"] is True
     check_same(run, whole)
+
+
+class KilledAtTheEnd(TrainerCallback):
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_run_that_has_stopped_early_stays_so(arguments: Callable[..., RunArguments], tmp_path: Path) -> None:
+    """Killed before its result was written, it trains one step more, which the best weights replace."""
+    more = ["--training.patience", "2", "--training.epochs", "9", "--training.learning_rate", "1e-12"]
+    whole, run = (arguments(tmp_path / name, *more) for name in ("whole", "run"))
+    (expected,) = train(whole, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, progress=False, callbacks=[KilledAtTheEnd()])
+    (found,) = train(run, progress=False)
+    assert found["resumed"]
+    assert found["steps"] == expected["steps"] + 1
+    for name in ("score", "best_step"):
+        assert found[name] == expected[name]
+    assert [entry["step"] for entry in found["evaluations"]] == [entry["step"] for entry in expected["evaluations"]]

@@ -19,6 +19,7 @@ from small_models import write_llama
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.cli.train import parse
 from sparsegrad_lab.run.finished_run import evaluate, merge, open_run, predict
+from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.run.search import search
 from sparsegrad_lab.run.settings import RunArguments, SearchArguments
 from sparsegrad_lab.run.train import train
@@ -245,3 +246,14 @@ def test_forgetting(language_arguments: Arguments, tiny_llama: Path, tmp_path: P
     assert found["after"] != pytest.approx(found["before"], rel=1e-3)
     with pytest.raises(ValueError, match=r"data.unrelated: expected a text file or cola, found no file gone.txt"):
         language_arguments(tmp_path / "other", "--data.unrelated", "gone.txt").check()
+
+
+def test_evaluated_in_the_runs_precision_and_without_packing(language_arguments: Arguments, tmp_path: Path) -> None:
+    """The scores are those of the run; packed training rows have the loss of separate ones."""
+    (result,) = train(language_arguments(tmp_path / "run", "--training.precision", "bf16", "--packing"), progress=False)
+    assert evaluate(tmp_path / "run")["validation"]["loss"] == pytest.approx(result["score"], abs=1e-7)
+    packed = evaluate(tmp_path / "run", "train")["train"]["loss"]
+    config = RunFolder(tmp_path / "run").read_arguments()
+    config["data"]["packing"] = False
+    RunFolder(tmp_path / "run").write_yaml("config.yaml", config)
+    assert packed == pytest.approx(evaluate(tmp_path / "run", "train")["train"]["loss"], rel=5e-3)

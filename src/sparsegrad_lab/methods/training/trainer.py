@@ -4,7 +4,6 @@ The trainers here override private methods of `transformers.Trainer` (5.5 to 5.2
 
 _get_train_sampler              an order of the rows that a resumed run repeats
 _save_checkpoint                errors of a full disk that name the checkpoint
-_load_best_model                a run folder that was moved
 _clip_grad_norm                 method literal: COO gradients
 _get_grad_norm                  the same, where gradients are not clipped
 _load_from_checkpoint           method literal: layers that the checkpoint holds and a new model does not
@@ -21,6 +20,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 
 from sparsegrad_peft.method.calibrate import Calibration
 from sparsegrad_peft.tuner.adapters import adapter_parameters
@@ -28,6 +28,15 @@ from sparsegrad_peft.tuner.calibration import adapter_statistics
 from sparsegrad_peft.tuner.trainer import SparseGradTrainer
 
 Context = Callable[[], AbstractContextManager[Any]]
+
+
+class _BestCheckpoint(TrainerCallback):
+    """Finds the best checkpoint in a run folder that was moved."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Name the folder of today; the Trainer forgets a path that is gone."""
+        if state.best_global_step:
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
 
 
 class MethodTrainer(SparseGradTrainer):
@@ -49,6 +58,7 @@ class MethodTrainer(SparseGradTrainer):
     ) -> None:
         self.measuring, self.saving, self.sampler = measuring, saving, sampler
         super().__init__(*args, **kwargs)
+        self.add_callback(_BestCheckpoint())
 
     def _on_training_batches(self, calibrate: Callable[..., Any], **options: Any) -> Any:
         refreshes = self.optimizer is not None  # there are bases already
@@ -68,12 +78,6 @@ class MethodTrainer(SparseGradTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.saving():
             super()._save_checkpoint(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        """Load the best checkpoint from the run's folder, which may have been moved since it was written."""
-        name = Path(self.state.best_model_checkpoint).name
-        self.state.best_model_checkpoint = str(Path(self.args.output_dir) / name)
-        super()._load_best_model()
 
     def parameter_counts(self, targets: Sequence[str]) -> dict[str, Any]:
         """Number of trained parameters, see `parameter_counts`. To be called before `make_plain`."""
