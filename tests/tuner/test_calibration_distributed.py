@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +30,23 @@ from sparsegrad_peft.method.processes import gathered
 ROWS, STEPS = 8, 3
 CALIBRATION = CalibrationConfig(n_steps=3, normalize=True, trajectory=Trajectory(1e-4), gram_dtype=F64)
 
-
-def adapter(kind: str = "llama", **options: Any) -> PeftModel:
-    config = SparseGradConfig(**{"c": 6, "r": 10, "basis_dtype": "float64", **options})
-    return get_peft_model(tiny_model(kind).double(), config, autocast_adapter_dtype=False)
+FORMS = {"directions": {"c": 6, "r": 10}, "neurons": {"narrow": 6, "wide": 10}}
+"Directions on both sides; and the default form: neurons on the wide side, and entries with scales."
 
 
-def share(rank: int, n: int) -> dict[str, Tensor]:
-    rows = slice(rank * ROWS // n, (rank + 1) * ROWS // n)
-    return {name: value[rows] for name, value in tiny_batch("llama", ROWS).items()}
+def adapter(form: str = "directions", **options: Any) -> PeftModel:
+    config = SparseGradConfig(**{**FORMS[form], "basis_dtype": "float64", **options})
+    return get_peft_model(tiny_model("llama").double(), config, autocast_adapter_dtype=False)
 
 
-def calibrate(model: nn.Module, rank: int, n: int) -> None:
-    calibrate_adapter(model, [share(rank, n)], config=CALIBRATION, progress=False)
+def share(rank: int, n: int, step: int = 0) -> dict[str, Tensor]:
+    rows = slice(step * ROWS + rank * ROWS // n, step * ROWS + (rank + 1) * ROWS // n)
+    return {name: value[rows] for name, value in tiny_batch("llama", STEPS * ROWS).items()}
+
+
+def calibrate(model: PeftModel, rank: int, n: int) -> None:
+    config = replace(CALIBRATION, mean_gradient=not model.peft_config["default"].sizes.by_side)
+    calibrate_adapter(model, [share(rank, n, step) for step in range(STEPS)], config=config, progress=False)
 
 
 def train(model: nn.Module, rank: int, n: int, k: int | None) -> None:
@@ -68,11 +74,11 @@ def updates(model: nn.Module) -> list[Tensor]:
     return found
 
 
-def trained(rank: int, n: int, k: int | None, *, first: str, folder: Path) -> dict[str, Any]:
+def trained(rank: int, n: int, form: str, first: str, k: int | None, folder: Path) -> dict[str, Any]:
     """Calibrate before or after `fully_shard`, train, save, and load what was saved."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    model = adapter()
+    model = adapter(form)
     if first == "calibrate":
         calibrate(model, rank, n)
     model = fully_sharded(model)
@@ -82,12 +88,12 @@ def trained(rank: int, n: int, k: int | None, *, first: str, folder: Path) -> di
     train(model, rank, n, k)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
-        model.save_pretrained(folder / f"{first}-{k}", state_dict=state)
+        model.save_pretrained(folder / f"{form}-{first}-{k}", state_dict=state)
     return {"updates": updates(model)}
 
 
-def with_ddp(rank: int, n: int) -> dict[str, Any]:
-    model = adapter()
+def with_ddp(rank: int, n: int, form: str) -> dict[str, Any]:
+    model = adapter(form)
     plain = nn.parallel.DistributedDataParallel(adapter())
     exclude_bases_from_ddp(loaded := adapter())
     calibrate(model, rank, n)
@@ -149,11 +155,10 @@ def group_work(rank: int, folder: Path) -> dict[str, Any]:
     processes.PATIENCE = 30
     return {
         **{
-            f"{first}-{k}": trained(rank, 2, k, first=first, folder=folder)
-            for first in ("calibrate", "shard")
-            for k in (None, 7)
+            f"{form}-{first}-{k}": trained(rank, 2, form, first, k, folder)
+            for form, first, k in product(FORMS, ("calibrate", "shard"), (None, 7))
         },
-        "ddp": with_ddp(rank, 2),
+        **{f"ddp, {form}": with_ddp(rank, 2, form) for form in FORMS},
         "refusals": refusals(rank, folder),
     }
 
@@ -173,31 +178,39 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return run_in_processes(2, work, folder)
 
 
-def one_process(k: int | None) -> list[Tensor]:
-    model = adapter()
+def one_process(form: str, k: int | None) -> list[Tensor]:
+    model = adapter(form)
     calibrate(model, 0, 1)
+    for layer in tuner_layers(model):
+        scale = layer.core_and_basis("default")[1].scale_in
+        assert (scale is not None and float(scale.std()) > 0.01) == (form == "neurons")
     train(model, 0, 1, k)
     return updates(model)
 
 
 @pytest.mark.parametrize("first", ["calibrate", "shard"])
 @pytest.mark.parametrize("k", [None, 7])
-def test_fsdp2(results: list[dict[str, Any]], folder: Path, first: str, k: int | None) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_fsdp2(results: list[dict[str, Any]], folder: Path, form: str, first: str, k: int | None) -> None:
     """Calibrated before or after `fully_shard`, with cores trained whole or by their largest entries."""
-    expected = one_process(k)
-    loaded = updates(PeftModel.from_pretrained(tiny_model("llama").double(), folder / f"{first}-{k}"))
+    expected, case = one_process(form, k), f"{form}-{first}-{k}"
+    loaded = updates(PeftModel.from_pretrained(tiny_model("llama").double(), folder / case))
     assert len(expected) == len(loaded) == 9
-    for found in (*(result[f"{first}-{k}"]["updates"] for result in results), loaded):
+    for found in (*(result[case]["updates"] for result in results), loaded):
         for update, right in zip(found, expected, strict=True):
             torch.testing.assert_close(update.double(), right, rtol=1e-6, atol=1e-7 * float(right.abs().max()))
 
 
-def test_ddp_does_not_broadcast_the_bases(results: list[dict[str, Any]]) -> None:
-    for update, right in zip(results[0]["ddp"]["updates"], one_process(None), strict=True):
+@pytest.mark.parametrize("form", FORMS)
+def test_ddp(results: list[dict[str, Any]], form: str) -> None:
+    for update, right in zip(results[0][f"ddp, {form}"]["updates"], one_process(form, None), strict=True):
         torch.testing.assert_close(update, right, rtol=1e-6, atol=1e-7 * float(right.abs().max()))
+
+
+def test_ddp_does_not_broadcast_the_bases(results: list[dict[str, Any]]) -> None:
     numbers = (6 * 16 + 10 * 40) + (6 * 40 + 10 * 16)  # data-free bases: a pair for each shape
     buffers = sum(buffer.numel() for buffer in tiny_model("llama").buffers())
-    assert results[0]["ddp"]["broadcast"] == [numbers + buffers, buffers, buffers]
+    assert results[0]["ddp, directions"]["broadcast"] == [numbers + buffers, buffers, buffers]
 
 
 @pytest.mark.parametrize(
