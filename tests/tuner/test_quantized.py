@@ -81,10 +81,14 @@ def quantized(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Load, tor
     return load, dtype, error
 
 
+FORMS = {"neurons": {"narrow": 16, "wide": 32}, "directions": {"c": 0.25, "r": 0.25}}
+
+
 @pytest.fixture
-def adapter(tmp_path: Path) -> PeftModel:
-    """Calibrated and trained on the plain model, and saved in the folder `adapter`."""
-    model = get_peft_model(plain(), SparseGradConfig(c=0.25, r=0.25))
+def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> PeftModel:
+    """Calibrated and trained on the plain model, and saved in the folder `adapter`. Of the default form, with neurons,
+    unless a test asks for the other one."""
+    model = get_peft_model(plain(), SparseGradConfig(**FORMS[getattr(request, "param", "neurons")]))
     calibrate_adapter(model, [tiny_batch("llama")], n_steps=3, progress=False)
     train(model, 5)
     model.save_pretrained(tmp_path / "adapter")
@@ -121,7 +125,9 @@ def stored(model: nn.Module) -> list[Tensor]:
     return [getattr(weight, "qdata", weight).clone() for weight in weights]  # torchao's numbers are within
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(
+    ("adapter", "low_cpu_mem_usage"), [("neurons", False), ("directions", True)], indirect=["adapter"]
+)
 def test_calibrated_in_float32_and_trained_on(
     quantized: tuple[Load, torch.dtype, float], adapter: PeftModel, low_cpu_mem_usage: bool, tmp_path: Path
 ) -> None:
