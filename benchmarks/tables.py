@@ -5,8 +5,8 @@
 
 A table stands between `<!-- table: PATH -->` and `<!-- end of table -->`. PATH is a result file; a folder of speed
 results (one line for each workload); a study folder; `PATH short`, a shorter table of either folder;
-`PATH calibration`, the share of calibration in a study's runs; `methods`, the methods of `sparsegrad bench`; or
-`sizes`, the default adapter's sizes by model.
+`PATH calibration`, the share of calibration in a study's runs; `methods`, the methods of `sparsegrad bench`;
+`sizes`, the default adapter's sizes by model; or `calibration`, its calibration by model.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from sparsegrad_lab.study.sections import read_report
 from sparsegrad_lab.study.tables import comparisons, scores
 from sparsegrad_lab.study.verdict import verdict
 from sparsegrad_peft.method.sizes import Sizes
+from sparsegrad_peft.method.sum_sizes import SumsOf, projection_widths
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/method.md", "docs/performance.md", "docs/settings.md")
@@ -307,6 +308,27 @@ def sizes() -> str:
     return markdown(header, rows)
 
 
+def counted_calibration(tokens: int = 2048) -> str:
+    """Memory and multiply-adds of the sums of the default's calibration, by model size."""
+    header = ["model", "sums, MB", "random vectors a layer", f"multiply-adds ÷ backpropagation, {tokens:,} tokens"]
+    rows = []
+    for name, (blocks, layers, hidden, wide) in MODEL_SIZES.items():
+        default = Sizes(None, None, neurons=True)
+        shapes = [*[(wide, hidden)] * (layers - 1), (hidden, wide)]
+        groups = {str(number): SumsOf(1, *shape, default, blocks) for number, shape in enumerate(shapes)}
+        widths = projection_widths(groups)
+        numbers = sum(
+            group.projected(widths[role]) if role in widths else group.whole for role, group in groups.items()
+        )
+        vectors = sum(widths["0"]) if widths else 0
+        # Of each entry: a product with every random vector, or with the other features of the hidden side.
+        share = (vectors or hidden) / (3 * tokens)
+        rows.append(
+            [name, f"{4 * numbers / 1e6:,.0f}", f"{vectors:,}" if vectors else "none, whole sums", f"{share:.2f}"]
+        )
+    return markdown(header, rows)
+
+
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "speed": speed,
     "decode": decode,
@@ -316,7 +338,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-FROM_CODE = {"methods": speed_methods, "sizes": sizes}
+FROM_CODE = {"methods": speed_methods, "sizes": sizes, "calibration": counted_calibration}
 "Tables that need no result file."
 
 

@@ -55,6 +55,14 @@ def test_those_of_a_large_model_are_as_wide_as_the_limit_allows(blocks: int, hid
     assert widths["down"] == widths["up"][::-1]
 
 
+def test_llama_2_7b() -> None:
+    """The default's calibration holds at most 4 GB there, and its adapter, with float32 cores, at most 400 MB."""
+    groups = of_model(32, 4096, 11008)
+    assert 2.0e9 < 4 * numbers(groups, projection_widths(groups)) < 2.2e9
+    wide, narrow = map(int, NEURONS.counts(11008, 4096))  # type: ignore[arg-type]
+    assert 96 * (4 * wide * narrow + 2 * narrow * 4096 + 4 * wide) == 275_030_016 < 400e6
+
+
 @pytest.mark.parametrize("sizes", [None, Sizes("energy:0.9", 66, neurons=True), Sizes("full", 66, neurons=True)])
 def test_sizes_that_need_the_whole_spectrum_keep_the_whole_sums(sizes: Sizes | None) -> None:
     assert projection_widths(of_model(30, 576, 1536, sizes)) == {}
