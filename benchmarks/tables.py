@@ -5,7 +5,8 @@
 
 A table stands between `<!-- table: PATH -->` and `<!-- end of table -->`. PATH is a result file; a folder of speed
 results (one line for each workload); a study folder; `PATH short`, a shorter table of either folder;
-`PATH calibration`, the share of calibration in a study's runs; `methods`, the methods of `sparsegrad bench`;
+`PATH calibration`, the share of calibration in a study's runs; `PATH costs`, a picture of its scores against costs;
+`methods`, the methods of `sparsegrad bench`;
 `sizes`, the default adapter's sizes by model; or `calibration`, its calibration by model.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 
 from sparsegrad_lab.bench.methods import METHODS
 from sparsegrad_lab.run.folder import write_whole
+from sparsegrad_lab.study.plots import Plot, cost_plots
 from sparsegrad_lab.study.report import bullets
 from sparsegrad_lab.study.report import markdown as results_document
 from sparsegrad_lab.study.report import origin as origin_of_runs
@@ -38,7 +40,7 @@ STUDY = "benchmarks/results/study"
 GLUE_ROWS = {"sst2": 67349, "cola": 8551, "stsb": 5749, "mrpc": 3668, "rte": 2490}
 "Of the whole train sets."
 RESULTS_TITLE = "SparseGrad and its peers"
-MARK = re.compile(r"(<!-- table: (\S+)( calibration| short)? -->\n).*?(<!-- end of table -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- table: (\S+)( calibration| costs| short)? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -258,6 +260,18 @@ def study(path: Path, short: bool = False) -> str:
     return "\n\n".join(part.rstrip("\n") for part in parts)
 
 
+def costs(path: Path) -> Plot:
+    """Score of each method of an experiment against its costs."""
+    [section] = read_report([path]).sections
+    [plot] = cost_plots(section)
+    return plot
+
+
+def picture_of(path: Path) -> str:
+    """The file of the picture, from the root."""
+    return f"benchmarks/results/costs/{path.name}.svg"
+
+
 def calibration_share(path: Path, epochs: int = 3) -> str:
     """Time of calibration against training on the whole task, from runs on samples of the task."""
     header = ["task", "calibration, in training steps", f"steps of {epochs} epochs", "share"]
@@ -353,6 +367,8 @@ def filled(text: str) -> str:
             short = match[3] == " short"
             if match[3] == " calibration":
                 content = calibration_share(path)
+            elif match[3] == " costs":
+                content = f"![{costs(path).description}](../{picture_of(path)})"
             else:
                 content = speed_overview(path, short) if path.name == "speed" else study(path, short)
         else:
@@ -372,6 +388,9 @@ def main() -> None:
         path = ROOT / document
         before = path.read_text(encoding="utf-8")
         after = filled(before)
+        for match in MARK.finditer(before):
+            if match[3] == " costs" and not check:
+                write_whole(ROOT / picture_of(ROOT / match[2]), costs(ROOT / match[2]).svg)
         if before != after:
             stale.append(document)
             if not check:

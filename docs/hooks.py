@@ -17,6 +17,7 @@ from mkdocs.structure.pages import Page
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 FIGURES = ROOT / "benchmarks" / "results" / "figures"
+COSTS = ROOT / "benchmarks" / "results" / "costs"
 OUTSIDE = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
@@ -26,6 +27,7 @@ OUTSIDE = {
     "benchmarks/results/curves.png": "figures/curves.png",
     "src/sparsegrad_lab/figures/data_flow.svg": "figures/method.svg",
     **{path.relative_to(ROOT).as_posix(): f"figures/{path.name}" for path in FIGURES.glob("*.svg")},
+    **{path.relative_to(ROOT).as_posix(): f"figures/costs-{path.name}" for path in COSTS.glob("*.svg")},
 }
 """Path from the root -> path on the site."""
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?\)")

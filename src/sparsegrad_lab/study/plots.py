@@ -93,7 +93,8 @@ def cost_plots(section: Section) -> list[Plot]:
                 _show_at_least(panel, 0.5 if unit == "points" else 0.005)
                 if "bytes" in cost:
                     panel.set_xscale("log")
-                    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                    wide = max(values.values()) > 50 * min(values.values())
+                    panel.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
                     panel.xaxis.set_major_formatter("{x:g}")
                     panel.xaxis.set_minor_formatter("")
             for panel in axes[::2]:
