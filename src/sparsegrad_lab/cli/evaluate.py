@@ -6,8 +6,8 @@ import json
 import re
 
 from ..run.folder import RunFolder
-from ..run.parsing import make_parser
-from ..run.settings import RunArguments, refuse
+from ..run.parsing import arguments_of, make_parser
+from ..run.settings import refuse
 
 EXAMPLE = 'sparsegrad evaluate runs/glue-rte/sparsegrad; prints JSON, such as {"validation": {"accuracy": 0.5632}}.'
 
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     folder = RunFolder(options.run)
     folder.check_finished()
-    arguments = RunArguments.from_dict(folder.read_arguments())
+    arguments = arguments_of(folder)
     refuse("this run cannot be evaluated", arguments.data.file_problems(arguments.task))
     from ..run.finished_run import evaluate
 

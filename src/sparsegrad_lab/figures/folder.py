@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..methods.settings import AdapterArguments
+from ..methods.settings import AdapterArguments, updated
 from ..run.folder import RunFolder, write_whole
 from ..tasks.parse_files import read_json
 from . import ageing, data_flow, gradient_before_after, spectrum, strided_structure, touched, update_norms
@@ -31,7 +31,7 @@ PARTS = {"gradient", "rows", "spectrum", "ageing", "touched", "runs"}
 
 def draw(data: dict[str, Any]) -> list[Drawing]:
     """Draw all figures from the result of `collect` or `read`."""
-    adapter = AdapterArguments.from_dict(data["config"]["adapter"])
+    adapter = AdapterArguments(**updated(data["config"])["adapter"])
     return [data_flow.draw(adapter), *(figure.draw(data) for figure in FIGURES)]
 
 

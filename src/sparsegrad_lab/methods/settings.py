@@ -52,12 +52,6 @@ class AdapterArguments:
     layers: list[int] | None = None
     "adapt only the blocks with these numbers, counted from 0; default: all"
 
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> AdapterArguments:
-        """Read settings of this or an earlier version; one without `neurons` had directions on both sides, unscaled."""
-        earlier = {} if "neurons" in settings else {"neurons": False, "exponent": 0.0}
-        return cls(**{**settings, **earlier})
-
     def resolved(self) -> dict[str, Any]:
         """The settings with defaults in their place, without those that have no effect; equal for equal adapters."""
         neurons, exponent = self.form
@@ -118,11 +112,6 @@ class CalibrationArguments:
     refresh: int | None = None
     "compute new bases every so many training steps; only for complete bases (adapter.c and r: full); default: never"
 
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> CalibrationArguments:
-        """Read settings of this or an earlier version, which had no `mean_gradient`."""
-        return cls(**{"mean_gradient": False, **settings})
-
     def resolved(self, sizes: Sizes) -> CalibrationArguments:
         """The settings with the default of `mean_gradient` for these sizes in its place."""
         given = self.mean_gradient
@@ -133,12 +122,23 @@ class CalibrationArguments:
         return range_problems("calibration", self, {"n_steps": COUNT, "refresh": COUNT, "walk": POSITIVE})
 
 
+def updated(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's nested settings with what an earlier version did without saying so.
+
+    It had directions on both sides, unscaled, and decomposed single gradients.
+    """
+    adapter, calibration = settings["adapter"], {"mean_gradient": False, **settings["calibration"]}
+    earlier = {} if "neurons" in adapter else {"neurons": False, "exponent": 0.0}
+    return {**settings, "adapter": {**adapter, **earlier}, "calibration": calibration}
+
+
 def resolved(settings: dict[str, Any]) -> dict[str, Any]:
     """Return a run's settings, of this or an earlier version, in a form that is equal for equal runs.
 
     Raises:
         KeyError, TypeError: they are no settings of a run.
     """
-    adapter = AdapterArguments.from_dict(settings["adapter"])
-    calibration = CalibrationArguments.from_dict(settings["calibration"]).resolved(adapter.sizes)
+    settings = updated(settings)
+    adapter = AdapterArguments(**settings["adapter"])
+    calibration = CalibrationArguments(**settings["calibration"]).resolved(adapter.sizes)
     return {**settings, "adapter": adapter.resolved(), "calibration": asdict(calibration)}

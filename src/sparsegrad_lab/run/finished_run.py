@@ -31,7 +31,7 @@ from ..tasks.task import LOSSES, Task
 from .folder import RunFolder, save_whole, write_whole
 from .inputs import compute_type, longest_first, unrelated_features
 from .interrupts import interrupts_kept
-from .parsing import arguments_from
+from .parsing import arguments_of
 from .settings import RunArguments
 from .train import save_weights
 
@@ -113,12 +113,7 @@ def read_run(path: str | Path) -> tuple[RunFolder, RunArguments, Task]:
     """
     folder = RunFolder(path)
     folder.check_finished()
-    try:
-        arguments = arguments_from(RunArguments.from_dict(folder.read_arguments()).as_dict())
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder.path / 'config.yaml'}: expected the settings of a run, as sparsegrad train writes them; {error}"
-        ) from error
+    arguments = arguments_of(folder)
     result = folder.read_result()
     labels = None if result["labels"] is None else tuple(result["labels"])
     kind = kind_of(arguments.task)

@@ -20,7 +20,7 @@ from uuid import uuid4
 import yaml
 from filelock import FileLock, Timeout
 
-from ..methods.settings import resolved
+from ..methods.settings import resolved, updated
 from ..tasks.parse_files import read_json, read_yaml
 from .checkpoints import best_step, is_complete, writing
 from .processes import is_rank0, process_count
@@ -345,6 +345,6 @@ def _without_nan(content: Any) -> Any:
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, with the defaults of those that an earlier version did not have."""
     known = RunArguments().as_dict()
+    settings = updated({**known, **settings})
     groups = {name: {**group, **settings.get(name, {})} for name, group in known.items() if isinstance(group, dict)}
-    versioned = {name: settings.get(name, known[name]) for name in ("adapter", "calibration")}  # see their `from_dict`
-    return {**known, **settings, **groups, **versioned}
+    return {**known, **settings, **groups}

@@ -18,9 +18,11 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader, set_loader, set_parsing_settings
 
 from ..methods.registry import METHODS
+from ..methods.settings import updated
 from ..tasks.parse_files import check_yaml, read_yaml
 from .aliases import INSTEAD, aliases_of, check_given_once, given_names
 from .completers import add_completers
+from .folder import RunFolder
 from .presets import preset
 from .processes import is_rank0
 from .settings import RunArguments, flat
@@ -228,6 +230,22 @@ def arguments_from(settings: dict[str, Any]) -> RunArguments:
         return run_arguments(vars(parser.instantiate(parser.parse_object(settings))))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
+
+
+def arguments_of(folder: RunFolder) -> RunArguments:
+    """The settings of the run in a folder, of this or an earlier version.
+
+    Raises:
+        FileNotFoundError: this is not a run folder.
+        ValueError: config.yaml is damaged.
+    """
+    settings = folder.read_arguments()
+    try:
+        return arguments_from({**updated(settings), "data": settings["data"], "training": settings["training"]})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder.path / 'config.yaml'}: expected the settings of a run, as sparsegrad train writes them; {error}"
+        ) from error
 
 
 @cache  # a study reads hundreds of settings; creating a parser takes longer than using it

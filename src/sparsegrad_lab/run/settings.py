@@ -147,17 +147,6 @@ class RunArguments:
         """Nested settings, for YAML and JSON."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> RunArguments:
-        """The inverse of `as_dict`. Settings that an earlier version did not have may be missing."""
-        groups = {
-            "data": DataArguments(**settings["data"]),
-            "adapter": AdapterArguments.from_dict(settings["adapter"]),
-            "calibration": CalibrationArguments.from_dict(settings["calibration"]),
-            "training": TrainingArguments(**settings["training"]),
-        }
-        return cls(**{**settings, **groups})
-
     def problems(self) -> list[str]:
         """What is wrong with these settings, one message each."""
         if problems := null_problems(self):

@@ -22,10 +22,10 @@ from .gram import GramStatistics
 from .groups import group_linears, tied_weights
 from .pairs import PairStatistics
 from .processes import broadcast_from_rank0, failing_together, progress_bar
-from .projected import ProjectedStatistics, Projections, random_vectors
+from .projected import ProjectedStatistics
 from .sizes import Rows, Sizes
 from .statistics import Statistics, warn_of_completed
-from .sum_sizes import SumsOf, Widths, projection_widths
+from .sum_sizes import SumsOf, projection_widths
 
 logger = logging.getLogger(__name__)
 
@@ -187,57 +187,19 @@ def _empty_statistics(
             sizes.check(*shapes[name], f"group {name}")
     sums = {name: SumsOf(len(layers), *shapes[name], sizes) for name, layers in groups.items()}
     widths = projection_widths(sums) if config.mean_gradient else {}
-    allocate = _Allocator(sizes, config)
     statistics: dict[str, Statistics] = {}
+    vectors: dict[tuple[int, int, torch.device], Tensor] = {}  # sides of one size use the same
     for name, layers in groups.items():
         owner, parameter = owner_of(model, layers[0])
         if parameter is not None:
             check_selects_neurons(expert_layout(owner, parameter), sizes or Sizes(), layers[0])
         device = torch.device(config.gram_device or getattr(owner, parameter or "weight").device)
-        statistics[name] = allocate.of(name, tuple(layers), *shapes[name], device, widths.get(name))
+        what = name, tuple(layers), *shapes[name]
+        where: dict[str, Any] = {"dtype": config.gram_dtype, "device": device}
+        if name in widths:
+            statistics[name] = ProjectedStatistics.empty(*what, widths[name], vectors, **where)
+        else:
+            kind = PairStatistics if config.mean_gradient else GramStatistics
+            selected = (False, False) if sizes is None else sizes.selected(*shapes[name])
+            statistics[name] = kind.empty(*what, selected, **where)
     return statistics
-
-
-class _Allocator:
-    """Allocates sums of zeros. Sides of one size use the same random vectors."""
-
-    def __init__(self, sizes: Sizes | None, config: CalibrationConfig) -> None:
-        self.sizes, self.config = sizes, config
-        self.vectors: dict[tuple[int, int, torch.device], Tensor] = {}
-
-    def of(
-        self, name: str, layers: tuple[str, ...], out: int, in_: int, device: torch.device, widths: Widths | None
-    ) -> Statistics:
-        """Allocate a Gram matrix for each side, or its diagonal; with `mean_gradient` the sum of each layer besides.
-
-        With `widths`, allocate projections in place of all of them.
-        """
-        if widths is not None:
-            return self._projected(name, layers, out, in_, device, widths)
-        select_out, select_in = (False, False) if self.sizes is None else self.sizes.selected(out, in_)
-        gram_in = self._zeros(in_, device=device) if select_in else self._zeros(in_, in_, device=device)
-        gram_out = self._zeros(out, device=device) if select_out else self._zeros(out, out, device=device)
-        if not self.config.mean_gradient:
-            return GramStatistics(name, layers, gram_in, gram_out)
-        M = {layer: self._zeros(out, in_, device=device) for layer in layers}
-        return PairStatistics(name, layers, gram_in, gram_out, M)
-
-    def _projected(
-        self, name: str, layers: tuple[str, ...], out: int, in_: int, device: torch.device, widths: Widths
-    ) -> ProjectedStatistics:
-        left, right = widths
-        sums = {
-            layer: Projections(self._zeros(2, left, in_, device=device), self._zeros(2, out, right, device=device))
-            for layer in layers
-        }
-        psi, omega = self._random(out, left, device), self._random(in_, right, device)
-        return ProjectedStatistics(name, layers, psi, omega, sums)
-
-    def _zeros(self, *shape: int, device: torch.device) -> Tensor:
-        return torch.zeros(shape, dtype=self.config.gram_dtype, device=device)
-
-    def _random(self, n: int, width: int, device: torch.device) -> Tensor:
-        key = (n, width, device)
-        if key not in self.vectors:
-            self.vectors[key] = random_vectors(n, width, torch.empty(0, dtype=self.config.gram_dtype, device=device))
-        return self.vectors[key]

@@ -9,15 +9,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .hosvd import Eigenbasis, StrongestFeatures, eigenbasis, strongest_features
-from .precision import without_autocast
 from .sizes import Rows
-from .statistics import Statistics, cast_parts
+from .statistics import Statistics
 
 
 @dataclass
@@ -30,22 +29,28 @@ class GramStatistics(Statistics):
     "`Σ GGᵀ` (out, out); for a selected side, its diagonal (out,)"
     knows_common: ClassVar[bool] = False
 
+    @classmethod
+    def empty(
+        cls, name: str, layers: tuple[str, ...], out: int, in_: int, selected: tuple[bool, bool] = (False, False),
+        **where: Any,
+    ) -> GramStatistics:  # fmt: skip
+        """Return sums of zeros; of a side (output, input) that selects features, only the diagonal."""
+        gram_out, gram_in = (
+            torch.zeros((n,) if diagonal else (n, n), **where) for n, diagonal in zip((out, in_), selected, strict=True)
+        )
+        return cls(name, layers, gram_in, gram_out)
+
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.gram_out), len(self.gram_in)
 
-    @torch.no_grad()
-    def add(self, G: Tensor, layer: str = "", *, normalize: bool = False) -> None:
-        parts = G if G.dim() == 3 else G[None]
-        for number, part in enumerate(cast_parts(parts, self.gram_in, normalize)):
-            with without_autocast(part.device):
-                self._add_part(part, number, len(parts), layer)
-        self.n_gradients += 1
+    @property
+    def _like(self) -> Tensor:
+        return self.gram_in
 
-    def _add_part(self, part: Tensor, number: int, count: int, layer: str) -> None:
-        """Add the gradient of one of `count` experts, or the whole gradient if `count` is 1."""
-        _add_side(_of_expert(self.gram_in, number, count), part)
-        _add_side(_of_expert(self.gram_out, number, count), part.T)
+    def _add_part(self, part: Tensor, layer: str, rows: slice, columns: slice) -> None:
+        _add_side(self.gram_in, columns, part)
+        _add_side(self.gram_out, rows, part.T)
 
     def decompose(self, output: bool, rows: Rows, selected: bool, name: str) -> Eigenbasis | StrongestFeatures:
         gram = self._gram(output, selected, name)
@@ -64,15 +69,9 @@ class GramStatistics(Statistics):
         return gram
 
 
-@torch.no_grad()
-def _add_side(sums: Tensor, G: Tensor) -> None:
-    """Add `GᵀG` (n, n) for a gradient (m, n), or its diagonal (n,)."""
+def _add_side(sums: Tensor, place: slice, G: Tensor) -> None:
+    """Add `GᵀG` (n, n) for a gradient (m, n), or its diagonal at its place."""
     if sums.dim() == 1:
-        sums.add_(G.square().sum(0))
+        sums[place].add_(G.square().sum(0))
     else:
         sums.addmm_(G.T, G)
-
-
-def _of_expert(sums: Tensor, number: int, count: int) -> Tensor:
-    """Return the part of the sums that belongs to one of `count` experts: its neurons, or all of the hidden side."""
-    return sums if count == 1 or sums.dim() == 2 else sums.view(count, -1)[number]

@@ -14,8 +14,9 @@ along a direction u is noise: the scales of the core follow this share. docs/met
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .gram import GramStatistics
@@ -31,14 +32,18 @@ class PairStatistics(GramStatistics):
     "layer name -> the sum of its gradients (out, in)"
     knows_common: ClassVar[bool] = True
 
-    def _add_part(self, part: Tensor, number: int, count: int, layer: str) -> None:
-        super()._add_part(part, number, count, layer)
-        M = self.M[layer or self.layers[0]]
-        out, in_ = part.shape
-        if in_ == M.shape[1]:  # also of fused experts whose neurons are outputs: they lie below each other
-            M[number * out : (number + 1) * out].add_(part)
-        else:
-            M[:, number * in_ : (number + 1) * in_].add_(part)
+    @classmethod
+    def empty(
+        cls, name: str, layers: tuple[str, ...], out: int, in_: int, selected: tuple[bool, bool] = (False, False),
+        **where: Any,
+    ) -> GramStatistics:  # fmt: skip
+        grams = GramStatistics.empty(name, layers, out, in_, selected, **where)
+        M = {layer: torch.zeros(out, in_, **where) for layer in layers}
+        return cls(name, layers, grams.gram_in, grams.gram_out, M)
+
+    def _add_part(self, part: Tensor, layer: str, rows: slice, columns: slice) -> None:
+        super()._add_part(part, layer, rows, columns)
+        self.M[layer][rows, columns].add_(part)
 
     def decompose(self, output: bool, rows: Rows, selected: bool, name: str) -> Eigenbasis | StrongestFeatures:
         own = self._gram(output, selected, name)

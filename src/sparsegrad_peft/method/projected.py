@@ -17,15 +17,16 @@ of single rows or columns, which is all that a selected side needs, take 32. If 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .hosvd import Eigenbasis, StrongestFeatures, eigenbasis_of_halves, strongest_features_of_halves
-from .precision import without_autocast
 from .sizes import Rows, row_count
-from .statistics import Statistics, cast_parts
+from .statistics import Statistics
+from .sum_sizes import Widths
 
 
 def random_vectors(n: int, width: int, like: Tensor) -> Float[Tensor, "n width"]:
@@ -52,26 +53,44 @@ class ProjectedStatistics(Statistics):
     sums: dict[str, Projections] = field(default_factory=dict)
     "layer name -> its projections"
 
+    @classmethod
+    def empty(
+        cls, name: str, layers: tuple[str, ...], out: int, in_: int, widths: Widths,
+        vectors: dict[tuple[int, int, torch.device], Tensor], **where: Any,
+    ) -> ProjectedStatistics:  # fmt: skip
+        """Return projections of zeros. `vectors` holds the random vectors of other groups, and gets those of this."""
+
+        def random(n: int, width: int) -> Tensor:
+            like = torch.empty(0, **where)
+            key = (n, width, like.device)
+            if key not in vectors:
+                vectors[key] = random_vectors(n, width, like)
+            return vectors[key]
+
+        left, right = widths
+        sums = {
+            layer: Projections(torch.zeros(2, left, in_, **where), torch.zeros(2, out, right, **where))
+            for layer in layers
+        }
+        return cls(name, layers, random(out, left), random(in_, right), sums)
+
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.psi), len(self.omega)
 
-    @torch.no_grad()
+    @property
+    def _like(self) -> Tensor:
+        return self.psi
+
     def add(self, G: Tensor, layer: str = "", *, normalize: bool = False) -> None:
-        sums = self.sums[layer or self.layers[0]]
-        half, everything = sums.n_gradients % 2, slice(None)
-        parts = G if G.dim() == 3 else G[None]
-        out, in_ = parts.shape[1:]
-        for number, part in enumerate(cast_parts(parts, self.psi, normalize)):
-            # Fused experts whose neurons are outputs lie below each other, the others side by side.
-            below = in_ == len(self.omega)
-            rows = slice(number * out, (number + 1) * out) if below else everything
-            columns = everything if below else slice(number * in_, (number + 1) * in_)
-            with without_autocast(part.device):
-                sums.left[half, :, columns].addmm_(self.psi[rows].T, part, alpha=self.psi.shape[1] ** -0.5)
-                sums.right[half, rows].addmm_(part, self.omega[columns], alpha=self.omega.shape[1] ** -0.5)
-        sums.n_gradients += 1
-        self.n_gradients += 1
+        super().add(G, layer, normalize=normalize)
+        self.sums[layer or self.layers[0]].n_gradients += 1
+
+    def _add_part(self, part: Tensor, layer: str, rows: slice, columns: slice) -> None:
+        sums = self.sums[layer]
+        half = sums.n_gradients % 2
+        sums.left[half, :, columns].addmm_(self.psi[rows].T, part, alpha=self.psi.shape[1] ** -0.5)
+        sums.right[half, rows].addmm_(part, self.omega[columns], alpha=self.omega.shape[1] ** -0.5)
 
     def decompose(self, output: bool, rows: Rows, selected: bool, name: str) -> Eigenbasis | StrongestFeatures:
         factors = [_factors(sums, output) for sums in self.sums.values()]

@@ -47,13 +47,32 @@ class Statistics(ABC):
     def shape(self) -> tuple[int, int]:
         """(out, in) of the group's layers."""
 
-    @abstractmethod
+    @torch.no_grad()
     def add(self, G: Tensor, layer: str = "", *, normalize: bool = False) -> None:
         """Add one gradient: (out, in), or (E, out, in) of fused experts, which is one matrix (see `experts.py`).
 
         Experts are cast and added one by one. `normalize` scales the gradient to Frobenius norm 1; a zero gradient adds
         nothing.
         """
+        parts = G if G.dim() == 3 else G[None]
+        out, in_ = parts.shape[1:]
+        for number, part in enumerate(_cast_parts(parts, self._like, normalize)):
+            # Fused experts whose neurons are outputs lie below each other, the others side by side.
+            below = in_ == self.shape[1]
+            rows = slice(number * out, (number + 1) * out) if below else slice(None)
+            columns = slice(None) if below else slice(number * in_, (number + 1) * in_)
+            with without_autocast(part.device):
+                self._add_part(part, layer or self.layers[0], rows, columns)
+        self.n_gradients += 1
+
+    @property
+    @abstractmethod
+    def _like(self) -> Tensor:
+        """A tensor with the type and the device of the sums."""
+
+    @abstractmethod
+    def _add_part(self, part: Tensor, layer: str, rows: slice, columns: slice) -> None:
+        """Add the part of a layer's gradient that lies in these rows and columns: of one expert, or all of it."""
 
     @abstractmethod
     def decompose(self, output: bool, rows: Rows, selected: bool, name: str) -> Eigenbasis | StrongestFeatures:
@@ -125,7 +144,7 @@ class Statistics(ABC):
         return f"group {self.name!r} ({first}{more})"
 
 
-def cast_parts(parts: Tensor, like: Tensor, normalize: bool) -> Iterator[Tensor]:
+def _cast_parts(parts: Tensor, like: Tensor, normalize: bool) -> Iterator[Tensor]:
     """Yield the parts of a gradient (E, out, in), cast one by one to the device and type of the sums.
 
     With `normalize` the whole gradient has norm 1. The squares in the norm neither overflow nor underflow.

@@ -84,20 +84,20 @@ def paths_and_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     return {path: key for path, key in paths.items() if path != key}
 
 
-def wrapped_groups(model: nn.Module, layers: Mapping[str, SparseGradLayer], *, shared: bool) -> dict[str, list[str]]:
-    """Return group -> names of the weights within the adapted layers that are calibrated, see `calibrated_name`.
-
-    The experts of a parameter are a group of their own.
-    """
-    experts = {name: layer for name, layer in layers.items() if isinstance(layer, SparseGradExperts)}
-    linears = [layer.calibrated_name(name) for name, layer in layers.items() if name not in experts]
-    groups = group_linears(model, linears, shared=shared) if linears else {}
-    return groups | {layer_key(model, name): [layer.calibrated_name(name)] for name, layer in experts.items()}
+def groups_of(model: nn.Module, layers: Mapping[str, SparseGradLayer], *, shared: bool) -> dict[str, list[str]]:
+    """Return group -> names of the layers that share a basis. The experts of a parameter are a group of their own."""
+    experts = [name for name, layer in layers.items() if isinstance(layer, SparseGradExperts)]
+    linears = {layer.calibrated_name(name): name for name, layer in layers.items() if name not in experts}
+    found = group_linears(model, list(linears), shared=shared) if linears else {}
+    groups = {group: [linears[wrapped] for wrapped in names] for group, names in found.items()}
+    return groups | {layer_key(model, name): [name] for name in experts}
 
 
-def layers_by_calibrated_name(layers: Mapping[str, SparseGradLayer]) -> dict[str, str]:
-    """Return the names of layers by the names of what is calibrated in them."""
-    return {layer.calibrated_name(name): name for name, layer in layers.items()}
+def calibrated_names(
+    groups: Mapping[str, list[str]], layers: Mapping[str, SparseGradLayer]
+) -> dict[str, list[str]]:  # fmt: skip
+    """Return group -> names of the weights within its layers whose gradients `calibrate` takes."""
+    return {group: [layers[name].calibrated_name(name) for name in names] for group, names in groups.items()}
 
 
 def active_configs(model: nn.Module) -> dict[str, SparseGradConfig]:

@@ -11,7 +11,7 @@ from torch import nn
 from ..method.basis import Basis
 from ..method.sides import is_selected
 from ..method.sizes import Sizes
-from .adapters import holder_of, layer_key, layers_by_calibrated_name, layers_of
+from .adapters import holder_of, layer_key, layers_of
 from .config import SparseGradConfig
 
 _DEFAULTS = Sizes(narrow=None, wide=None)
@@ -62,7 +62,7 @@ def set_bases(
     *,
     data_free: bool = False,
 ) -> None:
-    """Give the layers of each group (see `wrapped_groups`) its basis, and write the shapes into the configuration.
+    """Give the layers of each group (see `groups_of`) its basis, and write the shapes into the configuration.
 
     The cores are set to zero and stay the same parameters. Layers of a group on several devices (`device_map`) get one
     copy of the basis for each device.
@@ -73,11 +73,9 @@ def set_bases(
     config.core_shapes, config.data_free = {}, data_free
     holder[1].peft_config[adapter_name] = config
     layers = layers_of(model, adapter_name)
-    name_of = layers_by_calibrated_name(layers)
     for group, names in groups.items():
         copies: dict[torch.device, Basis] = {}
-        for wrapped in names:
-            name = name_of[wrapped]
+        for name in names:
             layer = layers[name]
             device = layer.device_of(adapter_name)
             if device not in copies:

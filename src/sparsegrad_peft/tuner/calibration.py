@@ -15,7 +15,7 @@ from ..method.config import CalibrationConfig, Trajectory, resolve_config, sign_
 from ..method.ddp import exclude_bases_from_ddp
 from ..method.processes import gathered, is_distributed
 from ..method.sizes import Sizes
-from .adapters import config_of, layers_by_calibrated_name, layers_of, wrapped_groups
+from .adapters import calibrated_names, config_of, groups_of, layers_of
 from .bases import set_bases
 from .config import SparseGradConfig
 from .layer import SparseGradLayer
@@ -70,13 +70,13 @@ def calibrate_adapter(
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which renames the layers
     peft_config, layers = config_of(model, adapter_name), layers_of(model, adapter_name)
     _check_can_calibrate(adapter_name, peft_config, layers, has_statistics=calibration is not None)
-    groups = wrapped_groups(model, layers, shared=peft_config.shared)
+    groups = groups_of(model, layers, shared=peft_config.shared)
     if not peft_config.shared:
-        _warn_of_large_bases(layers, wrapped_groups(model, layers, shared=True), peft_config)
+        _warn_of_large_bases(layers, groups_of(model, layers, shared=True), peft_config)
     if calibration is None:
         calibration = adapter_statistics(model, batches, adapter_name=adapter_name, config=config, **options)
     else:
-        check_ready(calibration, groups, batches, config, options)
+        check_ready(calibration, calibrated_names(groups, layers), batches, config, options)
     bases = calibration.bases(
         sizes=peft_config.sizes, exponent=float(peft_config.exponent or 0), dtype=peft_config.dtype_of_bases,
         progress=bool(options.get("progress", True)),
@@ -101,7 +101,7 @@ def adapter_statistics(
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which renames the layers
     peft_config, layers = config_of(model, adapter_name), layers_of(model, adapter_name)
-    groups = wrapped_groups(model, layers, shared=peft_config.shared)
+    groups = calibrated_names(groups_of(model, layers, shared=peft_config.shared), layers)
     config = adapter_calibration(config, options, peft_config.sizes)
     check_active(adapter_name, layers.values())
     with _left_out(adapter_name, layers.values()):
@@ -182,8 +182,7 @@ def _warn_of_large_bases(
         return config.sizes.basis_bytes(layer.out_features, layer.in_features, config.dtype_of_bases.itemsize)
 
     own = sum(map(size, layers.values()))
-    name_of = layers_by_calibrated_name(layers)
-    together = sum(size(layers[name_of[names[0]]]) for names in shared.values())
+    together = sum(size(layers[names[0]]) for names in shared.values())
     if own > LARGE_BASES and len(shared) < len(layers):
         logger.warning(
             "the bases of %d layers take %.1f GB. With SparseGradConfig(shared=True) the layers of a role share a pair "

@@ -13,26 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..method.basis import Basis
 from ..method.experts import changed_neurons, expert_layout, with_update
-from .config import SparseGradConfig
-from .layer import AdapterStatus, SparseGradLayer, Start
+from .layer import SparseGradLayer
 from .offload import is_offloaded
 
 
 class SparseGradExperts(nn.Module, SparseGradLayer):
     """A module of fused experts with one adapted parameter."""
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        parameter_name: str,
-        adapter_name: str,
-        config: SparseGradConfig,
-        basis: Basis,
-        status: AdapterStatus,
-        start: Start,
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, parameter_name: str, adapter_name: str) -> None:
         super().__init__()
         self.parameter_name = parameter_name
         self.base_layer = base_layer  # `weight_shape` reads it
@@ -40,8 +29,6 @@ class SparseGradExperts(nn.Module, SparseGradLayer):
         SparseGradLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
         self.before_decoding: tuple[str, Any, Tensor] | None = None  # within `generate`: see `fold`
-        self.update_layer(adapter_name, config, basis, status, start)
-        self.train(base_layer.training)
 
     @property
     def parameter(self) -> nn.Parameter:

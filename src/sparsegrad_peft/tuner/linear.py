@@ -8,14 +8,12 @@ import torch
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from ..method.basis import Basis
 from ..method.linear import apply_core
 from ..method.plain import is_conv1d, weight_and_bias
 from ..method.precision import autocast_kind
 from ..method.sides import cast, put, scaled, take
-from .config import SparseGradConfig
 from .decoding import Folded, fold
-from .layer import AdapterStatus, SparseGradLayer, Start
+from .layer import SparseGradLayer
 from .offload import fetched, is_offloaded
 from .quantized import check_gradient, is_reordered
 
@@ -23,22 +21,11 @@ from .quantized import check_gradient, is_reordered
 class SparseGradTunerLinear(nn.Module, SparseGradLayer):
     """An adapted `nn.Linear`, `Conv1D`, or quantized linear layer."""
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: SparseGradConfig,
-        basis: Basis,
-        status: AdapterStatus,
-        start: Start,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__()
         SparseGradLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
         self.folded: Folded | None = None  # within `generate`
-        self.update_layer(adapter_name, config, basis, status, start)
-        self.train(base_layer.training)  # a layer put into a model in eval mode does not train
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out). `adapter_names`, one for each example, mixes adapters in a batch at inference."""

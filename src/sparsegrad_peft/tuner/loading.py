@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..method.basis import BASIS_BUFFERS
 from ..method.data_free import is_data_free
 from ..method.sides import is_selected
-from .adapters import BASIS, CORE, ROOT, config_of, layer_key, layers_by_calibrated_name, layers_of, wrapped_groups
+from .adapters import BASIS, CORE, ROOT, config_of, groups_of, layer_key, layers_of
 from .bases import empty_basis, set_bases
 from .checks import check_buffer, check_core
 from .config import SparseGradConfig
@@ -144,9 +144,8 @@ def _groups(
     """Return group -> keys of its layers: as calibration would group them, or as the configuration says."""
     groups: dict[str, list[str]] = {}
     if as_calibrated:
-        name_of = layers_by_calibrated_name(layers)
-        for group, names in wrapped_groups(model, layers, shared=config.shared).items():
-            groups[group] = [layer_key(model, name_of[name]) for name in names]
+        for group, names in groups_of(model, layers, shared=config.shared).items():
+            groups[group] = [layer_key(model, name) for name in names]
     else:
         for key in (layer_key(model, name) for name in layers):
             groups.setdefault((config.core_shapes or {}).get(key, [key])[0], []).append(key)
@@ -175,11 +174,8 @@ def _replace_bases(
             data_free=data_free, selected=(is_selected(tensors.get("V")), is_selected(tensors.get("U"))),
             scales="scale_in" in tensors,
         )  # fmt: skip
-    wrapped = {
-        group: [named[name_of[key]].calibrated_name(name_of[key]) for key in members]
-        for group, members in groups.items()
-    }
-    set_bases(model, adapter_name, wrapped, bases, data_free=data_free)
+    names = {group: [name_of[key] for key in members] for group, members in groups.items()}
+    set_bases(model, adapter_name, names, bases, data_free=data_free)
     made = config_of(model, adapter_name)  # a copy of the caller's: from here on it says what the weights are
     made.neurons = any(is_selected(side) for basis in bases.values() for side in (basis.U, basis.V))
     if not data_free and not any(basis.is_scaled for basis in bases.values()):

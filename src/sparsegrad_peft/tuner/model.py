@@ -35,7 +35,7 @@ from .checks import check_adapter_name, check_whole
 from .combine import add_weighted_sum
 from .config import SparseGradConfig
 from .experts import SparseGradExperts
-from .layer import AdapterStatus, SparseGradLayer, Start
+from .layer import AdapterStatus, SparseGradLayer
 from .linear import SparseGradTunerLinear
 from .loading import make_room
 from .peft_private import PREFIX, in_out_features
@@ -174,16 +174,13 @@ class SparseGradModel(BaseTuner):
             check_whole(weight, current_key)
         device = weight.device if isinstance(weight, Tensor) else None
         basis = self._basis_for(config, current_key, [out_features, in_features], device, target)
-        if isinstance(target, SparseGradLayer):
-            self._add_to(target, config, adapter_name, basis)
-            return
-        injection, start = self._injection, self._start(config)
-        quantization = get_quantization_kwargs(self.model)
-        new_module = SparseGradTunerLinear(target, adapter_name, config, basis, injection.status, start, **quantization)
-        if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)  # another adapter is the one that trains
-        self._replace_module(parent, target_name, new_module, target)
-        leave_fast_path(self.model, parent)
+        layer = target
+        if not isinstance(layer, SparseGradLayer):
+            layer = SparseGradTunerLinear(target, adapter_name, **get_quantization_kwargs(self.model))
+        self._add_to(layer, config, adapter_name, basis)
+        if layer is not target:
+            self._insert(layer, adapter_name, parent, target_name, target)
+            leave_fast_path(self.model, parent)
 
     def _adapt_experts(
         self, config: SparseGradConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
@@ -199,25 +196,27 @@ class SparseGradModel(BaseTuner):
         if not config.original_space:
             check_selects_neurons(layout, config.sizes, key)
         basis = self._basis_for(config, key, layout.entry, base.get_parameter(parameter_name).device, wrapper)
-        if isinstance(wrapper, SparseGradExperts):
-            self._add_to(wrapper, config, adapter_name, basis)
-            return
-        new_module = SparseGradExperts(
-            target, parameter_name, adapter_name, config, basis, self._injection.status, self._start(config)
-        )
-        if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)  # another adapter is the one that trains
-        self._replace_module(parent, target_name, new_module, target)
+        layer = wrapper
+        if not isinstance(layer, SparseGradExperts):
+            layer = SparseGradExperts(target, parameter_name, adapter_name)
+        self._add_to(layer, config, adapter_name, basis)
+        if layer is not wrapper:
+            self._insert(layer, adapter_name, parent, target_name, target)
 
     def _add_to(self, layer: SparseGradLayer, config: SparseGradConfig, adapter_name: str, basis: Basis) -> None:
-        """Add the adapter to a layer that has others."""
-        layer.update_layer(adapter_name, config, basis, self._injection.status, self._start(config))
-        if self._injection.source is not None:
-            layer.copy_core(self._injection.source, adapter_name)
+        """Add the adapter to a layer."""
+        source = self._injection.source
+        from_file = bool(config.core_shapes) and not self._injection.is_new and source is None
+        layer.update_layer(adapter_name, config, basis, self._injection.status, "from file" if from_file else "new")
+        if source is not None:
+            layer.copy_core(source, adapter_name)
 
-    def _start(self, config: SparseGradConfig) -> Start:
-        is_copy = self._injection.is_new or self._injection.source is not None
-        return "from file" if config.core_shapes and not is_copy else "new"
+    def _insert(self, layer: Any, adapter_name: str, parent: nn.Module, name: str, target: nn.Module) -> None:
+        """Put a new layer in the place of another."""
+        layer.train(target.training)  # a layer put into a model in eval mode does not train
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # another adapter is the one that trains
+        self._replace_module(parent, name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put the new layer in its place, and do nothing more.

@@ -15,7 +15,7 @@ from ..method.precision import at_least_float32
 from ..method.processes import broadcast_from_rank0
 from ..method.refresh import check_moments, coordinates, rotate_moments
 from ..method.sizes import Sizes
-from .adapters import config_of, layers_by_calibrated_name, layers_of, wrapped_groups
+from .adapters import calibrated_names, config_of, groups_of, layers_of
 from .bases import on_device
 from .calibration import adapter_calibration, check_active, check_ready, frozen
 from .experts import SparseGradExperts
@@ -63,23 +63,22 @@ def refresh_adapter(
         raise ValueError(f"adapter {adapter_name!r} is not calibrated; call calibrate_adapter")
     held = {name: layer.core_and_basis(adapter_name) for name, layer in layers.items()}
     _check_can_refresh(adapter_name, layers, held, optimizer)
-    groups = wrapped_groups(model, layers, shared=peft_config.shared)
+    groups = groups_of(model, layers, shared=peft_config.shared)
+    weights = calibrated_names(groups, layers)
     sizes = Sizes("full", "full", neurons=bool(peft_config.neurons))
     if calibration is None:
         config = adapter_calibration(config, options, peft_config.sizes)
         check_active(adapter_name, layers.values())
         with frozen(S for S, _ in held.values()):
-            calibration = calibrate(model, batches, groups=groups, sizes=sizes, config=config, **options)
+            calibration = calibrate(model, batches, groups=weights, sizes=sizes, config=config, **options)
     else:
-        check_ready(calibration, groups, batches, config, options)
+        check_ready(calibration, weights, batches, config, options)
     sides = (side for _, basis in held.values() for side in (basis.U, basis.V) if side is not None)
     dtype = next((side.dtype for side in sides if side.is_floating_point()), torch.float32)
     bases = calibration.bases(
-        sizes=sizes,
-        exponent=float(peft_config.exponent or 0),
-        dtype=dtype,
+        sizes=sizes, exponent=float(peft_config.exponent or 0), dtype=dtype,
         progress=bool(options.get("progress", True)),
-    )
+    )  # fmt: skip
     _change_bases(groups, layers, held, bases, optimizer)
     return calibration
 
@@ -123,11 +122,9 @@ def _change_bases(
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
     """Rotate the cores of each group, and their moments, into its new basis; then write the new basis over the old."""
-    name_of = layers_by_calibrated_name(layers)
     for group, names in groups.items():
         copies: dict[int, tuple[Basis, Basis]] = {}  # a shared basis has one on each device
-        for wrapped in names:
-            name = name_of[wrapped]
+        for name in names:
             layer, (S, old) = layers[name], held[name]
             new = copies.setdefault(id(old), (old, on_device(S.device, bases[group])))[1]
             update = old.from_basis(S.to(at_least_float32(S.dtype)))
