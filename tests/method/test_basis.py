@@ -170,34 +170,6 @@ def test_core_shape() -> None:
         Basis(orthogonal(7, 3), None).core_shape(4, 6)
 
 
-def test_truncated() -> None:
-    """The leading rows, in storage of their own."""
-    whole = statistics().basis()
-    part = whole.truncated(c=4, r=2)
-    assert torch.equal(part.U, whole.U[:4])
-    assert torch.equal(part.V, whole.V[:2])
-    assert part.U.untyped_storage().nbytes() == 4 * 9 * 4
-    assert part.core_shape(6, 9) == (2, 4)
-    assert part.layers == whole.layers
-    assert torch.equal(part.spectrum_in, whole.spectrum_in)
-    one_side = whole.truncated(c=4)
-    assert one_side.core_shape(6, 9) == (6, 4)
-    assert torch.equal(one_side.V, whole.V)
-    assert whole.truncated().is_complete
-    assert whole.is_complete  # it is left as it is
-
-
-def test_truncated_out_of_range() -> None:
-    basis = Basis(orthogonal(7, 3), None)
-    for count in (0, 4, -1):
-        with pytest.raises(ValueError, match=f"c: expected .*from 1 to 3, .*found {count}"):
-            basis.truncated(c=count)
-    with pytest.raises(TypeError, match=r"c: expected .*found True"):
-        basis.truncated(c=True)
-    with pytest.raises(ValueError, match="r=2: this side is the identity, which has no leading rows"):
-        basis.truncated(r=2)
-
-
 # In a model: casts, moves, copies, checkpoints
 
 

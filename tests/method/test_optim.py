@@ -484,9 +484,14 @@ def test_state_of_another_optimizer() -> None:
     former = torch.optim.AdamW(linear.parameters())
     linear(torch.ones(2, 4)).sum().backward()
     former.step()
-    optimizer = SparseGradAdamW(linear.parameters())
+    twin = copy.deepcopy(linear)
+    optimizer = SparseGradAdamW(twin.parameters())
     optimizer.load_state_dict(former.state_dict())
-    optimizer.step()
+    for model, its_own in ((linear, former), (twin, optimizer)):
+        its_own.zero_grad()
+        model(torch.full((2, 4), 2.0)).sum().backward()
+        its_own.step()
+    torch.testing.assert_close(twin.weight, linear.weight)
 
 
 def test_a_state_with_another_selection_is_refused() -> None:

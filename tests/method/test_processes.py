@@ -21,6 +21,7 @@ from sparsegrad_peft.method import processes
 from sparsegrad_peft.method.calibrate import Calibration
 from sparsegrad_peft.method.config import Trajectory, normalized_step, sign_step
 from sparsegrad_peft.method.gradients import stream_gradients
+from sparsegrad_peft.method.pairs import PairStatistics
 from sparsegrad_peft.method.positions import select_positions
 
 ROWS, STEPS = 8, 5
@@ -89,9 +90,9 @@ def described(calibration: Calibration) -> dict[str, Any]:
 
 
 def sums_of(statistics: Any) -> list[Tensor]:
-    if isinstance(statistics, GramStatistics):
-        return [statistics.gram_in, statistics.gram_out]
-    return [tensor for total in statistics.sums.values() for tensor in total.tensors]
+    assert isinstance(statistics, GramStatistics)
+    whole = list(statistics.M.values()) if isinstance(statistics, PairStatistics) else []
+    return [statistics.gram_in, statistics.gram_out, *whole]
 
 
 def buffers(calibration: Calibration, **sizes: Any) -> dict[str, dict[str, Tensor]]:

@@ -27,9 +27,7 @@ from sparsegrad_peft.tuner.peft_private import HOOKS, NAME, PREFIX, ensure_peft_
     [(o, name, parameters) for o, hooks in HOOKS.items() for name, parameters in hooks.items()],
 )
 def test_upstream_hooks_are_unchanged(owner: type, name: str, parameters: tuple[str, ...]) -> None:
-    found = tuple(inspect.signature(getattr(owner, name)).parameters)
-    expected = parameters[1:] if inspect.ismethod(getattr(owner, name)) and parameters[0] == "cls" else parameters
-    assert found == expected
+    assert tuple(inspect.signature(getattr(owner, name)).parameters) == parameters
 
 
 def test_every_private_override_is_listed() -> None:

@@ -160,8 +160,9 @@ def compare_all(runs: Sequence[Run], methods: Iterable[str], other: str) -> list
         needed = pairs_needed(difference) if unit == "points" else None
         found.append(
             Comparison(
-                method, other, len(pairs), mean, low, high, p, ahead, len(of_tasks), p_tasks, low_tasks, high_tasks,
-                needed, unit,
+                method=method, other=other, pairs=len(pairs), difference=mean, low=low, high=high, p=p, ahead=ahead,
+                tasks=len(of_tasks), p_tasks=p_tasks, low_tasks=low_tasks, high_tasks=high_tasks,
+                needed=needed, unit=unit,
             )
         )  # fmt: skip
     return found

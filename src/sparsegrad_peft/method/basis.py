@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .precision import without_autocast
+from .precision import HALF_PRECISION, without_autocast
 from .products import chain
-from .sides import cast, check_selected, is_selected, put, row_count, scaled
-from .sizes import check_rows
+from .sides import cast, check_selected, is_selected, kept_count, put, scaled
 
 ORTHOGONALITY_TOLERANCE = {
     torch.float64: 1e-10,
@@ -163,10 +162,20 @@ class Basis(nn.Module):
         return chain(None if V is None else V.T, S, U)
 
     def coordinates(self, W: Float[Tensor, "out in"]) -> Float[Tensor, "r c"]:
-        """Return the core whose update is the projection of `W` on the basis; the inverse of `from_basis`.
+        """Return the core whose update is nearest to `W`; equal to it, up to rounding, in a complete basis.
 
-        Without scales it is `to_basis`.
+        A basis stored in half precision is only nearly orthogonal: `V (Vᵀ S U) Uᵀ` differs from `S` by up to a percent.
+        So a complete basis is inverted by iterative refinement. Each round shrinks the error by more than a factor of
+        ten.
         """
+        S = self._projected(W)
+        if self.is_complete and any(side.dtype in HALF_PRECISION for side in (self.U, self.V) if side is not None):
+            for _ in range(6):
+                S = S + self._projected(W - self.from_basis(S))
+        return S
+
+    def _projected(self, W: Tensor) -> Tensor:
+        """The core whose update is the projection of `W` on the basis. Without scales it is `to_basis`."""
         inverse = [None if scale is None else scale.reciprocal() for scale in self.scales]
         return scaled(self._project(W), (inverse[0], inverse[1]))
 
@@ -194,33 +203,13 @@ class Basis(nn.Module):
                 f"the basis is for layers with (out, in) = {found}, found a layer with ({out_features}, {in_features})"
                 "; layers of different shapes need a basis each (see group_linears)"
             )
-        return row_count(self.V, out_features), row_count(self.U, in_features)
+        return kept_count(self.V, out_features), kept_count(self.U, in_features)
 
     @property
     def is_complete(self) -> bool:
         """True if both sides span the whole space, so that a change of basis loses nothing."""
         sides = ((self.U, self.in_features), (self.V, self.out_features))
         return all(side is None or len(side) == features for side, features in sides)
-
-    def truncated(self, c: int | None = None, r: int | None = None) -> Basis:
-        """Return a basis of the leading `c` rows of `U` and `r` rows of `V` (None keeps all)."""
-        for what, side, count in (("c", self.U, c), ("r", self.V, r)):
-            if count is not None and side is None:
-                raise ValueError(f"{what}={count}: this side is the identity, which has no leading rows")
-            if count is not None and side is not None:
-                check_rows(count, side.shape[0], what)
-            if count is not None and is_selected(side):
-                raise ValueError(f"{what}={count}: this side selects features, which have no order; calibrate again")
-        U = self.U if self.U is None or c is None else self.U[:c].clone()
-        V = self.V if self.V is None or r is None else self.V[:r].clone()
-        scale_in, scale_out = (
-            None if scale is None else scale[:count].clone()
-            for scale, count in ((self.scale_in, c), (self.scale_out, r))
-        )
-        return Basis(
-            U, V, in_features=self.in_features, out_features=self.out_features, scale_in=scale_in, scale_out=scale_out,
-            spectrum_in=self.spectrum_in, spectrum_out=self.spectrum_out, layers=self.layers,
-        )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Basis:
         # Every cast and move of a module comes through here. Follow moves, ignore casts.

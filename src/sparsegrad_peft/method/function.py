@@ -34,7 +34,7 @@ from .costs import LayerShape, Prefer, backward_through_factors, forms_update, s
 from .live_rows import live_rows
 from .precision import HALF_PRECISION, without_autocast
 from .products import add_chain, chain, last_product
-from .sides import Scales, Side, cast, is_selected, row_count, scaled, take
+from .sides import Scales, Side, cast, is_selected, kept_count, scaled, take
 
 
 def dense_core(core: Tensor, positions: Tensor | None, shape: tuple[int, int], scales: Scales = (None, None)) -> Tensor:
@@ -181,7 +181,7 @@ def output(
 def _layer_shape(weight: Tensor, U: Side, V: Side) -> LayerShape:
     out, in_ = weight.shape
     rotates_out, rotates_in = (side is not None and not is_selected(side) for side in (V, U))
-    return LayerShape(out, in_, row_count(V, out), row_count(U, in_), rotates_out, rotates_in)
+    return LayerShape(out, in_, kept_count(V, out), kept_count(U, in_), rotates_out, rotates_in)
 
 
 def _forms(tokens: int, layer: LayerShape, weight: Tensor, prefer: Prefer) -> bool:

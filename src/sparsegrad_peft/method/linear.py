@@ -236,3 +236,13 @@ def check_positions(positions: Tensor, numel: int) -> Tensor:
             f"({len(distinct)} distinct), {found}"
         )
     return distinct.to(torch.int32)
+
+
+def set_core(core: nn.Parameter, value: Tensor) -> None:
+    """Write a value of any shape into a core. The parameter object stays the same."""
+    core.grad = None
+    if value.shape != core.shape:
+        # A graph that is still alive, such as that of the last loss, keeps autograd's record of the old shape, by which
+        # the next gradient would be refused. Autograd drops the record when the data type changes.
+        core.data = core.new_empty(0, dtype=torch.float32 if core.dtype == torch.float64 else torch.float64)
+    core.data = value

@@ -14,16 +14,16 @@ directions. That part is added to the frozen weight, so the layer's output does 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .basis import Basis
 from .function import dense_core
-from .linear import SparseGradLinear, check_positions
+from .linear import SparseGradLinear, check_positions, set_core
 from .optim import SparseGradAdamW
-from .precision import HALF_PRECISION, at_least_float32
+from .precision import at_least_float32
 from .selection import resolve_k, topk_positions
 from .sides import Side, as_matrix, cast, scaled, take
 
@@ -62,7 +62,7 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
         assert layer.S is not None
         old, S = layer.basis, layer.S
         update = layer.delta_weight()  # (out, in), float32 at least
-        S_new = coordinates(update, basis)
+        S_new = basis.coordinates(update)
         share = 0.0
         if not basis.is_complete and update.any():
             remainder = update - basis.from_basis(S_new)
@@ -81,36 +81,6 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
         if left and not any(holder.registers_basis for holder in left):  # the layer that saved it has moved away
             left[0].hold_basis(old, register=True)
     return outside
-
-
-@torch.no_grad()
-def refresh_folded(optimizer: SparseGradAdamW, bases: Mapping[nn.Parameter, Basis]) -> None:
-    """Give weights in the original space (`SparseGradAdamW(bases=...)`) new bases, and carry their moments over.
-
-    Raises:
-        ValueError: the optimizer has no basis for a parameter, or the new one does not fit. Nothing has changed then.
-    """
-    for parameter, basis in bases.items():
-        if parameter not in optimizer.bases:
-            raise ValueError(f"the optimizer has no basis for a parameter of shape {tuple(parameter.shape)}")
-        _check_k(optimizer, parameter, basis.core_shape(parameter.shape[0], parameter.shape[1]))
-        check_moments(optimizer, parameter)
-    for parameter, basis in bases.items():
-        rotate_moments(optimizer, parameter, optimizer.bases[parameter], basis, parameter.shape)
-        optimizer.bases[parameter] = basis
-
-
-def coordinates(update: Tensor, basis: Basis) -> Tensor:
-    """Return `S` (r, c) with `Vᵀ S U` nearest to an update (out, in); equal to it, up to rounding, in a complete basis.
-
-    A basis stored in half precision is only nearly orthogonal: `V (Vᵀ S U) Uᵀ` differs from `S` by up to a percent. So
-    a complete basis is inverted by iterative refinement. Each round shrinks the error by more than a factor of ten.
-    """
-    S = basis.coordinates(update)
-    if basis.is_complete and any(side.dtype in HALF_PRECISION for side in (basis.U, basis.V) if side is not None):
-        for _ in range(6):
-            S = S + basis.coordinates(update - basis.from_basis(S))
-    return S
 
 
 _MOMENTS = {"step", "positions", "exp_avg", "exp_avg_sq"}
@@ -240,7 +210,7 @@ def _rotation(old: Side, new: Side, features: int) -> Tensor | None:
     dtype = torch.float32
     for side in (old, new):
         dtype = torch.promote_types(dtype, side.dtype) if side is not None and side.is_floating_point() else dtype
-    return take(as_matrix(new, features, dtype), cast(old, dtype))
+    return take(as_matrix(new, features, dtype, None if old is None else old.device), cast(old, dtype))
 
 
 def _scale_moment(moment: Tensor, basis: Basis, squared: bool, *, inverse: bool = False) -> Tensor:
@@ -248,13 +218,3 @@ def _scale_moment(moment: Tensor, basis: Basis, squared: bool, *, inverse: bool 
     power = (2 if squared else 1) * (-1 if inverse else 1)
     scale_out, scale_in = (None if scale is None else scale.double() ** power for scale in basis.scales)
     return scaled(moment, (scale_out, scale_in))
-
-
-def set_core(core: nn.Parameter, value: Tensor) -> None:
-    """Write a value of any shape into a core. The parameter object stays the same."""
-    core.grad = None
-    if value.shape != core.shape:
-        # A graph that is still alive, such as that of the last loss, keeps autograd's record of the old shape, by which
-        # the next gradient would be refused. Autograd drops the record when the data type changes.
-        core.data = core.new_empty(0, dtype=torch.float32 if core.dtype == torch.float64 else torch.float64)
-    core.data = value

@@ -29,7 +29,7 @@ def is_selected(side: Side) -> TypeGuard[Tensor]:
     return side is not None and not side.is_floating_point()
 
 
-def row_count(side: Side, features: int) -> int:
+def kept_count(side: Side, features: int) -> int:
     """`k`, the number of coordinates that the side keeps of `features`."""
     return features if side is None else len(side)
 

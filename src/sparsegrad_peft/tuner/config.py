@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,27 +63,27 @@ class SparseGradConfig(PeftConfig):
         data_free: written by the library: the bases are not calibrated.
     """
 
-    narrow: Rows | None = field(default=None, metadata={"help": "rows of the basis of a layer's smaller side"})
-    wide: Rows | None = field(default=None, metadata={"help": "rows of the basis of a layer's larger side"})
-    trained_share: float = field(default=DEFAULT_SHARE, metadata={"help": "share of the entries that train"})
-    neurons: bool | None = field(default=None, metadata={"help": "the larger side selects features"})
-    exponent: float | None = field(default=None, metadata={"help": "in the scales of a core"})
-    c: Rows | None = field(default=None, metadata={"help": "rows of U (input side); with r"})
-    r: Rows | None = field(default=None, metadata={"help": "rows of V (output side); with c"})
-    shared: bool = field(default=False, metadata={"help": "one pair of bases for each group of layers"})
-    basis_dtype: str | None = field(default=None, metadata={"help": "data type of the bases"})
-    original_space: bool = field(default=False, metadata={"help": "train without bases (MeProp)"})
-    prefer: Prefer = field(default="memory", metadata={"help": '"memory" or "speed"'})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to adapt; None: the MLPs"})
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "fused experts to adapt"})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to leave out"})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "numbers of the blocks"})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of blocks"})
-    init_weights: bool = field(default=True, metadata={"help": "start as a no-op"})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "other modules to train whole"})
-    trainable_token_indices: Any = field(default=None, metadata={"help": "tokens whose embeddings are trained"})
-    core_shapes: dict[str, list[Any]] | None = field(default=None, metadata={"help": "written by the library"})
-    data_free: bool = field(default=False, metadata={"help": "written by the library"})
+    narrow: Rows | None = None
+    wide: Rows | None = None
+    trained_share: float = DEFAULT_SHARE
+    neurons: bool | None = None
+    exponent: float | None = None
+    c: Rows | None = None
+    r: Rows | None = None
+    shared: bool = False
+    basis_dtype: str | None = None
+    original_space: bool = False
+    prefer: Prefer = "memory"
+    target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    init_weights: bool = True
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: Any = None
+    core_shapes: dict[str, list[Any]] | None = None
+    data_free: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

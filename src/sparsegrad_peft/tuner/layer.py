@@ -18,10 +18,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..method.basis import BASIS_BUFFERS, Basis
 from ..method.costs import Prefer
 from ..method.data_free import is_data_free
+from ..method.linear import set_core
 from ..method.plain import is_conv1d
 from ..method.precision import at_least_float32
 from ..method.processes import is_sharded, own_shard
-from ..method.refresh import set_core
 from .checks import check_buffer, check_core
 from .config import SparseGradConfig
 from .offload import REMEDY, is_offloaded

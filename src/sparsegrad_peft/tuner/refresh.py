@@ -13,7 +13,7 @@ from ..method.calibrate import Calibration, calibrate
 from ..method.config import CalibrationConfig
 from ..method.precision import at_least_float32
 from ..method.processes import broadcast_from_rank0
-from ..method.refresh import check_moments, coordinates, rotate_moments
+from ..method.refresh import check_moments, rotate_moments
 from ..method.sizes import Sizes
 from .adapters import calibrated_names, config_of, groups_of, layers_of
 from .bases import on_device
@@ -134,7 +134,7 @@ def _change_bases(
                     if isinstance(value, Tensor):
                         optimizer.state[S][key] = broadcast_from_rank0(value)
             # All processes have the same bases; products with them are equal to the bit on equal machines only.
-            S.copy_(broadcast_from_rank0(coordinates(update, new)))
+            S.copy_(broadcast_from_rank0(new.coordinates(update)))
         for old, new in copies.values():
             for side, value in new.named_buffers():
                 there = getattr(old, side)
