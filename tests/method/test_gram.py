@@ -109,7 +109,7 @@ def test_completed_orthogonally_with_a_warning(dtype: torch.dtype, caplog: pytes
     basis = sums_of(gradients, dtype, "encoder.*.fc1").basis(dtype=dtype)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "group 'encoder.*.fc1' (layer.0, layer.1), input side" in caplog.messages[0]
-    assert "in 2 of the 6 directions asked for (also in 1 other side). The other rows" in caplog.messages[0]
+    assert "in only 2 of the 6 directions asked for (also in 1 other side). The other rows" in caplog.messages[0]
     for side in (basis.U, basis.V):
         torch.testing.assert_close(side @ side.T, torch.eye(len(side), dtype=dtype), rtol=0, atol=1e-5)
     inside = gradients.to(dtype) @ basis.U[:2].T @ basis.U[:2]
