@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.run.finished_run import evaluate, merge, open_run, predict, read_run, write_csv
 from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.run.settings import RunArguments
@@ -210,7 +211,9 @@ def test_a_run_whose_model_is_gone(run: Path, tmp_path: Path) -> None:
         (lambda settings: settings["data"].update(max_length="sixteen"), "sixteen"),
     ],
 )
-def test_settings_that_were_changed_by_hand(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+def test_settings_that_were_changed_by_hand(
+    change: Callable[[Any], Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(Path(__file__).parents[2] / "samples" / "finished_run", folder)
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -218,6 +221,8 @@ def test_settings_that_were_changed_by_hand(change: Callable[[Any], Any], messag
     (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     with pytest.raises(ValueError, match=r"(?s)config.yaml: expected the settings of a run.*" + message):
         read_run(folder)
+    assert main(["evaluate", str(folder)]) == 1
+    assert "config.yaml: expected the settings of a run" in capsys.readouterr().err
 
 
 def test_evaluate_changed_rows(

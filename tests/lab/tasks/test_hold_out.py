@@ -38,5 +38,7 @@ def test_of_a_file(rows: Path) -> None:
     assert {name: len(split) for name, split in texts.splits.items()} == {"train": 36, "validation": 12}
     everything = {*task.splits["train"]["text"], *task.splits["validation"]["text"]}
     assert everything == set(load_files(None, rows / "train.csv", ["text"]).splits["validation"]["text"])
-    with pytest.raises(ValueError, match=r"expected either data.validation_file, or data.train_file with data.val_size"):
+    with pytest.raises(
+        ValueError, match=r"expected either data.validation_file, or data.train_file with data.val_size"
+    ):
         load_files(rows / "train.csv", None, ["text"])

@@ -211,7 +211,10 @@ def test_templates_of_the_field(name: str, mark: str, before_the_last: str, real
     ("name", "words"),
     [
         ("idefics3", r"leaves out or changes the text of a user message"),  # writes lists of parts only
-        ("deepseekv3", r"writes an answer differently from how it is generated after the prompt"),  # the prompt has <think>
+        (
+            "deepseekv3",
+            r"writes an answer differently from how it is generated after the prompt",
+        ),  # the prompt has <think>
     ],
 )
 def test_templates_of_the_field_that_are_refused(name: str, words: str, real_tokenizer: Any) -> None:
