@@ -6,8 +6,8 @@
 A table stands between `<!-- table: PATH -->` and `<!-- end of table -->`. PATH is a result file; a folder of speed
 results (one line for each workload); a study folder; `PATH short`, a shorter table of either folder;
 `PATH calibration`, the share of calibration in a study's runs; `PATH costs`, a picture of its scores against costs;
-`methods`, the methods of `sparsegrad bench`;
-`sizes`, the default adapter's sizes by model; or `calibration`, its calibration by model.
+`methods`, the methods of `sparsegrad bench`; `sizes`, the default adapter's sizes by model; or `calibration`, what its
+calibration takes by model.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -260,6 +261,7 @@ def study(path: Path, short: bool = False) -> str:
     return "\n\n".join(part.rstrip("\n") for part in parts)
 
 
+@cache
 def costs(path: Path) -> Plot:
     """Score of each method of an experiment against its costs."""
     [section] = read_report([path]).sections

@@ -209,6 +209,25 @@ def test_an_optimizer_that_was_passed_in(tmp_path: Path) -> None:
             SparseGradTrainer(model=model, optimizers=(mine, None), **lost, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "rate", "words"),
+    [
+        ({"density": 5}, 1e-3, "density must be"),
+        ({"k": 0}, 1e-3, "k must be between 1 and"),
+        ({"k": 3, "density": 0.1}, 1e-3, "expected exactly one of k"),
+        ({"rest_learning_rate": "1e-3"}, 1e-3, "rest_learning_rate must be a number .* found '1e-3'"),
+        ({}, float("nan"), "learning_rate must be a number of at least 0 and finite, found nan"),
+    ],
+)
+def test_settings_of_the_optimizer_are_refused_before_calibration(
+    options: dict[str, Any], rate: float, words: str, tmp_path: Path
+) -> None:
+    args = arguments(tmp_path)
+    args.learning_rate = rate
+    with pytest.raises(ValueError, match=words):
+        SparseGradTrainer(model=uncalibrated_adapter(), args=args, train_dataset=rows(), **options)
+
+
 def test_another_kind_of_optimizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found optimizer adafactor, and this trainer uses SparseGradAdamW"):
         SparseGradTrainer(

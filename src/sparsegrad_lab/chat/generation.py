@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..tasks.checksums import sha256_of
 from ..tasks.conversations import Message
 from ..tasks.generation import RowSampling
 from .answers import check_question
@@ -73,8 +74,8 @@ def answer_questions(
         FileExistsError: another process writes the file.
     """
     described = {**asdict(settings), "model": model.name}
-    if model.weights_sha256 is not None:
-        described["weights_sha256"] = model.weights_sha256
+    if model.weights is not None:
+        described["weights_sha256"] = sha256_of(sorted(model.weights.glob("*.safetensors")))
     by_id = {question.id: question for question in questions}
     with open_rows(path) as file:
         for line, row in enumerate(file.rows, 1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -65,8 +64,8 @@ class ChatModel:
     "the pretrained model that was trained; None: this is a pretrained model"
     adapter_off: bool = False
     "answer without the adapter"
-    weights_sha256: str | None = None
-    "of the trained weights; None: this is a pretrained model"
+    weights: Path | None = None
+    "folder of the trained weights; None: this is a pretrained model"
 
     @property
     def context(self) -> int | None:
@@ -84,7 +83,7 @@ class ChatModel:
         if self.base_name is None:
             return None
         if isinstance(self.model, PeftModel):
-            return replace(self, name=self.base_name, adapter_off=True, base_name=None, weights_sha256=None)
+            return replace(self, name=self.base_name, adapter_off=True, base_name=None, weights=None)
         return open_model(self.base_name)
 
     def answer(
@@ -176,16 +175,7 @@ def open_model(name: str) -> ChatModel:
     writer = Writer(tokenizer, _COLUMNS, plain)
     if not writer.templated and not plain:
         logger.warning("%s has no chat template: conversations are written as Human: and Assistant: turns", name)
-    sha256 = None if weights is None else _sha256(weights)
-    return ChatModel(name, model.eval(), tokenizer, writer, base_name, weights_sha256=sha256)
-
-
-def _sha256(folder: Path) -> str:
-    """SHA-256 of the weights in a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return ChatModel(name, model.eval(), tokenizer, writer, base_name, weights=weights)
 
 
 def _pretrained(name: str, tokenizer: Any) -> Any:

@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,12 @@ class FinishedRun:
         return torch.cat(kept).numpy()
 
 
-def _precision(arguments: RunArguments, device: torch.device) -> torch.autocast:
+def _precision(arguments: RunArguments, device: torch.device) -> AbstractContextManager[Any]:
     """Mixed precision as in training. A CPU computes runs of fp16 in float32."""
-    precision = arguments.training.precision
-    used = precision == "bf16" or (precision == "fp16" and device.type != "cpu")
-    return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=used)
+    dtype = compute_type(arguments)
+    if dtype == torch.float32 or (dtype == torch.float16 and device.type == "cpu"):
+        return nullcontext()
+    return torch.autocast(device.type, dtype)
 
 
 def open_run(path: str | Path, *, unquantized: bool = False) -> FinishedRun:

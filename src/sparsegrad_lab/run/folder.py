@@ -12,7 +12,6 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,6 +20,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from ..methods.settings import resolved, updated
+from ..tasks.checksums import sha256_of
 from ..tasks.parse_files import read_json, read_yaml
 from .checkpoints import best_step, is_complete, writing
 from .processes import is_rank0, process_count
@@ -201,7 +201,9 @@ class RunFolder:
         for name, content in (self.read_json("data.json") or {}).items():
             path = here.get(name)
             if path == there.get(name) and isinstance(path, str) and Path(path).is_file():
-                there[name], here[name] = (f"{path} with SHA-256 {sha[:12]}..." for sha in (content, _sha256(path)))
+                there[name], here[name] = (
+                    f"{path} with SHA-256 {sha[:12]}..." for sha in (content, sha256_of([Path(path)]))
+                )
         names = sorted(there.keys() | here.keys())
         return [(name, there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)]
 
@@ -250,7 +252,7 @@ class RunFolder:
             settings = flat(arguments.as_dict())
             files = {name: settings[name] for name in _ROWS if settings[name] and Path(settings[name]).is_file()}
             if files:  # they too may be changed before the run is resumed
-                self.write_json("data.json", {name: _sha256(path) for name, path in files.items()})
+                self.write_json("data.json", {name: sha256_of([Path(path)]) for name, path in files.items()})
             self.write_yaml("config.yaml", arguments.as_dict())
 
     def check_finished(self) -> None:
@@ -319,14 +321,6 @@ class RunFolder:
         for path in broken:
             shutil.rmtree(path)
         return [path.name for path in broken]
-
-
-def _sha256(path: str) -> str:
-    digest = sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _step(checkpoint: Path) -> int:

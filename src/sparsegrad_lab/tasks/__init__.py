@@ -16,6 +16,7 @@
 
     read           CSV, TSV and JSON files -> rows
     parse_files    YAML and JSON files
+    checksums      SHA-256 of files
     labels         label columns -> class numbers
     conversations  chat formats -> messages
     metrics        scores

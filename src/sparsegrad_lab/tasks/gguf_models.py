@@ -5,7 +5,6 @@ GGUF is the format of llama.cpp. Its weights are usually quantized, so they cann
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -14,6 +13,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from .checksums import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def converted(file: Path) -> Path:
 
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
-    checksum = _sha256(file)
+    checksum = sha256_of([file])
     cache_folder = cached_assets_path(library_name="sparsegrad", namespace="converted", subfolder="gguf")
     folder = cache_folder / f"{file.stem}-{checksum[:12]}"
     with FileLock(folder.with_name(f"{folder.name}.lock")):
@@ -91,14 +92,6 @@ def converted(file: Path) -> Path:
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
     return folder
-
-
-def _sha256(file: Path) -> str:
-    found = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _convert(file: Path, checksum: str, folder: Path) -> None:

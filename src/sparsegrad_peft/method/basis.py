@@ -168,13 +168,13 @@ class Basis(nn.Module):
         So a complete basis is inverted by iterative refinement. Each round shrinks the error by more than a factor of
         ten.
         """
-        S = self._projected(W)
+        S = self._coordinates(W)
         if self.is_complete and any(side.dtype in HALF_PRECISION for side in (self.U, self.V) if side is not None):
             for _ in range(6):
-                S = S + self._projected(W - self.from_basis(S))
+                S = S + self._coordinates(W - self.from_basis(S))
         return S
 
-    def _projected(self, W: Tensor) -> Tensor:
+    def _coordinates(self, W: Tensor) -> Tensor:
         """The core whose update is the projection of `W` on the basis. Without scales it is `to_basis`."""
         inverse = [None if scale is None else scale.reciprocal() for scale in self.scales]
         return scaled(self._project(W), (inverse[0], inverse[1]))

@@ -93,9 +93,7 @@ def groups_of(model: nn.Module, layers: Mapping[str, SparseGradLayer], *, shared
     return groups | {layer_key(model, name): [name] for name in experts}
 
 
-def calibrated_names(
-    groups: Mapping[str, list[str]], layers: Mapping[str, SparseGradLayer]
-) -> dict[str, list[str]]:  # fmt: skip
+def calibrated_names(groups: Mapping[str, list[str]], layers: Mapping[str, SparseGradLayer]) -> dict[str, list[str]]:
     """Return group -> names of the weights within its layers whose gradients `calibrate` takes."""
     return {group: [layers[name].calibrated_name(name) for name in names] for group, names in groups.items()}
 

@@ -11,6 +11,8 @@ known and before the first step, also when it resumes.
 from __future__ import annotations
 
 import logging
+import math
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -22,6 +24,7 @@ from transformers import Trainer
 from ..method.config import CalibrationConfig
 from ..method.ddp import exclude_bases_from_ddp
 from ..method.optim import SparseGradAdamW
+from ..method.selection import resolve_k
 from ..method.surgery import param_groups
 from .adapters import active_configs, adapter_parameters, uncalibrated
 from .calibration import calibrate_adapter
@@ -93,8 +96,15 @@ class SparseGradTrainerMixin:
             self.add_callback(Refreshing(self, refresh_every))
 
     def _check_optimizer(self: Any, **settings: Any) -> None:
-        """Refuse settings that the optimizer would ignore, and an optimizer that the mixin would replace."""
-        if any(value is not None for value in self.sparsegrad_selection.values()) and self.is_deepspeed_enabled:
+        """Refuse settings that the optimizer would refuse or ignore, and an optimizer that the mixin would replace."""
+        selects = any(value is not None for value in self.sparsegrad_selection.values())
+        if selects:
+            resolve_k(sys.maxsize, **self.sparsegrad_selection)  # against the cores: when the optimizer is made
+        rates = {"learning_rate": self.args.learning_rate, "rest_learning_rate": self.rest_learning_rate}
+        for name, rate in rates.items():
+            if rate is not None and not (isinstance(rate, int | float) and 0 <= rate < math.inf):
+                raise ValueError(f"{name} must be a number of at least 0 and finite, found {rate!r}")
+        if selects and self.is_deepspeed_enabled:
             raise ValueError(
                 "density and k select the largest entries of whole cores, and DeepSpeed ZeRO gives the optimizer parts "
                 "of them; leave both out, or use DDP or FSDP2"
