@@ -25,7 +25,7 @@ RUNS = sorted((ROOT / "benchmarks" / "results" / "study").rglob("*.json"))
 
 def test_counts() -> None:
     assert len(RESULTS) == 4
-    assert len(SPEED) == 12
+    assert len(SPEED) == 13
 
 
 @pytest.mark.slow
