@@ -180,3 +180,9 @@ def test_a_share_of_the_entries_trains() -> None:
     calibrate_adapter(model, [tiny_batch("llama")], n_steps=3, progress=False)
     layers, trained = tuner_layers(model), sum(core.numel() for core in cores(model))
     assert trained == pytest.approx(0.1 * sum(layer.in_features * layer.out_features for layer in layers), rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["trained_share", "exponent"])
+def test_a_number_given_as_text_is_refused_by_name(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a number, found '1%'"):
+        SparseGradConfig(**{name: "1%"})

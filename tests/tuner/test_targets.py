@@ -222,3 +222,11 @@ def test_the_mixers_of_mamba_are_no_mlp(kind: str) -> None:
     assert find_mlp_linears(model) == []
     with pytest.raises(ValueError, match=f"no MLP layers known for model_type '{kind}', and none found by structure"):
         get_peft_model(model, SparseGradConfig())
+
+
+def test_names_without_a_layer_are_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    get_peft_model(tiny_model("llama"), SparseGradConfig(target_modules=["up_proj", "dwon_proj"]))
+    assert "target_modules: no adapted layer matches dwon_proj; the adapted layers are" in caplog.text
+    caplog.clear()
+    get_peft_model(tiny_model("llama"), SparseGradConfig(target_modules=["up_proj", "down_proj"]))
+    assert "matches" not in caplog.text

@@ -374,3 +374,10 @@ def test_an_adapter_that_has_learnt_without_calibration_is_refused(tmp_path: Pat
     with pytest.raises(ValueError, match=r"'default' has already learnt something .* with transformers\.Trainer; or"):
         trainer.train()
     check_equal(saved(model), before)
+
+
+def test_calibration_of_another_type_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="calibration must be a CalibrationConfig or None, found"):
+        SparseGradTrainer(
+            model=uncalibrated_adapter(), args=arguments(tmp_path), train_dataset=rows(), calibration={"n_steps": 4}
+        )

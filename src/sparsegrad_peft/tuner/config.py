@@ -131,6 +131,10 @@ class SparseGradConfig(PeftConfig):
                 "found neurons=True and shared=True; expected one of them, since the neurons of different layers have "
                 "nothing in common"
             )
+        for name in ("exponent", "trained_share"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, found {value!r}")
         if not 0 <= self.exponent <= 2:
             raise ValueError(f"exponent must be between 0 and 2, found {self.exponent}")
         if not 0 < self.trained_share <= 1:

@@ -39,7 +39,7 @@ from .layer import AdapterStatus, SparseGradLayer
 from .linear import SparseGradTunerLinear
 from .loading import make_room
 from .peft_private import PREFIX, in_out_features
-from .targets import TARGETS, choose_targets, log_share, named_experts
+from .targets import TARGETS, choose_targets, log_share, named_experts, warn_unmatched
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,8 @@ class SparseGradModel(BaseTuner):
         if source is not None:
             _copy_whole_modules(model, source, adapter_name)
         adapted = [layer.key(name) for name, layer in layers_of(model, adapter_name).items()]
+        if is_new:
+            warn_unmatched(given.target_modules, adapted)
         log_share(model, adapted, automatic=given.target_modules is None and given.target_parameters is None)
 
     def _prepare_adapter_config(self, peft_config: SparseGradConfig, model_config: dict[str, Any]) -> SparseGradConfig:

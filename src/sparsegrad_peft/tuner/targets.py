@@ -206,6 +206,18 @@ def log_share(model: nn.Module, adapted: Iterable[str], *, automatic: bool) -> N
     logger.log(level, "SparseGrad adapts %d layers with %.1f %% of the MLP weights%s", len(adapted), 100 * share, rest)
 
 
+def warn_unmatched(targets: Iterable[str] | str | None, adapted: Iterable[str]) -> None:
+    """Log a warning for names in `target_modules` that match none of the adapted layers. Others may match."""
+    adapted = list(adapted)
+    names = [] if targets is None or isinstance(targets, str) else sorted(targets)
+    unmatched = [name for name in names if not any(matches_target(layer, [name]) for layer in adapted)]
+    if unmatched:
+        logger.warning(
+            "target_modules: no adapted layer matches %s; the adapted layers are %s, ... Correct or remove these names",
+            ", ".join(unmatched), ", ".join(adapted[:2]),
+        )  # fmt: skip
+
+
 def _has_counterpart(shape: tuple[int, int], shapes: set[tuple[int, int]]) -> bool:
     out, in_ = shape
     if out != in_ and (in_, out) in shapes:

@@ -63,6 +63,7 @@ class SparseGradTrainerMixin:
             without SparseGrad layers.
 
     Raises:
+        TypeError: `calibration` is not a `CalibrationConfig`.
         ValueError: another optimizer was asked for (`optim`, `optimizer_cls_and_kwargs`); an optimizer was passed in
             with `density`, `k` or `rest_learning_rate`, which it would ignore; `density` or `k` under DeepSpeed;
             `refresh_every` is given with truncated bases or a sharded model.
@@ -81,6 +82,8 @@ class SparseGradTrainerMixin:
         own_optimizer: bool = True,
         **kwargs: Any,
     ) -> None:
+        if calibration is not None and not isinstance(calibration, CalibrationConfig):
+            raise TypeError(f"calibration must be a CalibrationConfig or None, found {calibration!r}")
         self.sparsegrad_calibration = calibration
         self.sparsegrad_selection = {"density": density, "k": k}
         self.rest_learning_rate = rest_learning_rate
