@@ -350,3 +350,13 @@ def test_nothing_is_merged_into_a_computed_weight() -> None:
     adapted = get_peft_model(model, SparseGradConfig(target_modules=["layer.0.intermediate.dense"]))
     with pytest.raises(TypeError, match="computes its weight"):
         adapted.merge_and_unload()
+
+
+def test_the_saved_card_says_what_to_import(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig())
+    for _ in range(2):
+        model.save_pretrained(str(tmp_path))
+        card = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert card.startswith("---")
+        assert "library_name: peft" in card
+        assert card.count("Import `sparsegrad_peft.tuner`") == 1

@@ -101,8 +101,8 @@ class RunArguments:
     """quantize the pretrained model's linear layers to 4 bits (NF4, bitsandbytes) before training, for methods that
     train a small adapter; sparsegrad calibrates before the quantization"""
     rest: Literal["train", "freeze"] = "freeze"
-    """train: the whole model besides the MLP layers trains too (the paper's GLUE runs); freeze: only the head, if there
-    is one (the paper's LLaMA runs)"""
+    """train: the whole model besides the MLP layers trains too (the paper's GLUE runs); freeze: only the head, with
+    BERT's pooler, if there is one (the paper's LLaMA runs)"""
     seeds: list[int] = field(default_factory=lambda: [0])
     "random seeds; one run for each"
     output: str = "runs/{task}/{method}"

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftConfig
 
 from ..method.costs import Prefer
 from ..method.sizes import DEFAULT_SHARE, Rows, Sizes, check_rows, default_form
 from .peft_private import ensure_peft_type
+
+_LOADING = """**Import `sparsegrad_peft.tuner` before you load this adapter.** It is in the package sparsegrad-peft.
+Without it, PEFT raises `KeyError: 'SPARSEGRAD'`.
+"""
+"Begins the model card that PEFT writes."
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -139,6 +146,15 @@ class SparseGradConfig(PeftConfig):
             raise ValueError(f"exponent must be between 0 and 2, found {self.exponent}")
         if not 0 < self.trained_share <= 1:
             raise ValueError(f"trained_share must be above 0 and at most 1, found {self.trained_share}")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration, as PEFT does, and put how to load the adapter into the model card beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / "README.md"
+        if path.is_file() and _LOADING not in path.read_text(encoding="utf-8"):
+            card = ModelCard.load(path)
+            card.text = f"\n{_LOADING}\n{card.text.lstrip()}"
+            card.save(path)
 
     @classmethod
     def paper(cls, **overrides: Any) -> SparseGradConfig:
