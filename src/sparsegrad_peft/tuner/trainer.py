@@ -66,8 +66,8 @@ class SparseGradTrainerMixin:
         TypeError: `calibration` is not a `CalibrationConfig`.
         ValueError: another optimizer was asked for (`optim`, `optimizer_cls_and_kwargs`); an optimizer was passed in
             with `density`, `k` or `rest_learning_rate`, which it would ignore; `density` or `k` under DeepSpeed;
-            `refresh_every` is given with truncated bases or a sharded model; `density`, `k` or a learning rate is out of
-            range.
+            `refresh_every` is given with truncated bases or a sharded model; `density`, `k` or a learning rate is
+            out of range.
     """
 
     def __init__(
