@@ -169,6 +169,16 @@ def test_groups_of_another_adapter_and_of_a_plain_model(tmp_path: Path) -> None:
             groups_of(model, tmp_path, density=0.1, rest_learning_rate=None)
 
 
+def test_a_model_without_an_adapter_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for model in (lora(), uncalibrated_adapter()):
+        SparseGradTrainer(model=model, args=arguments(tmp_path), train_dataset=rows()).create_optimizer()
+    assert "without an adapter" not in caplog.text
+    model = tiny_model("bert")
+    SparseGradTrainer(model=model, args=arguments(tmp_path), train_dataset=rows()).create_optimizer()
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    assert f"SparseGradTrainer: found a model without an adapter, and trains its {trained:,} parameters" in caplog.text
+
+
 @pytest.mark.parametrize("make_model", [lora, lambda: tiny_model("bert")], ids=["lora", "plain"])
 def test_without_cores_it_is_the_trainer_with_adamw(make_model: Any, tmp_path: Path) -> None:
     options = {"args": arguments(tmp_path, optim="adamw_torch", weight_decay=0.1), "train_dataset": rows()}

@@ -60,6 +60,8 @@ def print_results(results: list[dict[str, Any]], output: str) -> None:
         )
         if by_class := result.get("by_class"):
             console.print(class_table(by_class["classes"]))
+        for doubt in result.get("doubts", ()):
+            console.print(f"  check this run: {doubt}")
         if result["calibration"] is not None:
             console.print(f"  calibration: {_cost(result['calibration'])}")
         console.print(f"  training: {_cost(result['training'])}")

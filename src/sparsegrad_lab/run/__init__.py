@@ -11,6 +11,7 @@ train         the run itself
 trainer       creates the trainer
 sampler       batches of rows of similar length
 console       output and progress bar
+doubts        signs that a model learnt nothing useful
 folder        the files of a run, each written completely or not at all
 checkpoints   which checkpoints are complete
 card, plots   model card and plots

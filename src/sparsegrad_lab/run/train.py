@@ -24,6 +24,7 @@ from .calibration import calibrate_unquantized
 from .card import make_card
 from .checkpoints import writing
 from .console import ProgressCallback
+from .doubts import doubts, mean_loss
 from .folder import RunFolder, save_whole, write_whole
 from .hub import create_repository, push
 from .inputs import Inputs, load_inputs
@@ -122,6 +123,7 @@ def _train_one(
         result = {
             **_describe(arguments, inputs, scores, trainer.state),
             "by_class": by_class,
+            "doubts": doubts(by_class, trainer.state.log_history),
             "tokens": inputs.tokens,
             "score_before": score_before,
             "unrelated_perplexity": None if before is None else {"before": before, "after": after},
@@ -287,16 +289,8 @@ def _describe(
         ],
         "best_step": state.best_global_step,
         "learning_rate": arguments.learning_rate,
-        "training_loss_last_sixth": last_sixth(log),
+        "training_loss_last_sixth": mean_loss(log, 5 / 6, 1),  # it varies less between seeds than a score
     }
-
-
-def last_sixth(log: list[dict[str, Any]]) -> float | None:
-    """Mean training loss over the last sixth of the steps; it varies less between seeds than a score."""
-    points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-    end = max((step for step, _ in points), default=0)
-    late = [loss for step, loss in points if step > end * 5 / 6]
-    return sum(late) / len(late) if late else None
 
 
 def _without_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:

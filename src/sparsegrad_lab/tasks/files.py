@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from .hold_out import hold_out
 from .labels import class_names, labelled_dataset
 from .read import Row, check_columns, read_rows
 from .task import LANGUAGE, LOSSES, Task
+
+logger = logging.getLogger(__name__)
 
 
 def load_files(
@@ -54,6 +57,7 @@ def load_files(
     if val_size is not None:
         of_rows = None if names is None else [row[label].strip() for row in rows["train"]]
         rows["train"], rows["validation"] = hold_out(rows["train"], val_size, of_rows, paths["train"])
+    _warn_of_seen_rows(rows, text, paths)
     splits = {split: labelled_dataset(found, text, label, names, paths[split]) for split, found in rows.items()}
     metrics = ("pearson", "spearmanr") if regression else ("accuracy",)
     classes = None if names is None else tuple(names)
@@ -83,10 +87,11 @@ def load_texts(
     found = _read(train_file, validation_file, text, quoting, val_size)
     if val_size is not None:
         found["train"], found["validation"] = hold_out(found["train"], val_size, None, str(train_file))
-    splits = {}
-    for split, rows in found.items():
-        where = str(train_file if split == "train" else validation_file or train_file)
-        splits[split] = Dataset.from_list(_language_rows(rows, tuple(text), where))
+    paths = {"train": str(train_file), "validation": str(validation_file or train_file)}
+    splits = {
+        split: Dataset.from_list(_language_rows(rows, tuple(text), paths[split])) for split, rows in found.items()
+    }
+    _warn_of_seen_rows(found, text, paths)
     name, source = Path(train_file or validation_file or "").stem, _source(train_file, validation_file)
     return Task(name, tuple(text), None, LOSSES, splits, source, LANGUAGE)
 
@@ -117,6 +122,18 @@ def _read(
         raise ValueError(f"data.text: expected one or two text columns, found {len(text)}: {', '.join(text)}")
     paths = {"train": train, "validation": validation}
     return {split: read_rows(Path(path), quoting=quoting) for split, path in paths.items() if path}
+
+
+def _warn_of_seen_rows(rows: Mapping[str, list[Row]], text: Sequence[str], paths: Mapping[str, str]) -> None:
+    """Log how many evaluation rows have the texts of a training row: the model knows their answers."""
+    texts = {split: [repr([row.get(column) for column in text]) for row in found] for split, found in rows.items()}
+    trained = set(texts.get("train", ()))
+    seen = sum(found in trained for found in texts["validation"])
+    if seen:
+        logger.warning(
+            "%s: %d of %d evaluation rows are also training rows in %s; their score says little about new rows",
+            paths["validation"], seen, len(texts["validation"]), paths["train"],
+        )  # fmt: skip
 
 
 def _source(*paths: str | Path | None) -> str:

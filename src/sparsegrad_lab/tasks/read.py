@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,49 @@ def read_rows(
         ValueError: the file is empty, not UTF-8 or of another type; a row has too few or too many fields; two columns
             have the same name.
     """
+    rows = list(_rows(path, header, quoting, skip_ragged, replace_broken))
+    if not rows:
+        raise ValueError(f"{path}: expected rows, found none")
+    return rows
+
+
+def check_first_row(path: Path, columns: Iterable[tuple[str, str]], quoting: str | None = None) -> None:
+    """Raise an error if a file has no rows, or if its first row lacks a column. The other rows are not parsed.
+
+    Args:
+        path: the file.
+        columns: (setting, column) pairs; the setting is for messages.
+        quoting: see `read_rows`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a column is missing; and see `read_rows`.
+    """
+    first = next(_rows(path, None, quoting, False, False), None)
+    if first is None:
+        raise ValueError(f"{path}: expected rows, found none")
+    for setting, column in columns:
+        if column not in first:
+            near = get_close_matches(column, first, n=1)
+            advice = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"{setting}: expected a column {column!r} in {path}, found {', '.join(map(repr, first))}{advice}"
+            )
+
+
+def _rows(
+    path: Path, header: Sequence[str] | None, quoting: str | None, skip_ragged: bool, replace_broken: bool
+) -> Iterator[Row]:
+    """Parse the rows one after the other."""
     kind = path.suffix.lower()
     check_rows_file(path)
     text = _text(path, replace_broken)
     if kind in (".csv", ".tsv"):
         quoted = quoting == "minimal" or (quoting is None and kind == ".csv")
-        rows = list(_delimited(text, path, header, quoted, skip_ragged))
+        yield from _delimited(text, path, header, quoted, skip_ragged)
     else:
         objects = _json(text, path) if kind == ".json" else _json_lines(text, path)
-        rows = [_row(item, path, number) for number, item in objects]
-    if not rows:
-        raise ValueError(f"{path}: expected rows, found none")
-    return rows
+        yield from (_row(item, path, number) for number, item in objects)
 
 
 def check_rows_file(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import glue, oasst1, quora
-from .read import check_rows_file
+from .read import check_first_row
 from .task import IMAGES, LANGUAGE, TEXT, Task
 
 
@@ -29,7 +29,7 @@ class TaskSource:
         options: other arguments of the loader.
         needs: names of the settings that must be set.
         features: names of settings that the kind reads, not the loader.
-        check: raises an error for missing files of `DataArguments`; reads no file.
+        check: raises an error for missing files of `DataArguments`, and for missing columns in the first rows.
     """
 
     kind: str
@@ -48,10 +48,11 @@ class TaskSource:
         return task
 
 
-def _check_rows(data: Any) -> None:
+def _check_rows(data: Any, *, labelled: bool = False) -> None:
+    columns = [*(("data.text", column) for column in data.text), *([("data.label", data.label)] if labelled else [])]
     for path in (data.train_file, data.validation_file):
         if path is not None:
-            check_rows_file(Path(path))
+            check_first_row(Path(path), columns, data.quoting)
 
 
 def _check_folder(find: Callable[[str], object], data: Any) -> None:
@@ -79,7 +80,8 @@ _LANGUAGE = ("template", "unrelated", "packing")
 TASKS: dict[str, TaskSource] = {
     "acceptability": TaskSource(TEXT, "acceptability.load_acceptability"),
     "files": TaskSource(
-        TEXT, "files.load_files", (*_ROWS, "label", "labels", "regression"), needs=_NEEDED, check=_check_rows
+        TEXT, "files.load_files", (*_ROWS, "label", "labels", "regression"), needs=_NEEDED,
+        check=partial(_check_rows, labelled=True),
     ),
     **_GLUE,
     "quora": TaskSource(

@@ -71,7 +71,7 @@ class DataArguments:
 
         Args:
             task: name of the task.
-            files: also check that its files exist; no file is read.
+            files: also check that its files exist, and their columns; only first rows are parsed.
         """
         problems = []
         source = TASKS.get(task)
@@ -119,7 +119,7 @@ class DataArguments:
         return problems
 
     def file_problems(self, task: str) -> list[str]:
-        """Return a sentence if files of a task are missing; no file is read."""
+        """Return a sentence if files or columns of a task are missing; only first rows are parsed."""
         try:
             TASKS[task].check(self)
         except (OSError, ValueError) as error:

@@ -70,6 +70,9 @@ class SparseGradTrainerMixin:
             out of range.
     """
 
+    expects_adapter = True
+    "Log a warning for a model without an adapter."
+
     def __init__(
         self: Any,
         *args: Any,
@@ -198,6 +201,12 @@ class SparseGradTrainerMixin:
             raise ValueError("density and k select from the cores of SparseGrad layers; found a model without any")
         if self.rest_learning_rate is not None and not own:
             raise ValueError("rest_learning_rate is for what trains beside an adapter; found a model without one")
+        if self.expects_adapter and not own:
+            logger.warning(
+                "%s: found a model without an adapter, and trains its %s parameters themselves; call get_peft_model "
+                "with a SparseGradConfig first", type(self).__name__,
+                f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}",
+            )  # fmt: skip
         groups = param_groups(model, **self.sparsegrad_selection) if has_cores else []
         groups = [group for group in groups if id(group["params"][0]) in own]  # the cores; the rest follows
         for group in groups:

@@ -357,8 +357,16 @@ FILES = {
     [
         ("task", "glue/rtee", r"unknown task 'glue/rtee'; expected one of acceptability, files, glue/cola, "),
         ("task", "glue/rte", r"data.train_file is for files, text; task glue/rte does not read it"),
-        ("data.train_file", "@column.csv", r"column.csv, line 2: expected a column 'text', found 'sentence', 'label'"),
-        ("data.validation_file", "@column.csv", r"column.csv, line 2: expected a column 'text', found 'sentence'"),
+        (
+            "data.train_file",
+            "@column.csv",
+            r"data.text: expected a column 'text' in .*column.csv, found 'sentence', 'label'",
+        ),
+        (
+            "data.validation_file",
+            "@column.csv",
+            r"data.text: expected a column 'text' in .*column.csv, found 'sentence'",
+        ),
         ("data.train_file", "@empty.csv", r"empty.csv: expected rows, found none"),
         ("data.validation_file", "@header.csv", r"header.csv: expected rows, found none"),
         ("data.train_file", "@nowhere.csv", r"nowhere.csv: no such file"),

@@ -21,7 +21,7 @@ from sparsegrad_lab.methods.registry import METHODS
 from sparsegrad_lab.run.finished_run import evaluate, open_run, predict
 from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.run.settings import RunArguments
-from sparsegrad_lab.run.train import last_sixth, output_folder, train
+from sparsegrad_lab.run.train import output_folder, train
 from sparsegrad_lab.tasks.kinds import KINDS
 from sparsegrad_lab.tasks.library_logs import suppress_library_logs
 from sparsegrad_lab.tasks.load import load_task
@@ -186,12 +186,6 @@ def test_other_rows_select_than_are_scored(arguments: Arguments, tmp_path: Path)
     assert sorted([*split["development"]["text"], *split["validation"]["text"]]) == sorted(whole["text"])
     with pytest.raises(ValueError, match=r"expected rows to select and rows to score, found 24 rows .* of 0\.01"):
         train(arguments(tmp_path / "none", "--data.development_share", "0.01"), progress=False)
-
-
-def test_last_sixth() -> None:
-    log = [{"step": step, "loss": float(step)} for step in range(1, 13)] + [{"step": 12, "eval_loss": 100.0}]
-    assert last_sixth(log) == 11.5
-    assert last_sixth([]) is None
 
 
 def test_regression(arguments: Arguments, tmp_path: Path) -> None:

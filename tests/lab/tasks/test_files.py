@@ -47,6 +47,22 @@ def test_regression(tmp_path: Path) -> None:
     assert task.splits["train"]["label"][:] == [1.5, -2.0]
 
 
+def test_evaluation_rows_that_are_trained_on_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = written(tmp_path, "train.csv", "text,label\na,no\nb,yes\nc,no\n")
+    validation = written(tmp_path, "validation.csv", "text,label\nd,no\ne,yes\n")
+    load_files(train, validation, text=["text"])
+    load_files(None, validation, text=["text"])
+    load_texts(train, validation, text=["text"])
+    assert not caplog.messages
+    said = "evaluation rows are also training rows in"
+    load_files(train, train, text=["text"])
+    assert caplog.messages.pop().startswith(f"{train}: 3 of 3 {said} {train}; their score says little")
+    chat = [{"messages": turns([text, "An answer"])} for text in ("a", "b", "c", "c")]
+    repeated = json_lines(tmp_path, *chat)
+    load_texts(repeated, None, text=["messages"], val_size=0.75)
+    assert f"{repeated}: 1 of 3 {said}" in caplog.messages.pop()
+
+
 def test_samples_are_random_and_the_same_each_time(tmp_path: Path) -> None:
     path = written(tmp_path, "rows.csv", "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(50)))
     data = DataArguments(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsegrad_lab.tasks.read import check_columns, read_rows
+from sparsegrad_lab.tasks.read import check_columns, check_first_row, read_rows
 
 ROWS = [
     {"a": 'first, with "marks"', "b": "one\nline break", "label": "10"},
@@ -157,3 +157,23 @@ def test_columns_without_a_text(content: str, words: str, tmp_path: Path) -> Non
     check_columns(rows, ["a"], "rows.jsonl")
     with pytest.raises(ValueError, match=rf"rows.jsonl, {words}"):
         check_columns(rows, ["a", "b"], "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "text,label\n", "expected rows, found none"),
+        (
+            "a.csv",
+            "txt,label\na,b\nragged\n",
+            "data.text: expected a column 'text' in .*a.csv, found 'txt', 'label'; did",
+        ),
+        ("a.tsv", "text\tclass\na\tb\n", "data.label: expected a column 'label' in .*a.tsv, found 'text', 'class'$"),
+        ("a.jsonl", '{"text": "a"}\n', "data.label: expected a column 'label' in"),
+        ("a.json", '[{"label": "a"}]', "data.text: expected a column 'text' in"),
+    ],
+)
+def test_the_columns_of_the_first_row(tmp_path: Path, name: str, content: str, words: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=words):
+        check_first_row(tmp_path / name, [("data.text", "text"), ("data.label", "label")])

@@ -51,7 +51,7 @@ def test_problems(name: str, data: dict[str, Any], words: str) -> None:
 
 def test_no_problems(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
-    file.touch()
+    file.write_text("a,label\nwarm,1\n", encoding="utf-8")
     assert DataArguments().problems("acceptability") == []
     assert DataArguments(validation_file=str(file), text=["a"], labels=["-1", "1"]).problems("files") == []
 

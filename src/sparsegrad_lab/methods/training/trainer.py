@@ -48,6 +48,8 @@ class MethodTrainer(SparseGradTrainer):
         sampler: creates the order of the training rows from the data set; None: the Trainer's.
     """
 
+    expects_adapter = False  # method full trains the weights themselves
+
     def __init__(
         self,
         *args: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from ..pretrained import build_without_weights, first_line, load_tokenizer
 from ..read import Row, check_columns
 from ..settings import DataArguments
 from ..task import Task
+
+logger = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
 
@@ -183,6 +186,16 @@ class Kind(ABC):
         """
         numbers = getattr(config, "label2id", None) or {}
         return task.with_label_order(sorted(numbers, key=numbers.__getitem__))
+
+
+def warn_of_cut_rows(lengths: Sequence[int], max_length: int, where: str) -> None:
+    """Log how many rows fill `max_length` tokens; what does not fit into it was cut off."""
+    full = sum(length >= max_length for length in lengths)
+    if full:
+        logger.warning(
+            "%s: %d of %d rows fill data.max_length, %d tokens; longer rows were cut off", where, full, len(lengths),
+            max_length,
+        )  # fmt: skip
 
 
 def check_token_ids(ids: Sequence[int], model: Any, tokenizer: Any) -> None:

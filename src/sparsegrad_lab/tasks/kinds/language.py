@@ -21,7 +21,7 @@ from ..pretrained import check_length
 from ..read import Row, check_columns
 from ..settings import DataArguments
 from ..task import Task
-from .kind import Kind, Rows, check_token_ids
+from .kind import Kind, Rows, check_token_ids, warn_of_cut_rows
 from .packing import pack
 from .writer import IGNORED, Writer
 
@@ -65,6 +65,7 @@ class LanguageKind(Kind):
                 "%s, %s: skipped %d of %d rows with nothing to learn in their first %d tokens", task.name, split,
                 skipped, len(rows), data.max_length,
             )  # fmt: skip
+        warn_of_cut_rows([len(ids) for ids in found["input_ids"]], data.max_length, f"{task.name}, {split}")
         features = Dataset.from_dict(found)
         if not data.packing or split != "train":
             return features

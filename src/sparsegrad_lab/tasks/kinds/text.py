@@ -16,7 +16,7 @@ from ..metrics import predictions_of, score
 from ..pretrained import check_length
 from ..settings import DataArguments
 from ..task import Task
-from .kind import Kind, Rows, check_token_ids
+from .kind import Kind, Rows, check_token_ids, warn_of_cut_rows
 
 _BATCH_SIZE = 64
 
@@ -47,6 +47,7 @@ class TextKind(Kind):
                 f"{task.name}, {split}: row {empty[0]} has an empty text, for which the tokenizer gives no tokens; "
                 f"remove such rows ({len(empty)} of {len(rows)})"
             )
+        warn_of_cut_rows([len(ids) for ids in features["input_ids"]], data.max_length, f"{task.name}, {split}")
         return features
 
     def collator(self, processor: Any, length: int | None) -> Callable[[Rows], dict[str, Tensor]]:
@@ -76,7 +77,7 @@ def text_logits(
 ) -> np.ndarray[Any, Any]:
     """Return the logits (rows, classes) of rows of one text or two."""
     device = next(model.parameters()).device
-    found = []
+    found, lengths = [], []
     for start in range(0, len(texts), _BATCH_SIZE):
         columns = zip(*texts[start : start + _BATCH_SIZE], strict=True)
         batch = tokenizer(
@@ -85,7 +86,9 @@ def text_logits(
         if not batch["input_ids"].numel():
             raise ValueError("the text is empty, and the tokenizer adds no tokens; give a longer text")
         check_token_ids(batch["input_ids"].flatten().tolist(), model, tokenizer)
+        lengths += batch["attention_mask"].sum(1).tolist()
         found.append(model(**batch.to(device)).logits.float().cpu())
+    warn_of_cut_rows(lengths, max_length, "predict")
     return torch.cat(found).numpy()
 
 

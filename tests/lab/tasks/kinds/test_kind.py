@@ -131,3 +131,14 @@ def test_rows_without_a_prompt(row: dict[str, Any], words: str) -> None:
     found.line = 2
     with pytest.raises(ValueError, match=rf"rows.jsonl, {words}"):
         KINDS[LANGUAGE].check_rows(task, [found], "rows.jsonl")
+
+
+def test_rows_that_are_cut_off_are_counted(tiny_bert: Path, caplog: pytest.LogCaptureFixture) -> None:
+    processor, kind = load_tokenizer(str(tiny_bert)), KINDS[TEXT]
+    kind.features(task_of("a", "b", "c"), "train", processor, DataArguments(max_length=8))
+    assert not caplog.messages
+    kind.features(task_of("a", "b", "c"), "train", processor, DataArguments(max_length=4))
+    assert caplog.messages.pop() == "x, train: 3 of 8 rows fill data.max_length, 4 tokens; longer rows were cut off"
+    task = Task("x", ("text",), None, ("loss",), SPLITS, kind=LANGUAGE)
+    KINDS[LANGUAGE].features(task, "train", processor, DataArguments(max_length=2))
+    assert "x, train: 8 of 8 rows fill data.max_length, 2 tokens" in caplog.messages.pop()

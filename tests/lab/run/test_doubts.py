@@ -1,0 +1,44 @@
+"""Runs that learnt nothing useful say so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsegrad_lab.run.doubts import doubts, mean_loss
+from sparsegrad_lab.tasks.metrics import scores_by_class
+
+
+def log(*losses: float) -> list[dict[str, Any]]:
+    return [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
+
+
+def of_classes(labels: list[int], predictions: list[int], names: tuple[str, ...] = ("no", "yes")) -> Any:
+    return scores_by_class(names, np.array(labels), np.array(predictions))
+
+
+def test_mean_loss() -> None:
+    entries = [*log(*map(float, range(1, 13))), {"step": 12, "eval_loss": 100.0}]
+    assert mean_loss(entries, 5 / 6, 1) == 11.5
+    assert mean_loss(entries, 0, 1 / 6) == 1.5
+    assert mean_loss([], 0, 1) is None
+
+
+def test_one_class_for_all_rows() -> None:
+    (found,) = doubts(of_classes([0, 1, 1], [1, 1, 1]), [])
+    assert found.startswith("the model predicts 'yes' for every row; try another learning rate")
+    assert not doubts(of_classes([0, 1, 1], [0, 1, 1]), [])
+    assert not doubts(of_classes([1, 1], [1, 1]), [])  # there is nothing else to predict
+    many = tuple(map(str, range(200)))
+    assert not doubts(of_classes([0, 1], [1, 1], many), [])  # its confusion matrix is not kept
+    assert not doubts(None, [])
+
+
+@pytest.mark.parametrize(
+    ("losses", "rose"), [((2.0,) * 5 + (2.3,), True), ((2.0,) * 5 + (2.1,), False), ((2.0,), False)]
+)
+def test_a_loss_that_rose(losses: tuple[float, ...], rose: bool) -> None:
+    found = doubts(None, log(*losses))
+    assert found == (["the training loss rose from 2.000 to 2.300; lower training.learning_rate"] if rose else [])
