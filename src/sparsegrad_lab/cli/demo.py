@@ -66,7 +66,7 @@ def demo_arguments(method: str, output: Path, epochs: float) -> RunArguments:
 def comparison(results: list[dict[str, Any]]) -> Table:
     """Return a table with a row per result."""
     metric = display_name(results[0]["metric"])
-    table = Table("", metric, "trained entries", "saved, MB", "calibration, s", "training, s")
+    table = Table("", metric, "trained entries", "saved, MB", "calibration, s", "training, s", box=None)
     for result in results:
         calibration = result["calibration"]
         table.add_row(

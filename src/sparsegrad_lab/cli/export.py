@@ -16,6 +16,8 @@ EXAMPLE = (
     "error of each layer's update, which is 0 if rank 8 is enough."
 )
 
+_LARGE_ERROR = 0.1
+
 
 def main(argv: list[str]) -> None:
     """Export an adapter, and print the error of each layer."""
@@ -53,3 +55,10 @@ def main(argv: list[str]) -> None:
     console = Console(markup=False, emoji=False)
     console.print(table)
     console.print(f"written: {options.output}", highlight=False, soft_wrap=True)
+    lossy = [layer for layer, error in errors.items() if error > _LARGE_ERROR]
+    if lossy:
+        console.print(
+            f"{len(lossy)} of {len(errors)} layers lost more than a tenth of their update, at most "
+            f"{max(errors.values()):.0%}. Evaluate the export before you use it, or raise --rank (full: exact).",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip

@@ -100,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"sparsegrad {verb}{where}: {_message(error)}", file=sys.stderr)
         return exit_code_of(error)
     except KeyboardInterrupt as interrupt:
-        where = "" if verb in ("generate", "judge") else " from the last checkpoint"
-        advice = f"; run the same command to resume{where}" if verb in RESUMABLE else ""
+        where = "" if verb in ("generate", "judge") else ", from the last checkpoint if there is one"
+        advice = f"; run the same command to go on{where}" if verb in RESUMABLE else ""
         if reports(interrupt):
             print(f"sparsegrad {verb}: interrupted{advice}", file=sys.stderr)
         return ExitCode.INTERRUPTED

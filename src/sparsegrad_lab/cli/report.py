@@ -39,7 +39,8 @@ def main(argv: list[str]) -> None:
     report = read_report(options.runs, options.baseline)
     for section in report.sections:
         start = f"{section.title}, " if section.name else ""
-        print("\n  ".join([f"{start}{len(section.runs)} runs", *verdict(section)]))
+        count = len(section.runs)
+        print("\n  ".join([f"{start}{count} run{'' if count == 1 else 's'}", *verdict(section)]))
     for run_folder in report.unfinished:
         print(f"not finished: {run_folder}")
     for reason in report.rejected:

@@ -57,7 +57,8 @@ def count_activations(
     }
     found = {}
     for key, adapt in methods.items():
-        adapted = adapt(copy.deepcopy(model).to(dtype)).train()
+        with suppress_library_logs():
+            adapted = adapt(copy.deepcopy(model).to(dtype)).train()
         try:
             found[key] = _saved_bytes(adapted, model, batch_size, length, checkpointing)
         except Exception as error:  # a model's own code may read values, which fake tensors do not have

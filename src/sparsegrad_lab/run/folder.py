@@ -273,6 +273,8 @@ class RunFolder:
         """
         path = self.path / "config.yaml"
         if not path.is_file():
+            if not self.path.exists():
+                raise FileNotFoundError(f"there is no {self}; expected the folder of a run")
             several = sorted(self.path.glob("seed-*"))
             hint = f"; it holds several runs, give one of them, such as {several[0]}" if several else ""
             raise FileNotFoundError(f"{self} is not a run folder (no config.yaml){hint}")

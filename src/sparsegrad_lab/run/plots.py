@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from ..tasks.task import display_name
 
@@ -47,6 +48,7 @@ def plot_curves(
         losses.legend()
         for axes in (losses, scores):
             axes.grid(alpha=0.3)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if with_matrix and by_class is not None:
             _draw_confusion(others[0], list(by_class["classes"]), confusion)
         figure.suptitle(title)
@@ -86,6 +88,10 @@ def plot_search(trials: list[dict[str, Any]], title: str) -> bytes:
                 label = f"batch {size}, {state}"
                 axes.scatter(*zip(*points, strict=True), marker=marker, color=f"C{colour}", label=label)
     axes.set(xscale="log", xlabel="learning rate", ylabel="score", title=title)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.tick_params(axis="x", rotation=30)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return _as_png(figure, 110)

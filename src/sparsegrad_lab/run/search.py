@@ -277,7 +277,7 @@ def _write_results(study: optuna.Study, arguments: RunArguments, folder: Path, h
     best = max(complete, key=lambda trial: trial["score"] if higher else -trial["score"])
     settings = arguments.as_dict()
     settings["training"] |= {name: best[name] for name in ("learning_rate", "batch_size")}
-    settings["output"] = RunArguments().output
+    settings["output"] = str(folder / "best")
     write_whole(
         folder / "best.yaml",
         f"# The best of {len(trials)} trials, score {best['score']:.4f}: sparsegrad train --config best.yaml\n"

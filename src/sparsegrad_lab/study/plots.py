@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from ..figures.drawing import svg_text
 from .runs import Run
@@ -19,6 +20,7 @@ from .statistics import Comparison, by_unit, compare_all, score_table
 
 _MARKERS = "os^Dv<>Pp*X"
 "Eleven, with ten colours: 110 methods look different, also without colours."
+_TICKS = 4
 _DARK = """<style>@media (prefers-color-scheme: dark) {
 text, [style*="fill: #000000"] { fill: #e6e6e6 !important; }
 [style*="stroke: #000000"] { stroke: #b0b0b0 !important; }
@@ -41,7 +43,7 @@ def difference_plots(section: Section) -> list[Plot]:
     plots = []
     for unit, part, found in _comparisons(section):
         scores = score_table(part.runs).groupby(level="task").mean()
-        with _drawing(5.2, 1.1 + 0.4 * len(found)) as (figure, [axes]):
+        with _drawing(5.2, 1.1 + 0.4 * _lines(one.method for one in found)) as (figure, [axes]):
             for place, comparison in enumerate(found):
                 dots = (scores[comparison.method] - scores[comparison.other]).dropna()
                 axes.plot(dots, [place] * len(dots), "o", color="C0", alpha=0.45, markersize=5, markeredgewidth=0)
@@ -49,7 +51,7 @@ def difference_plots(section: Section) -> list[Plot]:
                     axes.plot([comparison.low, comparison.high], [place, place], color="C0", linewidth=2.5)
                 axes.plot(comparison.difference, place, "D", color="C0", markersize=8)
             axes.axvline(0, color="#000000", linewidth=0.9)
-            axes.set_yticks(range(len(found)), [comparison.method for comparison in found])
+            axes.set_yticks(range(len(found)), [_wrapped(comparison.method) for comparison in found])
             axes.set_ylim(len(found) - 0.5, -0.5)
             axes.set_xlabel(f"difference, {unit} ({'right' if part.runs[0].higher_is_better else 'left'} is better)")
             svg = _svg(figure)
@@ -80,7 +82,7 @@ def cost_plots(section: Section) -> list[Plot]:
         if not panels:
             continue
         methods = [method for method in section.methods if any(method in values for values in panels.values())]
-        with _drawing(6.4, 2.5 * -(-len(panels) // 2) + 0.3 + 0.2 * -(-len(methods) // 3), len(panels)) as (
+        with _drawing(6.4, 2.5 * -(-len(panels) // 2) + 0.3 + 0.2 * -(-_lines(methods) // 3), len(panels)) as (
             figure,
             axes,
         ):
@@ -89,7 +91,7 @@ def cost_plots(section: Section) -> list[Plot]:
                     mark = _mark(list(section.methods).index(method))
                     panel.plot(value, points[method], linestyle="", label=method, **mark)
                 panel.axhline(0, color="#000000", linewidth=0.7, alpha=0.5)
-                panel.set_xlabel(cost)
+                panel.set_xlabel(fill(cost, 36))
                 _show_at_least(panel, 0.5 if unit == "points" else 0.005)
                 if "bytes" in cost:
                     panel.set_xscale("log")
@@ -97,14 +99,16 @@ def cost_plots(section: Section) -> list[Plot]:
                     panel.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
                     panel.xaxis.set_major_formatter("{x:g}")
                     panel.xaxis.set_minor_formatter("")
+                else:
+                    panel.xaxis.set_major_locator(MaxNLocator(_TICKS))
             for panel in axes[::2]:
                 panel.set_ylabel(f"difference, {unit}")
             handles = {
                 label: line for panel in axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
             }
             figure.legend(
-                [handles[method] for method in methods], methods, loc="outside lower center", ncols=3, fontsize=9,
-                frameon=False,
+                [handles[method] for method in methods], [*map(_wrapped, methods)], loc="outside lower center",
+                ncols=3, fontsize=9, frameon=False,
             )  # fmt: skip
             svg = _svg(figure)
         words = "; ".join(
@@ -133,10 +137,10 @@ def forgetting_plots(section: Section) -> list[Plot]:
                 points[method] = tuple(sum(values) / len(values) for values in zip(*pairs, strict=True))
         if not points:
             continue
-        with _drawing(4.4, 3.0 + 0.2 * -(-len(points) // 2)) as (figure, [axes]):
+        with _drawing(4.4, 3.0 + 0.2 * -(-_lines(points) // 2)) as (figure, [axes]):
             for method, (rise, gain) in points.items():
                 mark = _mark(list(section.methods).index(method))
-                axes.plot(100 * rise, gain, linestyle="", label=method, **mark)
+                axes.plot(100 * rise, gain, linestyle="", label=_wrapped(method), **mark)
             axes.axvline(0, color="#000000", linewidth=0.7, alpha=0.5)
             axes.set_xlabel("unrelated texts: change of perplexity, %")
             unit = section.runs_of(task)[0].unit
@@ -168,14 +172,16 @@ def run_plots(section: Section) -> list[Plot]:
 
 
 def _run_plot(section: Section, task: str, label: str, runs: list[Run], cost: Callable[[Run], float]) -> Plot:
-    with _drawing(4.2, 3.2) as (figure, [axes]):
+    present = [method for method in section.methods if any(run.method_name == method for run in runs)]
+    with _drawing(4.2, 3.0 + 0.2 * -(-_lines(present) // 2)) as (figure, [axes]):
         for number, method in enumerate(section.methods):
             points = [(cost(run), run.value) for run in runs if run.method_name == method]
             if points:
-                axes.plot(*zip(*points, strict=True), linestyle="", label=method, alpha=0.85, **_mark(number))
+                axes.plot(*zip(*points, strict=True), linestyle="", label=_wrapped(method), alpha=0.85, **_mark(number))
         unit = runs[0].unit
         axes.set(xlabel=label, ylabel="100 x score" if unit == "points" else unit)
-        axes.legend(fontsize=7, framealpha=0.2)
+        axes.xaxis.set_major_locator(MaxNLocator(_TICKS))
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
         svg = _svg(figure)
     word, top = ("highest", runs[-1]) if runs[0].higher_is_better else ("lowest", runs[0])
     description = f"{task}: {word} {top.format(top.value)} by {top.method_name} at {cost(top):,.0f} ({label})."
@@ -231,6 +237,16 @@ def _calibration_shares(section: Section) -> dict[str, float]:
     return (
         {method: sum(found) / len(found) for method, found in shares.items()} if any(map(sum, shares.values())) else {}
     )
+
+
+def _wrapped(method: str) -> str:
+    """A method's name in lines that leave room for the plot."""
+    return fill(method, 22)
+
+
+def _lines(methods: Iterable[str]) -> int:
+    """Number of lines of the names."""
+    return sum(_wrapped(method).count("\n") + 1 for method in methods)
 
 
 def _show_at_least(axes: Any, distance: float) -> None:

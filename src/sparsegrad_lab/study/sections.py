@@ -99,10 +99,12 @@ def read_report(paths: Iterable[str | Path], baseline: str | None = None) -> Rep
         ValueError: the baseline has no runs.
     """
     files = read_results(paths)
-    methods = sorted({run.method_name for run in files.runs})
+    sections = _sections(files, baseline)
+    # The second part has the names of methods with several settings, such as "lora (rank 4)".
+    methods = sorted({run.method_name for run in files.runs} | {name for one in sections for name in one.methods})
     if baseline is not None and baseline not in methods:
         raise ValueError(f"baseline: expected a method that has runs, one of {', '.join(methods)}; found {baseline!r}")
-    return Report(_note_shared_runs(_sections(files, baseline)), files.unfinished, files.rejected)
+    return Report(_note_shared_runs(sections), files.unfinished, files.rejected)
 
 
 def _sections(files: ResultFiles, baseline: str | None) -> list[Section]:

@@ -25,7 +25,9 @@ def verdict(section: Section) -> list[str]:
         ]
     if baseline not in methods or len(methods) == 1:
         runs = f"{len(section.runs)} run{'s' if len(section.runs) > 1 else ''}"
-        impossible = f"{runs} of {', '.join(methods)}; no comparison with {baseline} is possible."
+        several = [method for method in methods if method.startswith(f"{baseline} (")]
+        advice = f": it has runs with several settings. Choose one: --baseline '{several[0]}'" if several else ""
+        impossible = f"{runs} of {', '.join(methods)}; no comparison with {baseline} is possible{advice}."
         return [impossible, *_missing(section), *section.remarks]
     parts = list(by_unit(section).values())
     comparisons: list[str] = []

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _MISSING = ("", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>")  # spellings of missing values
+_SHOWN_CLASSES = 10  # in a message
 _UNLABELLED = -1.0  # marks rows without a label in many data sets, GLUE's test files among them
 
 
@@ -102,12 +103,18 @@ def labelled_dataset(
             value = _class_number(word)
             found = by_name.get(word, None if value is None else by_value.get(value))
         if found is None:
-            expected = "a number" if labels is None else f"one of {', '.join(map(repr, labels))}"
+            expected = "a number" if labels is None else f"one of {_listed(labels)}"
             raise ValueError(f"{where}, line {row.line}: expected {expected} as {label!r}, found {row[label]!r}")
         return found
 
     columns: dict[str, list[Any]] = {column: [row[column] for row in rows] for column in text}
     return Dataset.from_dict({**columns, "label": [read(row) for row in rows]})
+
+
+def _listed(labels: Sequence[str]) -> str:
+    """Name the classes, or the first of many."""
+    more = f", ... ({len(labels)} classes)" if len(labels) > _SHOWN_CLASSES else ""
+    return f"{', '.join(map(repr, labels[:_SHOWN_CLASSES]))}{more}"
 
 
 def _class_number(word: str) -> Decimal | None:

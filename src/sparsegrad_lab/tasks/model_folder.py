@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,5 +69,7 @@ def check_model_folder(name: str) -> None:
         raise ValueError(f"{name}: expected a model's folder, with config.json and weights; found a file")
     if folder.is_dir() and not (folder / "config.json").is_file() and find_gguf(folder) is None:
         raise FileNotFoundError(f"the folder {name} has no config.json; expected a model's folder")
+    if not folder.exists() and (near := get_close_matches(name, PACKAGED, n=1, cutoff=0.8)):
+        raise FileNotFoundError(f"there is no model {name}; did you mean {near[0]}?")
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"there is no folder {name}")

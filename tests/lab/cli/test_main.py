@@ -286,6 +286,9 @@ def test_export_and_inspect(finished_run: Path, tiny_bert: Path, run: Run, tmp_p
     assert status == 0
     assert out.endswith(f"written: {target}\n")
     assert json.loads((target / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"] == "LORA"
+    status, out, _ = run("export", str(finished_run), "--rank", "1", "--output", str(tmp_path / "small"))
+    assert status == 0
+    assert re.search(r"4 of 4 layers lost more than a tenth of their update, at most \d+%\. Evaluate the export", out)
     status, out, _ = run("inspect", str(tiny_bert), "--c", "0.5", "--r", "0.5", "--json", "true")
     assert status == 0
     assert sum(group["layers"] for group in json.loads(out)["groups"]) == 4
@@ -411,6 +414,7 @@ FILES = {
         ("output", "@", r"is not empty and holds no run \(no config.yaml\); choose another output folder"),
         ("model", "@nowhere", r"there is no folder .*nowhere"),
         ("model", "@one.csv", r"one.csv: expected a model's folder, with config.json and weights; found a file"),
+        ("model", "minlm", r"there is no model minlm; did you mean minilm\?"),
         ("model", "@", r"has no config.json; expected a model's folder"),
     ],
 )

@@ -82,7 +82,9 @@ def test_a_killed_run_resumes(
         assert process.returncode == -number
     else:
         assert process.returncode == 130
-        assert err.endswith("sparsegrad train: interrupted; run the same command to resume from the last checkpoint\n")
+        assert err.endswith(
+            "sparsegrad train: interrupted; run the same command to go on, from the last checkpoint if there is one\n"
+        )
         assert "Traceback" not in err
     assert not RunFolder(run).finished
     assert not (run / "adapter").exists()

@@ -51,6 +51,14 @@ def test_runs_of_one_seed_are_told_apart(folder: Path, real: dict[str, Any]) -> 
     names = {"full (learning_rate 0.0001)": 0.1, "full (learning_rate 0.01)": 10.0}
     assert {run.method_name: run.value for run in section.runs if "full" in run.method_name} == pytest.approx(names)
 
+    [section] = read_report([folder], "full").sections
+    [words] = [line for line in verdict(section) if "no comparison with full is possible" in line]
+    first = min(names)
+    assert words.endswith(f"it has runs with several settings. Choose one: --baseline '{first}'.")
+    [section] = read_report([folder], first).sections
+    assert section.baseline == first
+    assert any(f"against {first}: " in line for line in verdict(section))
+
 
 def test_rows_of_ones_own_are_told_apart(real: dict[str, Any], tmp_path: Path) -> None:
     """A task is named by its file, and everybody's is "train"."""

@@ -59,6 +59,11 @@ def test_other_spelling_in_another_split() -> None:
     ("label", "labels", "words"),
     [
         ("2", ["0", "1"], r"rows.csv, line 2: expected one of '0', '1' as 'label', found '2'"),
+        (
+            "x",
+            [f"c{n}" for n in range(60)],
+            r"expected one of 'c0', 'c1', .*'c9', \.\.\. \(60 classes\) as 'label', found 'x'",
+        ),
         ("many", None, r"rows.csv, line 2: expected a number as 'label', found 'many'"),
         ("nan", None, r"rows.csv, line 2: expected a number as 'label', found 'nan'"),
         ("inf", None, r"rows.csv, line 2: expected a number as 'label', found 'inf'"),
