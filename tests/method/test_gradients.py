@@ -267,6 +267,28 @@ def test_train_or_eval_mode(training: bool | None) -> None:
     assert seen == [expected, expected]
 
 
+def test_small_gradients_of_float16_weights() -> None:
+    """Without a scaled loss, those below 6e-8 would be zero, and those somewhat above it would be rounded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 4)).half()
+    exact = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 4)).to(F64)
+    exact.load_state_dict(model.state_dict())
+    x = torch.randn(8, 6).half()
+
+    def found(net: nn.Module, factor: float) -> dict[str, Tensor]:
+        gradients: dict[str, Tensor] = {}
+        weight = next(net.parameters())
+        step = lambda: net(x.to(weight.dtype)).to(F64).square().mean().mul(factor).to(weight.dtype)  # noqa: E731
+        stream_gradients(net, ["0", "1"], lambda name, G: gradients.update({name: G.clone()}), step=step, n_steps=1)
+        return gradients
+
+    for factor in (1.0, 1e-7):
+        gradients, expected = found(model, factor), found(exact, factor)
+        for name, G in gradients.items():
+            assert G.dtype == torch.float32
+            assert ((G - expected[name]).norm() / expected[name].norm()) < 2e-2, (factor, name)
+
+
 def test_train_mode_is_the_default() -> None:
     net = nn.Sequential(nn.Linear(2, 2)).eval()
     seen = []

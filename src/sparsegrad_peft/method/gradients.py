@@ -38,6 +38,9 @@ Step = Callable[[], Tensor]
 LossFunction = Callable[[nn.Module, Any], Tensor]
 OnGradient = Callable[[str, Tensor], None]
 
+_FLOAT16_SCALE = 1024.0
+"The smallest number of float16 is 6e-8, and the gradient of a token's logits is often smaller."
+
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
     """Return `model(**batch).loss`, the convention of Hugging Face models. Moves the batch to the model's device.
@@ -118,15 +121,26 @@ def stream_gradients(
     ):
         _prepare(model, config)
         averaging = Averaging(hooks)
-        counts = _hook_targets(model, found, on_gradient, config.trajectory, averaging)
-        _hook_moving(others, config.trajectory, averaging)
+        scale = _loss_scale(model)
+        counts = _hook_targets(model, found, on_gradient, config.trajectory, averaging, scale)
+        _hook_moving(others, config.trajectory, averaging, scale)
         for number in progress_bar(range(1, config.n_steps + 1), progress):
-            _backpropagate(model, stream, loss_of, averaging, number)
+            _backpropagate(model, stream, loss_of, averaging, number, scale)
             _check_reached(counts, number, config.n_steps)
 
 
+def _loss_scale(model: nn.Module) -> float:
+    """Return the factor of the loss: above 1 for weights in float16, where small gradients would become zero."""
+    return _FLOAT16_SCALE if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
+
+
+def _unscaled(gradient: Tensor, scale: float) -> Tensor:
+    """Return the gradient of the loss itself, from that of the scaled loss."""
+    return gradient if scale == 1 else gradient.float() / scale
+
+
 def _backpropagate(
-    model: nn.Module, stream: Iterator[Any], loss_of: LossFunction, averaging: Averaging, number: int
+    model: nn.Module, stream: Iterator[Any], loss_of: LossFunction, averaging: Averaging, number: int, scale: float
 ) -> None:
     """Take one step. A process that fails stops all, before the others wait for it in a collective operation."""
     with failing_together():
@@ -135,7 +149,7 @@ def _backpropagate(
         loss = loss_of(model, batch)
         _check_loss(loss, number)
     with failing_together(), averaging.backward():
-        loss.backward()
+        loss.backward(torch.full_like(loss, scale))
 
 
 def _prepare(model: nn.Module, config: CalibrationConfig) -> None:
@@ -161,6 +175,7 @@ def _hook_targets(
     on_gradient: OnGradient,
     trajectory: Trajectory | None,
     averaging: Averaging,
+    scale: float,
 ) -> dict[str, int]:
     """Hand on each target's gradient as soon as it is complete, and drop it. Return the number of gradients so far."""
     counts = dict.fromkeys(targets, 0)
@@ -168,6 +183,7 @@ def _hook_targets(
     def receiver(name: str, weight: Tensor, transposed: bool) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def receive(gradient: Tensor) -> None:
+            gradient = _unscaled(gradient, scale)
             G = gathered(gradient)
             if not bool(G.isfinite().all()):
                 raise ValueError(
@@ -196,7 +212,9 @@ def _modules_and_parameters(model: nn.Module) -> list[str]:
     return names
 
 
-def _hook_moving(parameters: Iterable[nn.Parameter], trajectory: Trajectory | None, averaging: Averaging) -> None:
+def _hook_moving(
+    parameters: Iterable[nn.Parameter], trajectory: Trajectory | None, averaging: Averaging, scale: float
+) -> None:
     """Move each parameter along the trajectory when its gradient is complete, and drop the gradient."""
     if trajectory is None:
         return
@@ -204,7 +222,7 @@ def _hook_moving(parameters: Iterable[nn.Parameter], trajectory: Trajectory | No
     def mover(parameter: Tensor) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def move(gradient: Tensor) -> None:
-            trajectory.update(parameter, gradient, trajectory.lr)
+            trajectory.update(parameter, _unscaled(gradient, scale), trajectory.lr)
 
         return move
 
