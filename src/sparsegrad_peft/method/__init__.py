@@ -4,7 +4,8 @@
     gram            gradients -> Gram matrices, streamed (the paper)
     pairs           gradients -> products of different gradients, streamed (the adapter's default)
     projected       the same for large models, with less memory
-    hosvd        2  any of these sums -> orthogonal factors and spectra
+    hosvd        2  Gram matrices -> orthogonal factors and spectra
+    common_energy   the same for the sums of pairs and projected
     statistics      ... -> the group's basis, and the scales of the entries
     basis           Basis(U, V), shared by a group of layers
     selection    3  gradient in the basis -> its k largest entries

@@ -9,8 +9,7 @@ replaces its SVD.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -77,7 +76,7 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
     check_rows(rows, n, name)
     diagonal = gram.diagonal()
     energy = float(diagonal.sum())
-    _check_energy(gram, energy, name)
+    check_energy(gram, energy, name)
     asymmetry = float((gram - gram.T).abs().max())
     if asymmetry > 1e-3 * float(diagonal.max()):
         raise ValueError(
@@ -89,118 +88,18 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
         with without_autocast(gram.device):
             spectrum, vectors = _leading(gram, count)
     else:
-        spectrum, columns = _eigh(gram)  # ascending
+        spectrum, columns = eigh(gram)  # ascending
         spectrum, vectors = spectrum.flip(0), columns.flip(1).T
     spectrum = spectrum.clamp_min(0)  # rounding leaves tiny negative values in place of 0
     # Rounding in the sums and in the eigensolver is of the order of √n eps of the strongest eigenvalue.
     rank = int((spectrum > math.sqrt(n) * torch.finfo(gram.dtype).eps * spectrum[0]).sum())
     if count is None:
-        count = _count_by_energy(spectrum, str(rows))
+        count = count_by_energy(spectrum, str(rows))
     vectors = vectors[:count].contiguous()
     return Eigenbasis(fix_signs(vectors), spectrum, energy, rank)
 
 
-def eigenbasis_of_pairs(
-    factors: Sequence[Float[Tensor, "_ n"]],
-    own: Float[Tensor, "n n"],
-    steps: float,
-    rows: Rows = "full",
-    *,
-    name: str = "the products of pairs",
-) -> Eigenbasis:
-    """Return the eigenvectors of `A = Σ FᵀF - own` over factors, with the largest eigenvalues first.
-
-    Each factor is the sum of `steps` gradients, and `own` the sum of their Gram matrices. `A` is symmetric and may have
-    negative eigenvalues. They count as an energy of 0. If none stands above rounding, as for a single gradient,
-    `Σ FᵀF` stands for `A`.
-
-    Raises:
-        ValueError: the factors or `own` are not finite, or the factors are zero; `rows` is out of range.
-    """
-    n = len(own)
-    check_rows(rows, n, name)
-    with without_autocast(own.device):
-        total = torch.zeros_like(own)
-        for F in factors:
-            total.addmm_(F.T, F)
-    _check_energy(total, float(total.diagonal().sum()), name)
-    _check_energy(own, float(own.diagonal().sum()), name)
-    rounding = math.sqrt(n) * torch.finfo(own.dtype).eps * float(own.diagonal().sum())
-    values, columns = _eigh(total - own)  # ascending
-    if steps <= 1 or float(values[-1]) <= rounding:
-        return eigenbasis(total, rows, name=name)
-    found = _of_eigenpairs(values, columns, rows)
-    with without_autocast(own.device):
-        energies = (found.vectors @ own * found.vectors).sum(1)
-    return replace(found, common=_common(found.spectrum[: len(found.vectors)] / (steps - 1), energies))
-
-
-def eigenbasis_of_halves(
-    factors: Sequence[Float[Tensor, "2 _ n"]], steps: tuple[int, int], rows: int, *, name: str = "the sums"
-) -> Eigenbasis:
-    """Return the eigenvectors of `A = Σ (F₁ᵀF₂ + F₂ᵀF₁) / 2` over pairs of factors, with the largest eigenvalues first.
-
-    `A` is symmetric and may have negative eigenvalues, in directions where the two factors disagree. They count as an
-    energy of 0. If none stands above rounding, `F₁ + F₂` stands for both factors. No (n, n) matrix is made.
-
-    Args:
-        factors: (2, m, n) for each layer.
-        steps: number of gradients in `F₁` and in `F₂`.
-        rows: how many rows to keep.
-        name: of the sums in messages.
-
-    Raises:
-        ValueError: the factors are not finite or zero; `rows` is out of range.
-    """
-    check_rows(rows, factors[0].shape[2], name)
-    for pair in factors:
-        _check_energy(pair, float(pair.square().sum()), name)
-    with without_autocast(factors[0].device):
-        halves = [torch.cat([pair[half] for pair in factors]).double() for half in (0, 1)]
-        Q, R = torch.linalg.qr(torch.cat(halves).T)
-        first, second = R.chunk(2, dim=1)
-        product = first @ second.T
-        values, mixing = _eigh((product + product.T) / 2)
-        columns = (Q @ mixing).to(factors[0].dtype)
-    if float(values[-1]) <= torch.finfo(values.dtype).eps * float(R.square().sum()):
-        whole = eigenbasis_of_halves([pair.sum(0).expand(2, -1, -1) for pair in factors], steps, rows, name=name)
-        return replace(whole, common=None)
-    found = _of_eigenpairs(values.to(factors[0].dtype), columns, rows)
-    with without_autocast(factors[0].device):
-        along = [pair @ found.vectors.T for pair in factors]  # (2, m, rows)
-    return replace(found, common=_common_of_halves(along, steps))
-
-
-def _of_eigenpairs(values: Float[Tensor, " m"], columns: Float[Tensor, "n m"], rows: Rows) -> Eigenbasis:
-    """Return the leading eigenvectors of a matrix that may have negative eigenvalues, given in ascending order."""
-    spectrum = values.flip(0).clamp_min(0)
-    rank = int((values.abs() > math.sqrt(len(columns)) * torch.finfo(values.dtype).eps * values[-1]).sum())
-    count = row_count(rows, len(columns)) or _count_by_energy(spectrum, str(rows))
-    vectors = columns[:, -count:].flip(1).T.contiguous()
-    return Eigenbasis(fix_signs(vectors), spectrum, float(spectrum.sum()), rank)
-
-
-def _common(pairs: Float[Tensor, " k"], own: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-    """Return the share of the energies `own` that is in products of different steps."""
-    return (pairs / own.clamp_min(torch.finfo(own.dtype).tiny)).clamp(0, 1)
-
-
-def _common_of_halves(along: Sequence[Float[Tensor, "2 _ k"]], steps: tuple[int, int]) -> Float[Tensor, " k"] | None:
-    """Return the same from the sums of both halves along k directions; None if one half is empty.
-
-    What the steps have in common is in the product of the means of both halves. It cancels in their difference, which
-    holds the noise.
-    """
-    first, second = steps
-    if not second:
-        return None
-    means = [(pair[0] / first, pair[1] / second) for pair in along]
-    common = torch.stack([(one * other).sum(0) for one, other in means]).sum(0).clamp_min(0)
-    noise = torch.stack([(one - other).square().sum(0) for one, other in means]).sum(0)
-    return _common(common, common + noise * first * second / (first + second))
-
-
-def _eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+def eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
     """Return eigenvalues, ascending, and eigenvectors as columns.
 
     LAPACK's solver may not converge in float32 if many eigenvalues are 0, as for features without a gradient. It does
@@ -242,47 +141,13 @@ def strongest_features(energies: Float[Tensor, " n"], rows: Rows, *, name: str =
         ValueError: the energies are not finite, or all zero.
     """
     check_rows(rows, len(energies), name)
-    _check_energy(energies, float(energies.sum()), name)
+    check_energy(energies, float(energies.sum()), name)
     order = energies.argsort(descending=True, stable=True)
     count = row_count(rows, len(energies))
     if count is None:
-        count = _count_by_energy(energies[order], str(rows))
+        count = count_by_energy(energies[order], str(rows))
     kept = order[:count].sort().values  # ascending: neighbours in memory are read together
     return StrongestFeatures(kept.int(), energies[kept], energies[order])
-
-
-def strongest_features_of_pairs(
-    factors: Sequence[Float[Tensor, "_ n"]], own: Float[Tensor, " n"], steps: float, rows: Rows, *,
-    name: str = "the side",
-) -> StrongestFeatures:  # fmt: skip
-    """Return the features with the largest entries on the diagonal of `A`, see `eigenbasis_of_pairs`.
-
-    `own` is the diagonal of the matrix to subtract.
-    """
-    total = torch.stack([F.square().sum(0) for F in factors]).sum(0)
-    _check_energy(total, float(total.sum()), name)
-    _check_energy(own, float(own.sum()), name)
-    energies = total - own
-    if steps <= 1 or float(energies.max()) <= math.sqrt(len(own)) * torch.finfo(own.dtype).eps * float(own.max()):
-        return strongest_features(total, rows, name=name)
-    found = strongest_features(energies.clamp_min(0), rows, name=name)
-    return replace(found, common=_common(found.energies / (steps - 1), own[found.features.long()]))
-
-
-def strongest_features_of_halves(
-    factors: Sequence[Float[Tensor, "2 _ n"]], steps: tuple[int, int], rows: Rows, *, name: str = "the side"
-) -> StrongestFeatures:
-    """Return the features with the largest entries on the diagonal of `A`, see `eigenbasis_of_halves`."""
-    for pair in factors:
-        _check_energy(pair, float(pair.square().sum()), name)
-    energies = torch.stack([(pair[0] * pair[1]).sum(0) for pair in factors]).sum(0)
-    if energies.max() <= 0:
-        return strongest_features(
-            torch.stack([pair.sum(0).square().sum(0) for pair in factors]).sum(0), rows, name=name
-        )  # fmt: skip
-    found = strongest_features(energies.clamp_min(0), rows, name=name)
-    kept = found.features.long()
-    return replace(found, common=_common_of_halves([pair[:, :, kept] for pair in factors], steps))
 
 
 def fix_signs(vectors: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
@@ -291,7 +156,7 @@ def fix_signs(vectors: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
     return torch.where(largest < 0, -vectors, vectors)
 
 
-def _check_energy(sums: Tensor, energy: float, name: str) -> None:
+def check_energy(sums: Tensor, energy: float, name: str) -> None:
     """Raise unless the sums are finite and the energy is positive."""
     if not bool(sums.isfinite().all()):
         raise ValueError(
@@ -306,7 +171,7 @@ def _check_energy(sums: Tensor, energy: float, name: str) -> None:
         )
 
 
-def _count_by_energy(spectrum: Tensor, rows: str) -> int:
+def count_by_energy(spectrum: Tensor, rows: str) -> int:
     """How many of the strongest energies hold the share in "energy:SHARE"."""
     share = energy_share(rows) or 1.0
     cumulated = spectrum.double().cumsum(0)
@@ -327,7 +192,7 @@ def _leading(gram: Float[Tensor, "n n"], count: int) -> tuple[Float[Tensor, " co
     captured = 0.0
     for _ in range(_MAX_ITERATIONS):
         image = gram @ Q  # (n, width)
-        values, ritz = _eigh(Q.T @ image)  # ascending
+        values, ritz = eigh(Q.T @ image)  # ascending
         gained = float(values[-count:].sum())
         converged = gained - captured < _ENERGY_TOLERANCE * gained
         captured = gained

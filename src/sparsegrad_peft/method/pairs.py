@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .common_energy import eigenbasis_of_pairs, strongest_features_of_pairs
 from .gram import GramStatistics
-from .hosvd import Eigenbasis, StrongestFeatures, eigenbasis_of_pairs, strongest_features_of_pairs
+from .hosvd import Eigenbasis, StrongestFeatures
 from .sizes import Rows
 
 

@@ -23,7 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .hosvd import Eigenbasis, StrongestFeatures, eigenbasis_of_halves, strongest_features_of_halves
+from .common_energy import eigenbasis_of_halves, strongest_features_of_halves
+from .hosvd import Eigenbasis, StrongestFeatures
 from .sizes import Rows, row_count
 from .statistics import Statistics
 from .sum_sizes import Widths
