@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 from sparsegrad_lab.bench.methods import METHODS
-from sparsegrad_lab.run.folder import write_whole
+from sparsegrad_lab.run.whole_files import write_whole
 from sparsegrad_lab.study.plots import Plot, cost_plots
 from sparsegrad_lab.study.report import bullets
 from sparsegrad_lab.study.report import markdown as results_document

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..run.checkpoints import writing
-from ..run.folder import check_file
+from ..run.whole_files import check_file
 from ..tasks.read import objects_in
 
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..bench.settings import BenchArguments
-from ..run.folder import check_file, write_whole
 from ..run.parsing import add_quiet, make_parser
+from ..run.whole_files import check_file, write_whole
 
 EXAMPLE = (
     "sparsegrad bench --workload mlp --tokens 512 --json bench.json; prints for each method the time of a step, its "

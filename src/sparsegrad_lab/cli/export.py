@@ -8,8 +8,9 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from ..run.folder import RunFolder, write_whole
+from ..run.folder import RunFolder
 from ..run.parsing import make_parser
+from ..run.whole_files import check_writable, write_whole
 
 EXAMPLE = (
     "sparsegrad export runs/glue-rte/sparsegrad --to lora --rank 8 --output runs/glue-rte/lora; prints the relative "
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
         adapter /= "adapter"
     if not (adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{adapter}: expected the folder of an adapter, found no adapter_config.json")
-    RunFolder(options.output).check_writable()
+    check_writable(Path(options.output))
     from sparsegrad_peft.tuner.export import export_lora
 
     from ..run.checkpoints import writing

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..run.folder import check_file
 from ..run.parsing import make_parser
+from ..run.whole_files import check_file
 from .chat import check_sampling
 
 EXAMPLE = (

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from ..run.folder import check_file, write_whole
 from ..run.parsing import VerbParser, make_parser
+from ..run.whole_files import check_file, write_whole
 
 EXAMPLE = (
     "sparsegrad judge runs/lora/answers/mt.jsonl runs/sparsegrad/answers/mt.jsonl --questions "

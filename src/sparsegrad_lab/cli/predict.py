@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..run.folder import RunFolder, check_file
+from ..run.folder import RunFolder
 from ..run.parsing import make_parser
+from ..run.whole_files import check_file
 from ..tasks.read import check_rows_file
 
 EXAMPLE = (

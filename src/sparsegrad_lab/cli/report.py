@@ -28,14 +28,14 @@ def main(argv: list[str]) -> None:
                         help="method to compare the others with; default: the experiment's, or lora")  # fmt: skip
     parser.add_argument("--title", type=str, default="SparseGrad and its peers", help="title of the page")
     options = parser.parse_args(argv)
-    from ..run.folder import RunFolder, check_file, write_whole
+    from ..run.whole_files import check_file, check_writable, write_whole
     from ..study.sections import read_report
     from ..study.verdict import verdict
 
     if options.markdown is not None:
         check_file(Path(options.markdown))
     else:
-        RunFolder(options.output).check_writable()
+        check_writable(Path(options.output))
     report = read_report(options.runs, options.baseline)
     for section in report.sections:
         start = f"{section.title}, " if section.name else ""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..methods.settings import AdapterArguments, updated
-from ..run.folder import RunFolder, write_whole
+from ..run.whole_files import check_writable, write_whole
 from ..tasks.parse_files import read_json
 from . import ageing, data_flow, gradient_before_after, spectrum, strided_structure, touched, update_norms
 from .drawing import Drawing, run_title
@@ -46,7 +46,7 @@ def check_output(folder: Path) -> None:
         raise NotADirectoryError(f"{folder}: expected a folder, found a file; choose another output folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "figures.json").is_file():
         raise FileExistsError(f"{folder}: not empty and has no figures.json; choose another output folder")
-    RunFolder(folder).check_writable()
+    check_writable(folder)
 
 
 def write(data: dict[str, Any], folder: Path) -> list[Drawing]:

@@ -29,12 +29,13 @@ from ..tasks.pretrained import load_config
 from ..tasks.read import Row, read_rows
 from ..tasks.registry import kind_of
 from ..tasks.task import LOSSES, Task
-from .folder import RunFolder, save_whole, write_whole
+from .folder import RunFolder
 from .inputs import compute_type, longest_first, unrelated_features
 from .interrupts import interrupts_kept
 from .parsing import arguments_of
 from .settings import RunArguments
 from .train import save_weights
+from .whole_files import save_whole, write_whole
 
 logger = logging.getLogger(__name__)
 

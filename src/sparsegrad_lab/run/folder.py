@@ -1,20 +1,13 @@
-"""The files of a run. Each is written completely or not at all: a kill or a full disk leaves the previous version.
-
-Of several processes of one run, rank 0 writes. The functions that write do nothing on the others.
-"""
+"""The folder of a run: which files it holds, and who may use it."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import yaml
 from filelock import FileLock, Timeout
@@ -22,90 +15,10 @@ from filelock import FileLock, Timeout
 from ..methods.settings import resolved, updated
 from ..tasks.checksums import sha256_of
 from ..tasks.parse_files import read_json, read_yaml
-from .checkpoints import best_step, is_complete, writing
-from .processes import is_rank0, process_count
+from .checkpoints import best_step, is_complete
+from .processes import process_count
 from .settings import WITHOUT_EFFECT, RunArguments, flat
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under a draft name, then rename it: readers see the old file or the new one, both complete."""
-    if not is_rank0():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}.draft")
-    try:
-        with writing(path), draft.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-        _sync(path.parent)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` fill a draft folder, then rename it. A previous folder stays complete until then.
-
-    The files are on the disk when this returns, so that a file written later may say so.
-    """
-    if not is_rank0():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.draft")
-    former = folder.with_name(f".{folder.name}.former")
-    shutil.rmtree(draft, ignore_errors=True)
-    if former.exists() and not folder.exists():  # killed between the two renames below
-        os.replace(former, folder)
-    shutil.rmtree(former, ignore_errors=True)
-    try:
-        with writing(folder):
-            save(draft)
-            for path in (*draft.rglob("*"), draft):
-                _sync(path)
-        if folder.exists():
-            os.replace(folder, former)
-        os.replace(draft, folder)
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        if former.exists() and not folder.exists():
-            os.replace(former, folder)
-        shutil.rmtree(former, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def content_of(folder: Path) -> list[Path]:
-    """Files and folders in a folder, without the drafts that a killed process may have left."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if not _is_draft(path))
-
-
-def _is_draft(path: Path) -> bool:
-    return path.name.startswith(".") and path.suffix in (".draft", ".former")
-
-
-def check_file(path: Path) -> None:
-    """Raise before any work if a file cannot be written.
-
-    Raises:
-        IsADirectoryError, NotADirectoryError, PermissionError: see the message.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: expected a file to write, found a folder")
-    RunFolder(path.parent).check_writable()
-
+from .whole_files import check_writable, content_of, is_draft, write_whole
 
 _ROWS = ("data.train_file", "data.validation_file", "data.unrelated")
 "Settings that may name a file of rows."
@@ -175,7 +88,7 @@ class RunFolder:
             )
         if not self.finished:
             self._check_processes()
-            self.check_writable()
+            check_writable(self.path)
 
     def _check_processes(self) -> None:
         """Raise FileExistsError if the run was started on another number of processes: its steps have other rows."""
@@ -207,23 +120,6 @@ class RunFolder:
         names = sorted(there.keys() | here.keys())
         return [(name, there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)]
 
-    def check_writable(self) -> None:
-        """Check by writing a temporary file in the nearest folder that exists; permissions alone do not tell.
-
-        Raises:
-            NotADirectoryError, PermissionError: see the message.
-        """
-        near = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-        if not near.is_dir():
-            raise NotADirectoryError(f"{self}: {near} is a file, not a folder; choose another output folder")
-        try:
-            with tempfile.TemporaryFile(dir=near):
-                pass
-        except OSError as error:
-            raise PermissionError(
-                f"{self}: cannot write in {near} ({error.strerror}); choose another output folder"
-            ) from error
-
     def release(self) -> None:
         """Let other processes train into the folder again."""
         if self._lock.is_locked:
@@ -244,7 +140,7 @@ class RunFolder:
         if self.finished:
             raise FileExistsError(f"{self}: another process has just finished this run; the same command shows it")
         for path in self.path.glob(".*") if self.path.is_dir() else ():
-            if _is_draft(path) and path.is_file():
+            if is_draft(path) and path.is_file():
                 path.unlink(missing_ok=True)
         if not (self.path / "config.yaml").is_file():
             if arguments.method.endswith(".json"):  # the file may be edited before the run is resumed

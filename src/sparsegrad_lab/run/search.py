@@ -27,12 +27,13 @@ from ..tasks.registry import kind_of
 from ..tasks.task import higher_is_better
 from .checkpoints import writing
 from .exit_codes import ExitCode, exit_code_of
-from .folder import RunFolder, content_of, write_whole
-from .machine import is_alive, is_on_this_host, process_identity, slow_precision_warning
+from .machine import slow_precision_warning
 from .plots import plot_search
+from .process_identity import is_alive, is_on_this_host, process_identity
 from .processes import from_rank0, is_rank0, joined
 from .settings import WITHOUT_EFFECT, RunArguments, SearchArguments, flat
 from .train import output_folder, train
+from .whole_files import check_writable, content_of, write_whole
 
 _SEARCHED = (*WITHOUT_EFFECT, "training.learning_rate", "training.batch_size")
 "Settings that differ between the trials."
@@ -114,7 +115,7 @@ def _search(
         say(warning)
     higher = higher_is_better(metrics_for((), kind_of(arguments.task))[0])  # the same for all metrics of a kind of task
     folder = output_folder(arguments)
-    RunFolder(folder).check_writable()
+    check_writable(folder)
     if content_of(folder) and not any((folder / name).exists() for name in _SEARCH_FILES):
         raise FileExistsError(f"{folder} is not empty and holds no search; choose another output folder")
     with writing(folder):

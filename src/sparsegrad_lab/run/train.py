@@ -25,7 +25,7 @@ from .card import make_card
 from .checkpoints import writing
 from .console import ProgressCallback
 from .doubts import doubts, mean_loss
-from .folder import RunFolder, save_whole, write_whole
+from .folder import RunFolder
 from .hub import create_repository, push
 from .inputs import Inputs, load_inputs
 from .machine import environment, slow_precision_warning
@@ -33,6 +33,7 @@ from .plots import plot_curves
 from .processes import is_rank0, joined, on_rank0, process_count
 from .settings import RunArguments
 from .trainer import MeasureTraining, make_trainer
+from .whole_files import save_whole, write_whole
 
 
 def train(

@@ -20,7 +20,7 @@ from ..tasks.task import Task, higher_is_better
 from .checkpoints import writing
 from .folder import RunFolder
 from .inputs import Inputs
-from .machine import Phase, measured
+from .phase import Phase, measured
 from .processes import process_count
 from .sampler import LengthSampler
 from .settings import RunArguments, TrainingArguments

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..chat.answers import read_answers
 from ..chat.answers_page import answers_page
 from ..chat.questions import Question, read_questions
-from ..run.folder import write_whole
+from ..run.whole_files import write_whole
 from ..tasks.read import read_objects
 from .experiment import Cell, Experiment
 

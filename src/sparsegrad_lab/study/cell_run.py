@@ -15,9 +15,10 @@ from typing import IO, Any
 import yaml
 
 from ..run.exit_codes import status_of
-from ..run.folder import RunFolder, write_whole
+from ..run.folder import RunFolder
 from ..run.machine import environment
 from ..run.settings import RunArguments
+from ..run.whole_files import write_whole
 from .experiment import Cell
 from .locks import BEAT, Attempt
 from .stored_results import adapter_config

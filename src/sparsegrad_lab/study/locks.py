@@ -12,8 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..run.folder import write_whole
-from ..run.machine import is_alive, is_on_this_host, process_identity
+from ..run.process_identity import is_alive, is_on_this_host, process_identity
+from ..run.whole_files import write_whole
 
 BEAT = 60
 "Seconds between two signs of life of a run in a shared database."

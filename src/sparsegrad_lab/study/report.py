@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
-from ..run.folder import write_whole
+from ..run.whole_files import write_whole
 from .contents import contents_of
 from .page import render_page
 from .sections import Report, Section, safe_name

@@ -12,9 +12,9 @@ from typing import Any
 
 from ..methods.registry import METHODS
 from ..methods.settings import resolved
-from ..run.folder import write_whole
 from ..run.parsing import arguments_from
 from ..run.settings import WITHOUT_EFFECT, RunArguments, flat
+from ..run.whole_files import write_whole
 from ..tasks.task import higher_is_better
 from .experiment import Cell
 from .runs import RejectedFileError, read_json

@@ -1,8 +1,7 @@
-"""Drafts of a killed process do not count as content, and weights are on the disk before `result.json`."""
+"""Drafts of a killed process do not count as content; changed settings or rows are another run."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import pytest
 from filelock import FileLock
 
 from sparsegrad_lab.cli.train import parse
-from sparsegrad_lab.run import folder as module
-from sparsegrad_lab.run.folder import RunFolder, content_of, save_whole
+from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.run.search import search
 from sparsegrad_lab.run.settings import RunArguments, SearchArguments
 from sparsegrad_lab.run.train import train
+from sparsegrad_lab.run.whole_files import content_of
 
 Arguments = Callable[..., RunArguments]
 DRAFT = ".config.yaml.0123456789ab.draft"
@@ -46,36 +45,6 @@ def test_other_hidden_files_are_content(killed: Path, arguments: Arguments) -> N
     (killed / ".notes").write_text("mine", encoding="utf-8")
     with pytest.raises(FileExistsError, match=r"is not empty and holds no run"):
         RunFolder(killed).check(arguments(killed))
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files: Linux's")
-def test_files_are_synced_before_the_folder_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`result.json` is written after the weights' folder. A power cut between the two must not leave empty weights."""
-    events: list[str] = []
-    real_sync, real_replace = os.fsync, os.replace
-
-    def sync(descriptor: int) -> None:
-        events.append(os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2])
-        real_sync(descriptor)
-
-    def replace(source: Path, target: Path) -> None:
-        events.append(f"rename to {target.name}")
-        real_replace(source, target)
-
-    monkeypatch.setattr(module.os, "fsync", sync)
-    monkeypatch.setattr(module.os, "replace", replace)
-
-    def save(draft: Path) -> None:
-        draft.mkdir()
-        (draft / "weights").write_bytes(b"1")
-        (draft / "config").write_bytes(b"2")
-
-    save_whole(tmp_path / "adapter", save)
-    RunFolder(tmp_path).write_json("result.json", {})
-    assert sorted(events[:3]) == [".adapter.draft", "config", "weights"]
-    assert events[3:5] == ["rename to adapter", tmp_path.name]
-    assert events[5].startswith(".result.json.")
-    assert events[6:] == ["rename to result.json", tmp_path.name]
 
 
 def test_changed_rows_are_another_run(tmp_path: Path) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 
 from sparsegrad_lab.run import train as module
-from sparsegrad_lab.run.machine import bf16_slowdown, is_alive, process_identity, slow_precision_warning
+from sparsegrad_lab.run.machine import bf16_slowdown, slow_precision_warning
 from sparsegrad_lab.run.settings import RunArguments
 
 
@@ -42,22 +39,3 @@ def test_a_run_prints_the_warning(
     assert "fp32 is slow here" in capfd.readouterr().err
     device = json.loads((Path(asked.output) / "environment.json").read_text())["device"]
     assert torch.cuda.is_available() or device.endswith(torch.backends.cpu.get_cpu_capability())
-
-
-def test_a_process_that_has_ended_is_not_alive() -> None:
-    """Also while nobody has collected it: in a container, that may be for ever."""
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    marked = process_identity(process.pid)
-    assert is_alive(marked)
-    host, number, start = marked.split(":")
-    assert not is_alive(f"{host}:{number}:{float(start) - 60:.2f}")  # another one had its number before
-    process.kill()
-    deadline = time.monotonic() + 30
-    while is_alive(marked) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not is_alive(marked)
-    assert process.returncode is None  # a zombie until then
-    process.communicate()
-    assert not is_alive(marked)
-    assert not is_alive(process_identity(process.pid))
-    assert is_alive(process_identity())

@@ -17,7 +17,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from sparsegrad_lab.cli.main import main
-from sparsegrad_lab.run.machine import process_identity
+from sparsegrad_lab.run.process_identity import process_identity
 from sparsegrad_lab.run.search import _Message, _ReportToOptuna, _requeue_interrupted, search
 from sparsegrad_lab.run.settings import RunArguments, SearchArguments
 
