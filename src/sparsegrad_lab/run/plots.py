@@ -77,6 +77,7 @@ def plot_search(trials: list[dict[str, Any]], title: str) -> bytes:
         trials: as in `search.json`.
         title: of the plot.
     """
+    metric = display_name(next((t["metric"] for t in trials if t.get("metric")), "score"))
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for colour, size in enumerate(sorted({t["batch_size"] for t in trials if t["score"] is not None})):
@@ -87,7 +88,7 @@ def plot_search(trials: list[dict[str, Any]], title: str) -> bytes:
             if points:
                 label = f"batch {size}, {state}"
                 axes.scatter(*zip(*points, strict=True), marker=marker, color=f"C{colour}", label=label)
-    axes.set(xscale="log", xlabel="learning rate", ylabel="score", title=title)
+    axes.set(xscale="log", xlabel="learning rate", ylabel=metric, title=title)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from ..tasks.metrics import metrics_for
 from ..tasks.registry import kind_of
-from ..tasks.task import higher_is_better
+from ..tasks.task import display_name, higher_is_better
 from .checkpoints import writing
 from .exit_codes import ExitCode, exit_code_of
 from .machine import slow_precision_warning
@@ -221,6 +221,7 @@ def _run_trial(
         return
     score = sum(result["selection_score"] for result in results) / len(results)
     trial.set_user_attr("score", score)
+    trial.set_user_attr("metric", results[0]["metric"])
     trial.set_user_attr("seconds", sum(result["training"]["seconds"] for result in results))
     for weights in (*Path(single.output).rglob("adapter"), *Path(single.output).rglob("model")):
         shutil.rmtree(weights, ignore_errors=True)  # only the scores are needed
@@ -228,7 +229,7 @@ def _run_trial(
         study.tell(trial, state=TrialState.PRUNED)
     else:
         study.tell(trial, score)
-    say(f"{name}: {results[0]['metric'].replace('_', ' ')} {score:.4f}{', stopped early' if report.pruned else ''}")
+    say(f"{name}: {display_name(results[0]['metric'])} {score:.4f}{', stopped early' if report.pruned else ''}")
 
 
 class _ReportToOptuna(TrainerCallback):
@@ -298,6 +299,7 @@ def _describe(trial: FrozenTrial) -> dict[str, Any]:
         "batch_size": trial.params.get("batch_size"),
         "state": trial.user_attrs.get("error") or _STATES.get(trial.state.name, "failed"),
         "score": trial.user_attrs.get("score"),
+        "metric": trial.user_attrs.get("metric"),
         "seconds": trial.user_attrs.get("seconds"),
     }
 

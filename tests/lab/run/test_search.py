@@ -46,6 +46,7 @@ def test_trials_best_and_again(arguments: Arguments, tmp_path: Path) -> None:
     assert {trial["batch_size"] for trial in result["trials"]} <= {8, 16}
     scores = [trial["score"] for trial in result["trials"] if trial["state"] == "complete"]
     assert result["best"]["score"] == max(scores)
+    assert result["best"]["metric"] == "accuracy"  # the label of the axis in search.png
     assert len(said) == 3
     assert json.loads((tmp_path / "s" / "search.json").read_text(encoding="utf-8"))["best"] == result["best"]
     assert (tmp_path / "s" / "search.png").read_bytes().startswith(b"\x89PNG")
