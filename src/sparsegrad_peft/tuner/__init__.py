@@ -5,6 +5,7 @@
     layer              the state of one adapted weight: any number of adapters, merge, unmerge
     linear, experts    forward pass of an adapted linear layer, and of adapted fused experts
     decoding           updates prepared for one call of generate
+    mixed_batch        an adapter of its own for each example of a batch
     model              which module is replaced by what; saving and loading
     adapters           find an adapter in a model, and the names of its layers
     bases, loading     how bases come into an adapter: from calibration, or from a file

@@ -9,16 +9,53 @@ they are never older than the adapter. A side that selects neurons copies number
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
+from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..method.basis import Basis
 from ..method.sides import is_selected, scaled
 
 FEW = 16
 """Tokens up to which the bytes of the matrices decide, and not the multiply-adds."""
+
+_running: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"Model -> calls of its `generate` that are running."
+_lock = Lock()
+"Held while the layers of a model are prepared or restored."
+
+
+class Layer(Protocol):
+    """An adapted layer."""
+
+    def fold(self) -> None:
+        """Prepare the update for decoding."""
+
+    def unfold(self) -> None:
+        """Drop what was prepared."""
+
+
+@contextmanager
+def prepared_for_decoding(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
+    """Fold the layers of a model while `generate` runs: once, also for calls within calls and in several threads."""
+    with _lock:
+        _running[model] = _running.get(model, 0) + 1
+    try:
+        with _lock:
+            for layer in layers if _running[model] == 1 else ():
+                layer.fold()
+        yield
+    finally:
+        with _lock:
+            _running[model] -= 1
+            for layer in layers if _running[model] == 0 else ():
+                layer.unfold()
 
 
 @dataclass(frozen=True)

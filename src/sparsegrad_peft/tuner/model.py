@@ -8,20 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
-from functools import partial, wraps
-from threading import Lock
+from functools import wraps
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils import (
-    AuxiliaryTrainingWrapper,
-    ModulesToSaveWrapper,
-    get_quantization_kwargs,
-    resolve_quantization_backend,
-)
+from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
 from ..method.basis import Basis
@@ -34,17 +28,16 @@ from .bases import data_free_sizes, empty_basis
 from .checks import check_adapter_name, check_whole
 from .combine import add_weighted_sum
 from .config import SparseGradConfig
+from .decoding import prepared_for_decoding
 from .experts import SparseGradExperts
 from .layer import AdapterStatus, SparseGradLayer
 from .linear import SparseGradTunerLinear
 from .loading import make_room
+from .mixed_batch import mixed_batch
 from .peft_private import PREFIX, in_out_features
 from .targets import TARGETS, choose_targets, log_share, named_experts, warn_unmatched
 
 logger = logging.getLogger(__name__)
-
-_FOLDING = Lock()
-"Held while layers are prepared for decoding or restored. Not an attribute of the model: locks cannot be copied."
 
 
 @dataclass
@@ -73,8 +66,6 @@ class SparseGradModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = SparseGradLayer
-    decodings = 0
-    "calls of `generate` that are running"
     target_module_mapping = TARGETS  # type: ignore[assignment]  # PEFT takes regular expressions too
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -340,26 +331,10 @@ class SparseGradModel(BaseTuner):
 
         @wraps(generate)
         def decode(*args: Any, **kwargs: Any) -> Any:
-            with self._prepared(layers):
+            with prepared_for_decoding(self, layers):
                 return generate(*args, **kwargs)
 
         return decode
-
-    @contextmanager
-    def _prepared(self, layers: list[SparseGradTunerLinear | SparseGradExperts]) -> Iterator[None]:
-        """Fold layers once, also for calls within calls and in several threads."""
-        with _FOLDING:
-            self.decodings += 1
-        try:
-            with _FOLDING:
-                for layer in layers if self.decodings == 1 else ():
-                    layer.fold()
-            yield
-        finally:
-            with _FOLDING:
-                self.decodings -= 1
-                for layer in layers if self.decodings == 0 else ():
-                    layer.unfold()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -370,33 +345,8 @@ class SparseGradModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [module for module in self.modules() if isinstance(module, SparseGradLayer)]
-        if any(isinstance(layer, SparseGradExperts) for layer in layers):
-            raise ValueError("adapter_names: a model with adapted fused experts cannot mix adapters in a batch")
-        known = {name for layer in layers for name in layer.sparsegrad_S}
-        unknown = sorted(set(adapter_names) - known - {"__base__"})
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-
-        def with_names(module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> tuple[Any, Any]:
-            return args, {**kwargs, "adapter_names": names}
-
-        beams = kwargs.get("num_beams")
-        repeated = [name for name in adapter_names for _ in range(beams if isinstance(beams, int) else 1)]
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else self.model
-        once = set(encoder.modules()) if encoder is not self.model else set()  # sees each example once, not each beam
-        handles = [
-            module.register_forward_pre_hook(
-                partial(with_names, names=list(adapter_names) if module in once else repeated), with_kwargs=True
-            )
-            for module in self.modules()
-            if isinstance(module, (SparseGradLayer, AuxiliaryTrainingWrapper))  # the latter: modules_to_save
-        ]
-        try:
+        with mixed_batch(self.model, adapter_names, kwargs.get("num_beams")):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 @torch.no_grad()
