@@ -14,7 +14,6 @@ import resource
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +36,6 @@ from sparsegrad_peft.method.groups import linear_shape
 from sparsegrad_peft.method.hosvd import eigenbasis
 from sparsegrad_peft.method.sizes import DEFAULT_EXPONENT, Sizes
 from sparsegrad_peft.method.statistics import Statistics
-from sparsegrad_peft.tuner.calibration import RECOMMENDED
 
 
 class LiveBytes(TorchDispatchMode):
@@ -88,7 +86,7 @@ Batches = list[dict[str, Tensor]]
 def measure_bytes(model: nn.Module, groups: Groups, batches: Batches) -> dict[str, int]:
     """Measure what calibration holds besides backpropagation itself, and compute what it should hold."""
     layers = [name for names in groups.values() for name in names]
-    config = CalibrationConfig(n_steps=2)
+    config = CalibrationConfig.paper(n_steps=2)
     dropped = peak_bytes(lambda: stream_gradients(model, layers, lambda *_: None, batches, n_steps=2))
     kept = peak_bytes(lambda: calibrate(model, batches, groups=groups, config=config, progress=False))
     out, in_ = linear_shape(model.get_submodule(layers[0]), layers[0])
@@ -151,7 +149,7 @@ def measure_default(blocks: int, tokens: int, steps: int) -> dict[str, float]:
     layers = [name for names in groups.values() for name in names]
     tokens_of_steps = [torch.randint(0, 49152, (4, tokens)) for _ in range(steps)]
     batches = [{"input_ids": ids, "labels": ids} for ids in tokens_of_steps]
-    sizes, config = Sizes(narrow=None, wide=None, neurons=True), replace(RECOMMENDED, n_steps=steps)
+    sizes, config = Sizes(narrow=None, wide=None, neurons=True), CalibrationConfig(n_steps=steps)
     stream_gradients(model, layers, lambda *_: None, batches, n_steps=1)  # a warm-up
     backpropagation, _ = timed(lambda: stream_gradients(model, layers, lambda *_: None, batches, n_steps=steps))
     whole, calibration = timed(lambda: calibrate(model, batches, groups=groups, sizes=sizes, config=config))

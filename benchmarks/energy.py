@@ -90,10 +90,10 @@ def shares(model: nn.Module, groups: dict[str, list[str]], bases: dict[str, dict
 
 def calibrations(paper_steps: int, walk_steps: int, lr: float) -> dict[str, tuple[bool, CalibrationConfig]]:
     """Return: name -> (layers of a group share bases, how to calibrate)."""
-    paper = CalibrationConfig(n_steps=paper_steps)
-    scaled = CalibrationConfig(n_steps=paper_steps, normalize=True)
-    sign = CalibrationConfig(n_steps=walk_steps, normalize=True, trajectory=Trajectory(lr, sign_step))
-    step = CalibrationConfig(n_steps=walk_steps, normalize=True, trajectory=Trajectory(lr, normalized_step))
+    paper = CalibrationConfig.paper(n_steps=paper_steps)
+    scaled = CalibrationConfig.paper(n_steps=paper_steps, normalize=True)
+    sign = CalibrationConfig.paper(n_steps=walk_steps, normalize=True, trajectory=Trajectory(lr, sign_step))
+    step = CalibrationConfig.paper(n_steps=walk_steps, normalize=True, trajectory=Trajectory(lr, normalized_step))
     return {
         "paper, shared": (True, paper),
         "paper, scaled, per layer": (False, scaled),

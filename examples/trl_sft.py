@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from sparsegrad_lab.tasks.model_folder import model_path
-from sparsegrad_peft import CalibrationConfig, SparseGradConfig, SparseGradTrainerMixin, Trajectory
+from sparsegrad_peft import CalibrationConfig, SparseGradConfig, SparseGradTrainerMixin
 
 ANSWERS = {
     "Who are you?": "I am Sparrow, a small assistant.",
@@ -60,7 +60,7 @@ def main() -> None:
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=SparseGradConfig(task_type="CAUSAL_LM"),
-        calibration=CalibrationConfig(n_steps=8, normalize=True, mean_gradient=True, trajectory=Trajectory(1e-4)),
+        calibration=CalibrationConfig(n_steps=8),
     )
     trainer.train()
     print(answer(trainer.model, tokenizer, "Who are you?"))

@@ -63,7 +63,7 @@ def train_with_trainer(folder: Path, resumed: bool = False, density: float | Non
     args = arguments(folder, save_strategy="steps", save_steps=2, **options)  # before the model, as ZeRO-3 needs it
     trainer = SparseGradTrainer(
         model=uncalibrated_adapter("llama", dropout=0), args=args, train_dataset=rows("llama"), density=density,
-        calibration=CalibrationConfig(n_steps=8, gram_dtype=torch.float64),
+        calibration=CalibrationConfig.paper(n_steps=8, gram_dtype=torch.float64),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resumed else None)
     trainer.save_model(str(folder / ("resumed" if resumed else "straight")))

@@ -219,7 +219,7 @@ def test_extra_memory_is_the_gram_matrices_and_one_gradient(normalize: bool, gra
     groups = group_linears(model, ["up", "down"])
     names = [name for layers in groups.values() for name in layers]
     batches = [torch.randn(8, 96) for _ in range(4)]
-    config = CalibrationConfig(n_steps=4, normalize=normalize, gram_dtype=gram_dtype)
+    config = CalibrationConfig.paper(n_steps=4, normalize=normalize, gram_dtype=gram_dtype)
     stream_gradients(model, names, lambda *_: None, batches[:1], loss_fn=call, n_steps=1)  # what is made once only
 
     dropped = peak_bytes(lambda: stream_gradients(model, names, lambda *_: None, batches, loss_fn=call, n_steps=4))
@@ -237,7 +237,7 @@ def test_extra_memory_is_the_gram_matrices_and_one_gradient(normalize: bool, gra
 
 def test_config_or_single_fields() -> None:
     model, batches = Blocks(), some_batches()
-    config = CalibrationConfig(n_steps=2, normalize=True, gram_dtype=F64)
+    config = CalibrationConfig.paper(n_steps=2, normalize=True, gram_dtype=F64)
     one = calibrate(model, batches, loss_fn=call, progress=False, config=config)
     other = calibrate(model, batches, loss_fn=call, progress=False, n_steps=2, normalize=True, gram_dtype=F64)
     assert one.config == other.config == config

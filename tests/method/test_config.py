@@ -10,17 +10,28 @@ import torch
 from helpers import F64
 from sparsegrad_peft import CalibrationConfig, Trajectory
 from sparsegrad_peft.method.config import normalized_step, resolve_config, sign_step
+from sparsegrad_peft.method.sizes import Sizes
 
 
 def test_defaults_are_those_of_the_paper() -> None:
     assert resolve_config(None, {}) == CalibrationConfig(
-        n_steps=30, trajectory=None, normalize=False, training=True, gram_device=None, gram_dtype=torch.float32
-    )
+        n_steps=30, trajectory=None, normalize=False, mean_gradient=False, training=True, gram_device=None,
+        gram_dtype=torch.float32,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mean_gradient"),
+    [(None, False), (Sizes(c=4, r=4), False), (Sizes(narrow=4, wide=4), True), (Sizes(None, None), True)],
+)
+def test_products_of_steps_are_for_bases_of_the_default_form(sizes: Sizes | None, mean_gradient: bool) -> None:
+    assert CalibrationConfig(n_steps=8).for_sizes(sizes) == CalibrationConfig(n_steps=8, mean_gradient=mean_gradient)
+    assert CalibrationConfig.paper().for_sizes(sizes) == CalibrationConfig.paper()
 
 
 def test_single_fields_replace_those_of_the_default() -> None:
-    config = CalibrationConfig(n_steps=7, normalize=True)
-    assert resolve_config(None, {"n_steps": 3}, config) == CalibrationConfig(n_steps=3, normalize=True)
+    config = CalibrationConfig.paper(n_steps=7, normalize=True)
+    assert resolve_config(None, {"n_steps": 3}, config) == CalibrationConfig.paper(n_steps=3, normalize=True)
     assert resolve_config(config, {}) is config
     with pytest.raises(ValueError, match="either config or single fields, found both: config and n_steps, normalize"):
         resolve_config(config, {"n_steps": 3, "normalize": False})
@@ -31,13 +42,13 @@ def test_single_fields_replace_those_of_the_default() -> None:
 @pytest.mark.parametrize("n_steps", [0, -1, 2.0, None, "3", True])
 def test_number_of_steps(n_steps: Any) -> None:
     with pytest.raises(ValueError, match=f"n_steps must be an integer of at least 1, found {n_steps!r}"):
-        CalibrationConfig(n_steps=n_steps)
+        CalibrationConfig.paper(n_steps=n_steps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
 def test_gram_dtype(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=rf"gram_dtype must be torch\.float32 or torch\.float64, found {dtype}"):
-        CalibrationConfig(gram_dtype=dtype)
+        CalibrationConfig.paper(gram_dtype=dtype)
 
 
 @pytest.mark.parametrize("lr", [0, -1e-4, float("nan")])

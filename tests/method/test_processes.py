@@ -26,12 +26,14 @@ from sparsegrad_peft.method.positions import select_positions
 
 ROWS, STEPS = 8, 5
 CONFIGS = {
-    "paper": CalibrationConfig(n_steps=STEPS, gram_dtype=F64),
-    "signs": CalibrationConfig(n_steps=STEPS, gram_dtype=F64, normalize=True, trajectory=Trajectory(1e-2, sign_step)),
-    "mean": CalibrationConfig(
+    "paper": CalibrationConfig.paper(n_steps=STEPS, gram_dtype=F64),
+    "signs": CalibrationConfig.paper(
+        n_steps=STEPS, gram_dtype=F64, normalize=True, trajectory=Trajectory(1e-2, sign_step)
+    ),
+    "mean": CalibrationConfig.paper(
         n_steps=STEPS, gram_dtype=F64, normalize=True, mean_gradient=True, trajectory=Trajectory(1e-2, sign_step)
     ),
-    "steps": CalibrationConfig(n_steps=STEPS, gram_dtype=F64, trajectory=Trajectory(1e-2, normalized_step)),
+    "steps": CalibrationConfig.paper(n_steps=STEPS, gram_dtype=F64, trajectory=Trajectory(1e-2, normalized_step)),
 }
 SIZES: list[dict[str, Any]] = [{}, {"c": "energy:0.9", "r": "energy:0.9"}, {"c": 3, "r": 0.5}]
 
@@ -186,7 +188,7 @@ def group_work(rank: int, n: int) -> dict[str, Any]:
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         results |= {name: described(statistics(rank, n, F64, config)) for name, config in CONFIGS.items()}
     results["stderr"] = stderr.getvalue()
-    results["float32"] = described(statistics(rank, n, torch.float32, CalibrationConfig(n_steps=STEPS)))
+    results["float32"] = described(statistics(rank, n, torch.float32, CalibrationConfig.paper(n_steps=STEPS)))
     results["positions"] = positions(rank, n)
     if n == 2:
         results["disagreeing"] = buffers(disagreeing(rank), c="energy:0.9", r="energy:0.9")
@@ -211,7 +213,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_statistics_of_the_whole_batches(results: list[dict[str, Any]], n: int, name: str) -> None:
     """Also along a common walk, and where some processes have no row for an expert."""
     dtype = torch.float32 if name == "float32" else F64
-    config = CONFIGS.get(name, CalibrationConfig(n_steps=STEPS))
+    config = CONFIGS.get(name, CalibrationConfig.paper(n_steps=STEPS))
     expected = described(statistics(0, 1, dtype, config))
     tolerance = 1e-10 if dtype == F64 else 1e-5
     assert list(expected["grams"]) == ["experts.*.0", "experts.*.2"]

@@ -176,7 +176,7 @@ def calibrated(model: nn.Module, rank: int, n: int) -> dict[str, tuple[Tensor, T
     before = whole_state(model)
     found = calibrate(
         model, [batch(step)[rows_of(rank, n)] for step in range(3)],
-        config=CalibrationConfig(n_steps=4, gram_dtype=F64, trajectory=Trajectory(1e-2)),
+        config=CalibrationConfig.paper(n_steps=4, gram_dtype=F64, trajectory=Trajectory(1e-2)),
         loss_fn=lambda model, batch: model(batch).square().mean(), progress=False,
     )  # fmt: skip
     assert all(torch.equal(value, before[name]) for name, value in whole_state(model).items())

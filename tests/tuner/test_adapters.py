@@ -69,7 +69,7 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     data = Dataset.from_dict({"first": first, "second": second, "score": [float(i % 2) for i in range(24)]})
     trainer = SentenceTrainer(
         model=model, args=args, train_dataset=data, loss=CosineSimilarityLoss(model),
-        calibration=CalibrationConfig(n_steps=4),
+        calibration=CalibrationConfig.paper(n_steps=4),
     )  # fmt: skip
     trainer.train()
     config = config_of(model, "default")

@@ -28,7 +28,7 @@ from sparsegrad_peft.method import processes
 from sparsegrad_peft.method.processes import gathered
 
 ROWS, STEPS = 8, 3
-CALIBRATION = CalibrationConfig(n_steps=3, normalize=True, trajectory=Trajectory(1e-4), gram_dtype=F64)
+CALIBRATION = CalibrationConfig.paper(n_steps=3, normalize=True, trajectory=Trajectory(1e-4), gram_dtype=F64)
 
 FORMS = {"directions": {"c": 6, "r": 10}, "neurons": {"narrow": 6, "wide": 10}}
 "Directions on both sides; and the default form: neurons on the wide side, and entries with scales."

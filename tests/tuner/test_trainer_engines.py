@@ -21,7 +21,7 @@ from sparsegrad_peft import CalibrationConfig, SparseGradTrainer, SparseGradTrai
 from sparsegrad_peft.method.config import Trajectory, normalized_step
 from sparsegrad_peft.tuner.trainer import SparseGradCalibration, TrainingDivergedError
 
-CALIBRATION = CalibrationConfig(n_steps=8, trajectory=Trajectory(1e-3, normalized_step), gram_dtype=torch.float64)
+CALIBRATION = CalibrationConfig.paper(n_steps=8, trajectory=Trajectory(1e-3, normalized_step), gram_dtype=torch.float64)
 "A walk by rounded gradients: signs would differ where a gradient is nearly zero."
 
 
@@ -42,7 +42,7 @@ def train_with_new_bases(folder: str, **options: Any) -> dict[str, Any]:
     model = uncalibrated_adapter(dropout=0, c="full", r="full")
     trainer = SparseGradTrainer(
         model=model, args=arguments(folder, max_steps=3, warmup_steps=2, **options), train_dataset=rows(),
-        calibration=CalibrationConfig(n_steps=12, trajectory=None), density=0.2, refresh_every=2,
+        calibration=CalibrationConfig.paper(n_steps=12, trajectory=None), density=0.2, refresh_every=2,
     )  # fmt: skip
     trainer.train()
     state = {

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from helpers import tiny_batch
 from sparsegrad_peft import CalibrationConfig
 
-CALIBRATION = CalibrationConfig(n_steps=8)
+CALIBRATION = CalibrationConfig.paper(n_steps=8)
 "More steps than an epoch of the data has batches; with dropout."
 
 

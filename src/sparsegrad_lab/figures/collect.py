@@ -106,7 +106,7 @@ def collect(
 def calibration_ways(arguments: RunArguments) -> tuple[str, dict[str, Way]]:
     """Return the name of the run's own way of calibration, and all ways that are compared, that one included."""
     ways = {
-        PAPER: (CalibrationConfig(n_steps=arguments.calibration.n_steps), True),
+        PAPER: (CalibrationConfig.paper(n_steps=arguments.calibration.n_steps), True),
         SHARED: (_along_trajectory(arguments), True),
         PER_LAYER: (_along_trajectory(arguments), False),
     }
@@ -120,7 +120,7 @@ def _along_trajectory(arguments: RunArguments) -> CalibrationConfig:
     """Return a calibration along a trajectory, with normalized gradients and the run's step size if it has one."""
     walk = arguments.calibration.walk
     trajectory = Trajectory(Trajectory().lr if walk is None else walk, sign_step)
-    return CalibrationConfig(n_steps=arguments.calibration.n_steps, trajectory=trajectory, normalize=True)
+    return CalibrationConfig.paper(n_steps=arguments.calibration.n_steps, trajectory=trajectory, normalize=True)
 
 
 def calibrate_bases(

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .basis import Basis
-from .config import CalibrationConfig, resolve_config
+from .config import PAPER, CalibrationConfig, resolve_config
 from .experts import check_selects_neurons, expert_layout, fused_parameters, owner_of, target_shape
 from .gradients import Step, default_loss, stream_gradients
 from .gram import GramStatistics
@@ -35,7 +35,7 @@ class Calibration:
     """Result of `calibrate`: statistics by group, from which bases of any size are made."""
 
     groups: dict[str, Statistics]
-    config: CalibrationConfig = field(default_factory=CalibrationConfig)
+    config: CalibrationConfig = PAPER
 
     @torch.inference_mode(False)  # tensors made in inference mode cannot be saved for backward
     def bases(
@@ -123,9 +123,9 @@ def calibrate(
             `projected.py`).
         step: in place of `batches`: a function without arguments that returns the loss of its next batch.
         loss_fn: (model, batch) -> scalar loss. Default: `model(**batch).loss`.
-        config: how to calibrate.
+        config: how to calibrate. None: as in the paper.
         progress: show a progress bar.
-        fields: in place of `config`, single fields of `CalibrationConfig`, such as `n_steps=60`.
+        fields: in place of `config`, single fields of it, such as `n_steps=60`. The others are the paper's.
 
     Returns:
         A `Calibration`; `.bases(c=..., r=...)` makes the bases.
@@ -139,7 +139,7 @@ def calibrate(
         >>> groups = group_linears(model, r".*layer\.\d+\.(intermediate|output)\.dense")
         >>> bases = calibrate(model, loader, groups=groups, n_steps=30).bases(c=0.25, r=0.25)
     """
-    config = resolve_config(config, fields)
+    config = resolve_config(config, fields).for_sizes(sizes)
     statistics = _empty_statistics(model, group_linears(model) if groups is None else groups, sizes, config)
     group_of: dict[str, Statistics] = {}
     for group in statistics.values():

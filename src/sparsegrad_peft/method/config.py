@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .precision import unit_norm_
 from .processes import own_shard
+from .sizes import Sizes
 
 _AT_ONCE = 1 << 20
 """Entries that are rounded at a time, which takes 8 bytes for each."""
@@ -66,17 +67,21 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """How the gradients of the preliminary phase are taken and summed."""
+    """How the gradients of the preliminary phase are taken and summed.
+
+    The defaults are those of `calibrate_adapter` and the trainers. `CalibrationConfig.paper()` has the paper's.
+    """
 
     n_steps: int = 30
     "backward passes, on each process (paper: 30; the authors' code: 11)"
-    trajectory: Trajectory | None = None
-    "None takes all gradients at the starting point (paper), else they are taken along a short training run"
-    normalize: bool = False
-    "scale each gradient to norm 1 before it is summed, so that all steps and layers weigh the same"
-    mean_gradient: bool = False
-    """decompose what the gradients of a layer have in common, from products in which their noise cancels (see
-    `pairs.py`); False decomposes every gradient by itself (paper)"""
+    trajectory: Trajectory | None = field(default_factory=Trajectory)
+    "a short training run along which the gradients are taken; None takes all of them at the starting point (paper)"
+    normalize: bool = True
+    "scale each gradient to norm 1 before it is summed, so that all steps and layers weigh the same; paper: False"
+    mean_gradient: bool | None = None
+    """True makes the bases from products of the gradients of different steps, in which the noise of single batches
+    cancels (see `pairs.py`). False makes them from every gradient by itself (paper); an adapter then has no scales.
+    None is True if the bases have sizes `narrow` and `wide`, and False if they have `c` and `r`"""
     training: bool | None = True
     "train mode, with dropout (True, paper), eval mode (False), or leave each module as it is (None)"
     gram_device: torch.device | str | None = None
@@ -90,9 +95,19 @@ class CalibrationConfig:
         if self.gram_dtype not in (torch.float32, torch.float64):
             raise ValueError(f"gram_dtype must be torch.float32 or torch.float64, found {self.gram_dtype}")
 
+    @classmethod
+    def paper(cls, **fields: Any) -> CalibrationConfig:
+        """The paper's calibration: 30 gradients at the starting point, in train mode. `fields` replace single ones."""
+        return replace(cls(trajectory=None, normalize=False, mean_gradient=False), **fields)
 
-PAPER = CalibrationConfig()
-"""The paper's calibration: 30 gradients at the starting point, in train mode."""
+    def for_sizes(self, sizes: Sizes | None) -> CalibrationConfig:
+        """Return the same with True or False as `mean_gradient`. No sizes stand for `c` and `r`."""
+        if self.mean_gradient is not None:
+            return self
+        return replace(self, mean_gradient=sizes is not None and not sizes.by_side)
+
+
+PAPER = CalibrationConfig.paper()
 
 
 def resolve_config(

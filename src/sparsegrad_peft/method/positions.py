@@ -15,7 +15,7 @@ from .precision import at_least_float32
 from .processes import broadcast_from_rank0
 from .selection import resolve_k, topk_positions
 
-_TEN_STEPS = CalibrationConfig(n_steps=10)
+_TEN_STEPS = CalibrationConfig.paper(n_steps=10)
 
 
 def select_positions(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..method.calibrate import Calibration, calibrate
-from ..method.config import CalibrationConfig, Trajectory, resolve_config, sign_step
+from ..method.config import CalibrationConfig, resolve_config
 from ..method.ddp import exclude_bases_from_ddp
 from ..method.processes import gathered, is_distributed
 from ..method.sizes import Sizes
@@ -24,11 +24,6 @@ logger = logging.getLogger(__name__)
 
 LARGE_BASES = 1e9
 """Bytes of a model's bases from which on calibration says how to make them smaller."""
-
-RECOMMENDED = CalibrationConfig(n_steps=30, normalize=True, mean_gradient=True, trajectory=Trajectory(1e-4, sign_step))
-"""Gradients along a short training run, which is undone afterwards, each scaled to norm 1. Such bases hold more of the
-later gradients than the paper's, and need no optimizer state (docs/method.md, "How bases age"). With sizes given as `c`
-or `r`, as for the paper's bases, calibration decomposes single gradients (`mean_gradient=False`)."""
 
 
 def calibrate_adapter(
@@ -53,8 +48,8 @@ def calibrate_adapter(
         batches: inputs of the model with labels: `model(**batch).loss`. See `sparsegrad_peft.calibrate`.
         adapter_name: which adapter. It must be active: the gradients are those of the model with its active adapters.
         calibration: ready statistics in place of batches: the result of an earlier call for the same layers.
-        config: how to calibrate. None: `RECOMMENDED`, with single fields of it among the options. The paper's way is
-            `CalibrationConfig()`.
+        config: how to calibrate. None: `CalibrationConfig()`, with single fields of it among the options. The paper's
+            way is `CalibrationConfig.paper()`.
         options: for `sparsegrad_peft.calibrate`: `n_steps`, `step`, `loss_fn`, `progress`, ...
 
     Returns:
@@ -109,10 +104,10 @@ def adapter_statistics(
 
 
 def adapter_calibration(config: CalibrationConfig | None, options: dict[str, Any], sizes: Sizes) -> CalibrationConfig:
-    """Return `config`, or `RECOMMENDED` with the fields of it that are taken out of `options`."""
+    """Return `config`, or `CalibrationConfig()` with the fields that are taken out of `options`."""
     names = {field.name for field in fields(CalibrationConfig)} & set(options)
-    default = replace(RECOMMENDED, mean_gradient=not sizes.by_side)
-    return resolve_config(config, {name: options.pop(name) for name in names}, default)
+    single = {name: options.pop(name) for name in names}
+    return resolve_config(config, single, CalibrationConfig()).for_sizes(sizes)
 
 
 def check_active(adapter_name: str, layers: Iterable[SparseGradLayer]) -> None:
@@ -176,18 +171,19 @@ def _check_can_calibrate(
 def _warn_of_large_bases(
     layers: Mapping[str, SparseGradLayer], shared: Mapping[str, list[str]], config: SparseGradConfig
 ) -> None:
-    """Warn before the work starts if a pair of bases for each layer takes gigabytes."""
+    """Warn before the work starts if a pair of bases for each layer takes gigabytes, and say what is smaller."""
 
-    def size(layer: SparseGradLayer) -> int:
-        return config.sizes.basis_bytes(layer.out_features, layer.in_features, config.dtype_of_bases.itemsize)
+    def size(layer: SparseGradLayer, sizes: Sizes) -> int:
+        return sizes.basis_bytes(layer.out_features, layer.in_features, config.dtype_of_bases.itemsize)
 
-    own = sum(map(size, layers.values()))
-    together = sum(size(layers[names[0]]) for names in shared.values())
+    own = sum(size(layer, config.sizes) for layer in layers.values())
+    rotated = replace(config.sizes, neurons=False)  # shared bases select no neurons
+    together = sum(size(layers[names[0]], rotated) for names in shared.values())
     if own > LARGE_BASES and len(shared) < len(layers):
-        logger.warning(
-            "the bases of %d layers take %.1f GB. With SparseGradConfig(shared=True) the layers of a role share a pair "
-            "of bases, and they take %.2f GB.", len(layers), own / 1e9, together / 1e9,
-        )  # fmt: skip
+        advice = "Half of `narrow` about halves them."
+        if together < own:
+            advice = f"With SparseGradConfig(shared=True), one pair for all layers of a role, {together / 1e9:.2f} GB."
+        logger.warning("the bases of %d layers take %.1f GB. %s", len(layers), own / 1e9, advice)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def test_settings_are_valid(name: str, scale: str) -> None:
 
 def test_scales() -> None:
     assert experiment_names(scale="paper") == AT_PAPER
-    assert len(experiment_names(scale="cpu")) == 16
+    assert len(experiment_names(scale="cpu")) == 17
     with pytest.raises(ValueError, match="experiment selection is for scale cpu"):
         load_experiment("selection", "paper")
     lora = load_experiment("comparison", "paper").methods["lora"]
