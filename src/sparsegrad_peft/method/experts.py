@@ -6,8 +6,8 @@ The experts of a layer are one wide MLP whose neurons are those of all E experts
     down projections  (E, H, I) ──► W (H, E·I), the experts side by side
 
 So `ΔW[neurons] = S U` and `ΔW[:, neurons] = Vᵀ S` hold as for any linear layer: one `U` or `V` for the hidden side of
-all experts, and selected neurons among those of all experts. Calibration adds up the Gram matrices of the experts'
-gradients on the hidden side, and keeps one number for each neuron. Experts without tokens have no gradient, so their
+all experts, and selected neurons among those of all experts. Calibration keeps sums of the experts' gradients
+on the hidden side, and one number for each neuron. Experts without tokens have no gradient, so their
 neurons are selected last.
 """
 

@@ -6,7 +6,7 @@
 A gradient of a few rows is mostly noise. In `Σ GᵀG` the noise of all steps adds up. Two steps take different batches.
 So the noise has mean zero in the product of their gradients, and what they have in common remains. This holds as long
 as calibration takes no batch twice. Beside the energy of the single gradients, `uᵀ A u` tells how much of the gradient
-along a direction u is noise: the scales of the core follow this share. docs/method.md compares the two ways.
+along a direction u is noise: the scales of the core follow this share.
 
 `projected.py` has a form with less memory, for large models.
 """

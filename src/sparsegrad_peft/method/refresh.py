@@ -1,7 +1,7 @@
 """New bases, or new positions, during training: what was learnt and the optimizer's moments are carried over.
 
-Bases age: after a hundred steps the gradient has left the directions it had at the start. A refresh takes new Gram
-statistics, makes new bases (U', V'), and moves everything that is written in the old ones:
+Bases of gradients at the starting point age: after a hundred steps they hold much less of the gradient. A refresh takes
+new Gram statistics, makes new bases (U', V'), and moves everything that is written in the old ones:
 
     R_U = U' Uᵀ (c', c),   R_V = V' Vᵀ (r', r)
     S'          = V' (Vᵀ S U) U'ᵀ = R_V S R_Uᵀ

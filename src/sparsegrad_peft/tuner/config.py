@@ -26,8 +26,9 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torc
 class SparseGradConfig(PeftConfig):
     """Configuration of a SparseGrad adapter, for `get_peft_model`.
 
-    A new adapter is a no-op with data-free bases and trains like any PEFT method. `calibrate_adapter`, or one of the
-    trainers, replaces these bases by bases of the model's gradients, which gives the method its quality.
+    A new adapter does not change the model's output. Its bases are data-free, and it trains like any PEFT method.
+    `calibrate_adapter`, or one of the trainers, replaces them by bases computed from the model's gradients. Without
+    this step the adapter learns less.
 
     By default an update is `ΔW[neurons] = S U` for the up- and gate-projections of an MLP, and `ΔW[:, neurons] = Vᵀ S`
     for the down-projection: a thirty-second of the hidden side as directions (from 64 to 128), and as many
@@ -41,14 +42,13 @@ class SparseGradConfig(PeftConfig):
         trained_share: share of a layer's entries that train, where `wide` is None.
         neurons: the larger side selects features, the neurons with the most gradient energy, and rotates nothing. Such
             a basis is a list of indices. None: True, but False with `shared`, `c` or `r`.
-        exponent: q in the scale `(σ_i τ_j)^q` of entry (i, j) of a core. `σ²` and `τ²` are the shares of the gradients'
-            energy that different steps have in common. 0: no scales. None: 1.5, but 0 with `c` or `r`. docs/method.md
-            explains it.
+        exponent: how much less the noisy directions move. 0: all entries move alike. None: 1.5, but 0 with `c` or `r`.
+            Entry (i, j) of a core has the scale `(σ_i τ_j)^exponent`; docs/method.md defines σ and τ.
         c: rows of `U` (input side) of every layer, together with `r` in place of `narrow` and `wide`. This is the
             paper's form: directions on both sides, without scales.
         r: rows of `V` (output side) of every layer, likewise. Not a LoRA rank: `trained_share` sets how much trains.
         shared: one pair of bases for all layers with the same role and shape (the paper), or one for each layer.
-            Both sides then have directions. Smaller bases in models below about a billion parameters.
+            Both sides then have directions. Smaller for models with many small layers, larger for most others.
         basis_dtype: "bfloat16", "float32" or "float64", in memory and in the file. None: bfloat16, or float32 for
             complete bases. Bases are rounded once, before training.
         original_space: train the whole core in the original space, without bases (MeProp, if the optimizer selects).

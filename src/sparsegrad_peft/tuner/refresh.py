@@ -34,7 +34,7 @@ def refresh_adapter(
 ) -> Calibration:
     """Give an adapter with complete bases new ones, from a few steps of backpropagation at the current weights.
 
-    Bases age (`docs/method.md`): after a hundred steps they hold less of the gradient. What the adapter has learnt
+    Bases age: after many steps they may hold less of the gradient (`docs/method.md`). What the adapter has learnt
     stays, `S' = V' Vᵀ S U U'ᵀ`, and the optimizer's moments are rotated with it (see `sparsegrad_peft.refresh` for
     layers of plain PyTorch).
 

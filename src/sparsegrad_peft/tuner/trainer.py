@@ -59,8 +59,8 @@ class SparseGradTrainerMixin:
         progress: show a bar while calibrating; None: unless `disable_tqdm` is set.
         refresh_every: number of steps after which an adapter with complete bases gets new ones, again and again (see
             `refresh_adapter`); not under FSDP or DeepSpeed. None: never.
-        own_optimizer: False leaves the optimizer to the Trainer (`optim`, `optimizer_cls_and_kwargs`), for a model
-            without SparseGrad layers.
+        own_optimizer: True makes `SparseGradAdamW`. False lets the Trainer make its own optimizer (`optim`,
+            `optimizer_cls_and_kwargs`), for a model without SparseGrad layers.
 
     Raises:
         TypeError: `calibration` is not a `CalibrationConfig`.

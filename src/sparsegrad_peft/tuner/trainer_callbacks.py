@@ -17,7 +17,7 @@ from .trainer_batches import Batches
 
 
 class SparseGradCalibration(TrainerCallback):
-    """Calibrate the adapters of a model when training begins, in any trainer that has callbacks.
+    """Calibrate the adapters of a model when training begins, in any trainer that has callbacks and one process.
 
     The cores stay the same parameters, so the trainer's optimizer stays right.
 
