@@ -35,12 +35,12 @@ def costs(section: Section) -> Table:
         ])  # fmt: skip
     header = ["method", "trained entries", "touched", "steps/s", "calibration ÷ training", "peak, MB", "saved, MB"]
     note = (
-        "Trained entries: of the MLP layers. Touched: those that are not zero after training; a core starts at zero, "
-        "so these are the entries that a step has changed (all of them where the bases were made again during "
-        "training). Steps per second: over the tasks that all methods have run, with evaluations and checkpoints. "
-        "Calibration ÷ training: ratio of the two times. Peak: the largest memory of a run's process, during "
-        "calibration or training. Other processes may have shared the machine; the performance page has measurements. "
-        "Saved: adapter or model, with the head."
+        "Trained entries: those of the method, without the head. Touched: those that are not zero after training; a"
+        " core starts at zero, so these are the entries that a step has changed (all of them where the bases were "
+        "made again during training). Steps per second: over the tasks that all methods have run, with evaluations "
+        "and checkpoints. Calibration ÷ training: ratio of the two times. Peak: the largest memory of a run's "
+        "process, during calibration or training. Other processes may have shared the machine; the performance page"
+        " has measurements. Saved: adapter or model, with the head."
     )
     return Table("Costs", note, header, rows)
 

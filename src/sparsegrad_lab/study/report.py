@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
 from ..run.whole_files import write_whole
-from .contents import contents_of
+from .contents import Chapter, contents_of
 from .page import render_page
 from .sections import Report, Section, safe_name
+
+_SEE = "[How to read this table](#how-to-read-the-tables)"
 
 
 def markdown(report: Report, title: str) -> str:
@@ -17,11 +20,18 @@ def markdown(report: Report, title: str) -> str:
     contents, parts = contents_of(report), [f"# {title}"]
     if contents.overview is not None:
         parts.append(f"## {contents.overview.title}\n\n{contents.overview.markdown()}")
+    notes = _common_notes(contents.chapters)
+    if notes:
+        lines = "\n".join(f"- **{title}.** {note}" for note, title in notes.items())
+        parts.append(f"## How to read the tables\n\n{lines}")
     for chapter in contents.chapters:
         section = chapter.section
         parts += [f"## {section.title}", section.question, bullets(chapter.verdict), section.setting]
         parts.append("\n".join(f"- `{method}`: {words}" for method, words in section.methods.items() if words))
-        parts += [f"### {table.title}\n\n{table.markdown()}" for table in chapter.tables.values()]
+        parts += [
+            f"### {table.title}\n\n{table.markdown(_SEE if table.note in notes else None)}"
+            for table in chapter.tables.values()
+        ]
     if contents.parameters is not None:
         parts.append(f"## {contents.parameters.title}\n\n{contents.parameters.markdown()}")
     if report.unfinished:
@@ -31,6 +41,14 @@ def markdown(report: Report, title: str) -> str:
     parts.append(origin(report.sections))
     text = "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
     return text.replace("<", "&lt;")  # names from files are no HTML
+
+
+def _common_notes(chapters: Sequence[Chapter]) -> dict[str, str]:
+    """A note that stands below several tables, and their title; no other note does so for this title."""
+    counts = Counter((table.note, table.title) for chapter in chapters for table in chapter.tables.values())
+    common = [pair for pair, count in counts.items() if count > 1]
+    titles = Counter(title for _, title in common)
+    return {note: title for note, title in common if titles[title] == 1}
 
 
 def bullets(sentences: Sequence[str]) -> str:

@@ -57,11 +57,11 @@ class Table:
         places = [n for n in range(len(self.header)) if not n or any(row[n] not in _NOT_THERE for row in rows)]
         return replace(self, header=[self.header[n] for n in places], rows=[[row[n] for n in places] for row in rows])
 
-    def markdown(self) -> str:
-        """A pipe table and the note."""
+    def markdown(self, note: str | None = None) -> str:
+        """A pipe table and the note, or another text in its place."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        return f"{body}\n\n{self.note}\n"
+        return f"{body}\n\n{self.note if note is None else note}\n"
 
     def csv(self) -> str:
         """Comma-separated, with a header."""

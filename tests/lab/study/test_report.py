@@ -46,6 +46,9 @@ def test_names_that_are_alike_in_file_names_keep_a_file_each(tmp_path: Path, rea
     assert found == ["My-Study-scores.csv", "my-study-scores-2.csv", "my-study-scores-3.csv"]
     texts = [(tmp_path / "out" / name).read_text(encoding="utf-8") for name in found]
     assert len(set(texts)) == 3
+    text = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert text.count("Calibration ÷ training: ratio of the two times.") == 1  # in "How to read the tables"
+    assert text.count("### Costs\n") == 3
 
 
 @pytest.mark.parametrize("kind", ["nothing there", "nothing in it", "broken"])
