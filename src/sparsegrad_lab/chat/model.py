@@ -22,7 +22,7 @@ from ..tasks.kinds.language import LanguageKind
 from ..tasks.kinds.writer import Writer
 from ..tasks.library_logs import suppress_library_logs
 from ..tasks.model_folder import model_path
-from ..tasks.pretrained import load_config, load_tokenizer
+from ..tasks.pretrained import check_causal, load_config, load_tokenizer
 from ..tasks.task import LANGUAGE, Task
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def open_model(name: str) -> ChatModel:
         with suppress_library_logs():
             model = PeftModel.from_pretrained(_pretrained(base_name, tokenizer), str(folder))
     else:
-        load_config(model_path(name))  # a clear error if there is no such model
+        check_causal(name, load_config(model_path(name)))  # a clear error if there is no such model
         tokenizer = load_tokenizer(name)
         model = _pretrained(name, tokenizer)
     if torch.cuda.is_available():

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     settings.check(arguments)
     from ..figures.collect import collect
     from ..figures.folder import check_output, read, write
-    from ..run.train import output_folder
+    from ..run.folder import output_folder
 
     folder = output_folder(arguments)
     if settings.redraw:

@@ -35,7 +35,12 @@ def main(argv: list[str]) -> None:
     if options.file is not None:
         check_rows_file(Path(options.file))
     if options.output is not None:
-        check_file(Path(options.output))
+        output = Path(options.output)
+        if output.suffix.lower() != ".csv":
+            parser.error(f"--output: expected a .csv file, found {output}; without --output, JSON lines are printed")
+        if options.file is not None and output.resolve() == Path(options.file).resolve():
+            parser.error(f"--output: {output} is the file with the rows, which would be replaced; name another")
+        check_file(output)
     from ..run.finished_run import predict, write_csv
 
     rows = predict(options.run, options.file, options.text, max_new_tokens=options.max_new_tokens)

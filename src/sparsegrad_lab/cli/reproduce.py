@@ -33,7 +33,11 @@ def main(argv: list[str]) -> None:
     from ..study.experiment import SHIPPED, experiment_names, load_experiment
 
     folder = SHIPPED if options.folder is None else Path(options.folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--folder: there is no folder {folder}")
     names = experiment_names(folder, options.scale)
+    if not names:
+        raise ValueError(f"{folder} has no experiment for scale {options.scale!r}; expected NAME/experiment.yaml in it")
     chosen = names if options.experiments == ["all"] else options.experiments
     experiments = [load_experiment(name, options.scale, folder) for name in chosen]
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -35,14 +35,15 @@ def main(argv: list[str]) -> None:
         arguments.output = "runs/search/{task}/{method}"
     arguments.check()
     settings.check()
+    from ..run.folder import output_folder
     from ..run.search import search
-    from ..run.train import output_folder
 
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     result = search(arguments, settings, (lambda line: None) if options["quiet"] else console.print)
     best, folder = result["best"], output_folder(arguments)
+    count = sum(trial["state"] != "interrupted" for trial in result["trials"])
     console.print(
-        f"\nbest of {len(result['trials'])} trials: learning rate {best['learning_rate']:g}, batch size "
+        f"\nbest of {count} trials: learning rate {best['learning_rate']:g}, batch size "
         f"{best['batch_size']}, score {best['score']:.4f}\nfolder: {folder} (search.json, search.png)\n"
         f"next:   sparsegrad train --config {shlex.quote(str(folder / 'best.yaml'))}"
     )

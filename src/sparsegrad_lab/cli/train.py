@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ..methods.registry import find_method
+from ..run.folder import RunFolder, output_folder
 from ..run.parsing import run_arguments, run_parser
+from ..run.processes import is_rank0
 from ..run.settings import RunArguments
 from ..tasks.task import display_name
 
@@ -37,9 +39,12 @@ def main(argv: list[str]) -> None:
     options = _options(argv)
     arguments = run_arguments(options)
     arguments.check()
-    from ..run.train import output_folder, train
+    output = output_folder(arguments)
+    if is_rank0() and len(arguments.seeds) == 1:
+        RunFolder(output).check(arguments)
+    from ..run.train import train
 
-    print_results(train(arguments, progress=not options["quiet"]), str(output_folder(arguments)))
+    print_results(train(arguments, progress=not options["quiet"]), str(output))
     if arguments.push_to_hub is not None:
         print(f"uploaded to the hub: {arguments.push_to_hub}")
 

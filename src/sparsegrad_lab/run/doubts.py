@@ -8,18 +8,28 @@ _RISE = 1.1
 "Factor by which the training loss has to rise before a run is reported; batches differ by less."
 
 
-def doubts(by_class: dict[str, Any] | None, log: list[dict[str, Any]]) -> list[str]:
+def doubts(
+    by_class: dict[str, Any] | None, log: list[dict[str, Any]], label_variance: float | None = None
+) -> list[str]:
     """Return a sentence for each sign, with what to try.
 
     Args:
         by_class: `scores_by_class` of the scored rows; None for a task without classes.
-        log: the Trainer's log, with "step" and "loss".
+        log: the Trainer's log, with "step", "loss" and "eval_loss".
+        label_variance: of the evaluated rows, for regression.
     """
     found = []
     if by_class is not None and (name := _single_prediction(by_class)) is not None:
         found.append(
             f"the model predicts {name!r} for every row; try another learning rate, more epochs, or more rows of the "
             "other classes"
+        )
+    errors = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    if label_variance is not None and errors and min(errors) > label_variance:
+        found.append(
+            "the predictions are further from the labels than the labels' mean is (mean squared error "
+            f"{min(errors):.3g}, variance {label_variance:.3g}), which no correlation shows; scale the labels to a "
+            "mean near 0 and a deviation near 1, or train longer"
         )
     first, last = mean_loss(log, 0, 1 / 6), mean_loss(log, 5 / 6, 1)
     if first is not None and last is not None and last > _RISE * first:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 
 import sparsegrad_peft.tuner  # noqa: F401  # registers SparseGrad, so that PEFT can load its adapters
@@ -25,7 +27,7 @@ from ..tasks.kinds.text import text_logits
 from ..tasks.library_logs import suppress_library_logs
 from ..tasks.load import load_task
 from ..tasks.model_folder import model_path
-from ..tasks.pretrained import load_config
+from ..tasks.pretrained import first_line, load_config
 from ..tasks.read import Row, read_rows
 from ..tasks.registry import kind_of
 from ..tasks.task import LOSSES, Task
@@ -99,13 +101,28 @@ def open_run(path: str | Path, *, unquantized: bool = False) -> FinishedRun:
         compute = compute_type(arguments) if arguments.load_in_4bit and not unquantized else None
         # The adapter overwrites the new head.
         base = kind.load_model(arguments.model, task, processor, four_bits=compute)
-        with suppress_library_logs():
-            model: nn.Module = PeftModel.from_pretrained(base, str(adapter))
+        model = load_adapter(base, adapter)
     else:
         model = kind.load_model(arguments.model, task, processor, folder.path / "model")
     if torch.cuda.is_available():
         model.cuda()
     return FinishedRun(folder, arguments, task, model.eval(), processor)
+
+
+def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
+    """Load an adapter onto its base model.
+
+    Raises:
+        ValueError: its files are damaged.
+    """
+    try:
+        with suppress_library_logs():
+            return cast(nn.Module, PeftModel.from_pretrained(base, str(folder)))
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: the adapter cannot be read; adapter_model.safetensors or adapter_config.json is damaged or cut "
+            f"off ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def read_run(path: str | Path) -> tuple[RunFolder, RunArguments, Task]:
@@ -229,8 +246,9 @@ def predict(
     else:
         rows = read_rows(Path(file), quoting=arguments.data.quoting)
         kind.check_rows(task, rows, str(file))
-        if "prediction" in rows[0]:
-            raise ValueError(f"{file}: found a column 'prediction', which predictions would replace; rename it")
+        written = {"prediction", *(f"p({name})" for name in task.labels or ())}
+        if taken := sorted(written & {name for row in rows for name in row}):
+            raise ValueError(f"{file}: found a column {taken[0]!r}, which predictions would replace; rename it")
     run = open_run(path)
     return kind.predict(run.model, run.processor, task, rows, arguments.data, max_new_tokens)
 
@@ -241,8 +259,12 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))  # objects of a JSON file may differ
     writer = csv.DictWriter(buffer, fieldnames=names)
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: _as_cell(value) for name, value in row.items()} for row in rows)
     write_whole(path, buffer.getvalue())
+
+
+def _as_cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value
 
 
 def merge(path: str | Path) -> tuple[Path, bool]:

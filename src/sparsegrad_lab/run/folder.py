@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from ..methods.registry import find_method
 from ..methods.settings import resolved, updated
 from ..tasks.checksums import sha256_of
 from ..tasks.parse_files import read_json, read_yaml
@@ -22,6 +23,8 @@ from .whole_files import check_writable, content_of, is_draft, write_whole
 
 _ROWS = ("data.train_file", "data.validation_file", "data.unrelated")
 "Settings that may name a file of rows."
+_RESULT = ("task", "text", "labels", "metrics", "metric", "score", "trained_entries", "training", "calibration")
+"Keys of result.json that other verbs read."
 _BEFORE_THE_SETTINGS = {".lock", "method.json", "data.json"}
 "Files that a killed process may have written before config.yaml."
 
@@ -145,19 +148,22 @@ class RunFolder:
         if not (self.path / "config.yaml").is_file():
             if arguments.method.endswith(".json"):  # the file may be edited before the run is resumed
                 self.write_json("method.json", read_json(Path(arguments.method)))
-            settings = flat(arguments.as_dict())
-            files = {name: settings[name] for name in _ROWS if settings[name] and Path(settings[name]).is_file()}
-            if files:  # they too may be changed before the run is resumed
-                self.write_json("data.json", {name: sha256_of([Path(path)]) for name, path in files.items()})
+            if files := files_of_rows(arguments):  # they too may be changed before the run is resumed
+                self.write_json("data.json", files)
             self.write_yaml("config.yaml", arguments.as_dict())
 
     def check_finished(self) -> None:
-        """Raise FileNotFoundError if this is not a run folder, or the run is not finished."""
+        """Raise FileNotFoundError if this is not a run folder, the run is not finished, or its weights are gone."""
         self.read_arguments()
         if not self.finished:
             raise FileNotFoundError(
                 f"{self} holds a run that is not finished; resume it: sparsegrad train --config "
                 f"{shlex.quote(str(self.path / 'config.yaml'))}"
+            )
+        if not self.weights.is_dir():
+            raise FileNotFoundError(
+                f"{self} holds scores and no weights: adapter/ and model/ are gone. A search keeps no weights; train "
+                "its best.yaml. Else remove result.json, and train again with the same command"
             )
 
     def read_arguments(self) -> dict[str, Any]:
@@ -185,8 +191,15 @@ class RunFolder:
         Raises:
             ValueError: result.json is damaged.
         """
-        result: dict[str, Any] = read_json(self.path / "result.json")
-        return result
+        path = self.path / "result.json"
+        result = read_json(path)
+        missing = [name for name in _RESULT if not isinstance(result, dict) or name not in result]
+        if missing:
+            raise ValueError(
+                f"{path}: expected the result of a run, found none of its {', '.join(missing)}; remove the file, and "
+                "train again with the same command"
+            )
+        return dict(result)
 
     def read_json(self, name: str) -> Any:
         """Content of a JSON file; None if there is no such file."""
@@ -219,6 +232,19 @@ class RunFolder:
         for path in broken:
             shutil.rmtree(path)
         return [path.name for path in broken]
+
+
+def output_folder(arguments: RunArguments) -> Path:
+    """The output folder, with the names of the task and the method filled in."""
+    task, method = arguments.task.replace("/", "-"), find_method(arguments.method).name
+    return Path(arguments.output.replace("{task}", task).replace("{method}", method)).expanduser()
+
+
+def files_of_rows(arguments: RunArguments) -> dict[str, str]:
+    """SHA-256 of the files of rows, by setting."""
+    settings = flat(arguments.as_dict())
+    files = {name: settings[name] for name in _ROWS if settings[name] and Path(settings[name]).is_file()}
+    return {name: sha256_of([Path(path)]) for name, path in files.items()}
 
 
 def _step(checkpoint: Path) -> int:

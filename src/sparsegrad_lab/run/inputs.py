@@ -9,10 +9,6 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import set_seed
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from ..methods.method import Adapted
 from ..methods.registry import find_method
@@ -22,7 +18,7 @@ from ..tasks.kinds.writer import IGNORED
 from ..tasks.library_logs import suppress_library_logs
 from ..tasks.load import load_task
 from ..tasks.model_folder import model_path
-from ..tasks.pretrained import NeedsWeightsError, load_config
+from ..tasks.pretrained import NeedsWeightsError, check_causal, load_config
 from ..tasks.registry import TASKS
 from ..tasks.task import LANGUAGE, Task
 from ..tasks.unrelated import unrelated_texts
@@ -138,22 +134,12 @@ def load_run_task(arguments: RunArguments) -> tuple[Task, nn.Module | None]:
     except NeedsWeightsError:
         empty_model = None
     task = KINDS[task.kind].in_model_order(task, config)
-    _check_causal(arguments.model, config if empty_model is None else empty_model.config, task.kind)
+    if task.kind == LANGUAGE:
+        check_causal(arguments.model, config if empty_model is None else empty_model.config)
     _check_positions(arguments, config)
     if empty_model is not None:
         find_method(arguments.method).target_layers(empty_model, arguments.adapter)
     return task, empty_model
-
-
-def _check_causal(model: str, config: Any, kind: str) -> None:
-    """Raise ValueError for a language task with a bidirectional model, which would see the words that it predicts."""
-    name = config.model_type
-    both = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if kind == LANGUAGE and both and not getattr(config, "is_decoder", False):
-        raise ValueError(
-            f"{model} is a {name}, which sees the words that it has to predict; expected a causal language model, such "
-            "as gpt2 or a LLaMA"
-        )
 
 
 def _check_positions(arguments: RunArguments, config: Any) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader, set_parsing_settings
 
 from ..methods.registry import METHODS
 from ..methods.settings import updated
@@ -83,7 +83,7 @@ class VerbParser(ArgumentParser):
         """Parse the command line. A list may be written `a,b`; shells read `[a,b]` as a file pattern."""
         if "_ARGCOMPLETE" in os.environ:
             add_completers(self)
-        words = self._with_values(list(sys.argv[1:] if args is None else args))
+        words = _config_first(self._with_values(list(sys.argv[1:] if args is None else args)))
         self._check_given_once(word.partition("=")[0][2:] for word in words if word.startswith("--"))
         names = {word.partition("=")[0] for word in words} & self._option_string_actions.keys()
         self.given = frozenset(self._option_string_actions[name].dest for name in names)
@@ -132,8 +132,8 @@ class VerbParser(ArgumentParser):
     def instantiate(self, namespace: Any, *args: Any, **options: Any) -> Any:
         """Create the settings. `training: null` in a file would be a TypeError."""
         for name in sorted({action.dest.partition(".")[0] for action in self._actions if "." in action.dest}):
-            if namespace.get(name) is None:
-                self.error(f"{name}: expected settings, found null")
+            if not isinstance(namespace.get(name), Namespace):
+                self.error(f"{name}: expected settings, found {json.dumps(namespace.get(name), default=str)}")
         return super().instantiate(namespace, *args, **options)
 
     def _with_lists(self, words: list[str]) -> list[str]:
@@ -176,6 +176,20 @@ class VerbParser(ArgumentParser):
         if re.search(r"<class 'str'>. Got value: (True|False|-?\d)", message):
             message += "\nYAML reads no, yes and 0 as other types than text; put text in quotes, as in ['no', 'yes']"
         super().error(message, ex)
+
+
+def _config_first(words: list[str]) -> list[str]:
+    """Put `--config FILE` before the other options: jsonargparse lets the later one win, and they override the file."""
+    first, others, place = [], [], 0
+    while place < len(words):
+        taken = 1
+        if words[place] == "--config" or words[place].startswith("--config="):
+            taken = 1 if "=" in words[place] else 2
+            first += words[place : place + taken]
+        else:
+            others.append(words[place])
+        place += taken
+    return first + others
 
 
 def make_parser(verb: str, description: str, example: str) -> VerbParser:

@@ -22,17 +22,17 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 from transformers import TrainerCallback
 
-from ..tasks.metrics import metrics_for
 from ..tasks.registry import kind_of
-from ..tasks.task import display_name, higher_is_better
+from ..tasks.task import LANGUAGE, display_name
 from .checkpoints import writing
 from .exit_codes import ExitCode, exit_code_of
+from .folder import files_of_rows, output_folder
 from .machine import slow_precision_warning
 from .plots import plot_search
 from .process_identity import is_alive, is_on_this_host, process_identity
 from .processes import from_rank0, is_rank0, joined
 from .settings import WITHOUT_EFFECT, RunArguments, SearchArguments, flat
-from .train import output_folder, train
+from .train import train
 from .whole_files import check_writable, content_of, write_whole
 
 _SEARCHED = (*WITHOUT_EFFECT, "training.learning_rate", "training.batch_size")
@@ -113,7 +113,7 @@ def _search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if warning := slow_precision_warning(arguments.training.precision):
         say(warning)
-    higher = higher_is_better(metrics_for((), kind_of(arguments.task))[0])  # the same for all metrics of a kind of task
+    higher = kind_of(arguments.task) != LANGUAGE
     folder = output_folder(arguments)
     check_writable(folder)
     if content_of(folder) and not any((folder / name).exists() for name in _SEARCH_FILES):
@@ -144,11 +144,13 @@ def _check_same(study: optuna.Study, arguments: RunArguments, what: SearchArgume
     settings = {**flat(arguments.as_dict()), **{f"search.{name}": value for name, value in asdict(what).items()}}
     for name in (*_SEARCHED, "search.trials", "search.storage"):
         settings.pop(name)
+    settings |= {f"rows of {name}": f"SHA-256 {sha[:12]}..." for name, sha in files_of_rows(arguments).items()}
     there = study.user_attrs.get("settings")
     if there is None:
         study.set_user_attr("settings", settings)
         return
-    differing = [name for name in settings if there.get(name) != settings[name]]
+    # A search of an earlier version does not name its rows.
+    differing = [name for name in settings if there.get(name, settings[name]) != settings[name]]
     if differing:
         found = ", ".join(f"{name} ({there.get(name)} there, {settings[name]} here)" for name in differing)
         raise FileExistsError(
@@ -282,7 +284,7 @@ def _write_results(study: optuna.Study, arguments: RunArguments, folder: Path, h
     settings["output"] = str(folder / "best")
     write_whole(
         folder / "best.yaml",
-        f"# The best of {len(trials)} trials, score {best['score']:.4f}: sparsegrad train --config best.yaml\n"
+        f"# The best of {len(_counted(study))} trials, score {best['score']:.4f}: sparsegrad train --config best.yaml\n"
         + yaml.safe_dump(settings, sort_keys=False),
     )
     result = {"best": best, "trials": trials, "settings": study.user_attrs["settings"]}

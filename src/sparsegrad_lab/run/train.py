@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import pvariance
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,13 @@ from ..methods.training.trainer import MethodTrainer
 from ..tasks.kinds import KINDS
 from ..tasks.library_logs import suppress_library_logs
 from ..tasks.model_folder import hub_id
+from ..tasks.task import LANGUAGE
 from .calibration import calibrate_unquantized
 from .card import make_card
 from .checkpoints import writing
 from .console import ProgressCallback
 from .doubts import doubts, mean_loss
-from .folder import RunFolder
+from .folder import RunFolder, output_folder
 from .hub import create_repository, push
 from .inputs import Inputs, load_inputs
 from .machine import environment, slow_precision_warning
@@ -82,12 +84,6 @@ def train(
     return results
 
 
-def output_folder(arguments: RunArguments) -> Path:
-    """The output folder, with the names of the task and the method filled in."""
-    task, method = arguments.task.replace("/", "-"), find_method(arguments.method).name
-    return Path(arguments.output.replace("{task}", task).replace("{method}", method))
-
-
 def _train_one(
     arguments: RunArguments, folder: RunFolder, progress: bool, callbacks: Sequence[TrainerCallback]
 ) -> dict[str, Any]:
@@ -124,7 +120,7 @@ def _train_one(
         result = {
             **_describe(arguments, inputs, scores, trainer.state),
             "by_class": by_class,
-            "doubts": doubts(by_class, trainer.state.log_history),
+            "doubts": doubts(by_class, trainer.state.log_history, _label_variance(inputs)),
             "tokens": inputs.tokens,
             "score_before": score_before,
             "unrelated_perplexity": None if before is None else {"before": before, "after": after},
@@ -292,6 +288,13 @@ def _describe(
         "learning_rate": arguments.learning_rate,
         "training_loss_last_sixth": mean_loss(log, 5 / 6, 1),  # it varies less between seeds than a score
     }
+
+
+def _label_variance(inputs: Inputs) -> float | None:
+    """Variance of the labels of the rows that are evaluated during training, for regression."""
+    if inputs.task.kind == LANGUAGE or inputs.task.labels is not None:
+        return None
+    return pvariance(inputs.features[inputs.task.evaluation_splits[0]]["labels"])
 
 
 def _without_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:

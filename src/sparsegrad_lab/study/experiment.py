@@ -14,9 +14,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..tasks.parse_files import read_yaml
 from .runs import FileName
 
 SHIPPED = Path(str(files(__package__))) / "experiments"
@@ -231,6 +231,8 @@ def load_experiment(name: str, scale: str | None = "cpu", folder: Path = SHIPPED
     settings = reduce(merged, [default, scales[scale] or {}, own, own_scales.get(scale) or {}])
     _refuse_not_set(settings, ("name", "scale", "own"), where)
     methods = settings.get("methods") or {}
+    if not isinstance(methods, dict) or any(value and not isinstance(value, dict) for value in methods.values()):
+        raise ValueError(f"{where}: methods: expected names of methods, each with its settings; found {methods!r}")
     for key, value in methods.items():
         _refuse_not_set(value or {}, _FROM_SEARCH, where, f"methods.{key}.")
     search = settings.get("search") or {}
@@ -333,7 +335,7 @@ def _rates_of(source: str, scale: str, folder: Path, where: str) -> tuple[tuple[
 
 @cache  # a study reads each file hundreds of times
 def _parsed(path: Path, modified_ns: int) -> Any:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return read_yaml(path)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -341,7 +343,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     # By its absolute path: the same relative one is another file after a change of the working directory.
-    content: dict[str, Any] = copy.deepcopy(_parsed(path.absolute(), path.stat().st_mtime_ns)) or {}
+    content = copy.deepcopy(_parsed(path.absolute(), path.stat().st_mtime_ns)) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected keys with values, as in `title: ...`; found {type(content).__name__}")
     search = content.get("search")
     if isinstance(search, dict) and "seed" in search:  # of earlier versions
         search["seeds"] = [search.pop("seed")]

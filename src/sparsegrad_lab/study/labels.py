@@ -43,6 +43,18 @@ def label_data(runs: tuple[Run, ...]) -> tuple[Run, ...]:
     return tuple(labelled)
 
 
+def replaced_runs(runs: tuple[Run, ...]) -> list[str]:
+    """A sentence for each run that `label_runs` leaves out, since a later one has the same settings."""
+    kept: dict[Any, Run] = {}
+    sentences = []
+    for run in sorted(runs, key=lambda run: run.environment.time):
+        key = run.method_name, run.task_name, run.seed, str(sorted(_settings(run).items()))
+        if key in kept:
+            sentences.append(f"{kept[key].path}: {run.path} has the same settings and seed, and is later")
+        kept[key] = run
+    return sentences
+
+
 def label_runs(runs: tuple[Run, ...]) -> tuple[Run, ...]:
     """Add the settings that differ to the names of methods. Of runs with equal settings, only the latest is kept."""
     alike: dict[tuple[str, str, int], dict[str, Run]] = defaultdict(dict)

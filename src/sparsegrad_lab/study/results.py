@@ -12,6 +12,8 @@ from .runs import Failure, RejectedFileError, Run, parse_result, read_json
 
 STUDY_MARKS = (".study", "claims.journal")
 "A folder that holds one of these files holds the run folders of a study; the second name is an earlier version's."
+_RUN_MARKS = {"result.json", "environment.json", ".lock", "checkpoints"}
+"A folder with config.yaml and other folders is a run's if it holds one of these; else the config is one's own."
 SEARCH_MARKS = ("search.json", "trials.journal")
 
 
@@ -88,7 +90,7 @@ def _result_files(root: Path) -> Iterator[Path]:
     for name, folders, files in os.walk(root):
         folder = Path(name)
         folders[:] = [inner for inner in folders if not inner.startswith(".")]
-        if "config.yaml" in files:
+        if "config.yaml" in files and (not folders or _RUN_MARKS & {*files, *folders}):
             folders.clear()
             yield folder / "result.json"
             continue

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..run.settings import RunArguments
 from .experiment import BASELINE, Experiment, experiment_names, load_experiment
-from .labels import label_data, label_runs
+from .labels import label_data, label_runs, replaced_runs
 from .results import ResultFiles, read_results
 from .runs import About, Failure, Run
 
@@ -104,7 +104,8 @@ def read_report(paths: Iterable[str | Path], baseline: str | None = None) -> Rep
     methods = sorted({run.method_name for run in files.runs} | {name for one in sections for name in one.methods})
     if baseline is not None and baseline not in methods:
         raise ValueError(f"baseline: expected a method that has runs, one of {', '.join(methods)}; found {baseline!r}")
-    return Report(_note_shared_runs(sections), files.unfinished, files.rejected)
+    replaced = replaced_runs(label_data(tuple(run for run in files.runs if not run.experiment and not run.trial)))
+    return Report(_note_shared_runs(sections), files.unfinished, (*files.rejected, *replaced))
 
 
 def _sections(files: ResultFiles, baseline: str | None) -> list[Section]:

@@ -43,7 +43,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """Raise if YAML is too long, nested too deeply, or too large once its aliases are expanded.
+    """Raise if YAML is too long, nested too deeply, too large once its aliases are expanded, or has a key twice.
 
     A few lines of aliases can stand for billions of values, which no program can process.
 
@@ -77,3 +77,24 @@ def check_yaml(text: str) -> None:
             if event.anchor not in sizes:
                 raise ValueError(f"found the alias *{event.anchor} outside the value that it names")
             close(None, sizes[event.anchor])
+    _check_keys(yaml.compose(text, Loader=yaml.SafeLoader))
+
+
+def _check_keys(root: yaml.Node | None) -> None:
+    """Raise `ValueError` for a key that stands twice in a mapping: YAML keeps the later one in silence."""
+    nodes, known = [root], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or id(node) in known:
+            continue
+        known.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            nodes += [value for _, value in node.value]
+            keys: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"found the key {key.value!r} twice, again in line {line}; put both into one")
+                keys |= {key.value} if isinstance(key, yaml.ScalarNode) else set()

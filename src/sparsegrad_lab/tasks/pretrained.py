@@ -9,6 +9,10 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from .library_logs import suppress_library_logs
 from .model_folder import check_model_folder, model_path
@@ -105,3 +109,14 @@ def build_without_weights(config: PretrainedConfig, auto: Any = None) -> nn.Modu
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def check_causal(model: str, config: Any) -> None:
+    """Raise ValueError for a bidirectional model, which would see the words that it has to predict."""
+    name = config.model_type
+    both = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if both and not getattr(config, "is_decoder", False):
+        raise ValueError(
+            f"{model} is a {name}, which sees the words that it has to predict; expected a causal language model, such "
+            "as gpt2 or a LLaMA"
+        )

@@ -269,6 +269,6 @@ def _check_object(item: Any, path: Path, number: int) -> None:
 def _row(item: Any, path: Path, number: int) -> Row:
     _check_object(item, path, number)
     kept = (str, list, dict, type(None))
-    row = Row({name: value if isinstance(value, kept) else str(value) for name, value in item.items()})
+    row = Row({name: value if isinstance(value, kept) else json.dumps(value) for name, value in item.items()})
     row.line = number
     return row

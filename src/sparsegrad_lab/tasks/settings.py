@@ -104,6 +104,8 @@ class DataArguments:
                 f"data.text: expected columns that differ from each other and from the label column {self.label!r}, "
                 f"found {', '.join(self.text)}"
             )
+        if self.regression and self.labels is not None:
+            problems.append("data.labels: a task with data.regression has no classes; give one of the two")
         if self.labels is not None and len(self.labels) < 2:
             problems.append(f"data.labels: expected at least two classes, found {len(self.labels)}")
         if (repeated := repeated_class(self.labels or ())) is not None:

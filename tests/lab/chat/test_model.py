@@ -24,6 +24,11 @@ def test_without_a_template_the_users_next_message_is_cut_off(tmp_path: Path, ca
     assert model.answer([[{"role": "user", "content": "what is warm"}]], 4)
 
 
+def test_a_model_that_sees_both_sides(tiny_bert: Path) -> None:
+    with pytest.raises(ValueError, match=r"is a bert, which sees the words that it has to predict"):
+        open_model(str(tiny_bert))
+
+
 def test_a_missing_model(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no folder"):
         open_model(str(tmp_path / "nothing"))

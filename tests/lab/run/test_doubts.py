@@ -42,3 +42,10 @@ def test_one_class_for_all_rows() -> None:
 def test_a_loss_that_rose(losses: tuple[float, ...], rose: bool) -> None:
     found = doubts(None, log(*losses))
     assert found == (["the training loss rose from 2.000 to 2.300; lower training.learning_rate"] if rose else [])
+
+
+@pytest.mark.parametrize(("error", "far"), [(4.5, True), (3.9, False)])
+def test_predictions_on_another_scale_than_the_labels(error: float, far: bool) -> None:
+    """A correlation is blind to it."""
+    found = doubts(None, [{"step": 1, "eval_loss": 9.0}, {"step": 2, "eval_loss": error}], label_variance=4.0)
+    assert [words[:46] for words in found] == (["the predictions are further from the labels than"[:46]] if far else [])

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sparsegrad_lab.cli.main import main
-from sparsegrad_lab.run.finished_run import evaluate, merge, open_run, predict, read_run, write_csv
+from sparsegrad_lab.cli.predict import main as predict_command
+from sparsegrad_lab.run.finished_run import evaluate, load_adapter, merge, open_run, predict, read_run, write_csv
 from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.run.settings import RunArguments
 from sparsegrad_lab.run.train import train
@@ -109,6 +111,7 @@ def test_predict_a_file(kind: str, finished_run: Path, tmp_path: Path) -> None:
         ("sentence,label\nwarm,good\n", [], r"rows.csv, line 2: expected a column 'text', found 'sentence', 'label'"),
         ("text\n", [], r"rows.csv: expected rows, found none"),
         ("text,prediction\nwarm,good\n", [], r"rows.csv: found a column 'prediction', which predictions would replace"),
+        ("text,p(good)\nwarm,7\n", [], r"rows.csv: found a column 'p\(good\)', which predictions would replace"),
     ],
 )
 def test_predict_refuses(content: str | None, texts: list[str], expected: str, gone: Path, tmp_path: Path) -> None:
@@ -117,6 +120,27 @@ def test_predict_refuses(content: str | None, texts: list[str], expected: str, g
         file.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=expected):
         predict(gone, None if content is None else file, texts)
+
+
+def test_a_run_without_its_weights(gone: Path) -> None:
+    """Their names would be looked up on the hub."""
+    adapter = gone / "adapter"
+    (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"adapter_config.json is damaged or cut off \(KeyError: 'peft_type'\)"):
+        load_adapter(nn.Linear(2, 2), adapter)
+    shutil.rmtree(adapter)
+    with pytest.raises(FileNotFoundError, match=r"holds scores and no weights: adapter/ and model/ are gone"):
+        predict(gone, texts=["warm"])
+
+
+def test_predictions_never_replace_the_rows(gone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text\nwarm\n", encoding="utf-8")
+    for output, message in ((file, "is the file with the rows"), (tmp_path / "found.json", "expected a .csv file")):
+        with pytest.raises(SystemExit):
+            predict_command([str(gone), "--file", str(file), "--output", str(output)])
+        assert message in capsys.readouterr().err
+    assert file.read_text(encoding="utf-8") == "text\nwarm\n"
 
 
 def test_predict_without_the_file(gone: Path) -> None:

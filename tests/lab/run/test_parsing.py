@@ -9,12 +9,35 @@ import pytest
 from sparsegrad_lab.cli import search
 from sparsegrad_lab.cli.train import parse
 from sparsegrad_lab.run.exit_codes import RefusedError
+from sparsegrad_lab.run.folder import output_folder
 
 
 @pytest.mark.parametrize("form", [("--seeds", "3,4"), ("--seeds=3,4",), ("--seeds", "[3,4]")])
 def test_numbers(form: tuple[str, ...]) -> None:
     assert parse(list(form)).seeds == [3, 4]
     assert parse(["--adapter.layers", "1", *form]).adapter.layers == [1]
+
+
+@pytest.mark.parametrize("config", [["--config", "{file}"], ["--config={file}"]])
+def test_the_command_line_overrides_the_file_in_any_order(config: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("training: {epochs: 2}\noutput: ~/there\n", encoding="utf-8")
+    named = [word.format(file=file) for word in config]
+    for words in ([*named, "--epochs", "1"], ["--epochs", "1", *named]):
+        found = parse(words)
+        assert found.training.epochs == 1
+        assert output_folder(found) == Path.home() / "there"
+
+
+def test_files_that_would_be_read_in_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("training: 3\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        parse(["--config", str(file)])
+    assert "training: expected settings, found 3" in capsys.readouterr().err
+    file.write_text("training:\n  epochs: 1\nseeds: [1]\ntraining:\n  batch_size: 4\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"own.yaml: .*found the key 'training' twice, again in line 4"):
+        parse(["--config", str(file)])
 
 
 def test_words() -> None:

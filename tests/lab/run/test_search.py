@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,6 +126,14 @@ def test_another_search_in_the_folder(arguments: Arguments, tmp_path: Path) -> N
         search(arguments(tmp_path / "s"), what(trials=1, highest=1.0), lambda words: None)
     with pytest.raises(FileExistsError, match=r"differs in training.epochs \(2.0 there, 3.0 here\)"):
         search(arguments(tmp_path / "s", "--training.epochs", "3"), what(trials=1), lambda words: None)
+    changed = arguments(tmp_path / "s")
+    rows = tmp_path / "rows.csv"
+    shutil.copy(str(changed.data.train_file), rows)
+    changed.data.train_file, changed.output = str(rows), str(tmp_path / "other")
+    search(changed, what(trials=1), lambda words: None)
+    rows.write_text(rows.read_text(encoding="utf-8") + "x,warm,good,1\n", encoding="utf-8")
+    with pytest.raises(FileExistsError, match=r"differs in rows of data.train_file \(SHA-256"):
+        search(changed, what(trials=2), lambda words: None)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from transformers import AutoModelForSequenceClassification
 import sparsegrad_lab.run.train as train_module
 from sparsegrad_lab.methods.registry import METHODS
 from sparsegrad_lab.run.finished_run import evaluate, open_run, predict
-from sparsegrad_lab.run.folder import RunFolder
+from sparsegrad_lab.run.folder import RunFolder, output_folder
 from sparsegrad_lab.run.settings import RunArguments
-from sparsegrad_lab.run.train import output_folder, train
+from sparsegrad_lab.run.train import train
 from sparsegrad_lab.tasks.kinds import KINDS
 from sparsegrad_lab.tasks.library_logs import suppress_library_logs
 from sparsegrad_lab.tasks.load import load_task

@@ -71,6 +71,8 @@ def test_a_report_while_a_run_is_being_written(folder: Path, real: dict[str, Any
 def test_unfinished_runs_are_named(folder: Path) -> None:
     write_json(folder / "interrupted" / "config.yaml", {})
     assert read_results([folder]).unfinished == (folder / "interrupted",)
+    write_json(folder / "config.yaml", {})  # a config of one's own beside the runs, and not a run
+    assert read_results([folder]).unfinished == (folder / "interrupted",)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
