@@ -36,11 +36,11 @@ def main(argv: list[str]) -> None:
         check_rows_file(Path(options.file))
     if options.output is not None:
         output = Path(options.output)
+        check_file(output)
         if output.suffix.lower() != ".csv":
             parser.error(f"--output: expected a .csv file, found {output}; without --output, JSON lines are printed")
         if options.file is not None and output.resolve() == Path(options.file).resolve():
             parser.error(f"--output: {output} is the file with the rows, which would be replaced; name another")
-        check_file(output)
     from ..run.finished_run import predict, write_csv
 
     rows = predict(options.run, options.file, options.text, max_new_tokens=options.max_new_tokens)
