@@ -153,7 +153,7 @@ def test_projections_find_most_of_what_the_halves_have_in_common(minilm: tuple[n
     """Real gradients of each layer, at the sizes of the default, from 8 steps along a trajectory."""
     model, tokenizer = minilm
     groups = group_linears(model, energy.MLP, shared=False)
-    config = CalibrationConfig(n_steps=4)
+    config = CalibrationConfig(n_steps=4, mean_gradient=True)
     batches = energy.batches(energy.sst2(400), tokenizer, 16, 0)
     halves = [calibrate(model, batches, groups=groups, config=config, progress=False) for _ in range(2)]
     shares: dict[str, list[float]] = {"directions": [], "neurons": []}
