@@ -93,3 +93,8 @@ def test_bfloat16_weights_move_by_the_step_on_average() -> None:
     assert torch.equal(*moved)
     change = (moved[0].double() - weights.double()).mean()
     assert change == pytest.approx(-5e-4, rel=0.05)
+
+
+def test_a_rate_is_no_trajectory() -> None:
+    with pytest.raises(ValueError, match=r"trajectory must be None or a Trajectory, such as .*; found 0.0001"):
+        CalibrationConfig(trajectory=1e-4)  # type: ignore[arg-type]

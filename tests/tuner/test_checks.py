@@ -155,7 +155,7 @@ def test_an_adapter_that_was_not_loaded_is_refused_in_every_use(saved: Path, tmp
     calibrate_adapter(get_peft_model(tiny_model("bert"), config), [tiny_batch("bert")], n_steps=2, progress=False)
 
 
-@pytest.mark.parametrize("name", ["copy", "get", "keys", "training", "a.b"])
+@pytest.mark.parametrize("name", ["copy", "get", "keys", "training", "a.b", "U", "scale_in"])
 def test_names_that_pytorch_uses_itself(name: str) -> None:
     with pytest.raises(ValueError, match="cannot be the name of an adapter"):
         get_peft_model(tiny_model("bert"), SparseGradConfig(), adapter_name=name)

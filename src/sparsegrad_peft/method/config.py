@@ -92,6 +92,10 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         if isinstance(self.n_steps, bool) or not isinstance(self.n_steps, int) or self.n_steps < 1:
             raise ValueError(f"n_steps must be an integer of at least 1, found {self.n_steps!r}")
+        if self.trajectory is not None and not isinstance(self.trajectory, Trajectory):
+            raise ValueError(
+                f"trajectory must be None or a Trajectory, such as Trajectory(1e-4); found {self.trajectory!r}"
+            )
         if self.gram_dtype not in (torch.float32, torch.float64):
             raise ValueError(f"gram_dtype must be torch.float32 or torch.float64, found {self.gram_dtype}")
 

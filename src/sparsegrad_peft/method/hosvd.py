@@ -187,7 +187,7 @@ def _leading(gram: Float[Tensor, "n n"], count: int) -> tuple[Float[Tensor, " co
     n = gram.shape[0]
     width = min(n, count + max(16, count // 10))
     generator = torch.Generator(device="cpu").manual_seed(0)  # on the CPU: the same start on every device
-    start = torch.randn(n, width, generator=generator, dtype=gram.dtype).to(gram.device)
+    start = torch.randn(n, width, generator=generator, dtype=gram.dtype, device="cpu").to(gram.device)
     Q = torch.linalg.qr(gram @ start).Q
     captured = 0.0
     for _ in range(_MAX_ITERATIONS):

@@ -33,7 +33,7 @@ from .sum_sizes import Widths
 def random_vectors(n: int, width: int, like: Tensor) -> Float[Tensor, "n width"]:
     """Return random vectors with the same numbers on every device and process."""
     generator = torch.Generator(device="cpu").manual_seed(0)
-    return torch.randn(n, width, generator=generator).to(like)
+    return torch.randn(n, width, generator=generator, device="cpu").to(like)
 
 
 @dataclass

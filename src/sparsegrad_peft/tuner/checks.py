@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..method.basis import ORTHOGONALITY_TOLERANCE
+from ..method.basis import BASIS_BUFFERS, ORTHOGONALITY_TOLERANCE
 from ..method.precision import at_least_float32, without_autocast
 from ..method.processes import is_sharded
 from ..method.sides import check_selected, is_selected
@@ -46,8 +46,8 @@ def check_side(side: Tensor, name: str) -> None:
         return
     check_core(side, name)
     rows = side.to(at_least_float32(side.dtype))
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(len(rows), _PROBES, generator=generator).to(rows)
+    generator = torch.Generator("cpu").manual_seed(0)
+    z = torch.randn(len(rows), _PROBES, generator=generator, device="cpu").to(rows)
     with without_autocast(rows.device):
         residual = rows @ (rows.T @ z) - z
     error, tolerance = float(residual.square().mean(1).sqrt().max()), ORTHOGONALITY_TOLERANCE[side.dtype]
@@ -80,8 +80,11 @@ def check_adapter_name(name: str) -> None:
     """Refuse a name that PyTorch's containers cannot hold.
 
     Raises:
-        ValueError: the name has a dot, or is an attribute of `torch.nn.ModuleDict` or `ParameterDict`.
+        ValueError: the name has a dot, is an attribute of `torch.nn.ModuleDict` or `ParameterDict`, or a basis's tensor
+            has it, which PEFT would take for another adapter's when it saves.
     """
+    if name in BASIS_BUFFERS:
+        raise ValueError(f"{name!r} cannot be the name of an adapter: a tensor of its bases has this name")
     if "." in name or any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict())):
         raise ValueError(
             f"{name!r} cannot be the name of an adapter: PyTorch's ModuleDict and ParameterDict use it for themselves, "
