@@ -15,12 +15,11 @@ from transformers import TextStreamer
 
 import sparsegrad_peft.tuner  # noqa: F401  # registers SparseGrad, so that PEFT can load its adapters
 
-from ..run.finished_run import open_run, read_run
+from ..run.finished_run import load_adapter, open_run, read_run
 from ..tasks.conversations import Message
 from ..tasks.generation import RowSampling, generate, generation_ends
 from ..tasks.kinds.language import LanguageKind
 from ..tasks.kinds.writer import Writer
-from ..tasks.library_logs import suppress_library_logs
 from ..tasks.model_folder import model_path
 from ..tasks.pretrained import check_causal, load_config, load_tokenizer
 from ..tasks.task import LANGUAGE, Task
@@ -161,11 +160,10 @@ def open_model(name: str) -> ChatModel:
                 f"{name}: adapter_config.json names no base_model_name_or_path, since the base is a local model; "
                 "give the folder of the run, or write the base's folder there"
             )
-        load_config(model_path(base_name))
+        check_causal(base_name, load_config(model_path(base_name)))
         weights = folder
         tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base_name)
-        with suppress_library_logs():
-            model = PeftModel.from_pretrained(_pretrained(base_name, tokenizer), str(folder))
+        model = load_adapter(_pretrained(base_name, tokenizer), folder)
     else:
         check_causal(name, load_config(model_path(name)))  # a clear error if there is no such model
         tokenizer = load_tokenizer(name)
