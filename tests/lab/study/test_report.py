@@ -66,3 +66,19 @@ def test_no_runs(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["report", str(folder), "--output", str(tmp_path / "out")]) == 1
     assert words[kind] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_a_later_one_replaces_is_named(tmp_path: Path, real: dict[str, Any]) -> None:
+    for name, time in (("first", "2026-01-01T00:00:00+00:00"), ("later", "2026-01-02T00:00:00+00:00")):
+        environment = {**real["environment"], "time": time}
+        write_json(tmp_path / name / "result.json", {**real, "environment": environment, "score": len(name) / 10})
+    report = read_report([tmp_path])
+    first, later = tmp_path / "first" / "result.json", tmp_path / "later" / "result.json"
+    assert report.rejected == (f"{first}: {later} has the same settings and seed, and is later",)
+
+
+def test_a_folder_without_experiments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "--folder", str(tmp_path / "nowhere")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+    assert main(["reproduce", "--scale", "huge"]) == 1
+    assert "has no experiment for scale 'huge'" in capsys.readouterr().err

@@ -177,3 +177,10 @@ def test_the_columns_of_the_first_row(tmp_path: Path, name: str, content: str, w
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=words):
         check_first_row(tmp_path / name, [("data.text", "text"), ("data.label", "label")])
+
+
+def test_json_booleans_keep_their_spelling(tmp_path: Path) -> None:
+    """`--labels true,false` names them as the file does."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "label": true}\n{"text": "b", "label": false}\n', encoding="utf-8")
+    assert [row["label"] for row in read_rows(path)] == ["true", "false"]
