@@ -30,11 +30,12 @@ def main(argv: list[str]) -> None:
     """List the experiments, or run some of them."""
     options = _parser().parse_args(argv)
     work_alone()
-    from ..study.experiment import SHIPPED, experiment_names, load_experiment
+    from ..study.experiment import SHIPPED, check_scale, experiment_names, load_experiment
 
     folder = SHIPPED if options.folder is None else Path(options.folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"--folder: there is no folder {folder}")
+    check_scale(options.scale, folder)
     names = experiment_names(folder, options.scale)
     if not names:
         raise ValueError(f"{folder} has no experiment for scale {options.scale!r}; expected NAME/experiment.yaml in it")

@@ -195,7 +195,7 @@ def experiment_names(folder: Path = SHIPPED, scale: str | None = None) -> list[s
         scale: leave out experiments that do not have this scale.
     """
     default = _read(folder / "default.yaml")
-    scales = default.get("scales", {"cpu": {}, "paper": {}})
+    scales = _scales(default)
     found = {
         path.parent.name
         for path in folder.glob("*/experiment.yaml")
@@ -203,6 +203,19 @@ def experiment_names(folder: Path = SHIPPED, scale: str | None = None) -> list[s
     }
     order = [name for name in default.get("order", []) if name in found]
     return [*order, *sorted(found - {*order})]
+
+
+def check_scale(scale: str, folder: Path) -> None:
+    """Raise `ValueError` if a folder's `default.yaml` does not define a scale."""
+    scales = _scales(_read(folder / "default.yaml"))
+    if scale not in scales:
+        raise ValueError(f"no scale {scale!r}; expected one of {', '.join(scales)}")
+
+
+def _scales(default: dict[str, Any]) -> dict[str, Any]:
+    """Settings of each scale, by name."""
+    scales: dict[str, Any] = default.get("scales", {"cpu": {}, "paper": {}})
+    return scales
 
 
 def load_experiment(name: str, scale: str | None = "cpu", folder: Path = SHIPPED) -> Experiment:
@@ -221,10 +234,10 @@ def load_experiment(name: str, scale: str | None = "cpu", folder: Path = SHIPPED
         raise ValueError(f"no experiment {name!r}; expected one of {', '.join(experiment_names(folder))}")
     where, default, own = f"experiment {name}", _read(folder / "default.yaml"), _read(folder / name / "experiment.yaml")
     default.pop("order", None)
-    scales = default.pop("scales", {"cpu": {}, "paper": {}})
     scale = scale or own.get("only_at") or "cpu"
-    if scale not in scales:
-        raise ValueError(f"no scale {scale!r}; expected one of {', '.join(scales)}")
+    check_scale(scale, folder)
+    scales = _scales(default)
+    default.pop("scales", None)
     if own.get("only_at") not in (None, scale):
         raise ValueError(f"{where} is for scale {own['only_at']}: its sizes are for that model")
     own_scales = own.pop("scales", {})

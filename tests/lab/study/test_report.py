@@ -80,5 +80,5 @@ def test_a_run_that_a_later_one_replaces_is_named(tmp_path: Path, real: dict[str
 def test_a_folder_without_experiments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "--folder", str(tmp_path / "nowhere")]) == 1
     assert "there is no folder" in capsys.readouterr().err
-    assert main(["reproduce", "--scale", "huge"]) == 1
-    assert "has no experiment for scale 'huge'" in capsys.readouterr().err
+    assert main(["reproduce", "--folder", str(tmp_path)]) == 1
+    assert "has no experiment for scale 'cpu'" in capsys.readouterr().err
