@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -15,9 +15,16 @@ from test_trainer_trl import tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from helpers import cores, tiny_batch, tiny_model
-from sparsegrad_peft import CalibrationConfig, SparseGradConfig, SparseGradTrainerMixin, calibrate_adapter
-from sparsegrad_peft.tuner.adapters import config_of
+from helpers import MLP_LINEARS, cores, tiny_batch, tiny_model
+from sparsegrad_peft import (
+    CalibrationConfig,
+    SparseGradAdamW,
+    SparseGradConfig,
+    SparseGradTrainerMixin,
+    calibrate_adapter,
+    param_groups,
+)
+from sparsegrad_peft.tuner.adapters import config_of, uncalibrated
 
 
 class Wrapper(nn.Module):
@@ -49,6 +56,56 @@ def test_calibration_of_a_wrapper(injected: bool, tmp_path: Path) -> None:
 def test_a_model_without_an_adapter() -> None:
     with pytest.raises(ValueError, match="no SparseGrad adapter named 'default'; make one with get_peft_model"):
         calibrate_adapter(Wrapper(tiny_model("llama")), [tiny_batch("llama")])
+
+
+class Dual(nn.Module):
+    """Two towers with an adapter each, such as a query and a document encoder."""
+
+    def __init__(self, query: nn.Module, doc: nn.Module) -> None:
+        super().__init__()
+        self.query, self.doc = query, doc
+
+    def forward(self, **data: Tensor) -> Tensor:
+        return self.query(**data).loss + self.doc(**data).loss
+
+
+def _calibrate(model: nn.Module) -> None:
+    calibrate_adapter(model, [tiny_batch("bert")], loss_fn=lambda m, data: m(**data), n_steps=2, progress=False)
+
+
+def test_both_towers_of_a_dual_encoder(tmp_path: Path) -> None:
+    model = Dual(*(get_peft_model(tiny_model("bert"), SparseGradConfig()) for _ in range(2)))
+    assert uncalibrated(model) == ["default"]
+    _calibrate(model)
+    assert not uncalibrated(model)
+    batch = tiny_batch("bert")
+    optimizer = SparseGradAdamW(param_groups(model), lr=1e-2)
+    model(**batch).backward()
+    optimizer.step()
+    model.eval()
+    for name, tower in (("query", model.query), ("doc", model.doc)):
+        shapes = tower.peft_config["default"].core_shapes
+        assert len(shapes) == MLP_LINEARS["bert"]
+        assert all(group.startswith(name) for group, *_ in shapes.values())
+        tower.save_pretrained(tmp_path / name)
+        loaded = PeftModel.from_pretrained(tiny_model("bert"), tmp_path / name).eval()
+        assert torch.equal(loaded(**batch).logits, tower(**batch).logits)
+
+
+def test_towers_of_different_forms_are_calibrated_each_alone() -> None:
+    model = Dual(*(get_peft_model(tiny_model("bert"), SparseGradConfig(narrow=n)) for n in (4, 8)))
+    with pytest.raises(ValueError, match=r"'default' of query and doc have different forms: .*'narrow': 4.* and .*: 8"):
+        _calibrate(model)
+    for tower in (model.query, model.doc):
+        calibrate_adapter(tower, [tiny_batch("bert")], n_steps=1, progress=False)
+    assert not uncalibrated(model)
+
+
+def test_a_part_with_another_method_does_not_hide_the_adapter() -> None:
+    lora = get_peft_model(tiny_model("bert"), LoraConfig(target_modules=["query"]))
+    model = Dual(lora, get_peft_model(tiny_model("bert"), SparseGradConfig()))
+    _calibrate(model)
+    assert model.doc.peft_config["default"].calibrated
 
 
 class SentenceTrainer(SparseGradTrainerMixin, SentenceTransformerTrainer):

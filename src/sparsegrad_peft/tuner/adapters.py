@@ -21,33 +21,64 @@ BASIS, CORE = f".{PREFIX}basis.", f".{PREFIX}S"
 """How the names of bases' and cores' tensors go on after the layer's name, in files."""
 
 
-def holder_of(model: nn.Module) -> tuple[str, Any] | None:
-    """Return name and module of the first part of a model that holds PEFT adapters, such as a `PeftModel`.
+def configs_of(model: nn.Module, adapter_name: str) -> dict[str, SparseGradConfig]:
+    """Return the configurations of an adapter, by the names of the parts of the model that hold it.
 
-    This is the model itself, or a part of a wrapper such as a `SentenceTransformer`. None if there is none.
+    The one part is mostly the model itself, with the name "". A wrapper such as a `SentenceTransformer` holds its
+    `PeftModel` as a part, and a dual encoder may hold two.
+
+    Raises:
+        ValueError: there is no such adapter.
     """
-    for name, module in model.named_modules():
-        if getattr(module, "peft_config", None):
-            return name, module
-    return None
+    configs: dict[str, SparseGradConfig] = {}
+    for part in dict.fromkeys(holder_of(model, name) for name in layers_of(model, adapter_name)):
+        held: Any = {} if part is None else model.get_submodule(part).peft_config
+        if part is not None and adapter_name in held:
+            configs[part] = held[adapter_name]
+    if not configs:
+        layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
+        known = ", ".join(dict.fromkeys(name for layer in layers for name in layer.sparsegrad_S))
+        raise ValueError(
+            f"the model has no SparseGrad adapter named {adapter_name!r}; "
+            + (f"name one that it has, {known}, as adapter_name" if known else "make one with get_peft_model")
+        )
+    return configs
 
 
 def config_of(model: nn.Module, adapter_name: str) -> SparseGradConfig:
     """Return the configuration of a SparseGrad adapter of the model, or of a part of it.
 
+    If several parts hold the adapter, it is the first one's; they differ only in the layers that they are for.
+
     Raises:
-        ValueError: there is no such adapter.
+        ValueError: there is no such adapter, or it has different forms in different parts.
     """
-    holder = holder_of(model)
-    configs = holder[1].peft_config if holder else {}
-    if not isinstance(configs.get(adapter_name), SparseGradConfig):
-        known = ", ".join(name for name, config in configs.items() if isinstance(config, SparseGradConfig))
-        raise ValueError(
-            f"the model has no SparseGrad adapter named {adapter_name!r}; "
-            + (f"name one that it has, {known}, as adapter_name" if known else "make one with get_peft_model")
-        )
-    config: SparseGradConfig = configs[adapter_name]
+    configs = configs_of(model, adapter_name)
+    (first, config), *others = configs.items()
+    for name, other in others:
+        if other.form != config.form:
+            raise ValueError(
+                f"the adapters {adapter_name!r} of {first} and {name} have different forms: {config.form} and "
+                f"{other.form}. Make both with the same settings; or calibrate each part alone, with a loss_fn of it"
+            )
     return config
+
+
+def holder_of(model: nn.Module, name: str) -> str | None:
+    """Return the name of the outermost part of the model around a layer that holds SparseGrad adapters.
+
+    None if there is none: adapters that are being made are not yet in a `PeftModel`.
+    """
+    parts = name.split(".")
+    for number in range(len(parts) + 1):
+        part = ".".join(parts[:number])
+        module = model.get_submodule(part)
+        if hasattr(module, "_orig_mod"):  # of torch.compile, which passes on the attributes of what it wraps
+            continue
+        held = getattr(module, "peft_config", None) or {}
+        if any(isinstance(config, SparseGradConfig) for config in held.values()):
+            return part
+    return None
 
 
 def layers_of(model: nn.Module, adapter_name: str) -> dict[str, SparseGradLayer]:
@@ -70,9 +101,9 @@ def layer_key(model: nn.Module, name: str) -> str:
 
 
 def _path_in_adapted(model: nn.Module, name: str) -> str:
-    holder = holder_of(model)
-    if holder is not None and holder[0]:
-        return _path_in_adapted(holder[1], name.removeprefix(f"{holder[0]}."))
+    holder = holder_of(model, name)
+    if holder:
+        return _path_in_adapted(model.get_submodule(holder), name.removeprefix(f"{holder}."))
     name = name.removeprefix("_fsdp_wrapped_module.")
     return name.removeprefix("model." if isinstance(model, BaseTuner) else ROOT)
 
@@ -98,22 +129,24 @@ def calibrated_names(groups: Mapping[str, list[str]], layers: Mapping[str, Spars
     return {group: [layers[name].calibrated_name(name) for name in names] for group, names in groups.items()}
 
 
-def active_configs(model: nn.Module) -> dict[str, SparseGradConfig]:
-    """Return the configurations of the active SparseGrad adapters, by name."""
+def active_configs(model: nn.Module) -> dict[str, list[SparseGradConfig]]:
+    """Return the configurations of the active SparseGrad adapters, by name; one of each part that holds the adapter."""
     layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
     active = dict.fromkeys(name for layer in layers for name in layer.active_adapters if name in layer.sparsegrad_S)
-    return {name: config_of(model, name) for name in active}
+    return {name: list(configs_of(model, name).values()) for name in active}
 
 
 def calibrated(model: nn.Module) -> list[str]:
     """Return the names of the active SparseGrad adapters that are calibrated."""
-    return [name for name, config in active_configs(model).items() if config.calibrated]
+    return [name for name, parts in active_configs(model).items() if all(config.calibrated for config in parts)]
 
 
 def uncalibrated(model: nn.Module) -> list[str]:
-    """Return the names of the active SparseGrad adapters that are still to be calibrated."""
+    """Return the names of the active SparseGrad adapters that are still to be calibrated, as a whole or in part."""
     configs = active_configs(model).items()
-    return [name for name, config in configs if not config.calibrated and not config.original_space]
+    return [
+        name for name, parts in configs if any(not config.calibrated and not config.original_space for config in parts)
+    ]
 
 
 def adapter_parameters(model: nn.Module) -> tuple[set[int], bool]:

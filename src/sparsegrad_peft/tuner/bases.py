@@ -11,7 +11,7 @@ from torch import nn
 from ..method.basis import Basis
 from ..method.sides import is_selected
 from ..method.sizes import Sizes
-from .adapters import holder_of, layer_key, layers_of
+from .adapters import configs_of, holder_of, layer_key, layers_of
 from .config import SparseGradConfig
 
 _DEFAULTS = Sizes(narrow=None, wide=None)
@@ -62,17 +62,17 @@ def set_bases(
     *,
     data_free: bool = False,
 ) -> None:
-    """Give the layers of each group (see `groups_of`) its basis, and write the shapes into the configuration.
+    """Give the layers of each group (see `groups_of`) its basis, and write the shapes into the configurations.
 
     The cores are set to zero and stay the same parameters. Layers of a group on several devices (`device_map`) get one
     copy of the basis for each device.
     """
-    holder = holder_of(model)
-    assert holder is not None
-    config: SparseGradConfig = copy(holder[1].peft_config[adapter_name])
-    config.core_shapes, config.data_free = {}, data_free
-    holder[1].peft_config[adapter_name] = config
-    layers = layers_of(model, adapter_name)
+    layers, shapes = layers_of(model, adapter_name), {}
+    for part, old in configs_of(model, adapter_name).items():
+        config = copy(old)
+        config.core_shapes, config.data_free = {}, data_free
+        model.get_submodule(part).peft_config[adapter_name] = config  # type: ignore[index,operator]
+        shapes[part] = config.core_shapes
     for group, names in groups.items():
         copies: dict[torch.device, Basis] = {}
         for name in names:
@@ -83,7 +83,9 @@ def set_bases(
             layer.set_basis(adapter_name, copies[device])
             layer.sparsegrad_status[adapter_name].data_free = data_free
             r, c = layer.sparsegrad_S[adapter_name].shape
-            config.core_shapes[layer_key(model, name)] = [group, r, c, *layer.size_entry()]
+            holder = holder_of(model, name)
+            assert holder is not None
+            shapes[holder][layer_key(model, name)] = [group, r, c, *layer.size_entry()]
 
 
 def on_device(device: torch.device, basis: Basis) -> Basis:

@@ -192,6 +192,12 @@ class SparseGradConfig(PeftConfig):
         return Sizes(self.narrow, self.wide, self.c, self.r, self.trained_share, bool(self.neurons))
 
     @property
+    def form(self) -> dict[str, Any]:
+        """What decides how the adapter is calibrated: the fields that are not about which layers it adapts."""
+        names = ("narrow", "wide", "c", "r", "trained_share", "neurons", "exponent", "shared", "original_space")
+        return {name: getattr(self, name) for name in names} | {"basis_dtype": self.dtype_of_bases}
+
+    @property
     def dtype_of_bases(self) -> torch.dtype:
         """The data type of the bases: `basis_dtype`, or its default, float32 for complete ones and bfloat16 else."""
         default = "float32" if self.sizes.complete else "bfloat16"

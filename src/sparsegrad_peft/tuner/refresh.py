@@ -15,7 +15,7 @@ from ..method.precision import at_least_float32
 from ..method.processes import broadcast_from_rank0
 from ..method.refresh import check_moments, rotate_moments
 from ..method.sizes import Sizes
-from .adapters import calibrated_names, config_of, groups_of, layers_of
+from .adapters import calibrated_names, config_of, configs_of, groups_of, layers_of
 from .bases import on_device
 from .calibration import adapter_calibration, check_active, check_ready, frozen
 from .experts import SparseGradExperts
@@ -59,7 +59,7 @@ def refresh_adapter(
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which renames the layers
     peft_config, layers = config_of(model, adapter_name), layers_of(model, adapter_name)
-    if not peft_config.calibrated:
+    if not all(config.calibrated for config in configs_of(model, adapter_name).values()):
         raise ValueError(f"adapter {adapter_name!r} is not calibrated; call calibrate_adapter")
     held = {name: layer.core_and_basis(adapter_name) for name, layer in layers.items()}
     _check_can_refresh(adapter_name, layers, held, optimizer)

@@ -136,8 +136,8 @@ class SparseGradTrainerMixin:
             raise ValueError(f"refresh_every must be at least 1, found {every}")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("refresh_every is not for models that FSDP or DeepSpeed shards; leave it out")
-        for name, config in active_configs(self.model).items():
-            if not config.sizes.complete:
+        for name, parts in active_configs(self.model).items():
+            if not all(config.sizes.complete for config in parts):
                 raise ValueError(truncated(name))
 
     def create_optimizer(self: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
