@@ -39,6 +39,7 @@ _HOME = {
     "select_positions": "method.positions",
     "sparse_dense_product": "method.selection",
     "topk_magnitude": "method.selection",
+    "weight_bases": "method.surgery",
 }
 # The PEFT adapter's names are left out, so that `import *` works without PEFT.
 __all__ = sorted(name for name, home in _HOME.items() if not home.startswith("tuner"))
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from .method.surgery import param_groups as param_groups
     from .method.surgery import replace_linears as replace_linears
     from .method.surgery import restore_linears as restore_linears
+    from .method.surgery import weight_bases as weight_bases
     from .tuner.calibration import calibrate_adapter as calibrate_adapter
     from .tuner.config import SparseGradConfig as SparseGradConfig
     from .tuner.export import export_lora as export_lora

@@ -25,6 +25,7 @@ from sparsegrad_peft import (
     param_groups,
     replace_linears,
     restore_linears,
+    weight_bases,
 )
 from sparsegrad_peft.method.projected import Projections, random_vectors
 
@@ -102,7 +103,7 @@ def test_literal_exact_and_adapter_forms_train_alike(minilm: tuple[nn.Module, An
         changed.eval().requires_grad_(False)  # no dropout: the forms must see the same numbers
         bases = calibration.bases()
         if form == "exact":
-            weights = {changed.get_submodule(n).weight: bases[g] for g, names in groups.items() for n in names}
+            weights = weight_bases(changed, groups, bases)
             for weight in weights:
                 weight.requires_grad_(True)
             group = {"params": list(weights), "sparse": True, "density": 0.01}

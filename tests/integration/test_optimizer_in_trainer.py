@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-from sparsegrad_peft import SparseGradAdamW, calibrate, group_linears, param_groups, replace_linears
+from sparsegrad_peft import SparseGradAdamW, calibrate, group_linears, param_groups, replace_linears, weight_bases
 
 MLP = r".*layer\.\d+\.(intermediate|output)\.dense"
 
@@ -38,8 +38,7 @@ def setup(kind: str) -> tuple[nn.Module, SparseGradAdamW]:
     batch = {key: torch.stack([row[key] for row in rows(16)]) for key in rows(1)[0]}
     calibration = calibrate(model, [batch], groups=groups, n_steps=4, progress=False)
     if kind == "plain weights":
-        bases = calibration.bases()
-        weights = {model.get_parameter(f"{n}.weight"): bases[g] for g, names in groups.items() for n in names}
+        weights = weight_bases(model, groups, calibration.bases())
         rest = [p for p in model.parameters() if not any(p is w for w in weights)]
         sparse = {"params": list(weights), "sparse": True, "density": 0.05}
         return model, SparseGradAdamW([sparse, {"params": rest}], lr=3e-3, bases=weights)

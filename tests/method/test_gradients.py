@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from calibration import LiveBytes
 from helpers import F64, orthogonal
-from sparsegrad_peft import Basis, SparseGradLinear, Trajectory
+from sparsegrad_peft import Basis, CalibrationConfig, SparseGradLinear, Trajectory
 from sparsegrad_peft.method.config import normalized_step, sign_step
 from sparsegrad_peft.method.gradients import default_loss, stream_gradients
 
@@ -604,6 +604,28 @@ def test_layer_that_no_gradient_reaches() -> None:
 def test_batches_that_are_not_mappings() -> None:
     with pytest.raises(TypeError, match=r"expected batches that are mappings, .*found tuple; pass loss_fn="):
         run(a_net(), TARGETS, [(torch.ones(2, 6), torch.zeros(2))])
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [({"input_ids": [1, 2], "labels": 1}, "list"), ({"input_ids": torch.tensor([1, 2]), "x": torch.ones(2, 2)}, "2,")],
+)
+def test_rows_in_place_of_batches(row: dict[str, Any], found: str) -> None:
+    with pytest.raises(TypeError, match=rf"a row of data .*'input_ids': '.*{found}.*; pass a DataLoader"):
+        run(a_net(), TARGETS, [row])
+
+
+@pytest.mark.parametrize(("n_batches", "warned"), [(2, True), (3, False)])
+@pytest.mark.parametrize("mean_gradient", [True, False])
+def test_batches_that_are_read_again_are_named(
+    n_batches: int, warned: bool, mean_gradient: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The noise of a batch that comes twice is in two steps."""
+    model, config = nn.Linear(2, 1), CalibrationConfig(n_steps=3, mean_gradient=mean_gradient)
+    batches = torch.randn(n_batches, 5, 2)
+    stream_gradients(model, [""], lambda *_: None, batches, loss_fn=lambda m, x: m(x).sum(), config=config)
+    found = "calibration has 2 batches for 3 steps and reads them again" in caplog.text
+    assert found is (warned and mean_gradient)
 
 
 def test_output_without_loss() -> None:

@@ -14,16 +14,18 @@ from torch.nn import functional
 from torch.nn.utils import prune
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from helpers import orthogonal, train
+from helpers import orthogonal, tiny_batch, tiny_model, train
 from sparsegrad_peft import (
     Basis,
     LiteralSparseGradLinear,
     SparseGradAdamW,
     SparseGradLinear,
+    calibrate,
     group_linears,
     param_groups,
     replace_linears,
     restore_linears,
+    weight_bases,
 )
 from sparsegrad_peft.method.groups import linear_shape
 
@@ -550,3 +552,23 @@ def test_numbers_are_checked_by_the_optimizer(bert: nn.Module, how: dict[str, An
     surgery(bert, "complete")
     with pytest.raises(ValueError, match=f"parameter group 0, parameter of shape .*{words}"):
         SparseGradAdamW(param_groups(bert, **how))
+
+
+@pytest.mark.parametrize(("kind", "square"), [("bert", "attention.output.dense"), ("gpt2", "attn.c_proj")])
+def test_the_bases_of_plain_weights(kind: str, square: str) -> None:
+    """GPT-2 stores its weights as (in, out), which a square one does not show."""
+    model, batch = tiny_model(kind), tiny_batch(kind)
+    groups = group_linears(model, [square])
+    bases = calibrate(model, [batch], groups=groups, n_steps=1, training=False, progress=False).bases()
+    found = weight_bases(model, groups, bases)
+    model(**batch).loss.backward()
+    for group, names in groups.items():
+        for name in names:
+            layer = model.get_submodule(name)
+            G = layer.weight.grad
+            expected = bases[group].to_basis(G if kind == "bert" else G.T.contiguous())
+            G_tilde = found[layer.weight].to_basis(G)
+            torch.testing.assert_close(G_tilde if kind == "bert" else G_tilde.T, expected)
+            assert not torch.allclose(bases[group].to_basis(G.T.contiguous()), bases[group].to_basis(G))
+    with pytest.raises(ValueError, match="expected a basis for each group"):
+        weight_bases(model, groups, {})

@@ -140,6 +140,14 @@ def test_type_of_cores_that_were_never_allocated(dtype: torch.dtype, autocast_ad
     assert types[0] == types[1] == {torch.float32 if autocast_adapter_dtype else dtype}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_type_of_cores_without_a_peft_model(dtype: torch.dtype) -> None:
+    """transformers' `add_adapter` makes LoRA's matrices bfloat16, where a small step changes nothing."""
+    model = tiny_model("llama").to(dtype)
+    model.add_adapter(SparseGradConfig())
+    assert {core.dtype for core in cores(model)} == {torch.promote_types(dtype, torch.float32)}
+
+
 def test_a_core_that_is_not_there_says_so() -> None:
     model = get_peft_model(tiny_model("bert"), SparseGradConfig(), low_cpu_mem_usage=True)
     with pytest.raises(RuntimeError, match=r"low_cpu_mem_usage=True and has no core yet: call calibrate_adapter"):

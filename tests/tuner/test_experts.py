@@ -329,6 +329,23 @@ def test_low_cpu_mem_usage(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, batch_of()), logits(model, batch_of()))
 
 
+def test_without_a_peft_model(tmp_path: Path) -> None:
+    """transformers' own `add_adapter` and `save_pretrained` write what PEFT loads; its `load_adapter` cannot."""
+    model = moe("mixtral")
+    model.add_adapter(SparseGradConfig(**SIZES))
+    calibrate_adapter(model, [batch_of()], n_steps=2, progress=False)
+    train_adapter(model, batch_of(), 2)
+    model.eval().save_pretrained(str(tmp_path))
+    assert f"base_model.model.{PARAMETERS[0]}.sparsegrad_S" in load_file(tmp_path / "adapter_model.safetensors")
+    loaded = PeftModel.from_pretrained(moe("mixtral"), str(tmp_path)).eval()
+    assert torch.equal(logits(loaded, batch_of()), logits(model, batch_of()))
+    export_lora(tmp_path, tmp_path / "lora", 2)
+    other = moe("mixtral")
+    other.load_adapter(str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"Load them with PeftModel\.from_pretrained \(the load_adapter of transf"):
+        logits(other, batch_of())
+
+
 def test_half_precision(tmp_path: Path) -> None:
     """Cores are float32. The sum of weights and update is rounded in each forward pass as it is in a merge."""
     base = moe("qwen3_moe", torch.bfloat16)

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from test_trainer_trl import SFT, options
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig, TrainingArguments
 
-from helpers import logits, tiny_batch
+from helpers import cores, logits, tiny_batch
 from sparsegrad_peft import SparseGradAdamW, SparseGradConfig, calibrate_adapter, param_groups
 from sparsegrad_peft.tuner.layer import SparseGradLayer
 from sparsegrad_peft.tuner.quantized import is_reordered
@@ -326,6 +327,22 @@ def test_the_trainer_keeps_the_order_of_4_bit_weights(adapter: PeftModel, tmp_pa
     assert losses[-1] < losses[0] - 0.01
     assert not any(is_reordered(module) for module in model.modules())
     assert all(torch.equal(a, b) for a, b in zip(stored(model), before, strict=True))
+
+
+def test_cores_stay_float32_in_trl(adapter: PeftModel, tmp_path: Path) -> None:
+    """TRL casts what trains on a quantized model to bfloat16, where steps of 1e-4 move few entries."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    plain().save_pretrained(tmp_path / "base")
+    config = _nf4(torch.float32, double=False)
+    for wanted in (torch.float32, torch.bfloat16):
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map="cpu")
+        model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True)
+        for layer in tuner_layers(model) if wanted == torch.bfloat16 else ():
+            layer.sparsegrad_status["default"].half = True  # as with autocast_adapter_dtype=False on a bfloat16 model
+        trainer = SFT(model=model, **options(tmp_path / "out"))
+        assert {core.dtype for core in cores(model)} == {torch.bfloat16}
+        trainer.create_optimizer()
+        assert {core.dtype for core in cores(model)} == {wanted}
 
 
 def test_quantized_by_hand() -> None:

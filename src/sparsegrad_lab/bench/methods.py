@@ -16,7 +16,7 @@ from sparsegrad_peft.method.groups import group_linears
 from sparsegrad_peft.method.literal import LiteralSparseGradLinear
 from sparsegrad_peft.method.optim import SparseGradAdamW
 from sparsegrad_peft.method.sizes import Sizes
-from sparsegrad_peft.method.surgery import param_groups, replace_linears
+from sparsegrad_peft.method.surgery import param_groups, replace_linears, weight_bases
 from sparsegrad_peft.tuner.calibration import calibrate_adapter
 
 from ..methods.method import Setup
@@ -120,12 +120,9 @@ def _sparsegrad(setting: Setting, density: float | None = None, **settings: Any)
 def _plain_weights(setting: Setting) -> Prepared:
     groups, bases = setting.calibrate_groups()
     rest = setting.freeze_mlp()
-    basis_of: dict[nn.Parameter, Basis] = {}
-    for group, names in groups.items():
-        for name in names:
-            weight = setting.model.get_parameter(f"{name}.weight")
-            weight.requires_grad_()
-            basis_of[weight] = bases[group]
+    basis_of = weight_bases(setting.model, groups, bases)
+    for weight in basis_of:
+        weight.requires_grad_()
     parameters: list[dict[str, Any]] = [{"params": list(basis_of), "sparse": True, "density": DENSITY}]
     parameters += [{"params": rest}] if rest else []
     return Prepared(setting.model, SparseGradAdamW(parameters, lr=LEARNING_RATE, bases=basis_of))

@@ -13,6 +13,7 @@ from sparsegrad_peft.method.basis import Basis
 from sparsegrad_peft.method.optim import SparseGradAdamW
 from sparsegrad_peft.method.plain import is_conv1d
 from sparsegrad_peft.method.restored_state import restored_state
+from sparsegrad_peft.method.surgery import weight_bases
 from sparsegrad_peft.tuner.trainer import TrainingDivergedError
 
 from ..methods.registry import METHODS
@@ -46,6 +47,7 @@ def train_sparsegrad(
     k, density = arguments.adapter.k, arguments.adapter.density
     selection = {"k": k} if k is not None else {"density": DENSITY if density is None else density}
     weights = {name: setup.weight(name) for name in setup.layers}
+    groups = {name: [name] for name in weights}
     own = {id(weight) for weight in weights.values()}
     rest = [parameter for parameter in setup.trained if id(parameter) not in own]
     numel = sum(weight.numel() for weight in weights.values())
@@ -56,7 +58,7 @@ def train_sparsegrad(
             [{"params": list(weights.values()), "sparse": True, **selection},
              {"params": rest, "lr": arguments.training.rest_learning_rate or rate}],
             lr=rate,
-            bases={weight: _as_stored(setup, name, bases[name]) for name, weight in weights.items()},
+            bases=weight_bases(setup.model, groups, {name: bases[name] for name in weights}),
         )  # fmt: skip
 
         def visit(step: int) -> None:
@@ -120,8 +122,3 @@ def touched_mask(optimizer: SparseGradAdamW, weight: nn.Parameter) -> Tensor:
     mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
     mask[optimizer.state[weight]["positions"].long()] = True
     return mask.view(weight.shape)
-
-
-def _as_stored(setup: Setup, name: str, basis: Basis) -> Basis:
-    """Return the basis for the weight as stored: a Conv1D keeps it transposed, (in, out)."""
-    return Basis(basis.V, basis.U) if is_conv1d(setup.model.get_submodule(name)) else basis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -123,6 +124,11 @@ def resolve_config(
         ValueError: both `config` and single fields are given.
         TypeError: there is no field of that name.
     """
+    known = [*CalibrationConfig.__dataclass_fields__]
+    if unknown := [name for name in fields if name not in known]:
+        near = get_close_matches(unknown[0], known, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise TypeError(f"unknown options {', '.join(unknown)} for calibration; expected {', '.join(known)}{meant}")
     if config is not None and fields:
         raise ValueError(f"pass either config or single fields, found both: config and {', '.join(fields)}")
     return config if config is not None else replace(default, **fields)

@@ -59,10 +59,6 @@ class ExpertLayout:
         """Neurons of one expert."""
         return self.out if self.stacks_out else self.in_
 
-    def oriented(self, stored: Tensor) -> Tensor:
-        """Return a view (E, out, in) of a tensor that is stored as the parameter, or the other way round."""
-        return stored.mT if self.transposed else stored
-
     def by_neuron(self, stored: Tensor) -> Tensor:
         """Return a view (E, neurons, hidden) of a tensor that is stored as the parameter, or the other way round."""
         return stored if self.stacks_out is not self.transposed else stored.mT

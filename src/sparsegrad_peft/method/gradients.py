@@ -11,6 +11,7 @@ them see the gradients, and follow the trajectory, of the whole batch.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from .processes import (
 )
 from .restored_state import restored_state
 
+logger = logging.getLogger(__name__)
+
 Step = Callable[[], Tensor]
 LossFunction = Callable[[nn.Module, Any], Tensor]
 OnGradient = Callable[[str, Tensor], None]
@@ -52,6 +55,14 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
         raise TypeError(
             f"expected batches that are mappings, for model(**batch).loss, found {type(batch).__name__}; "
             "pass loss_fn=lambda model, batch: ... for another kind of batch"
+        )
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() != 0}
+    if not tensors or ("input_ids" in tensors and tensors["input_ids"].dim() == 1):
+        found = {name: f"a tensor {(*value.shape,)}" if isinstance(value, Tensor) else type(value).__name__
+                 for name, value in batch.items()}  # fmt: skip
+        raise TypeError(
+            f"found a row of data in place of a batch of tensors: {found}; pass a DataLoader, which collates rows into "
+            "batches"
         )
     device = next(model.parameters()).device
     output = model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
@@ -109,7 +120,7 @@ def stream_gradients(
     """
     config = resolve_config(config, fields)
     found = _find_targets(model, list(targets))
-    stream, loss_of = _stream_and_loss(batches, step, loss_fn, config.n_steps)
+    stream, loss_of = _stream_and_loss(batches, step, loss_fn, config)
     check_starting_together("Calibration", model)
     weights = [target.weight for target in found.values()]
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in set(map(id, weights))]
@@ -270,7 +281,7 @@ def _find_target(model: nn.Module, name: str) -> _Target:
 
 
 def _stream_and_loss(
-    batches: Iterable[Any] | None, step: Step | None, loss_fn: LossFunction, n_steps: int
+    batches: Iterable[Any] | None, step: Step | None, loss_fn: LossFunction, config: CalibrationConfig
 ) -> tuple[Iterator[Any], LossFunction]:
     """Return an endless stream of batches, and the function that computes the loss of one."""
     if (batches is None) == (step is None):
@@ -278,12 +289,12 @@ def _stream_and_loss(
     if step is not None:
         return itertools.repeat(None), lambda model, batch: step()
     assert batches is not None
-    return _endless(batches, n_steps), loss_fn
+    return _endless(batches, config), loss_fn
 
 
-def _endless(batches: Iterable[Any], n_steps: int) -> Iterator[Any]:
+def _endless(batches: Iterable[Any], config: CalibrationConfig) -> Iterator[Any]:
     """Yield the batches, starting again when they run out."""
-    taken = 0
+    taken, n_steps = 0, config.n_steps
     for round_number in itertools.count():
         before = taken
         for batch in batches:
@@ -293,6 +304,12 @@ def _endless(batches: Iterable[Any], n_steps: int) -> Iterator[Any]:
             found = "none" if round_number == 0 else f"{taken}, from an iterator that cannot be started again"
             each = " on each process" if is_distributed() else ""
             raise ValueError(f"expected batches for {n_steps} steps{each}, found {found}")
+        if round_number == 0 and config.mean_gradient and taken < n_steps:
+            logger.warning(
+                "calibration has %d batches for %d steps and reads them again. What a batch alone has then counts as "
+                "common to several steps. Pass %d batches; fewer are enough if they are all of the data.",
+                taken, n_steps, n_steps,
+            )  # fmt: skip
 
 
 def _check_loss(loss: Any, number: int) -> None:

@@ -56,7 +56,8 @@ class SparseGradAdamW(Optimizer):
         eps: added to the root of the second moment: before bias correction in `sparse` groups (SparseAdam), after it in
             the others (AdamW).
         weight_decay: decoupled, for groups without `sparse`.
-        bases: the basis of each parameter in the original space.
+        bases: the basis of each parameter in the original space, from `weight_bases`. Its sides are in the order of the
+            parameter's: `V` for the rows, `U` for the columns.
 
     Raises:
         ValueError, TypeError: a group's flags contradict each other, numbers are out of range, or a weight with a basis
@@ -319,15 +320,6 @@ class SparseGradAdamW(Optimizer):
                     name: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
                     for name, value in saved.items()
                 }
-
-    def state_bytes(self) -> int:
-        """Return the bytes of the tensors in the state."""
-        return sum(
-            value.numel() * value.element_size()
-            for state in self.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        )
 
     def touched(self, parameter: nn.Parameter) -> int:
         """Return how many entries of a `sparse` parameter were ever selected; of a sharded one, on this process."""

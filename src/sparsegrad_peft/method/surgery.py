@@ -12,7 +12,7 @@ from .basis import Basis, HoldsBasis
 from .groups import check_same_groups
 from .linear import SparseGradLinear
 from .literal import LiteralSparseGradLinear
-from .plain import as_conv1d, share_call_hooks
+from .plain import as_conv1d, is_conv1d, share_call_hooks
 
 SparseGradLayer = SparseGradLinear | LiteralSparseGradLinear
 
@@ -126,6 +126,33 @@ def param_groups(
             "is_trainable=True, or activate it with set_adapter"
         )
     return [group for group in candidates if group["params"]]
+
+
+def weight_bases(
+    model: nn.Module, groups: Mapping[str, Sequence[str]], bases: Mapping[str, Basis]
+) -> dict[nn.Parameter, Basis]:
+    """Return the basis of each layer's weight, for `SparseGradAdamW(bases=...)`, which trains the weights themselves.
+
+    A `Conv1D` stores its weight as (in, out), so its basis has the two sides exchanged.
+
+    Args:
+        model: with plain linear layers.
+        groups: group name -> layer names, from `group_linears`.
+        bases: group name -> basis, from `Calibration.bases`.
+
+    Raises:
+        ValueError: a group has no basis.
+    """
+    check_same_groups(groups, bases)
+    found = {}
+    for group, names in groups.items():
+        basis = bases[group]
+        # The optimizer refuses selected features and scales, so there is nothing else to exchange.
+        exchanged = Basis(basis.V, basis.U) if basis.is_rotation else basis
+        for name in names:
+            transposed = is_conv1d(model.get_submodule(name))
+            found[model.get_parameter(f"{name}.weight")] = exchanged if transposed else basis
+    return found
 
 
 def leave_fast_path(model: nn.Module, parent: nn.Module) -> None:

@@ -149,6 +149,13 @@ def uncalibrated(model: nn.Module) -> list[str]:
     ]
 
 
+def widen_cores(model: nn.Module) -> None:
+    """Give cores that a trainer has cast to half precision float32 again, unless half precision was asked for."""
+    for module in model.modules():
+        if isinstance(module, SparseGradLayer):
+            module.widen_cores()
+
+
 def adapter_parameters(model: nn.Module) -> tuple[set[int], bool]:
     """Return the ids of an adapter's parameters, and whether they are SparseGrad cores.
 

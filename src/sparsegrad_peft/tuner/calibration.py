@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -104,9 +104,11 @@ def adapter_statistics(
 
 
 def adapter_calibration(config: CalibrationConfig | None, options: dict[str, Any], sizes: Sizes) -> CalibrationConfig:
-    """Return `config`, or `CalibrationConfig()` with the fields that are taken out of `options`."""
-    names = {field.name for field in fields(CalibrationConfig)} & set(options)
-    single = {name: options.pop(name) for name in names}
+    """Return `config`, or `CalibrationConfig()` with the fields that are taken out of `options`.
+
+    What is left in `options` is for `calibrate`, which has other defaults for the fields.
+    """
+    single = {name: options.pop(name) for name in [*options] if name not in ("step", "loss_fn", "progress")}
     return resolve_config(config, single, CalibrationConfig()).for_sizes(sizes)
 
 

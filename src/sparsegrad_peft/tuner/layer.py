@@ -20,7 +20,7 @@ from ..method.costs import Prefer
 from ..method.data_free import is_data_free
 from ..method.linear import set_core
 from ..method.plain import is_conv1d
-from ..method.precision import at_least_float32
+from ..method.precision import HALF_PRECISION, at_least_float32
 from ..method.processes import is_sharded, own_shard
 from .checks import check_buffer, check_core
 from .config import SparseGradConfig
@@ -39,6 +39,8 @@ class AdapterStatus:
     prefer: Prefer
     data_free: bool
     "the bases are not calibrated: warn at the first training step"
+    half: bool = False
+    "half-precision cores were asked for, with autocast_adapter_dtype=False"
 
 
 class Cores(nn.ParameterDict):
@@ -101,7 +103,7 @@ class SparseGradLayer(BaseTunerLayer):
         r, c = basis.core_shape(self.out_features, self.in_features)
         self.sparsegrad_basis[adapter_name] = basis
         # Filled in place: with low_cpu_mem_usage the core is on the meta device, and nothing is allocated.
-        core = self.sparsegrad_S[adapter_name] = nn.Parameter(torch.empty(r, c))
+        core = self.sparsegrad_S[adapter_name] = nn.Parameter(torch.empty(r, c, dtype=self._core_dtype(half=False)))
         if start == "from file":
             nn.init.constant_(core, torch.nan)  # a core that the file lacks is found by `check_numbers`
         elif config.init_weights:
@@ -157,21 +159,44 @@ class SparseGradLayer(BaseTunerLayer):
     def _base_device_and_dtype(self) -> tuple[torch.device | None, torch.dtype | None]:
         return self._get_base_layer_device_and_dtype(self.get_base_layer())
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As in PEFT, but cores on the meta device get the base layer's type too, and a basis never goes there.
+    def _core_dtype(self, *, half: bool) -> torch.dtype:
+        """Return the type of the base weight; float32 if that is narrower, unless `half` asks for it.
 
-        PEFT then widens cores in half precision, or not; `set_basis` reads the wanted type from the core. And if the
-        base weight is on disk (meta here), the basis stays: accelerate fetches parameters, not buffers.
+        A weight of integers is quantized and has no say.
         """
-        basis = cast(Basis, self.sparsegrad_basis[adapter_name])
-        kept = {name: buffer for name, buffer in basis.named_buffers() if not buffer.is_meta}
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        for name, buffer in list(basis.named_buffers()):
-            if buffer.is_meta and name in kept:
-                setattr(basis, name, kept[name])
-        core, dtype = self.sparsegrad_S[adapter_name], self._base_device_and_dtype()[1]
-        if core.is_meta and dtype is not None and dtype.is_floating_point:
-            self.sparsegrad_S[adapter_name] = nn.Parameter(core.detach().to(dtype), requires_grad=core.requires_grad)
+        dtype = self._base_device_and_dtype()[1]
+        if dtype is None or not dtype.is_floating_point:
+            return torch.float32
+        return dtype if half else at_least_float32(dtype)
+
+    @torch.no_grad()
+    def narrow_core(self, adapter_name: str) -> None:
+        """Give a core the type of the base weight, as `autocast_adapter_dtype=False` asks for."""
+        self.sparsegrad_status[adapter_name].half = True
+        core = self.sparsegrad_S[adapter_name]
+        core.data = core.data.to(self._core_dtype(half=True))
+
+    @torch.no_grad()
+    def widen_cores(self) -> None:
+        """Give cores that something has cast to half precision float32 again, unless half precision was asked for."""
+        for name, core in self.sparsegrad_S.items():
+            if core.dtype in HALF_PRECISION and not self.sparsegrad_status[name].half:
+                set_core(core, core.float())
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move core and basis to the device of the base weight. Unlike in PEFT, they keep their types.
+
+        A core on the meta device stays there, until it is calibrated or loaded. And if the base weight is on disk (meta
+        here), the basis stays: accelerate fetches parameters, not buffers.
+        """
+        target = self._base_device_and_dtype()[0] if device is None else device
+        core, basis = self.core_and_basis(adapter_name)
+        if target is None:
+            return
+        if core.device not in (target, torch.device("meta")):
+            self.sparsegrad_S[adapter_name] = nn.Parameter(core.detach().to(target), requires_grad=core.requires_grad)
+        if target.type != "meta":
+            basis.to(target)
 
     def trained_cores(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the cores of all adapters, for `param_groups`."""
@@ -200,8 +225,8 @@ class SparseGradLayer(BaseTunerLayer):
         except (TypeError, ValueError) as error:
             raise RuntimeError(
                 f"adapter {adapter!r} cannot be used: {error}. Its config belongs to a trained adapter, whose weights "
-                "were not loaded, or are damaged. Load them with PeftModel.from_pretrained or load_adapter; for a new "
-                "adapter, call config.forget_bases() first"
+                "were not loaded, or are damaged. Load them with PeftModel.from_pretrained (the load_adapter of "
+                "transformers' own models loads no fused experts); for a new adapter, call config.forget_bases() first"
             ) from error
         self.sparsegrad_checked[adapter] = True
 

@@ -196,6 +196,15 @@ class SparseGradModel(BaseTuner):
         if layer is not wrapper:
             self._insert(layer, adapter_name, parent, target_name, target)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Give the cores the type of the weights if the caller asks for it; they are made in float32 or wider.
+
+        So an adapter that is injected without a `PeftModel` has them in float32 too, in which small steps count.
+        """
+        if not autocast_adapter_dtype:
+            for layer in layers_of(self.model, adapter_name).values():
+                layer.narrow_core(adapter_name)
+
     def _add_to(self, layer: SparseGradLayer, config: SparseGradConfig, adapter_name: str, basis: Basis) -> None:
         """Add the adapter to a layer."""
         source = self._injection.source
@@ -367,6 +376,7 @@ def _renamed(entries: dict[str, Tensor], names: dict[str, str]) -> dict[str, Ten
 
     def rename(entry: str) -> str:
         layer, found, rest = entry.removeprefix(ROOT).partition(f".{PREFIX}")
-        return f"{ROOT}{names[layer]}{found}{rest}" if found and layer in names else entry
+        root = ROOT if entry.startswith(ROOT) else ""  # transformers' own `save_pretrained` puts it before the names
+        return f"{root}{names[layer]}{found}{rest}" if found and layer in names else entry
 
     return {rename(entry): value for entry, value in entries.items()}

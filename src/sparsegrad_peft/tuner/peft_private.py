@@ -34,6 +34,7 @@ in lower case."""
 
 HOOKS: dict[type, dict[str, tuple[str, ...]]] = {
     BaseTuner: {
+        "_cast_adapter_dtype": ("self", "adapter_name", "autocast_adapter_dtype"),
         "_check_target_module_exists": ("peft_config", "key"),
         "_create_and_replace": ("self", "peft_config", "adapter_name", "target", "target_name", "parent",
                                 "current_key", "parameter_name"),

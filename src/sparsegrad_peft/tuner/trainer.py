@@ -26,7 +26,7 @@ from ..method.ddp import exclude_bases_from_ddp
 from ..method.optim import SparseGradAdamW
 from ..method.selection import resolve_k
 from ..method.surgery import param_groups
-from .adapters import active_configs, adapter_parameters, uncalibrated
+from .adapters import active_configs, adapter_parameters, uncalibrated, widen_cores
 from .calibration import calibrate_adapter
 from .quantized import keep_order
 from .refresh import refresh_adapter, truncated
@@ -154,6 +154,8 @@ class SparseGradTrainerMixin:
                 "calibrate_adapter before the trainer is made, or use FSDP2"
             )
         check_untrained(names, self.optimizer)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            widen_cores(self.model)  # TRL casts them to bfloat16 on a quantized model
         for name in names:
             show = not self.args.disable_tqdm if self.calibration_progress is None else self.calibration_progress
             self._on_training_batches(calibrate_adapter, adapter_name=name, progress=show)

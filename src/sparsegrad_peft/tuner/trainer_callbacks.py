@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from ..method.config import CalibrationConfig
 from ..method.gradients import default_loss
-from .adapters import calibrated, uncalibrated
+from .adapters import calibrated, uncalibrated, widen_cores
 from .calibration import calibrate_adapter
 from .trainer_batches import Batches
 
@@ -48,6 +48,8 @@ class SparseGradCalibration(TrainerCallback):
                 "trainer is made"
             )
         check_untrained(names, optimizer)
+        if not (args.fsdp or args.deepspeed):
+            widen_cores(model)  # TRL casts them to bfloat16 on a quantized model
         for name in names:
             with closing(Batches(lambda: loader)) as batches:
                 calibrate_adapter(
