@@ -81,6 +81,37 @@ def test_a_batch_without_labels_tells_nothing(tmp_path: Path) -> None:
         assert (trainer._loss_is_known, trainer.model_accepts_loss_kwargs) == (known, True)
 
 
+def _sum_of_labels(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    loss = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+    return loss / num_items_in_batch  # a TypeError for None
+
+
+class DividesByLabels(SparseGradTrainer):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        loss = _sum_of_labels(outputs, inputs["labels"], num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(SparseGradTrainer, {}), (SparseGradTrainer, {"compute_loss_func": _sum_of_labels}), (DividesByLabels, {})],
+)
+def test_losses_that_divide_by_the_number_of_labels_calibrate(cls: type, options: Any, tmp_path: Path) -> None:
+    """A batch of calibration is a step of its own, whose labels are counted: the same bases as with the mean."""
+    found = []
+    for kind, more in ((cls, options), (SparseGradTrainer, {})):
+        args = arguments(tmp_path, max_steps=1, gradient_accumulation_steps=2)
+        model = uncalibrated_adapter("bert", dropout=0)
+        trainer = kind(model=model, args=args, train_dataset=rows(), calibration=CALIBRATION, **more)
+        trainer.create_optimizer()
+        found.append({name: value for name, value in saved(model).items() if "basis" in name})
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-3, atol=1e-3, msg=name)
+
+
 def test_a_loss_function_of_ones_own_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """transformers asks its author to use `num_items_in_batch`. Its result is not corrected, and nothing is said."""
     found = []

@@ -188,12 +188,22 @@ class SparseGradTrainerMixin:
             # Before training, the model is not prepared yet, which would set bfloat16. Not for float16, which needs
             # scaled losses.
             precision = self.accelerator.autocast() if self.args.bf16 else nullcontext()
+            number = self._number_of_labels(batch)
             with self.compute_loss_context_manager(), precision:
-                loss: Tensor = self.compute_loss(model, self._prepare_inputs(batch))
+                loss: Tensor = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=number)
             return loss
 
         with training_batches(self) as batches:
             return calibrate(self.model, batches, loss_fn=loss_of, config=self.sparsegrad_calibration, **options)
+
+    def _number_of_labels(self: Any, batch: Any) -> Any:
+        """Return `num_items_in_batch` for a batch that is a step of its own, as a loss of the user's may need it.
+
+        None for the other losses, which then average over the batch.
+        """
+        if self.compute_loss_func is None and type(self).compute_loss is SparseGradTrainerMixin.compute_loss:
+            return None
+        return self.get_batch_samples(iter([batch]), 1, self.args.device)[1]
 
     def _groups(self: Any, model: nn.Module) -> list[dict[str, Any]]:
         """Return the adapter's parameters first, then the rest, with the Trainer's choice of weight decay."""
