@@ -8,6 +8,7 @@ from typing import Any
 ALIASES = {
     "model_name_or_path": "model",
     "model.load_in_4bit": "load_in_4bit",
+    "torch_dtype": "dtype",
     "output_dir": "output",
     "seed": "seeds",
     "hub_model_id": "push_to_hub",

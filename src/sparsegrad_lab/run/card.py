@@ -60,6 +60,7 @@ def make_card(result: dict[str, Any], config: PeftConfig | None, note: str = "")
     body = environment.get_template(_TEMPLATE).render(
         result=result, what=what, method=method, base=base, base_name=folder.name, origin=origin, note=note,
         license=license_name, four_bits=settings.get("load_in_4bit", False),
+        dtype=settings.get("dtype"),
         is_sparsegrad=isinstance(config, SparseGradConfig), usage=_usage(result, config, base),
         kind=kind_of(task), metric=display_name(result["metric"]), training=settings["training"],
         data=_data(task, settings["data"]),

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
@@ -32,7 +32,7 @@ from ..tasks.read import Row, read_rows
 from ..tasks.registry import kind_of
 from ..tasks.task import LOSSES, Task
 from .folder import RunFolder
-from .inputs import compute_type, longest_first, unrelated_features
+from .inputs import compute_type, frozen_type, longest_first, unrelated_features
 from .interrupts import interrupts_kept
 from .parsing import arguments_of
 from .settings import RunArguments
@@ -87,7 +87,7 @@ def open_run(path: str | Path, *, unquantized: bool = False) -> FinishedRun:
 
     Args:
         path: folder of the run.
-        unquantized: load the weights of a 4-bit base in float32.
+        unquantized: load the weights of the base in float32, also those that the run had in 4 or 16 bits.
 
     Raises:
         FileNotFoundError: this is not the folder of a finished run, or its pretrained model is gone.
@@ -100,7 +100,8 @@ def open_run(path: str | Path, *, unquantized: bool = False) -> FinishedRun:
         load_config(model_path(arguments.model))  # a clear error if the pretrained model is gone
         compute = compute_type(arguments) if arguments.load_in_4bit and not unquantized else None
         # The adapter overwrites the new head.
-        base = kind.load_model(arguments.model, task, processor, four_bits=compute)
+        dtype = torch.float32 if unquantized else frozen_type(arguments)
+        base = kind.load_model(arguments.model, task, processor, four_bits=compute, dtype=dtype)
         model = load_adapter(base, adapter)
     else:
         model = kind.load_model(arguments.model, task, processor, folder.path / "model")
@@ -116,6 +117,10 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
         ValueError: its files are damaged.
     """
     try:
+        whole = getattr(PeftConfig.from_pretrained(str(folder)), "modules_to_save", None) or ()
+        for name, module in base.named_modules():
+            if any(name == one or name.endswith(f".{one}") for one in whole):
+                module.float()  # they were trained in float32, and PEFT would round them to the base's type
         with suppress_library_logs():
             return cast(nn.Module, PeftModel.from_pretrained(base, str(folder)))
     except (SafetensorError, KeyError, TypeError) as error:

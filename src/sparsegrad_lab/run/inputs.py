@@ -87,8 +87,19 @@ def load_adapted(arguments: RunArguments, task: Task, processor: Any, *, four_bi
         four_bits: quantize the model's linear layers.
     """
     compute = compute_type(arguments) if four_bits else None
-    model = KINDS[task.kind].load_model(arguments.model, task, processor, four_bits=compute)
-    return find_method(arguments.method).adapt(model, arguments.setup())
+    model = KINDS[task.kind].load_model(
+        arguments.model, task, processor, four_bits=compute, dtype=frozen_type(arguments)
+    )
+    adapted = find_method(arguments.method).adapt(model, arguments.setup())
+    for parameter in adapted.model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:  # such as a head, in a model of bfloat16
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def frozen_type(arguments: RunArguments) -> torch.dtype:
+    """Return the type of the weights that do not train."""
+    return torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32
 
 
 def compute_type(arguments: RunArguments) -> torch.dtype:

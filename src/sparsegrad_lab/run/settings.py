@@ -100,6 +100,9 @@ class RunArguments:
     load_in_4bit: bool = False
     """quantize the pretrained model's linear layers to 4 bits (NF4, bitsandbytes) before training, for methods that
     train a small adapter; sparsegrad calibrates before the quantization"""
+    dtype: Literal["bfloat16"] | None = None
+    """bfloat16: keep the pretrained weights that do not train in 2 bytes each, for training.precision bf16 and methods
+    that train a small adapter; default: float32"""
     rest: Literal["train", "freeze"] = "freeze"
     """train: the whole model besides the MLP layers trains too (the paper's GLUE runs); freeze: only the head, with
     BERT's pooler, if there is one (the paper's LLaMA runs)"""
@@ -165,6 +168,7 @@ class RunArguments:
         else:
             problems += [*method.problems(self.adapter, self.calibration), *self._unread(method)]
             problems += self._four_bit_problems(method) if self.load_in_4bit else []
+            problems += self._bfloat16_problems(method) if self.dtype == "bfloat16" else []
         if self.training.batches == "by_length" and kind_of(self.task) == IMAGES:
             problems.append(f"training.batches: by_length is for texts, found task {self.task!r}")
         seeds = self.seeds or []
@@ -181,6 +185,16 @@ class RunArguments:
         missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
         if missing:
             problems.append(f"load_in_4bit needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        return problems
+
+    def _bfloat16_problems(self, method: Method) -> list[str]:
+        problems = []
+        if method.leaves == "model":
+            problems.append(f"dtype: method {method.name} trains the model's own weights, in float32; leave dtype out")
+        if self.rest == "train":
+            problems.append("dtype: rest: train updates the weights, in float32; use rest: freeze, or leave dtype out")
+        if self.training.precision != "bf16":
+            problems.append(f"dtype: bfloat16 needs training.precision bf16; found {self.training.precision}")
         return problems
 
     def _reporting_problems(self) -> list[str]:

@@ -111,6 +111,17 @@ def test_calibrated_before_it_is_quantized(finished: Path, asked: Arguments, tmp
     assert not any(torch.equal(found[name], plain[name]) for name in found if "sparsegrad_S" in name)
 
 
+def test_the_rest_of_the_base_in_bfloat16(asked: Arguments, tmp_path: Path) -> None:
+    """Calibration takes the unquantized weights in bfloat16 too."""
+    more = ("--load_in_4bit", "--dtype", "bfloat16", "--precision", "bf16")
+    [result] = train(asked(tmp_path / "run", *more), progress=False)
+    assert result["calibration"]
+    assert result["evaluations"][1]["loss"] < result["evaluations"][0]["loss"]
+    model = open_run(tmp_path / "run").model
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert evaluate(tmp_path / "run")["validation"]["loss"] == pytest.approx(result["score"], rel=1e-3)
+
+
 class InterruptAt(TrainerCallback):
     """Interrupts a run at the start of a step."""
 

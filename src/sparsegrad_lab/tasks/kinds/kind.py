@@ -67,9 +67,9 @@ class Kind(ABC):
 
     def load_model(
         self, model: str, task: Task, processor: Any, folder: str | Path | None = None,
-        four_bits: torch.dtype | None = None,
+        four_bits: torch.dtype | None = None, dtype: torch.dtype = torch.float32,
     ) -> nn.Module:  # fmt: skip
-        """Load a pretrained model with a head for the task, in float32, or with its linear layers in 4 bits.
+        """Load a pretrained model with a head for the task.
 
         The head of the checkpoint is kept if it has the right size; else it is initialized.
 
@@ -79,6 +79,7 @@ class Kind(ABC):
             processor: the tokenizer or image processor; a missing `pad_token_id` is taken from it.
             folder: load this finished run's model instead of `model`.
             four_bits: quantize the linear layers, except the head, to NF4; products are computed in this type.
+            dtype: of the weights.
 
         Raises:
             ValueError: the weights are missing or damaged.
@@ -87,7 +88,7 @@ class Kind(ABC):
         try:
             with suppress_library_logs():  # transformers warns about the new head
                 found: Any = self.auto.from_pretrained(
-                    place, dtype=torch.float32, ignore_mismatched_sizes=folder is None, **self.model_options(task),
+                    place, dtype=dtype, ignore_mismatched_sizes=folder is None, **self.model_options(task),
                     **({} if four_bits is None else {"quantization_config": self._nf4(four_bits)}),
                 )  # fmt: skip
         except (OSError, SafetensorError) as error:
