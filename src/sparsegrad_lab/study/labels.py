@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable
 from typing import Any
 
 from ..run.settings import WITHOUT_EFFECT, flat
@@ -45,10 +46,10 @@ def label_data(runs: tuple[Run, ...]) -> tuple[Run, ...]:
 
 def replaced_runs(runs: tuple[Run, ...]) -> list[str]:
     """A sentence for each run that `label_runs` leaves out, since a later one has the same settings."""
-    kept: dict[Any, Run] = {}
+    kept: dict[Hashable, Run] = {}
     sentences = []
     for run in sorted(runs, key=lambda run: run.environment.time):
-        key = run.method_name, run.task_name, run.seed, str(sorted(_settings(run).items()))
+        key = _key(run)
         if key in kept:
             sentences.append(f"{kept[key].path}: {run.path} has the same settings and seed, and is later")
         kept[key] = run
@@ -57,25 +58,28 @@ def replaced_runs(runs: tuple[Run, ...]) -> list[str]:
 
 def label_runs(runs: tuple[Run, ...]) -> tuple[Run, ...]:
     """Add the settings that differ to the names of methods. Of runs with equal settings, only the latest is kept."""
-    alike: dict[tuple[str, str, int], dict[str, Run]] = defaultdict(dict)
-    for run in sorted(runs, key=lambda run: run.environment.time):
-        alike[run.method_name, run.task_name, run.seed][str(sorted(_settings(run).items()))] = run
+    kept = {_key(run): run for run in sorted(runs, key=lambda run: run.environment.time)}
     differ: dict[str, set[str]] = defaultdict(set)
     of_task: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for (method, task, _), group in alike.items():
-        of_task[method, task] += map(_settings, group.values())
+    for run in kept.values():
+        of_task[run.method_name, run.task_name].append(_settings(run))
     for (method, _), settings in of_task.items():
         for name in {name for one in settings for name in one}:
             given = [one[name] for one in settings if name in one]  # results of earlier versions lack some
             if any(value != given[0] for value in given):
                 differ[method].add(name)
     labelled = {}
-    for (method, _, _), group in alike.items():
-        for run in group.values():
-            values = {name: _one_line(_settings(run).get(name)) for name in sorted(differ[method])}
-            words = [f"{name.rpartition('.')[2]} {value}" for name, value in values.items()]
-            labelled[run.path] = run.model_copy(update={"label": f"{method} ({', '.join(words)})"}) if words else run
+    for run in kept.values():
+        method = run.method_name
+        values = {name: _one_line(_settings(run).get(name)) for name in sorted(differ[method])}
+        words = [f"{name.rpartition('.')[2]} {value}" for name, value in values.items()]
+        labelled[run.path] = run.model_copy(update={"label": f"{method} ({', '.join(words)})"}) if words else run
     return tuple(labelled[run.path] for run in runs if run.path in labelled)
+
+
+def _key(run: Run) -> Hashable:
+    """Equal for runs that differ in nothing but their time and their folder."""
+    return run.method_name, run.task_name, run.seed, str(sorted(_settings(run).items()))
 
 
 def _settings(run: Run) -> dict[str, Any]:

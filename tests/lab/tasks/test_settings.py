@@ -38,6 +38,11 @@ FILES = {"validation_file": __file__, "text": ["a"]}
             r"data.val_size is for files, glue/\*, quora, oasst1, text; task acceptability does not read it",
         ),
         ("text", {"train_file": "a.csv", "text": ["a"], "val_size": 1.5}, r"data.val_size must be between 0 and 1"),
+        (
+            "files",
+            {**FILES, "labels": ["0", "1"], "regression": True},
+            r"data.labels: a task with data.regression has no classes; give one of the two",
+        ),
         ("files", {**FILES, "labels": ["0"]}, r"data.labels: expected at least two classes, found 1"),
         ("glue/rte", {"folder": "nowhere"}, r"nowhere: expected train.tsv and dev.tsv of RTE"),
         ("oasst1", {"folder": "nowhere"}, r"nowhere: expected .jsonl files"),
