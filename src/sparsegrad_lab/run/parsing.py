@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_lo
 
 from ..methods.registry import METHODS
 from ..methods.settings import updated
-from ..tasks.parse_files import check_yaml, read_yaml
+from ..tasks.parse_files import load_yaml, read_yaml
 from .aliases import INSTEAD, aliases_of, check_given_once, given_names
 from .completers import add_completers
 from .folder import RunFolder
@@ -34,7 +34,7 @@ _load_yaml = get_loader("yaml")
 
 
 def _load_checked_yaml(text: str) -> Any:
-    check_yaml(text)
+    load_yaml(text)  # refuses what is too large, and keys that stand twice
     return _load_yaml(text)
 
 
@@ -84,7 +84,7 @@ class VerbParser(ArgumentParser):
         if "_ARGCOMPLETE" in os.environ:
             add_completers(self)
         words = _config_first(self._with_values(list(sys.argv[1:] if args is None else args)))
-        self._check_given_once(word.partition("=")[0][2:] for word in words if word.startswith("--"))
+        self.check_given_once(word.partition("=")[0][2:] for word in words if word.startswith("--"))
         names = {word.partition("=")[0] for word in words} & self._option_string_actions.keys()
         self.given = frozenset(self._option_string_actions[name].dest for name in names)
         parsed = super().parse_args(self._with_lists(words), *more, **options)
@@ -103,14 +103,8 @@ class VerbParser(ArgumentParser):
             f"--rank is for {readers}, and method {method} does not read it; the size of SparseGrad is --trained_share"
         )
 
-    def parse_string(self, content: str, *more: Any, **options: Any) -> Any:
-        """Parse the text of a YAML file."""
-        settings = _load_checked_yaml(content)
-        if isinstance(settings, dict):
-            self._check_given_once(given_names(settings))
-        return super().parse_string(content, *more, **options)
-
-    def _check_given_once(self, names: Iterable[str]) -> None:
+    def check_given_once(self, names: Iterable[str]) -> None:
+        """Exit with an error if two names of one setting are given."""
         try:
             check_given_once(names, self.aliases)
         except ValueError as error:
@@ -222,8 +216,11 @@ def run_parser(verb: str, description: str, example: str, argv: list[str]) -> Ve
         if action.dest == "training.learning_rate":
             action.help = f"{action.help}: {rates}"
     parser.add_aliases()
-    name = _preset_name(argv)
-    if name is not None:
+    name, files = _preset_and_files(argv)
+    for settings in files:
+        parser.check_given_once(given_names(settings))
+        name = settings.get("preset") if name is None else name
+    if isinstance(name, str):  # the parser refuses other types
         parser.set_defaults(flat(preset(name)))
     return parser
 
@@ -269,14 +266,15 @@ def _settings_parser() -> VerbParser:
     return parser
 
 
-def _preset_name(argv: list[str]) -> str | None:
-    """The preset that the command line names, or the config file that it names."""
+def _preset_and_files(argv: list[str]) -> tuple[str | None, list[dict[str, Any]]]:
+    """The preset that the command line names, and the settings in the config files that it names, the last one first.
+
+    Raises:
+        ValueError: a file is not YAML; the message names the file.
+    """
     plain = PlainParser(add_help=False, allow_abbrev=False)
     plain.add_argument("--preset")
-    plain.add_argument("--config")
+    plain.add_argument("--config", action="append", default=[])
     known, _ = plain.parse_known_args(argv)
-    name = known.preset
-    if name is None and known.config is not None and Path(known.config).is_file():
-        settings = read_yaml(Path(known.config))
-        name = settings.get("preset") if isinstance(settings, dict) else None
-    return name if isinstance(name, str) else None  # the parser refuses other types
+    files = [read_yaml(Path(path)) for path in reversed(known.config) if Path(path).is_file()]
+    return known.preset, [settings for settings in files if isinstance(settings, dict)]

@@ -20,12 +20,10 @@ def read_yaml(path: Path) -> Any:
     """Content of a YAML file; plain data, no Python objects.
 
     Raises:
-        ValueError: the file is not YAML, or breaks a limit of `check_yaml`. The message names the file.
+        ValueError: the file is not YAML, or breaks a limit of `load_yaml`. The message names the file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        check_yaml(text)
-        return yaml.safe_load(text)
+        return load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: expected YAML ({error})") from error
 
@@ -42,59 +40,56 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: expected JSON ({error})") from error
 
 
-def check_yaml(text: str) -> None:
-    """Raise if YAML is too long, nested too deeply, too large once its aliases are expanded, or has a key twice.
-
-    A few lines of aliases can stand for billions of values, which no program can process.
+def load_yaml(text: str) -> Any:
+    """Content of YAML; plain data, no Python objects.
 
     Raises:
-        ValueError: it breaks a limit.
+        ValueError: it is too long, nested too deeply, too large once its aliases are expanded, or has a key twice.
         yaml.YAMLError: it is not YAML.
     """
     if len(text) > _MAX_YAML_CHARACTERS:
         raise ValueError(f"expected at most {_MAX_YAML_CHARACTERS:,} characters, found {len(text):,}")
-    open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # anchor, number of nodes so far; outermost first
-    sizes: dict[str, int] = {}
+    return yaml.load(text, Loader=_CheckedLoader)
 
-    def close(anchor: str | None, size: int) -> None:
-        if anchor is not None:
-            sizes[anchor] = size
-        parent, total = open_nodes.pop()
-        open_nodes.append((parent, total + size))
-        if total + size > _MAX_NODES:
+
+class _CheckedLoader(yaml.SafeLoader):
+    """Checks each value once its parts are read, and before Python objects are made of it.
+
+    A few lines of aliases can stand for billions of values, which no program can process.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._sizes: dict[yaml.Node, int] = {}  # number of values in it, for those that are complete
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise ValueError(f"expected at most {_MAX_DEPTH} levels of nesting, found more")
+        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is None or node in self._sizes:
+            return node
+        if alias is not None:
+            raise ValueError(f"found the alias *{alias.anchor} outside the value that it names")
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        size = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(self._sizes[part] for part in parts))
+        if size > _MAX_NODES:
             raise ValueError(f"expected at most {_MAX_NODES:,} values, found more; aliases (*name) count as copies")
-
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            open_nodes.append((event.anchor, 1))
-            if len(open_nodes) > _MAX_DEPTH:
-                raise ValueError(f"expected at most {_MAX_DEPTH} levels of nesting, found more")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            close(*open_nodes.pop())
-        elif isinstance(event, yaml.ScalarEvent):
-            close(event.anchor, 1)
-        elif isinstance(event, yaml.AliasEvent):
-            if event.anchor not in sizes:
-                raise ValueError(f"found the alias *{event.anchor} outside the value that it names")
-            close(None, sizes[event.anchor])
-    _check_keys(yaml.compose(text, Loader=yaml.SafeLoader))
+        self._sizes[node] = size
+        return node
 
 
-def _check_keys(root: yaml.Node | None) -> None:
-    """Raise `ValueError` for a key that stands twice in a mapping: YAML keeps the later one in silence."""
-    nodes, known = [root], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or id(node) in known:
-            continue
-        known.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-        elif isinstance(node, yaml.MappingNode):
-            nodes += [value for _, value in node.value]
-            keys: set[str] = set()
-            for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.value in keys:
-                    line = key.start_mark.line + 1
-                    raise ValueError(f"found the key {key.value!r} twice, again in line {line}; put both into one")
-                keys |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+def _check_keys(mapping: yaml.MappingNode) -> None:
+    """Raise `ValueError` for a key that stands twice: YAML keeps the later one in silence."""
+    keys: set[str] = set()
+    for key, _ in mapping.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in keys:
+                line = key.start_mark.line + 1
+                raise ValueError(f"found the key {key.value!r} twice, again in line {line}; put both into one")
+            keys.add(key.value)

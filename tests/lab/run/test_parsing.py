@@ -86,3 +86,17 @@ def test_a_search_draws_what_it_searches(words: list[str], capsys: pytest.Captur
     with pytest.raises(SystemExit):
         search.main(words)
     assert "a search draws it; set --search." in capsys.readouterr().err
+
+
+def test_two_names_of_one_setting_in_any_of_several_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And a file read last overrides one read first."""
+    first, last = tmp_path / "first.yaml", tmp_path / "last.yaml"
+    first.write_text("{preset: paper/bert-base/rte, epochs: 2}\n", encoding="utf-8")
+    last.write_text("training: {epochs: 3}\n", encoding="utf-8")
+    words = ["--config", str(first), "--config", str(last)]
+    found = parse(words)
+    assert (found.task, found.training.epochs) == ("glue/rte", 3)
+    first.write_text("{lr: 1, training: {learning_rate: 1}}\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        parse(words)
+    assert "lr and training.learning_rate are two names of one setting" in capsys.readouterr().err
