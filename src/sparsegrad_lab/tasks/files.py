@@ -9,7 +9,7 @@ from typing import Any
 
 from .conversations import CONVERSATION_COLUMNS, completed_prompt, training_conversation
 from .hold_out import hold_out
-from .labels import class_names, labelled_dataset
+from .labels import class_names, label_values, labelled_dataset
 from .read import Row, check_columns, read_rows
 from .task import LANGUAGE, LOSSES, Task
 
@@ -41,8 +41,35 @@ def load_files(
     Raises:
         ValueError: a column is missing, a label is unknown, there is a single class; and see `read_rows`.
     """
-    rows = _read(train_file, validation_file, text, quoting, val_size)
-    paths = {"train": str(train_file), "validation": str(validation_file or train_file)}
+    _check_columns_and_files(train_file, validation_file, text, val_size)
+    rows, names = read_labelled(train_file, validation_file, text, label, labels, regression, quoting)
+    paths = _paths(train_file, validation_file)
+    if val_size is not None:
+        of_rows = None if names is None else [row[label].strip() for row in rows["train"]]
+        rows["train"], rows["validation"] = hold_out(rows["train"], val_size, of_rows, paths["train"])
+    _warn_of_seen_rows(rows, text, paths)
+    splits = {split: labelled_dataset(found, text, label, names, paths[split]) for split, found in rows.items()}
+    metrics = ("pearson", "spearmanr") if regression else ("accuracy",)
+    classes = None if names is None else tuple(names)
+    name, source = Path(train_file or validation_file or "").stem, _source(train_file, validation_file)
+    return Task(name, tuple(text), classes, metrics, splits, source)
+
+
+def read_labelled(
+    train_file: str | Path | None,
+    validation_file: str | Path | None,
+    text: Sequence[str],
+    label: str,
+    labels: Sequence[str] | None,
+    regression: bool,
+    quoting: str | None,
+) -> tuple[dict[str, list[Row]], list[str] | None]:
+    """Read texts with labels, and check them without a data library. Arguments and errors: see `load_files`.
+
+    Returns:
+        The rows by split, and the names of the classes; None for regression.
+    """
+    rows, paths = _read(train_file, validation_file, quoting), _paths(train_file, validation_file)
     for split, found in rows.items():
         check_columns(found, (*text, label), paths[split])
     names = None
@@ -54,15 +81,9 @@ def load_files(
                 f"{paths[split]}: expected at least two different labels in {label!r}, found {', '.join(names)}; to "
                 "predict a number set data.regression"
             )
-    if val_size is not None:
-        of_rows = None if names is None else [row[label].strip() for row in rows["train"]]
-        rows["train"], rows["validation"] = hold_out(rows["train"], val_size, of_rows, paths["train"])
-    _warn_of_seen_rows(rows, text, paths)
-    splits = {split: labelled_dataset(found, text, label, names, paths[split]) for split, found in rows.items()}
-    metrics = ("pearson", "spearmanr") if regression else ("accuracy",)
-    classes = None if names is None else tuple(names)
-    name, source = Path(train_file or validation_file or "").stem, _source(train_file, validation_file)
-    return Task(name, tuple(text), classes, metrics, splits, source)
+    for split, found in rows.items():
+        label_values(found, label, names, paths[split])
+    return rows, names
 
 
 def load_texts(
@@ -84,10 +105,10 @@ def load_texts(
     """
     from datasets import Dataset
 
-    found = _read(train_file, validation_file, text, quoting, val_size)
+    _check_columns_and_files(train_file, validation_file, text, val_size)
+    found, paths = _read(train_file, validation_file, quoting), _paths(train_file, validation_file)
     if val_size is not None:
         found["train"], found["validation"] = hold_out(found["train"], val_size, None, str(train_file))
-    paths = {"train": str(train_file), "validation": str(validation_file or train_file)}
     splits = {
         split: Dataset.from_list(_language_rows(rows, tuple(text), paths[split])) for split, rows in found.items()
     }
@@ -110,18 +131,25 @@ def _language_rows(rows: list[Row], text: tuple[str, ...], where: str) -> list[d
     return [{column: row[column] for column in text} for row in rows]
 
 
-def _read(
-    train: str | Path | None, validation: str | Path | None, text: Sequence[str], quoting: str | None,
-    val_size: float | None,
-) -> dict[str, list[Row]]:  # fmt: skip
+def _check_columns_and_files(
+    train: str | Path | None, validation: str | Path | None, text: Sequence[str], val_size: float | None
+) -> None:
     if (validation is None) == (val_size is None) or (validation is None and train is None):
         raise ValueError(
             "expected either data.validation_file, or data.train_file with data.val_size; found neither or both"
         )
     if not 1 <= len(text) <= 2:
         raise ValueError(f"data.text: expected one or two text columns, found {len(text)}: {', '.join(text)}")
+
+
+def _read(train: str | Path | None, validation: str | Path | None, quoting: str | None) -> dict[str, list[Row]]:
     paths = {"train": train, "validation": validation}
     return {split: read_rows(Path(path), quoting=quoting) for split, path in paths.items() if path}
+
+
+def _paths(train: str | Path | None, validation: str | Path | None) -> dict[str, str]:
+    """The file of each split, for messages."""
+    return {"train": str(train), "validation": str(validation or train)}
 
 
 def _warn_of_seen_rows(rows: Mapping[str, list[Row]], text: Sequence[str], paths: Mapping[str, str]) -> None:

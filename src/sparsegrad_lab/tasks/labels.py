@@ -89,8 +89,15 @@ def labelled_dataset(
     if not rows:
         raise ValueError(f"{where}: expected rows, found none")
     check_columns(rows, (*text, label), where)
+    values = label_values(rows, label, labels, where)
     from datasets import Dataset
 
+    columns: dict[str, list[Any]] = {column: [row[column] for row in rows] for column in text}
+    return Dataset.from_dict({**columns, "label": values})
+
+
+def label_values(rows: Iterable[Row], label: str, labels: Sequence[str] | None, where: str) -> list[float | int]:
+    """Return the class number of each row, or the value to predict. Arguments and errors: see `labelled_dataset`."""
     by_name = {name.strip(): number for number, name in enumerate(labels or ())}
     by_value = {_class_number(name): number for name, number in by_name.items()}
 
@@ -107,8 +114,7 @@ def labelled_dataset(
             raise ValueError(f"{where}, line {row.line}: expected {expected} as {label!r}, found {row[label]!r}")
         return found
 
-    columns: dict[str, list[Any]] = {column: [row[column] for row in rows] for column in text}
-    return Dataset.from_dict({**columns, "label": [read(row) for row in rows]})
+    return [read(row) for row in rows]
 
 
 def _listed(labels: Sequence[str]) -> str:

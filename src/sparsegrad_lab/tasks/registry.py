@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from . import glue, oasst1, quora
+from . import files, glue, oasst1, quora
 from .read import check_first_row
 from .task import IMAGES, LANGUAGE, TEXT, Task
 
@@ -29,7 +29,8 @@ class TaskSource:
         options: other arguments of the loader.
         needs: names of the settings that must be set.
         features: names of settings that the kind reads, not the loader.
-        check: raises an error for missing files of `DataArguments`, and for missing columns in the first rows.
+        check: raises an error for missing files of `DataArguments`, and for missing columns in the first rows;
+            of task files also for labels that are no classes, or no numbers.
     """
 
     kind: str
@@ -53,6 +54,10 @@ def _check_rows(data: Any, *, labelled: bool = False) -> None:
     for path in (data.train_file, data.validation_file):
         if path is not None:
             check_first_row(Path(path), columns, data.quoting)
+    if labelled:
+        files.read_labelled(
+            data.train_file, data.validation_file, data.text, data.label, data.labels, data.regression, data.quoting
+        )
 
 
 def _check_folder(find: Callable[[str], object], data: Any) -> None:

@@ -71,7 +71,7 @@ class DataArguments:
 
         Args:
             task: name of the task.
-            files: also check that its files exist, and their columns; only first rows are parsed.
+            files: also check its files, see `file_problems`.
         """
         problems = []
         source = TASKS.get(task)
@@ -121,7 +121,7 @@ class DataArguments:
         return problems
 
     def file_problems(self, task: str) -> list[str]:
-        """Return a sentence if files or columns of a task are missing; only first rows are parsed."""
+        """Return a sentence if files or columns of a task are missing, or if a label of task files is not valid."""
         try:
             TASKS[task].check(self)
         except (OSError, ValueError) as error:

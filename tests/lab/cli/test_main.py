@@ -460,6 +460,31 @@ def test_wrong_names_are_refused_before_torch_is_loaded(tmp_path: Path) -> None:
         ["report", "nowhere"],
         ["reproduce", "nowhere"],
     ]
+    err = refused_without_torch(commands)
+    assert len(re.findall(r"nowhere|rtee", err)) >= len(commands)
+
+
+def test_labels_are_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+    """Those of the evaluation file too, and not only those of the first row."""
+    for name, content in FILES.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / "train.csv").write_text("text,label\nwarm,good\ndull,bad\n", encoding="utf-8")
+    (tmp_path / "values.csv").write_text("text,label\nwarm,1.5\ndull,low\n", encoding="utf-8")
+    train = ["train", "--task", "files", "--text", "text", "--train_file"]
+    err = refused_without_torch(
+        [
+            [*train, str(tmp_path / "train.csv"), "--validation_file", str(tmp_path / "label.csv")],
+            [*train, str(tmp_path / "values.csv"), "--val_size", "0.5", "--regression"],
+            [*train, str(tmp_path / "one.csv"), "--val_size", "0.5"],
+        ]
+    )
+    assert "label.csv, line 3: expected one of 'bad', 'good' as 'label', found 'strange'" in err
+    assert "values.csv, line 3: expected a number as 'label', found 'low'" in err
+    assert "one.csv: expected at least two different labels in 'label', found good" in err
+
+
+def refused_without_torch(commands: list[list[str]]) -> str:
+    """Run commands in a new process, check that none loads torch or succeeds, and return what they print as errors."""
     code = (
         "import json, sys\nfrom sparsegrad_lab.cli.main import main\n"
         "for words in json.loads(sys.argv[1]): print(main(words), 'torch' in sys.modules)"
@@ -470,7 +495,7 @@ def test_wrong_names_are_refused_before_torch_is_loaded(tmp_path: Path) -> None:
     ends = [line.split() for line in done.stdout.splitlines()]
     assert [loaded for _, loaded in ends] == ["False"] * len(commands)
     assert all(status != "0" for status, _ in ends)
-    assert len(re.findall(r"nowhere|rtee", done.stderr)) >= len(commands)
+    return done.stderr
 
 
 def test_all_problems_at_once(words_of: Words, run: Run, tmp_path: Path) -> None:
