@@ -11,7 +11,7 @@ train             the run itself
 trainer           creates the trainer
 sampler           batches of rows of similar length
 console           output and progress bar
-doubts            signs that a model learnt nothing useful
+doubts            signs that a model learns nothing useful
 folder            the folder of a run
 whole_files       writes a file or folder completely or not at all
 checkpoints       which checkpoints are complete

@@ -1,11 +1,36 @@
-"""Signs in a finished run that its model learnt nothing useful."""
+"""Signs that a run's model learns nothing useful: in its labels before it, and in its scores after it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from ..tasks.labels import listed
+from ..tasks.task import Task
+
 _RISE = 1.1
 "Factor by which the training loss has to rise before a run is reported; batches differ by less."
+
+
+def label_doubts(task: Task) -> list[str]:
+    """Return a sentence for classes that no training row has, and one for classes that may be one class."""
+    names, found = task.labels or (), []
+    if names:
+        trained = set(task.splits["train"]["label"])
+        missing = [name for number, name in enumerate(names) if number not in trained]
+        if missing:
+            found.append(
+                f"no training row has the label {listed(missing)}, so the model cannot learn it; add such rows, or "
+                "remove the class"
+            )
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    if groups := [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]:
+        found.append(
+            f"{', '.join(groups)} are different classes, and differ only in capitals or spaces; if they mean the same, "
+            "write them alike in all files"
+        )
+    return found
 
 
 def doubts(

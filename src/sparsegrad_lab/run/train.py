@@ -26,7 +26,7 @@ from .calibration import calibrate_unquantized
 from .card import make_card
 from .checkpoints import writing
 from .console import ProgressCallback
-from .doubts import doubts, mean_loss
+from .doubts import doubts, label_doubts, mean_loss
 from .folder import RunFolder, output_folder
 from .hub import create_repository, push
 from .inputs import Inputs, load_inputs
@@ -120,7 +120,10 @@ def _train_one(
         result = {
             **_describe(arguments, inputs, scores, trainer.state),
             "by_class": by_class,
-            "doubts": doubts(by_class, trainer.state.log_history, _label_variance(inputs)),
+            "doubts": [
+                *label_doubts(inputs.task),
+                *doubts(by_class, trainer.state.log_history, _label_variance(inputs)),
+            ],
             "tokens": inputs.tokens,
             "score_before": score_before,
             "unrelated_perplexity": None if before is None else {"before": before, "after": after},
@@ -192,6 +195,8 @@ def _find_checkpoint(
     )
     if warning := slow_precision_warning(arguments.training.precision):
         reporter.say(warning)
+    for doubt in label_doubts(inputs.task):
+        reporter.say(f"check this run: {doubt}")
     if skipped:
         reporter.say(f"Skipped damaged checkpoints: {', '.join(skipped)}")
     if checkpoint is not None:

@@ -110,15 +110,15 @@ def label_values(rows: Iterable[Row], label: str, labels: Sequence[str] | None, 
             value = _class_number(word)
             found = by_name.get(word, None if value is None else by_value.get(value))
         if found is None:
-            expected = "a number" if labels is None else f"one of {_listed(labels)}"
+            expected = "a number" if labels is None else f"one of {listed(labels)}"
             raise ValueError(f"{where}, line {row.line}: expected {expected} as {label!r}, found {row[label]!r}")
         return found
 
     return [read(row) for row in rows]
 
 
-def _listed(labels: Sequence[str]) -> str:
-    """Name the classes, or the first of many."""
+def listed(labels: Sequence[str]) -> str:
+    """Name the classes, or the first of many, for a message."""
     more = f", ... ({len(labels)} classes)" if len(labels) > _SHOWN_CLASSES else ""
     return f"{', '.join(map(repr, labels[:_SHOWN_CLASSES]))}{more}"
 

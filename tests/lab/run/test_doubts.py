@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sparsegrad_lab.run.doubts import doubts, mean_loss
+from sparsegrad_lab.run.doubts import doubts, label_doubts, mean_loss
+from sparsegrad_lab.tasks.files import load_files
 from sparsegrad_lab.tasks.metrics import scores_by_class
 
 
@@ -49,3 +51,18 @@ def test_predictions_on_another_scale_than_the_labels(error: float, far: bool) -
     """A correlation is blind to it."""
     found = doubts(None, [{"step": 1, "eval_loss": 9.0}, {"step": 2, "eval_loss": error}], label_variance=4.0)
     assert [words[:46] for words in found] == (["the predictions are further from the labels than"[:46]] if far else [])
+
+
+def test_labels_without_training_rows_and_labels_that_look_alike(tmp_path: Path) -> None:
+    """The labels are given, so that the evaluation file may have others than the training file."""
+    train, dev = tmp_path / "train.csv", tmp_path / "dev.csv"
+    train.write_text("text,label\na,Yes\nb,yes \nc,no\nd,not  sure\ne,not sure\n", encoding="utf-8")
+    dev.write_text("text,label\na,maybe\nb,no\n", encoding="utf-8")
+    names = ["Yes", "yes", "no", "not sure", "not  sure", "maybe"]
+    missing, alike = label_doubts(load_files(train, dev, ["text"], labels=names))
+    assert missing.startswith("no training row has the label 'maybe', so the model cannot learn it; add such rows")
+    assert alike.startswith("'Yes' and 'yes', 'not sure' and 'not  sure' are different classes, and differ only in cap")
+    assert not label_doubts(load_files(train, train, ["text"], label="text"))
+    values = tmp_path / "values.csv"
+    values.write_text("text,label\na,1\nb,2\n", encoding="utf-8")
+    assert not label_doubts(load_files(values, values, ["text"], regression=True))

@@ -397,3 +397,15 @@ def test_a_resumed_run_needs_the_same_rows(arguments: Arguments, tmp_path: Path)
     folder.write_json("environment.json", {**before, "commit": "former"})
     (result,) = train(asked, progress=False)
     assert result["environment"]["earlier_commits"] == ["former"]
+
+
+def test_doubts_about_labels_are_said_before_the_run_and_kept(
+    arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = arguments(tmp_path / "run", "--labels", "bad,good,Good", "--method", "lora", "--training.epochs", "1")
+    (result,) = train(asked)
+    missing, alike = result["doubts"][:2]
+    assert missing.startswith("no training row has the label 'Good'")
+    assert alike.startswith("'good' and 'Good' are different classes")
+    before, _, _ = capsys.readouterr().err.partition("epoch 1.00")
+    assert f"check this run: {missing}\ncheck this run: {alike}\n" in before
