@@ -74,7 +74,8 @@ class RunFolder:
         """Check that this run may use the folder: it is empty, or holds this very run.
 
         Raises:
-            FileExistsError: the folder holds something else; the message says what differs.
+            FileExistsError: the folder holds something else, and the message says what differs; or another process
+                trains into it.
             NotADirectoryError, PermissionError: it cannot be written.
         """
         if self.path.exists() and not self.path.is_dir():
@@ -92,6 +93,9 @@ class RunFolder:
         if not self.finished:
             self._check_processes()
             check_writable(self.path)
+            if (self.path / ".lock").is_file():  # without it, nobody trains; the folder stays as it is
+                self._take()
+                self._lock.release()
 
     def _check_processes(self) -> None:
         """Raise FileExistsError if the run was started on another number of processes: its steps have other rows."""
@@ -123,6 +127,13 @@ class RunFolder:
         names = sorted(there.keys() | here.keys())
         return [(name, there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)]
 
+    def _take(self) -> None:
+        """Lock the folder for this process. Raises FileExistsError if another one has locked it."""
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise FileExistsError(f"{self}: another process trains into this folder; wait for it") from None
+
     def release(self) -> None:
         """Let other processes train into the folder again."""
         if self._lock.is_locked:
@@ -136,10 +147,7 @@ class RunFolder:
             FileExistsError: another process trains into the folder, or has finished the run since `check`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise FileExistsError(f"{self}: another process trains into this folder; wait for it") from None
+        self._take()
         if self.finished:
             raise FileExistsError(f"{self}: another process has just finished this run; the same command shows it")
         for path in self.path.glob(".*") if self.path.is_dir() else ():

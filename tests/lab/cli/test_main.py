@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from filelock import FileLock
 
 from sparsegrad_lab.cli.main import VERBS, main
 from sparsegrad_lab.cli.train import parse
@@ -481,6 +482,12 @@ def test_labels_are_refused_before_torch_is_loaded(tmp_path: Path) -> None:
     assert "label.csv, line 3: expected one of 'bad', 'good' as 'label', found 'strange'" in err
     assert "values.csv, line 3: expected a number as 'label', found 'low'" in err
     assert "one.csv: expected at least two different labels in 'label', found good" in err
+
+
+def test_a_folder_in_use_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".lock"):
+        err = refused_without_torch([["train", "--output", str(tmp_path)]])
+    assert err == f"sparsegrad train: {tmp_path}: another process trains into this folder; wait for it\n"
 
 
 def refused_without_torch(commands: list[list[str]]) -> str:

@@ -72,8 +72,9 @@ def test_one_process_trains_into_a_folder(arguments: Arguments, tmp_path: Path) 
     asked = arguments(tmp_path / "run", "--method", "lora", "--training.epochs", "1")
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"):
-        with pytest.raises(FileExistsError, match=r"run: another process trains into this folder; wait for it"):
-            train(asked, progress=False)
+        for use in (RunFolder(tmp_path / "run").check, RunFolder(tmp_path / "run").start):
+            with pytest.raises(FileExistsError, match=r"run: another process trains into this folder; wait for it"):
+                use(asked)
         assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
     train(asked, progress=False)
     assert not (tmp_path / "run" / ".lock").exists()
