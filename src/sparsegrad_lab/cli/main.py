@@ -16,6 +16,7 @@ from importlib import import_module
 from rich.console import Console
 from rich.table import Table
 
+from ..run.aliases import with_options
 from ..run.exit_codes import ExitCode, exit_code_of
 from ..run.processes import is_rank0, only_rank0_speaks, process_count, rank, reports
 from .completion import complete
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if reports(error):
             where = f" (rank {rank()})" if process_count() > 1 else ""
-            print(f"sparsegrad {verb}{where}: {_message(error)}", file=sys.stderr)
+            print(f"sparsegrad {verb}{where}: {with_options(_message(error), rest)}", file=sys.stderr)
         return exit_code_of(error)
     except KeyboardInterrupt as interrupt:
         where = "" if verb in ("generate", "judge") else ", from the last checkpoint if there is one"

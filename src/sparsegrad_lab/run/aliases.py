@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from .settings import RunArguments, flat
 
 ALIASES = {
     "model_name_or_path": "model",
@@ -59,6 +62,25 @@ def aliases_of(settings: Iterable[str]) -> dict[str, str]:
         if end != name and len(end) > 1 and ends.count(end) == 1
     }
     return {**short, **{alias: name for alias, name in ALIASES.items() if name in names}}
+
+
+def with_options(message: str, words: Iterable[str]) -> str:
+    """Return a message that names the options that were typed: `data.text` becomes `data.text (--text)`.
+
+    A name without a dot, such as "model", is a word too; it counts where a colon follows.
+
+    Args:
+        message: names settings as YAML files do, each line for itself.
+        words: the command line.
+    """
+    aliases = aliases_of(flat(RunArguments().as_dict()))
+    for option in dict.fromkeys(word.partition("=")[0].rstrip("+") for word in words if word.startswith("--")):
+        setting = aliases.get(option[2:])
+        if setting is not None:
+            ends = r"(?![\w.]| \()" if "." in setting else "(?=:)"
+            name = re.compile(rf'(?<![\w.-]){re.escape(setting)}"?{ends}')
+            message = "\n".join(name.sub(rf"\g<0> ({option})", line, count=1) for line in message.split("\n"))
+    return message
 
 
 def check_given_once(names: Iterable[str], aliases: Mapping[str, str]) -> None:

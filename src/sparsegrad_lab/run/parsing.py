@@ -8,7 +8,7 @@ import re
 import sys
 from argparse import Action, ArgumentError
 from argparse import ArgumentParser as PlainParser
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_lo
 from ..methods.registry import METHODS
 from ..methods.settings import updated
 from ..tasks.parse_files import load_yaml, read_yaml
-from .aliases import INSTEAD, aliases_of, check_given_once, given_names
+from .aliases import INSTEAD, aliases_of, check_given_once, given_names, with_options
 from .completers import add_completers
 from .folder import RunFolder
 from .presets import preset
@@ -66,6 +66,8 @@ class VerbParser(ArgumentParser):
     "Other name -> name of the setting."
     given: frozenset[str] = frozenset()
     "Settings that the command line names, by dotted name."
+    words: Sequence[str] = ()
+    "The command line."
 
     def add_aliases(self) -> None:
         """Accept other names of the options that were added so far, also in YAML files, and show them in the help."""
@@ -85,6 +87,7 @@ class VerbParser(ArgumentParser):
             add_completers(self)
         words = _config_first(self._with_values(list(sys.argv[1:] if args is None else args)))
         self.check_given_once(word.partition("=")[0][2:] for word in words if word.startswith("--"))
+        self.words = words
         names = {word.partition("=")[0] for word in words} & self._option_string_actions.keys()
         self.given = frozenset(self._option_string_actions[name].dest for name in names)
         parsed = super().parse_args(self._with_lists(words), *more, **options)
@@ -169,7 +172,7 @@ class VerbParser(ArgumentParser):
             message = f"{message}; did you mean {', '.join(found)}?"
         if re.search(r"<class 'str'>. Got value: (True|False|-?\d)", message):
             message += "\nYAML reads no, yes and 0 as other types than text; put text in quotes, as in ['no', 'yes']"
-        super().error(message, ex)
+        super().error(with_options(message, self.words), ex)
 
 
 def _config_first(words: list[str]) -> list[str]:

@@ -505,6 +505,15 @@ def refused_without_torch(commands: list[list[str]]) -> str:
     return done.stderr
 
 
+def test_errors_name_the_options_that_were_typed(words_of: Words, run: Run, tmp_path: Path) -> None:
+    """Whether the parser refuses a value or the settings' check does."""
+    _, _, err = run(*words_of(tmp_path / "run", "--val_size", "2", "--max_train_samples=0"))
+    assert "data.val_size (--val_size) must be between 0 and 1, found 2" in err
+    assert "data.train_rows (--max_train_samples) must be at least 1, found 0" in err
+    _, _, err = run("train", "--lr", "fast")
+    assert 'Parser key "training.learning_rate" (--lr):' in err
+
+
 def test_all_problems_at_once(words_of: Words, run: Run, tmp_path: Path) -> None:
     more = ["--training.batch_size", "0", "--training.epochs", "-1", "--method", "sgd"]
     _, _, err = run(*words_of(tmp_path / "run", *more))

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sparsegrad_lab.cli.train import parse
-from sparsegrad_lab.run.aliases import ALIASES, INSTEAD, aliases_of
+from sparsegrad_lab.run.aliases import ALIASES, INSTEAD, aliases_of, with_options
 from sparsegrad_lab.run.settings import RunArguments, flat
 
 SETTINGS = list(flat(RunArguments().as_dict()))
@@ -85,3 +85,29 @@ def test_refused(words: list[str], settings: Any, error: str, tmp_path: Path, ca
         parse([*words, *([] if settings is None else in_file(tmp_path, settings))])
     assert end.value.code == 2
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "expected"),
+    [
+        ("--text a", "data.text: expected a column", "data.text (--text): expected a column"),
+        ("--data.text a", "data.text: expected a column", None),
+        ("--config a.yaml", "data.text: expected a column", None),
+        (
+            "--text=a --lr 0",
+            "  - data.text is for files\n  - training.learning_rate must be above 0",
+            "  - data.text (--text) is for files\n  - training.learning_rate (--lr) must be above 0",
+        ),
+        ("--batch_size x", 'Parser key "training.batch_size":', 'Parser key "training.batch_size" (--batch_size):'),
+        ("--batch_size 4", "differs in training.batch_size (8 there, 4 here)", None),
+        (
+            "--seed 1,1",
+            "seeds: expected different numbers; found seeds",
+            "seeds (--seed): expected different numbers; found seeds",
+        ),
+        ("--model_name_or_path a", "the model has no weights", None),
+        ("--lr 0", "did you mean --training.learning_rate?", None),
+    ],
+)
+def test_messages_name_the_options_that_were_typed(words: str, message: str, expected: str | None) -> None:
+    assert with_options(message, words.split()) == (message if expected is None else expected)
