@@ -16,7 +16,6 @@ from importlib import import_module
 from rich.console import Console
 from rich.table import Table
 
-from ..run.aliases import with_options
 from ..run.exit_codes import ExitCode, exit_code_of
 from ..run.processes import is_rank0, only_rank0_speaks, process_count, rank, reports
 from .completion import complete
@@ -97,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if traceback:
             raise
         if reports(error):
+            from ..run.aliases import with_options
+
             where = f" (rank {rank()})" if process_count() > 1 else ""
             print(f"sparsegrad {verb}{where}: {with_options(_message(error), rest)}", file=sys.stderr)
         return exit_code_of(error)
