@@ -261,3 +261,17 @@ def test_printed() -> None:
     assert basis.extra_repr() == "U=(3, 7), V=identity, layers=2"
     assert repr(basis) == "Basis(U=(3, 7), V=identity, layers=2)"
     assert Basis.identity().extra_repr() == "U=identity, V=identity, layers=0"
+
+
+def test_room_for_scales_is_float32() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        basis = Basis.allocate(r=2, c=3, out_features=4, in_features=5, scales=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [scale.dtype for scale in basis.scales if scale is not None] == [torch.float32] * 2
+
+
+def test_an_infinite_scale_is_counted() -> None:
+    with pytest.raises(ValueError, match="expected positive, finite numbers, found 1 others"):
+        Basis(torch.eye(2), torch.eye(2), scale_in=torch.tensor([1.0, torch.inf]))

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from calibration import peak_bytes
 from helpers import F64
-from sparsegrad_peft import CalibrationConfig, SparseGradLinear, Trajectory, calibrate, group_linears
+from sparsegrad_peft import CalibrationConfig, Sizes, SparseGradLinear, Trajectory, calibrate, group_linears
 from sparsegrad_peft.method import reference
 from sparsegrad_peft.method.gradients import stream_gradients
 
@@ -345,3 +345,12 @@ def test_a_weight_of_two_modules_is_not_calibrated() -> None:
     assert list(calibrate(model, batches, loss_fn=lambda m, x: m(x).square().mean(), n_steps=1).groups) == ["1"]
     with pytest.raises(ValueError, match=r"0 and 2 share one weight tensor.* leave 2 out"):
         calibrate(model, batches, groups={"out": ["2"]}, loss_fn=lambda m, x: m(x).square().mean(), n_steps=1)
+
+
+def test_sizes_and_rows_of_a_side_together() -> None:
+    model, batches = Blocks(), some_batches()
+    found = calibrate(model, batches, loss_fn=call, n_steps=1, progress=False)
+    with pytest.raises(ValueError, match=r"pass either sizes or c and r, found both: c = 1, r = 1, and c=2, r='full'"):
+        found.bases(sizes=Sizes(c=1, r=1), c=2)
+    with pytest.raises(ValueError, match="exponent must be at least 0, found -1"):
+        found.bases(exponent=-1)

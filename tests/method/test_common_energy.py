@@ -40,3 +40,21 @@ def test_features_without_a_gradient(of: str) -> None:
         found = eigenbasis_of_halves([G.mT], (1, 1), 42)
     torch.testing.assert_close(found.vectors @ found.vectors.T, torch.eye(len(found.vectors)), rtol=0, atol=1e-4)
     assert float(found.vectors[:20, living].square().sum()) == pytest.approx(20, abs=1e-3)
+
+
+@pytest.mark.parametrize("of", ["pairs", "halves"])
+def test_directions_without_gradients_share_nothing(of: str) -> None:
+    """Rounding divided by rounding would be a share of up to 1, and so the largest scale."""
+    torch.manual_seed(0)
+    plane = torch.randn(3, 12)
+    gradients = torch.randn(12, 7, 3) @ plane + torch.randn(7, 3) @ plane
+    if of == "pairs":
+        found = eigenbasis_of_pairs([gradients.sum(0)], sum(G.T @ G for G in gradients), 12, 8)
+    else:
+        found = eigenbasis_of_halves([torch.stack([gradients[::2].sum(0), gradients[1::2].sum(0)])], (6, 6), 8)
+    assert found.common is not None
+    energies = (gradients @ found.vectors.T).square().sum((0, 1))
+    known = energies > 1e-9 * energies.sum()
+    assert known.sum() == 3
+    assert not bool(found.common[~known].any())
+    assert bool(found.common.any())

@@ -6,7 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -645,3 +645,60 @@ def test_output_without_loss() -> None:
         run(Outputs(SimpleNamespace(loss=None)), ["layer"], batches)
     with pytest.raises(TypeError, match=r"output is a tuple, .* set model.config.return_dict = True"):
         run(Outputs((torch.ones(()), torch.ones(2))), ["layer"], batches)
+
+
+def test_reentrant_checkpointing_of_a_layer_that_is_used_twice() -> None:
+    """Its gradient arrives in parts, each of which would count as a gradient."""
+    model, x = nn.ModuleList([nn.Linear(5, 5)]), torch.randn(4, 5)
+
+    def loss() -> Tensor:
+        y = x.clone().requires_grad_()
+        for _ in range(2):
+            y = checkpoint(_block, model[0], y, use_reentrant=True)
+        return y.square().sum()
+
+    with pytest.raises(ValueError, match=r"arrived in 2 parts in 1 steps: .*; use use_reentrant=False"):
+        stream_gradients(model, ["0"], lambda *_: None, step=loss, n_steps=2)
+
+
+def test_one_batch_in_place_of_several() -> None:
+    with pytest.raises(TypeError, match=r"expected several batches, found one with x, labels; pass \[batch\]"):
+        run(a_net(), TARGETS, some_batches()[0])
+
+
+def test_a_named_tuple_with_a_loss() -> None:
+    class Output(NamedTuple):
+        loss: Tensor
+
+    layer = nn.Linear(2, 1)
+    assert default_loss(_Returns(Output(layer(torch.ones(1, 2)).sum())), {"x": torch.ones(1, 2)}).requires_grad
+
+
+class _Returns(nn.Module):
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output, self.parameter = output, nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.output
+
+
+def test_a_walk_moves_embeddings_with_sparse_gradients() -> None:
+    embedding, layer = nn.Embedding(7, 3, sparse=True), nn.Linear(3, 1)
+    model, seen = nn.Sequential(embedding, layer), []
+    stream_gradients(
+        model, ["1"], lambda *_: seen.append(embedding.weight.detach().clone()),
+        step=lambda: model(torch.tensor([1, 1, 4])).square().sum(), n_steps=2, trajectory=Trajectory(lr=0.1),
+    )  # fmt: skip
+    assert (seen[1] - embedding.weight).abs().sum(1).gt(0).tolist() == [False, True, False, False, True, False, False]
+
+
+def test_a_layer_that_the_first_step_does_not_reach_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    model, calls = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)]), []
+
+    def loss() -> Tensor:
+        calls.append(1)
+        return sum(layer(torch.ones(1, 2)).sum() for layer in list(model)[: len(calls)])
+
+    stream_gradients(model, ["0", "1"], lambda *_: None, step=loss, n_steps=2)
+    assert "no gradient reached 1 in the first step of calibration" in caplog.text

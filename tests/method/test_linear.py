@@ -446,3 +446,14 @@ def test_narrow_core_on_a_wide_weight(tokens: int) -> None:
     torch.testing.assert_close(layer.to_linear()(x), y, rtol=2e-2, atol=2e-2)
     layer.fold()
     torch.testing.assert_close(layer(x), y, rtol=2e-2, atol=2e-2)
+
+
+def test_a_graph_from_before_a_refresh_is_refused() -> None:
+    """Its gradient of the input would be computed with the new core."""
+    layer = SparseGradLinear.from_linear(nn.Linear(4, 4), Basis(orthogonal(4), orthogonal(4)))
+    nn.init.normal_(layer.S)
+    x = torch.randn(3, 4, requires_grad=True)
+    loss = layer(x).square().sum()
+    refresh([layer], Basis(orthogonal(4), orthogonal(4)))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

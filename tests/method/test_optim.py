@@ -518,3 +518,42 @@ def test_half_precision_weights_with_a_basis_are_refused() -> None:
     basis = Basis(torch.eye(4), torch.eye(4))
     with pytest.raises(ValueError, match=r"group 0: a weight in torch.bfloat16 would round its changes away"):
         SparseGradAdamW([sparse(weight, k=1)], bases={weight: basis})
+
+
+def test_steps_are_counted_under_a_half_precision_default() -> None:
+    """bfloat16 counts to 256."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        p = parameter(2, 2, dtype=torch.float32)
+        optimizer = SparseGradAdamW([p])
+        for _ in range(300):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert float(optimizer.state[p]["step"]) == 300
+
+
+def test_the_state_of_an_optimizer_that_selects_nothing_is_refused() -> None:
+    """It would switch the selection off."""
+    p = parameter(4, 5)
+    other = torch.optim.AdamW([p])
+    p.grad = torch.randn_like(p)
+    other.step()
+    optimizer = SparseGradAdamW([sparse(p, k=3)])
+    with pytest.raises(ValueError, match=r"saved with k=None, found k=3 here"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["sparse"]
+
+
+def test_the_state_of_a_core_of_another_size_is_refused() -> None:
+    large, small = parameter(10, 10), parameter(5, 4)
+    saved = SparseGradAdamW([sparse(large, k=50)])
+    large.grad = torch.randn_like(large)
+    saved.step()
+    optimizer = SparseGradAdamW([sparse(small, density=0.5)])
+    state = saved.state_dict()
+    state["param_groups"][0].update(k=None, density=0.5)
+    with pytest.raises(ValueError, match=r"entry \d+ of a parameter of shape \(5, 4\), which has 20"):
+        optimizer.load_state_dict(state)
+    assert not optimizer.state

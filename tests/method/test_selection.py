@@ -488,3 +488,9 @@ def test_energy_share_is_that_of_the_selection(grad: Tensor, density: float) -> 
 def test_energy_share_refuses_nan() -> None:
     with pytest.raises(ValueError, match="are NaN"):
         energy_share(torch.tensor([[1.0, math.nan]]), 0.5)
+
+
+def test_energy_share_in_float16() -> None:
+    """The squares of small gradients are zero in float16."""
+    grad = torch.full((4, 5), 1e-4)
+    assert energy_share(grad.half(), 0.5) == pytest.approx(energy_share(grad, 0.5), rel=1e-3)

@@ -52,3 +52,16 @@ def test_of_groups_of_two_shapes() -> None:
             gram.add(torch.randn(len(gram.gram_out), len(gram.gram_in), generator=generator))
     bases = Calibration(grams).bases(sizes=Sizes(narrow=6, wide=4))
     assert {name: (len(basis.V), len(basis.U)) for name, basis in bases.items()} == {"up": (4, 6), "down": (6, 4)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "complete"),
+    [
+        (Sizes(c=1.0, r=1.0), True),
+        (Sizes(1.0, "full"), True),
+        (Sizes(c=1.0, r=0.999), False),
+        (Sizes(None, None), False),
+    ],
+)
+def test_a_fraction_of_one_is_complete(sizes: Sizes, complete: bool) -> None:
+    assert sizes.complete is complete

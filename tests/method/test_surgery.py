@@ -572,3 +572,42 @@ def test_the_bases_of_plain_weights(kind: str, square: str) -> None:
             assert not torch.allclose(bases[group].to_basis(G.T.contiguous()), bases[group].to_basis(G))
     with pytest.raises(ValueError, match="expected a basis for each group"):
         weight_bases(model, groups, {})
+
+
+def blocks(n: int = 3) -> nn.Module:
+    return nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)) for _ in range(n))
+
+
+def basis_keys(model: nn.Module) -> list[str]:
+    return [name for name in model.state_dict() if name.endswith("basis.U")]
+
+
+def test_a_shared_basis_is_saved_when_its_first_layer_is_restored() -> None:
+    model = blocks()
+    groups = group_linears(model)
+    bases = [Basis(orthogonal(4), orthogonal(6)), Basis(orthogonal(6), orthogonal(4))]
+    replace_linears(model, groups, dict(zip(groups, bases, strict=True)))
+    assert basis_keys(model) == ["0.0.basis.U", "0.1.basis.U"]
+    restore_linears(model.get_submodule("0"))
+    assert basis_keys(model) == ["1.0.basis.U", "1.1.basis.U"]
+
+
+def test_a_basis_is_saved_once_if_its_layers_are_replaced_one_by_one() -> None:
+    model, basis = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), Basis(orthogonal(4), orthogonal(4))
+    for name in ("0", "1", "2"):
+        replace_linears(model, {"all": [name]}, {"all": basis})
+    assert basis_keys(model) == ["0.basis.U"]
+
+
+def test_a_layer_that_is_never_called_is_refused() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
+    with pytest.raises(TypeError, match=r"attention\.out_proj: torch\.nn\.MultiheadAttention reads its weight"):
+        replace_linears(model, {"all": ["attention.out_proj"]}, {"all": Basis(orthogonal(4), orthogonal(4))})
+
+
+@pytest.mark.parametrize("cast", [True, False])
+def test_cores_in_half_precision_are_named(cast: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(4, 4).to(torch.bfloat16))
+    replace_linears(model, {"all": ["0"]}, {"all": Basis(orthogonal(4), orthogonal(4))})
+    param_groups(model.to(torch.bfloat16) if cast else model)
+    assert ("cores are torch.bfloat16, in which small steps change nothing" in caplog.text) is cast

@@ -128,7 +128,7 @@ class Basis(nn.Module):
             side = torch.zeros(rows, dtype=torch.int32) if is_index else torch.zeros(rows, features, dtype=dtype)
             setattr(basis, name, side)
         if scales:
-            basis.scale_out, basis.scale_in = torch.zeros(r), torch.zeros(c)
+            basis.scale_out, basis.scale_in = (torch.zeros(n, dtype=torch.float32) for n in (r, c))
         return basis
 
     @property
@@ -274,6 +274,13 @@ class HoldsBasis(nn.Module):
         return self
 
 
+def keep_saved(basis: Basis) -> None:
+    """Let one of the layers that hold a basis save it, if none does: the one that did has moved away."""
+    holders = list(basis.holders)
+    if holders and not any(holder.registers_basis for holder in holders):
+        holders[0].hold_basis(basis, register=True)
+
+
 def _known(features: int | None) -> int:
     """The number of features of a side that selects some, which `Basis` has checked."""
     assert features is not None
@@ -299,8 +306,8 @@ def _check_scale(scale: Tensor | None, side: Tensor | None, name: str) -> None:
     expected = None if side is None else (len(side),)
     if scale.dim() != 1 or (expected is not None and tuple(scale.shape) != expected):
         raise ValueError(f"{name}: expected a vector of shape {expected}, found {tuple(scale.shape)}")
-    if not bool((scale > 0).all() and scale.isfinite().all()):
-        raise ValueError(f"{name}: expected positive, finite numbers, found {int((~(scale > 0)).sum())} others")
+    if bad := int((~((scale > 0) & scale.isfinite())).sum()):
+        raise ValueError(f"{name}: expected positive, finite numbers, found {bad} others")
 
 
 def check_orthonormal(matrix: Float[Tensor, "rows n"], side: str) -> None:

@@ -60,6 +60,10 @@ class Calibration:
             dtype: of the bases.
             progress: show a progress bar, for bases of every single layer of a large model.
         """
+        if sizes is not None and (c, r) != ("full", "full"):
+            raise ValueError(f"pass either sizes or c and r, found both: {sizes}, and c={c!r}, r={r!r}")
+        if exponent < 0:
+            raise ValueError(f"exponent must be at least 0, found {exponent}")
         sizes = sizes or Sizes(c=c, r=r)
         if exponent and not all(group.knows_common for group in self.groups.values()):
             logger.warning(

@@ -57,7 +57,7 @@ def eigenbasis_of_pairs(
     values, columns = eigh(total - own)  # ascending
     if steps <= 1 or float(values[-1]) <= rounding:
         return eigenbasis(total, rows, name=name)
-    found = _of_eigenpairs(values, columns, rows)
+    found = _of_eigenpairs(values, columns, rows, rounding)
     with without_autocast(own.device):
         energies = (found.vectors @ own * found.vectors).sum(1)
     return replace(found, common=_common(found.spectrum[: len(found.vectors)] / (steps - 1), energies))
@@ -90,10 +90,11 @@ def eigenbasis_of_halves(
         product = first @ second.T
         values, mixing = eigh((product + product.T) / 2)
         columns = (Q @ mixing).to(factors[0].dtype)
-    if float(values[-1]) <= torch.finfo(values.dtype).eps * float(R.square().sum()):
+    rounding = torch.finfo(values.dtype).eps * float(R.square().sum())
+    if float(values[-1]) <= rounding:
         whole = eigenbasis_of_halves([pair.sum(0).expand(2, -1, -1) for pair in factors], steps, rows, name=name)
         return replace(whole, common=None)
-    found = _of_eigenpairs(values.to(factors[0].dtype), columns, rows)
+    found = _of_eigenpairs(values.to(factors[0].dtype), columns, rows, rounding)
     with without_autocast(factors[0].device):
         along = [pair @ found.vectors.T for pair in factors]  # (2, m, rows)
     return replace(found, common=_common_of_halves(along, steps))
@@ -133,9 +134,15 @@ def strongest_features_of_halves(
     return replace(found, common=_common_of_halves([pair[:, :, kept] for pair in factors], steps))
 
 
-def _of_eigenpairs(values: Float[Tensor, " m"], columns: Float[Tensor, "n m"], rows: Rows) -> Eigenbasis:
-    """Return the leading eigenvectors of a matrix that may have negative eigenvalues, given in ascending order."""
-    spectrum = values.flip(0).clamp_min(0)
+def _of_eigenpairs(
+    values: Float[Tensor, " m"], columns: Float[Tensor, "n m"], rows: Rows, rounding: float
+) -> Eigenbasis:
+    """Return the leading eigenvectors of a matrix that may have negative eigenvalues, given in ascending order.
+
+    Those up to `rounding` count as 0: nothing is known about their directions.
+    """
+    spectrum = values.flip(0)
+    spectrum = torch.where(spectrum > rounding, spectrum, 0)
     rank = int((values.abs() > math.sqrt(len(columns)) * torch.finfo(values.dtype).eps * values[-1]).sum())
     count = row_count(rows, len(columns)) or count_by_energy(spectrum, str(rows))
     vectors = columns[:, -count:].flip(1).T.contiguous()
@@ -158,5 +165,9 @@ def _common_of_halves(along: Sequence[Float[Tensor, "2 _ k"]], steps: tuple[int,
         return None
     means = [(pair[0] / first, pair[1] / second) for pair in along]
     common = torch.stack([(one * other).sum(0) for one, other in means]).sum(0).clamp_min(0)
+    energy = torch.stack([one.square() + other.square() for one, other in means]).sum((0, 1))
+    # A direction without gradients has only rounding of the others, which would look like a share of its own.
+    rounding = len(energy) * torch.finfo(energy.dtype).eps ** 2 * energy.sum()
+    common = torch.where(energy > rounding, common, 0)
     noise = torch.stack([(one - other).square().sum(0) for one, other in means]).sum(0)
     return _common(common, common + noise * first * second / (first + second))

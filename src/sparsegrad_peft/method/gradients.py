@@ -67,7 +67,7 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     device = next(model.parameters()).device
     output = model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
     loss = getattr(output, "loss", None)
-    if isinstance(output, tuple):
+    if isinstance(output, tuple) and not isinstance(loss, Tensor):
         raise TypeError(
             "the model's output is a tuple, expected one with a loss; set model.config.return_dict = True, or pass "
             "loss_fn=lambda model, batch: ..."
@@ -233,7 +233,8 @@ def _hook_moving(
     def mover(parameter: Tensor) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def move(gradient: Tensor) -> None:
-            trajectory.update(parameter, _unscaled(gradient, scale), trajectory.lr)
+            dense = gradient.to_dense() if gradient.is_sparse else gradient  # nn.Embedding(sparse=True)
+            trajectory.update(parameter, _unscaled(dense, scale), trajectory.lr)
 
         return move
 
@@ -288,6 +289,8 @@ def _stream_and_loss(
         raise ValueError("expected exactly one of batches and step")
     if step is not None:
         return itertools.repeat(None), lambda model, batch: step()
+    if isinstance(batches, Mapping):
+        raise TypeError(f"expected several batches, found one with {', '.join(map(str, batches))}; pass [batch]")
     assert batches is not None
     return _endless(batches, config), loss_fn
 
@@ -328,6 +331,15 @@ def _check_loss(loss: Any, number: int) -> None:
 def _check_reached(counts: Mapping[str, int], number: int, n_steps: int) -> None:
     """Raise if no target got a gradient so far, or if some never did (an expert may be reached in a later step)."""
     missing = [name for name, count in counts.items() if not count]
+    twice = [name for name, count in counts.items() if count > number]
+    if twice:
+        raise ValueError(
+            f"the gradient of {twice[0]} arrived in {counts[twice[0]]} parts in {number} steps: the layer is "
+            "used several times, with reentrant gradient checkpointing; use use_reentrant=False"
+        )
+    if number == 1 and missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        logger.warning("no gradient reached %s%s in the first step of calibration", ", ".join(missing[:3]), more)
     if len(missing) == len(counts) or (missing and number == n_steps):
         raise ValueError(
             f"no gradient reached {', '.join(missing)}, up to step {number}: they do not take part in the loss, or the "

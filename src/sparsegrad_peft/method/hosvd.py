@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .precision import without_autocast
-from .sizes import Rows, check_rows, energy_share, row_count
+from .sizes import Rows, check_rows, parse_energy, row_count
 
 # Subspace iteration finds the leading rows if they are few and the matrix is large. Below this size the full
 # decomposition takes well under a second.
@@ -173,7 +173,7 @@ def check_energy(sums: Tensor, energy: float, name: str) -> None:
 
 def count_by_energy(spectrum: Tensor, rows: str) -> int:
     """How many of the strongest energies hold the share in "energy:SHARE"."""
-    share = energy_share(rows) or 1.0
+    share = parse_energy(rows) or 1.0
     cumulated = spectrum.double().cumsum(0)
     return min(int((cumulated < share * cumulated[-1]).sum()) + 1, len(spectrum))
 

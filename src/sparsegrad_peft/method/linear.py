@@ -241,6 +241,10 @@ def check_positions(positions: Tensor, numel: int) -> Tensor:
 def set_core(core: nn.Parameter, value: Tensor) -> None:
     """Write a value of any shape into a core. The parameter object stays the same."""
     core.grad = None
+    if value.shape == core.shape and value.dtype == core.dtype and not core.is_meta:
+        with torch.no_grad():
+            core.copy_(value)  # autograd then refuses a graph that was made with the old value
+        return
     if value.shape != core.shape:
         # A graph that is still alive, such as that of the last loss, keeps autograd's record of the old shape, by which
         # the next gradient would be refused. Autograd drops the record when the data type changes.

@@ -1,6 +1,6 @@
 """Step 5: SparseAdam on the selected entries, AdamW on everything else, in one optimizer (paper: SparseAdam).
 
-    G_tilde = V G Uᵀ  ──► topk_magnitude ──► SparseAdam's rule on k entries ──► S, or W ← W + Vᵀ Δ U
+    G_tilde = V G Uᵀ  ──► topk_positions ──► SparseAdam's rule on k entries ──► S, or W ← W + Vᵀ Δ U
 
 Selection happens once, here, on the final gradient: after micro-batches have been added up, processes averaged, and the
 gradient unscaled and clipped. The union of selections made on the parts would have more than `k` entries, and not all
@@ -279,7 +279,7 @@ class SparseGradAdamW(Optimizer):
         for parameter in params:
             state = self.state[parameter]
             if not state:
-                state["step"] = torch.tensor(0.0)
+                state["step"] = torch.tensor(0.0, dtype=torch.float32)
                 state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             match_dtype(state, parameter.dtype)
@@ -300,15 +300,18 @@ class SparseGradAdamW(Optimizer):
 
         Raises:
             ValueError: the saved groups differ in `sparse`, `k` or `density`, which would replace those of this
-                optimizer.
+                optimizer; or a parameter has other entries than when it was saved. Nothing has been loaded then.
         """
         for number, (own, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
-            for name in sorted({"sparse", "k", "density"} & saved.keys()):  # those of other optimizers lack them
-                if own.get(name) != saved[name]:
+            for name in ("density", "k", "sparse"):
+                there = saved.get(name, self.defaults[name])  # the groups of other optimizers select nothing
+                if own.get(name) != there:
                     raise ValueError(
-                        f"parameter group {number} was saved with {name}={saved[name]}, found {name}="
-                        f"{own.get(name)} here; go on with the saved setting, or start a new run"
+                        f"parameter group {number} was saved with {name}={there}, found {name}={own.get(name)} here; "
+                        "go on with the saved setting, or start a new run"
                     )
+            for parameter, saved_id in zip(own["params"], saved["params"], strict=False):
+                self._check_positions(parameter, state_dict["state"].get(saved_id, {}), number)
         super().load_state_dict(state_dict)
         # The base class casts state to the type of its parameter: float positions, half-precision moments.
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -320,6 +323,18 @@ class SparseGradAdamW(Optimizer):
                     name: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
                     for name, value in saved.items()
                 }
+
+    def _check_positions(self, parameter: nn.Parameter, saved: Mapping[str, Any], number: int) -> None:
+        """Raise `ValueError` if the saved state of a parameter has positions that it does not have."""
+        positions = saved.get("positions")
+        if not isinstance(positions, Tensor) or not positions.numel():
+            return
+        entries = math.prod(_selection_shape(parameter, self.bases.get(parameter)))
+        if int(positions.max()) >= entries:
+            raise ValueError(
+                f"parameter group {number}: the saved state has the entry {int(positions.max())} of a parameter of "
+                f"shape {tuple(parameter.shape)}, which has {entries}; it belongs to a core of another size"
+            )
 
     def touched(self, parameter: nn.Parameter) -> int:
         """Return how many entries of a `sparse` parameter were ever selected; of a sharded one, on this process."""

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .basis import Basis
+from .basis import Basis, keep_saved
 from .function import dense_core
 from .linear import SparseGradLinear, check_positions, set_core
 from .optim import SparseGradAdamW
@@ -50,7 +50,7 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
         if layer.S is None:
             raise ValueError(
                 "a packed layer keeps its positions in the old basis and cannot be given another; call fold() and "
-                "unpack() first, then pack() new positions"
+                "unpack() first, then pack() new positions, and make a new optimizer: the core is a new parameter"
             )
         shape = basis.core_shape(layer.out_features, layer.in_features)
         if optimizer is not None:
@@ -77,9 +77,7 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
         layer.core_shape = (S_new.shape[0], S_new.shape[1])
         set_core(S, S_new.to(S.dtype).contiguous())
     for old in old_bases:
-        left = list(old.holders)
-        if left and not any(holder.registers_basis for holder in left):  # the layer that saved it has moved away
-            left[0].hold_basis(old, register=True)
+        keep_saved(old)
     return outside
 
 

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .precision import at_least_float32
+
 
 def resolve_k(numel: int, k: int | None = None, density: float | None = None) -> int:
     """Return the number of entries to keep out of `numel`, from a count or a share.
@@ -198,7 +200,7 @@ def sparse_dense_product(A: Float[Tensor, "b c"], B: Float[Tensor, "c d"]) -> Fl
 
 def energy_share(grad: Float[Tensor, "r c"], density: float) -> float:
     """Return the share (0 to 1) of the squared gradient that the largest `density` of its entries hold (figure 2)."""
-    squared = grad.detach().reshape(-1).square()
+    squared = grad.detach().reshape(-1).to(at_least_float32(grad.dtype)).square()
     total = squared.sum()
     if total == 0:
         return 0.0

@@ -135,7 +135,7 @@ def step_shard(
             "processes, or start with a new optimizer"
         )
     if not state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.tensor(0.0, dtype=torch.float32)
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros_like(parameter, dtype=values.dtype)
     state["step"] += 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 Rows = int | float | str
 """How many rows of a basis to keep: `"full"`, a count (int), a fraction (float), or a share of energy (`"energy:0.9"`).
 
-A fraction gives the nearest multiple of 8 rows, if that is 16 or more: 0.1 of 768 directions is 80, of 3072 it is 304.
+A fraction that makes 16 rows or more gives the nearest multiple of 8: 0.1 of 768 directions is 80, of 3072 it is 304.
 """
 
 DEFAULT_SHARE = 0.01
@@ -53,12 +53,12 @@ def check_rows(rows: Rows, n: int | None, what: str) -> None:
     elif isinstance(rows, float):
         valid = 0 < rows <= 1
     else:
-        valid = rows == "full" or energy_share(rows) is not None
+        valid = rows == "full" or parse_energy(rows) is not None
     if not valid:
         raise ValueError(f"{what}: {expected}; found {rows!r}")
 
 
-def energy_share(rows: str) -> float | None:
+def parse_energy(rows: str) -> float | None:
     """Return the share in "energy:SHARE", or None if `rows` has another form."""
     name, _, share = rows.partition(":")
     try:
@@ -135,7 +135,7 @@ class Sizes:
     @property
     def complete(self) -> bool:
         """True if both sides of every layer are complete."""
-        return self.of(1, 2) == self.of(2, 1) == ("full", "full")
+        return all(row_count(rows, 1 << 20) == 1 << 20 for shape in ((1, 2), (2, 1)) for rows in self.of(*shape))
 
     def check(self, out_features: int, in_features: int, whose: str) -> tuple[Rows, Rows]:
         """Return (r, c) for a layer of that shape, checked against it.

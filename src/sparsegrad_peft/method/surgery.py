@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from .basis import Basis, HoldsBasis
+from .basis import Basis, HoldsBasis, keep_saved
 from .groups import check_same_groups
 from .linear import SparseGradLinear
 from .literal import LiteralSparseGradLinear
 from .plain import as_conv1d, is_conv1d, share_call_hooks
+from .precision import HALF_PRECISION
+
+logger = logging.getLogger(__name__)
 
 SparseGradLayer = SparseGradLinear | LiteralSparseGradLinear
 
@@ -47,6 +51,9 @@ def replace_linears(
     """
     check_same_groups(groups, bases)
     modules = dict(model.named_modules(remove_duplicate=False))
+    for name in [name for layers in groups.values() for name in layers]:
+        if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise TypeError(f"{name}: torch.nn.MultiheadAttention reads its weight and never calls it; leave it out")
     names = [(name, group) for group, layers in groups.items() for name in layers]
     unknown = [name for name, _ in names if name not in modules]
     if unknown:
@@ -57,7 +64,7 @@ def replace_linears(
         raise ValueError(f"{', '.join(twice)} stand for one layer in two groups, or twice in one")
     _check_not_root(model, chosen)
     new = {name: _made(name, partial(make, modules[name], bases[group], **options)) for name, group in names}
-    registered: set[Basis] = set()
+    registered = {one.basis for one in modules.values() if isinstance(one, HoldsBasis) and one.registers_basis}
     for layer in new.values():
         if isinstance(layer, HoldsBasis):
             layer.hold_basis(layer.basis, register=layer.basis not in registered)
@@ -74,7 +81,10 @@ def restore_linears(model: nn.Module) -> int:
     """
     layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
     _check_not_root(model, layers)
-    _replace(model, {layer: _plain(layer) for layer in layers})
+    for layer in layers:  # one by one: all plain weights at once would be a second copy
+        _replace(model, {layer: _plain(layer)})
+        layer.basis.holders.pop(layer, None)
+        keep_saved(layer.basis)
     return len(layers)
 
 
@@ -125,6 +135,12 @@ def param_groups(
             f"all {len(own)} cores of the model's SparseGrad layers are frozen; load a PEFT adapter with "
             "is_trainable=True, or activate it with set_adapter"
         )
+    half = {core.dtype for group in candidates[:3] for core in group["params"]} & {*HALF_PRECISION}
+    if half:
+        logger.warning(
+            "the cores are %s, in which small steps change nothing; keep them in float32: cast the model before its "
+            "layers are replaced, and leave autocast_adapter_dtype on", half.pop(),
+        )  # fmt: skip
     return [group for group in candidates if group["params"]]
 
 
