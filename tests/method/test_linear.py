@@ -457,3 +457,21 @@ def test_a_graph_from_before_a_refresh_is_refused() -> None:
     refresh([layer], Basis(orthogonal(4), orthogonal(4)))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_weight_that_trains_is_not_replaced() -> None:
+    """An optimizer would go on with the old tensor."""
+    layer = SparseGradLinear.from_linear(nn.Linear(4, 4), Basis(orthogonal(4), orthogonal(4)))
+    weight = layer.weight.requires_grad_()
+    with pytest.raises(ValueError, match=r"weight trains \(requires_grad\), .*; freeze it"):
+        layer.fold()
+    with pytest.raises(ValueError, match="weight trains"):
+        refresh([layer], Basis(orthogonal(4), orthogonal(4)))
+    assert layer.weight is weight
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (2, 8)])
+def test_inputs_of_another_width(shape: tuple[int, int]) -> None:
+    layer = SparseGradLinear.from_linear(nn.Linear(4, 4), Basis(orthogonal(4), orthogonal(4)))
+    with pytest.raises(ValueError, match=rf"expected inputs with 4 features, found shape \({shape[0]}, {shape[1]}\)"):
+        layer(torch.zeros(shape))

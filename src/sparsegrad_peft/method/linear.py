@@ -47,6 +47,8 @@ def apply_core(
         (..., out).
     """
     out_features, in_features = weight.shape
+    if x.shape[-1] != in_features:
+        raise ValueError(f"expected inputs with {in_features} features, found shape {tuple(x.shape)}")
     dtype = compute_dtype(x, weight)
     flat = x.reshape(-1, in_features)  # (T, in)
     if torch.is_autocast_enabled(autocast_kind(x.device)):
@@ -207,9 +209,23 @@ class SparseGradLinear(HoldsBasis):
         The weight gets new storage, so a model that shares the old one does not change. Afterwards the core alone is no
         longer the difference from the original layer.
         """
-        folded = form_weight(self.weight, scaled(self.dense_core(), self.basis.scales), self.basis.U, self.basis.V)
-        self.weight = nn.Parameter(folded.clone(), requires_grad=self.weight.requires_grad)
+        self.check_frozen()
+        self.set_weight(
+            form_weight(self.weight, scaled(self.dense_core(), self.basis.scales), self.basis.U, self.basis.V)
+        )
         self.core.zero_()
+
+    def check_frozen(self) -> None:
+        """Raise `ValueError` if the weight trains: an optimizer would keep the tensor that `set_weight` replaces."""
+        if self.weight.requires_grad:
+            raise ValueError(
+                "the layer's weight trains (requires_grad), and an optimizer would keep the tensor that is replaced "
+                "here; freeze it with layer.weight.requires_grad_(False)"
+            )
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Give the layer another frozen weight (out, in), rounded to the type of the old one."""
+        self.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
 
     def extra_repr(self) -> str:
         """Shapes and form of the core, for `print(model)`."""

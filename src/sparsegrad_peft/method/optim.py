@@ -1,6 +1,6 @@
 """Step 5: SparseAdam on the selected entries, AdamW on everything else, in one optimizer (paper: SparseAdam).
 
-    G_tilde = V G Uᵀ  ──► topk_positions ──► SparseAdam's rule on k entries ──► S, or W ← W + Vᵀ Δ U
+    G_tilde = V G Uᵀ  ──► largest_positions ──► SparseAdam's rule on k entries ──► S, or W ← W + Vᵀ Δ U
 
 Selection happens once, here, on the final gradient: after micro-batches have been added up, processes averaged, and the
 gradient unscaled and clipped. The union of selections made on the parts would have more than `k` entries, and not all
@@ -23,7 +23,7 @@ from .basis import Basis
 from .precision import HALF_PRECISION, at_least_float32
 from .processes import is_sharded, own_shard
 from .products import add_chain
-from .selection import coo_from_flat, flat_from_coo, resolve_k, topk_positions
+from .selection import coo_from_flat, flat_from_coo, largest_positions, resolve_k
 from .sharded import check_row_sharded, select_from_shards, shard_group, step_shard
 from .sides import cast
 from .sparse_adam import match_dtype, step_selected
@@ -241,7 +241,7 @@ class SparseGradAdamW(Optimizer):
                 "and check the gradients before the step"
             )
         if not parameter.grad.is_sparse:
-            positions = topk_positions(entries.abs(), resolve_k(entries.numel(), group["k"], group["density"]))
+            positions = largest_positions(entries.abs(), resolve_k(entries.numel(), group["k"], group["density"]))
             values = entries[positions]
         return positions, values
 

@@ -43,8 +43,8 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
         of its frozen weight, rounded to the weight's type; 0 for a complete basis.
 
     Raises:
-        ValueError: a layer is packed, the basis does not fit, the optimizer selects more entries than the new core has,
-            or it holds moments that do not rotate. Nothing has changed then.
+        ValueError: a layer is packed or its weight trains, the basis does not fit, the optimizer selects more entries
+            than the new core has, or it holds moments that do not rotate. Nothing has changed then.
     """
     for layer in layers:
         if layer.S is None:
@@ -52,6 +52,7 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
                 "a packed layer keeps its positions in the old basis and cannot be given another; call fold() and "
                 "unpack() first, then pack() new positions, and make a new optimizer: the core is a new parameter"
             )
+        layer.check_frozen()
         shape = basis.core_shape(layer.out_features, layer.in_features)
         if optimizer is not None:
             check_moments(optimizer, layer.S)
@@ -67,8 +68,7 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
         if not basis.is_complete and update.any():
             remainder = update - basis.from_basis(S_new)
             share = float(remainder.norm() / update.norm())
-            weight = (layer.weight + remainder).to(layer.weight.dtype)
-            layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+            layer.set_weight(layer.weight + remainder)
         outside.append(share)
         if optimizer is not None:
             rotate_moments(optimizer, S, old, basis, update.shape)
@@ -161,6 +161,8 @@ def renew_positions(
     """
     if layer.values is None or layer.positions is None:
         raise ValueError("expected a packed layer, found a block; call pack(positions)")
+    if fold:
+        layer.check_frozen()
     r, c = layer.core_shape
     positions = check_positions(positions, r * c).to(layer.positions.device)
     if optimizer is not None:
@@ -180,8 +182,7 @@ def renew_positions(
     if fold and values[~stays].any():
         dropped = dense_core(torch.where(stays, 0, values), layer.positions, layer.core_shape)
         update = layer.basis.from_basis(dropped.to(at_least_float32(dropped.dtype)))
-        weight = (layer.weight + update).to(layer.weight.dtype)
-        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+        layer.set_weight(layer.weight + update)
     state = {} if optimizer is None else optimizer.state.get(layer.values, {})
     if "positions" in state:  # of a `sparse` group: moments of some of the values, at their places in `values`
         touched = state["positions"].long()

@@ -62,6 +62,11 @@ def topk_positions(magnitude: Float[Tensor, " n"], k: int) -> Int[Tensor, " k"]:
             f"{int(magnitude.isnan().sum())} of the {magnitude.numel()} gradient entries are NaN, so the largest {k} "
             "are not defined; look for a loss that is not finite, and check the gradient before the step"
         )
+    return largest_positions(magnitude, k)
+
+
+def largest_positions(magnitude: Tensor, k: int) -> Tensor:
+    """Do what `topk_positions` does, for values that are known to be numbers."""
     candidates = _candidates(magnitude, k)
     if candidates is None:
         return _topk_exact(magnitude, k)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from .processes import own_shard
-from .selection import topk_positions
+from .selection import largest_positions
 from .sparse_adam import sparse_adam_update
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def select_from_shards(
         )
     magnitudes = [gradient.abs() for gradient in gradients]
     if group is None:
-        chosen = [topk_positions(magnitude, k) for magnitude, k in zip(magnitudes, ks, strict=True)]
+        chosen = [largest_positions(magnitude, k) for magnitude, k in zip(magnitudes, ks, strict=True)]
     else:
         chosen = topk_of_shards(magnitudes, ks, group)
     return [(positions, gradient[positions]) for positions, gradient in zip(chosen, gradients, strict=True)]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from .sizes import Sizes, row_count
 
 _MOST_NUMBERS = 24_000_000
-"""The sums of a model take at most so many numbers (96 MB in float32), or an eighth of the layers' entries."""
+"""The sums of a model take at most so many numbers (96 MB in float32), or an eighth of the layers' entries. The random
+vectors are not counted; sides of one size share them."""
 _EXTRA = 8
 _FEATURE_WIDTH = 32  # random vectors for products of rows or columns
 
