@@ -622,10 +622,14 @@ def test_batches_that_are_read_again_are_named(
 ) -> None:
     """The noise of a batch that comes twice is in two steps."""
     model, config = nn.Linear(2, 1), CalibrationConfig(n_steps=3, mean_gradient=mean_gradient)
-    batches = torch.randn(n_batches, 5, 2)
+    batches = list(torch.randn(n_batches, 5, 2))
     stream_gradients(model, [""], lambda *_: None, batches, loss_fn=lambda m, x: m(x).sum(), config=config)
     found = "calibration has 2 batches for 3 steps and reads them again" in caplog.text
     assert found is (warned and mean_gradient)
+    caplog.clear()
+    loader = torch.utils.data.DataLoader(torch.randn(n_batches, 2))  # all of the data
+    stream_gradients(model, [""], lambda *_: None, loader, loss_fn=lambda m, x: m(x).sum(), config=config)
+    assert not caplog.text
 
 
 def test_output_without_loss() -> None:

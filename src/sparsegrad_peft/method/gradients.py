@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -307,11 +307,11 @@ def _endless(batches: Iterable[Any], config: CalibrationConfig) -> Iterator[Any]
             found = "none" if round_number == 0 else f"{taken}, from an iterator that cannot be started again"
             each = " on each process" if is_distributed() else ""
             raise ValueError(f"expected batches for {n_steps} steps{each}, found {found}")
-        if round_number == 0 and config.mean_gradient and taken < n_steps:
+        # A list holds some batches of the data, a loader mostly all of them, whose sum has no noise.
+        if round_number == 0 and config.mean_gradient and taken < n_steps and isinstance(batches, Sequence):
             logger.warning(
-                "calibration has %d batches for %d steps and reads them again. What a batch alone has then counts as "
-                "common to several steps. Pass %d batches; fewer are enough if they are all of the data.",
-                taken, n_steps, n_steps,
+                "calibration has %d batches for %d steps and reads them again, so the noise of each counts as common to "
+                "several steps. Pass %d batches, or a data loader.", taken, n_steps, n_steps,
             )  # fmt: skip
 
 
