@@ -310,8 +310,8 @@ def _endless(batches: Iterable[Any], config: CalibrationConfig) -> Iterator[Any]
         # A list holds some batches of the data, a loader mostly all of them, whose sum has no noise.
         if round_number == 0 and config.mean_gradient and taken < n_steps and isinstance(batches, Sequence):
             logger.warning(
-                "calibration has %d batches for %d steps and reads them again, so the noise of each counts as common to "
-                "several steps. Pass %d batches, or a data loader.", taken, n_steps, n_steps,
+                "calibration has %d batches for %d steps and reads them again, so the noise of each counts as common "
+                "to several steps. Pass %d batches, or a data loader.", taken, n_steps, n_steps,
             )  # fmt: skip
 
 
