@@ -18,10 +18,12 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..method.basis import BASIS_BUFFERS, Basis
 from ..method.costs import Prefer
 from ..method.data_free import is_data_free
+from ..method.function import form_weight
 from ..method.linear import set_core
 from ..method.plain import is_conv1d
 from ..method.precision import HALF_PRECISION, at_least_float32
 from ..method.processes import is_sharded, own_shard
+from ..method.sides import scaled
 from .checks import check_buffer, check_core
 from .config import SparseGradConfig
 from .offload import REMEDY, is_offloaded
@@ -232,19 +234,19 @@ class SparseGradLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return `Vᵀ S U` in the layout of the base layer's weight and the type of the core."""
-        return self._accurate_update(adapter).to(self.sparsegrad_S[adapter].dtype)
-
-    def _accurate_update(self, adapter: str) -> Tensor:
-        """`Vᵀ S U` in float32 or wider."""
         self.check_numbers(adapter)
         S, basis = self.core_and_basis(adapter)
-        delta = basis.from_basis(S.to(at_least_float32(S.dtype)))
+        delta = basis.from_basis(S.to(at_least_float32(S.dtype))).to(S.dtype)
         return delta.T if is_conv1d(self.get_base_layer()) else delta
 
     def weight_plus(self, adapter: str, factor: int = 1) -> Tensor:
-        """Return the base weight plus `factor` times an adapter's update, computed in the wider type, rounded once."""
-        weight = self.get_base_weight()
-        return (weight + factor * self._accurate_update(adapter)).to(weight.dtype)
+        """Return the base weight plus `factor` times an adapter's update, in float32 or wider, rounded once."""
+        self.check_numbers(adapter)
+        S, basis = self.core_and_basis(adapter)
+        weight, transposed = self.get_base_weight(), is_conv1d(self.get_base_layer())
+        core = factor * scaled(S.to(at_least_float32(S.dtype)), basis.scales)
+        found = form_weight(weight.T if transposed else weight, core, basis.U, basis.V)
+        return found.T.contiguous() if transposed else found
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: `peft.convert_to_lora` works, since the update is a matrix of its own."""
