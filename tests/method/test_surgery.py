@@ -611,3 +611,11 @@ def test_cores_in_half_precision_are_named(cast: bool, caplog: pytest.LogCapture
     replace_linears(model, {"all": ["0"]}, {"all": Basis(orthogonal(4), orthogonal(4))})
     param_groups(model.to(torch.bfloat16) if cast else model)
     assert ("cores are torch.bfloat16, in which small steps change nothing" in caplog.text) is cast
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_restored_weight_trains_if_it_did_before(trained: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(trained)
+    replace_linears(model, {"all": ["0"]}, {"all": Basis(orthogonal(4), orthogonal(4))})
+    restore_linears(model)
+    assert model[0].weight.requires_grad is model[0].bias.requires_grad is trained

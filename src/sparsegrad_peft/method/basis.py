@@ -245,6 +245,8 @@ class HoldsBasis(nn.Module):
     """
 
     basis: Basis
+    weight_trained = True
+    "whether the weight of the layer that this one replaces had `requires_grad`; `restore_linears` gives it back"
 
     def hold_basis(self, basis: Basis, *, register: bool) -> None:
         """Use this basis from now on, as a registered child or only as a reference."""

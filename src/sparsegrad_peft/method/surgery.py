@@ -65,8 +65,9 @@ def replace_linears(
     _check_not_root(model, chosen)
     new = {name: _made(name, partial(make, modules[name], bases[group], **options)) for name, group in names}
     registered = {one.basis for one in modules.values() if isinstance(one, HoldsBasis) and one.registers_basis}
-    for layer in new.values():
+    for name, layer in new.items():
         if isinstance(layer, HoldsBasis):
+            layer.weight_trained = bool(modules[name].weight.requires_grad)
             layer.hold_basis(layer.basis, register=layer.basis not in registered)
             registered.add(layer.basis)
     _replace(model, {modules[name]: layer for name, layer in new.items()})
@@ -77,7 +78,7 @@ def restore_linears(model: nn.Module) -> int:
     """Replace every SparseGrad layer by a plain one with the trained weight, and return how many there were.
 
     The plain layer is an `nn.Linear`, or a `Conv1D` if the original was one, so that `save_pretrained` writes what
-    GPT-2's classes load again.
+    GPT-2's classes load again. Its weight has the `requires_grad` of the weight that was replaced.
     """
     layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
     _check_not_root(model, layers)
@@ -194,6 +195,7 @@ def _made(name: str, make: Callable[[], nn.Module]) -> nn.Module:
 
 def _plain(layer: SparseGradLayer) -> nn.Module:
     linear = layer.to_linear()
+    linear.weight.requires_grad_(layer.weight_trained)
     # Conv1D needs a bias.
     return linear if layer.conv1d is None or linear.bias is None else as_conv1d(linear, layer.conv1d)
 
