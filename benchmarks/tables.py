@@ -77,6 +77,8 @@ def speed(result: dict[str, Any]) -> str:
               "saved for backward, MB", "optimizer, MB", "bases, MB", "trained entries"]  # fmt: skip
     rows = []
     for name, row in result["methods"].items():
+        if name not in METHODS:  # of an earlier version
+            continue
         if "step_ms" not in row:
             missing = "not installed" if "skipped" in row else "failed"
             rows.append([f"`{name}`", missing, *[""] * (len(header) - 2)])
@@ -190,7 +192,7 @@ def curves(result: dict[str, Any]) -> str:
     """Cost against one quantity at a time."""
     parts = []
     for sweep in result["sweeps"]:
-        methods = list(sweep["points"][0]["ratio_to_floor"])
+        methods = [name for name in sweep["points"][0]["ratio_to_floor"] if name in METHODS]
         rows = [
             [str(point["at"]), f"{point['floor_ms']:.1f}", *(f"{point['ratio_to_floor'][m]:.2f}" for m in methods)]
             for point in sweep["points"]
