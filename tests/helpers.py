@@ -47,6 +47,12 @@ def orthogonal(n: int, rows: int | None = None, dtype: torch.dtype = F64) -> Ten
     return torch.linalg.qr(torch.randn(n, n, dtype=F64)).Q[:rows].to(dtype)
 
 
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors in an optimizer's state."""
+    tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    return sum(value.numel() * value.element_size() for value in tensors)
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

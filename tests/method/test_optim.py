@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import F64, orthogonal, train
+from helpers import F64, orthogonal, state_bytes, train
 from sparsegrad_peft import Basis, LiteralSparseGradLinear, SparseGradAdamW, SparseGradLinear, topk_magnitude
 
 
@@ -198,11 +198,6 @@ def test_entries_not_selected_stand_still() -> None:
         assert torch.equal(moved, selected)
         touched |= selected
         assert optimizer.touched(p) == int(touched.sum())
-
-
-def state_bytes(optimizer: SparseGradAdamW) -> int:
-    tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
-    return sum(value.numel() * value.element_size() for value in tensors)
 
 
 def test_state_costs_twelve_bytes_for_each_touched_entry() -> None:

@@ -42,7 +42,7 @@ def test_no_right_to_write(words: Any, root: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HF_TOKEN", "reader")
     assert main([*words(tmp_path / "run"), "--hub_model_id", "someone/adapter"]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("sparsegrad train: push_to_hub: someone/adapter cannot be created (")
+    assert err.startswith("sparsegrad train: push_to_hub (--hub_model_id): someone/adapter cannot be created (")
     assert "log in with: hf auth login" in err
     assert not (tmp_path / "run").exists()
 
