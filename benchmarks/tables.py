@@ -36,7 +36,7 @@ from sparsegrad_peft.method.sizes import Sizes
 from sparsegrad_peft.method.sum_sizes import SumsOf, projection_widths
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/method.md", "docs/performance.md", "docs/settings.md")
+DOCUMENTS = ("README.md", "docs/method.md", "docs/performance.md", "docs/settings.md", "docs/study.md")
 STUDY = "benchmarks/results/study"
 GLUE_ROWS = {"sst2": 67349, "cola": 8551, "stsb": 5749, "mrpc": 3668, "rte": 2490}
 "Of the whole train sets."

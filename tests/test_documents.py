@@ -162,3 +162,40 @@ def test_method_page_names_functions_that_exist() -> None:
             found = importlib.import_module("sparsegrad_peft.method.reference")
             for part in name.split("."):
                 found = getattr(found, part)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/study.md"])
+def test_scores_in_sentences_are_those_of_the_results(document: str) -> None:
+    """What the pages say in words about runs of two and of four epochs."""
+    text = " ".join((tables.ROOT / document).read_text(encoding="utf-8").split())
+
+    def score(experiment: str, task: str, method: str) -> str:
+        folder = tables.ROOT / tables.STUDY / experiment / "minilm" / task
+        files = sorted(folder.glob(f"{method}-[0-9].json"))
+        assert len(files) == 3
+        return f"{100 * sum(json.loads(file.read_text(encoding='utf-8'))['score'] for file in files) / 3:.1f}"
+
+    if document == "README.md":
+        (mrpc, qnli), (own_mrpc, own_qnli) = (
+            [score("more-epochs", task, method) for task in ("mrpc", "qnli")] for method in ("lora", "sparsegrad")
+        )
+        assert f"it has {mrpc} on MRPC and {qnli} on QNLI, SparseGrad {own_mrpc} and {own_qnli}" in text
+    else:
+        (mrpc, qnli), (own_mrpc, own_qnli) = (
+            [score("glue", task, method) for task in ("mrpc", "qnli")] for method in ("lora", "sparsegrad")
+        )
+        assert f"SparseGrad has {own_mrpc} on MRPC and {own_qnli} on QNLI, and LoRA {mrpc} and {qnli}" in text
+
+
+@pytest.mark.parametrize(("out", "in_", "share"), [(1536, 384, 0.5), (384, 1536, 0.25)])
+def test_how_far_a_step_of_lora_moves_a_weight(out: int, in_: int, share: float) -> None:
+    """docs/settings.md: half as far as SparseGrad's with the same rate and as many entries, or a quarter."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(in_, out)), LoraConfig(r=16, target_modules=["0"]))
+    A = model.base_model.model[0].lora_A["default"].weight.detach()
+    step = torch.randn(out, 16).sign()  # Adam's first step of B; A starts to move when B is not 0
+    same_entries = (16 * (in_ + out)) ** 0.5  # the norm of a step of as many entries in orthonormal directions
+    assert float((step @ A).norm()) / same_entries == pytest.approx(share, rel=0.1)
