@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     check_file(output)
     from ..chat.generation import AnswerSettings, answer_questions
     from ..chat.model import open_model
-    from ..run.console import make_progress_bar
+    from ..run.progress_bar import make_progress_bar
 
     model = open_model(options.model)
     model_id = options.model_id or "-".join(Path(options.model).parts[-2:])

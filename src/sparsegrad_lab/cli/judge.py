@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     from ..chat.prompts import read_prompts
     from ..chat.questions import REFERENCE_CATEGORIES
     from ..chat.ratings import table_of
-    from ..run.console import make_progress_bar
+    from ..run.progress_bar import make_progress_bar
 
     questions, models = _read(options)
     output = _output_file(options)

@@ -22,8 +22,8 @@ from sparsegrad_peft.method.config import CalibrationConfig, Trajectory, sign_st
 from sparsegrad_peft.method.groups import group_linears
 
 from ..methods.sparsegrad import calibration_config
-from ..run.console import make_progress_bar
 from ..run.machine import environment
+from ..run.progress_bar import make_progress_bar
 from ..run.settings import RunArguments
 from . import gradient_before_after, spectrum
 from .ageing import energy_shares

@@ -10,7 +10,8 @@ calibration       calibrates a model before it is quantized
 train             the run itself
 trainer           creates the trainer
 sampler           batches of rows of similar length
-console           output and progress bar
+console           what a run prints
+progress_bar      the bar of all commands
 doubts            signs that a model learns nothing useful
 folder            the folder of a run
 whole_files       writes a file or folder completely or not at all

@@ -1,29 +1,17 @@
-"""What a run prints, its progress bar, and the log that it keeps."""
+"""What a run prints while it trains, and the log that it keeps."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers import TrainerCallback
 
 from ..tasks.task import display_name, higher_is_better
 from .folder import RunFolder
 from .processes import is_rank0
-
-
-def make_progress_bar(console: Console, *, disable: bool = False) -> Progress:
-    """A progress bar with the columns that all commands use: description, bar, count, elapsed and remaining time."""
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=disable,
-    )
+from .progress_bar import make_progress_bar
 
 
 class ProgressCallback(TrainerCallback):

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..run.console import make_progress_bar
+from ..run.progress_bar import make_progress_bar
 from .experiment import Cell
 
 

@@ -6,13 +6,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import datasets
-import transformers
-
 
 @contextmanager
 def suppress_library_logs() -> Iterator[None]:
     """Hide progress bars and everything below errors that transformers logs; other libraries' warnings still show."""
+    import datasets  # here, since it takes a second and most modules that import this one do not need it
+    import transformers
+
     verbosity = transformers.logging.get_verbosity()
     transformers_bars = transformers.logging.is_progress_bar_enabled()
     datasets_bars = not datasets.are_progress_bars_disabled()
