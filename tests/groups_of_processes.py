@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +10,17 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-_PRELOADED = ["torch.distributed.tensor", "trl", "sparsegrad_peft.tuner", "sparsegrad_lab"]
-"""Imported once by the server that all processes are forked from, which takes seconds for each process otherwise."""
+_PRELOADED = ["torch.distributed.tensor", "trl", "sparsegrad_peft.tuner", "sparsegrad_lab.run.train"]
+
+
+def preload() -> None:
+    """Have the server that all processes are forked from import the libraries, which takes each of them seconds."""
+    torch.multiprocessing.set_forkserver_preload(_PRELOADED)
 
 
 def run_in_processes(n: int, work: Callable[[int, Path], Any], folder: Path) -> list[Any]:
     """Call `work(rank, folder)` in `n` new processes, without a process group; return what each returns."""
-    torch.multiprocessing.set_forkserver_preload(_PRELOADED)
+    preload()
     torch.multiprocessing.start_processes(_save_result, args=(work, folder), nprocs=n, start_method="forkserver")
     return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(n)]
 
@@ -38,9 +41,9 @@ def in_group(n: int, rank: int, folder: Path, name: str, call: Callable[[int], A
         dist.destroy_process_group()
 
 
-def set_launcher_environment(rank: int, n: int, port: int) -> None:
-    """Set the variables that `torchrun` sets, for libraries that make the group themselves."""
-    os.environ |= {
+def launcher_environment(rank: int, n: int, port: int) -> dict[str, str]:
+    """Return the variables that `torchrun` sets, for libraries that make the group themselves."""
+    return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groups_of_processes import free_port, message_of, run_in_processes, set_launcher_environment
+from groups_of_processes import free_port, launcher_environment, message_of, run_in_processes
 from helpers import orthogonal
 from sparsegrad_peft import Basis, SparseGradAdamW, SparseGradLinear, param_groups
 
@@ -90,7 +90,7 @@ def with_trainer(folder: Path, stage: int) -> dict[str, Any]:
 
 def work(rank: int, folder: Path, port: int) -> dict[int, Any]:
     os.environ["DS_ACCELERATOR"] = "cpu"
-    set_launcher_environment(rank, 2, port)
+    os.environ |= launcher_environment(rank, 2, port)
     warnings.simplefilter("ignore")
     import deepspeed.ops
 

@@ -5,32 +5,46 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from peft import PeftModel
 
-from groups_of_processes import free_port
+from commands import Command
+from groups_of_processes import free_port, launcher_environment
 from helpers import tiny_model
 from sparsegrad_peft import SparseGradConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "distributed"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
 ACCELERATE = [
     sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
     "--mixed_precision=no", "--dynamo_backend=no",
 ]  # fmt: skip
 
 
-def run(launcher: list[str], port: str, script: str, *words: str, folder: Path) -> str:
-    command = [*launcher, f"{port}={free_port()}", str(EXAMPLES / script), *words]
+def launch(script: str, *words: str, folder: Path) -> str:
+    """Start a script with `accelerate launch`, and return what it prints."""
+    command = [*ACCELERATE, f"--main_process_port={free_port()}", str(EXAMPLES / script), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def run(script: str, *words: str, folder: Path) -> str:
+    """Start two processes of a script, as `torchrun` does, and return what they print."""
+    port = free_port()
+    both = [
+        Command([str(EXAMPLES / script), *words], folder / f"printed-{rank}", launcher_environment(rank, 2, port))
+        for rank in range(2)
+    ]
+    ended = [command.wait() for command in both]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    return "".join(out for _, out, _ in ended)
 
 
 @pytest.fixture
@@ -46,16 +60,19 @@ def words(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_fully_shard(tmp_path: Path) -> None:
-    assert run(TORCHRUN, "--master-port", "fully_shard.py", folder=tmp_path).startswith("loss ")
+def test_fully_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("fully_shard.py", folder=tmp_path).startswith("loss ")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["train.py", "sft.py"])
-def test_training_scripts(script: str, words: list[str], tmp_path: Path) -> None:
-    launcher, port = (TORCHRUN, "--master-port") if script == "train.py" else (ACCELERATE, "--main_process_port")
-    assert run(launcher, port, script, *words, folder=tmp_path).count("adapter: adapter") == 1
+@pytest.mark.parametrize(("script", "start"), [("train.py", run), ("sft.py", launch)])
+def test_training_scripts(
+    script: str, start: Callable[..., str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert start(script, *words, folder=tmp_path).count("adapter: adapter") == 1
     loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")
     assert isinstance(loaded.peft_config["default"], SparseGradConfig)
     assert any(bool(value.any()) for name, value in loaded.state_dict().items() if "sparsegrad_S" in name)

@@ -15,7 +15,7 @@ from torch import Tensor
 from trainers import arguments, rows, saved
 from transformers import Trainer
 
-from groups_of_processes import free_port, run_in_processes, set_launcher_environment
+from groups_of_processes import free_port, launcher_environment, run_in_processes
 from helpers import cores, tiny_batch, tiny_model, tuner_layers, uncalibrated_adapter
 from sparsegrad_peft import CalibrationConfig, SparseGradTrainer, SparseGradTrainerMixin, calibrate_adapter
 from sparsegrad_peft.method.config import Trajectory, normalized_step
@@ -145,7 +145,7 @@ def updates(model: torch.nn.Module) -> list[Tensor]:
 
 def work(rank: int, folder: Path, port: int) -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    set_launcher_environment(rank, 2, port)
+    os.environ |= launcher_environment(rank, 2, port)
     os.environ["CI"] = "1"  # no telemetry of TRL
     ddp = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
     both = {**ddp, "per_device_train_batch_size": 2}
@@ -170,7 +170,7 @@ def resumed_alone(folder: Path, port: int, sharding: dict[str, Any]) -> dict[str
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    set_launcher_environment(0, 1, port)
+    os.environ |= launcher_environment(0, 1, port)
     torch.distributed.init_process_group("gloo")
     result = train_llama(folder / "fsdp2", 2, RUNS[2], fsdp=True, fsdp_config=dict(sharding))
     torch.distributed.destroy_process_group()

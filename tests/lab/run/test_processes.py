@@ -17,7 +17,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from groups_of_processes import free_port
+from commands import Command
+from groups_of_processes import free_port, launcher_environment
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.run.processes import process_count, rank, work_alone
 
@@ -104,9 +105,11 @@ def test_two_processes_search_together(search_words: Words, tmp_path: Path) -> N
     """Rank 0 chooses the settings of each trial, and both processes train it."""
     folder = tmp_path / "search"
     searched = [*search_words(folder), "--search.trials", "2", "--search.batch_sizes", "[4]"]
-    search = start([*torchrun(), *searched])
-    output, errors = search.communicate(timeout=240)
-    assert search.returncode == 0, errors
+    port = free_port()
+    both = [Command(searched, tmp_path / f"printed-{rank}", launcher_environment(rank, 2, port)) for rank in range(2)]
+    (code, output, errors), (other, silent, _) = (command.wait() for command in both)
+    assert (code, other) == (0, 0), errors
+    assert silent == ""
     assert [line.partition(":")[0] for line in output.splitlines() if line.startswith("trial ")] == [
         "trial 0",
         "trial 1",

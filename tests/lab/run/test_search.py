@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import optuna
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from commands import Command
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.run.process_identity import process_identity
 from sparsegrad_lab.run.search import _Message, _ReportToOptuna, _requeue_interrupted, search
@@ -105,19 +105,15 @@ def test_an_interrupted_trial_is_run_again(arguments: Arguments, tmp_path: Path)
 
 
 def test_two_processes_share_the_trials(search_words: Callable[..., list[str]], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sparsegrad_lab.cli.main", *search_words(tmp_path / "s")]
-    command += ["--search.trials", "5", "--search.lowest", "1e-3", "--search.batch_sizes", "[8,16]"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    both = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        for _ in range(2)
-    ]
-    shown = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], shown
-    trials = [line.split(":")[0] for out, _ in shown for line in out.splitlines() if line.startswith("trial ")]
+    words = search_words(tmp_path / "s")
+    words += ["--search.trials", "5", "--search.lowest", "1e-3", "--search.batch_sizes", "[8,16]"]
+    both = [Command(words, tmp_path / f"printed-{number}") for number in range(2)]
+    shown = [command.wait() for command in both]
+    assert [code for code, _, _ in shown] == [0, 0], shown
+    trials = [line.split(":")[0] for _, out, _ in shown for line in out.splitlines() if line.startswith("trial ")]
     assert len(set(trials)) == len(trials)  # none was run twice
     assert 5 <= len(trials) <= 6  # both may have begun the last one
-    assert "next:   sparsegrad train --config" in shown[0][0]
+    assert "next:   sparsegrad train --config" in shown[0][1]
 
 
 def test_another_search_in_the_folder(arguments: Arguments, tmp_path: Path) -> None:
