@@ -1,4 +1,4 @@
-"""The command under `torchrun` and `accelerate launch`, with real processes."""
+"""The command in two processes, under `torchrun` or as it starts them."""
 
 from __future__ import annotations
 
@@ -32,16 +32,19 @@ def torchrun(n: int = 2) -> list[str]:
     ]  # fmt: skip
 
 
-def accelerate_launch(n: int = 2) -> list[str]:
-    return [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={n}", "--num_machines=1",
-        "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}", *MODULE,
-    ]  # fmt: skip
-
-
 def start(command: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def run_both(words: list[str], folder: Path) -> tuple[str, str]:
+    """Run a command in two processes of one group. Returns what rank 0 prints; the other one prints nothing."""
+    port = free_port()
+    both = [Command(words, folder / f"printed-{rank}", launcher_environment(rank, 2, port)) for rank in range(2)]
+    (code, output, errors), (other, silent, _) = (command.wait() for command in both)
+    assert (code, other) == (0, 0), errors
+    assert silent == ""
+    return output, errors
 
 
 @pytest.fixture
@@ -64,7 +67,7 @@ def kill_rank(launcher: subprocess.Popen[str], number: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # six processes import the training stack: minutes on a busy machine
 def test_two_processes_train_as_one_also_after_a_kill(words: Words, no_dropout: Path, tmp_path: Path) -> None:
-    """Rank 1 is killed under torchrun, and accelerate resumes. One process takes the rows of both in each step."""
+    """Rank 1 is killed under torchrun, and two processes resume. One process takes the rows of both in each step."""
     settings = ["--model", str(no_dropout), "--training.epochs", "12", "--training.batches", "by_length"]
     run = tmp_path / "run"
     launcher = start([*torchrun(), *words(run, *settings)])
@@ -79,9 +82,7 @@ def test_two_processes_train_as_one_also_after_a_kill(words: Words, no_dropout: 
     assert not (run / "result.json").exists()
 
     assert main(words(run, *settings)) == 1  # one process would take half of the rows in each step
-    resumed = start([*accelerate_launch(), *words(run, *settings)])
-    output, errors = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0, errors
+    output, errors = run_both(words(run, *settings), tmp_path)
     assert output.count("folder: ") == 1
     assert "Resuming from step" in errors
     result = json.loads((run / "result.json").read_text())
@@ -105,11 +106,7 @@ def test_two_processes_search_together(search_words: Words, tmp_path: Path) -> N
     """Rank 0 chooses the settings of each trial, and both processes train it."""
     folder = tmp_path / "search"
     searched = [*search_words(folder), "--search.trials", "2", "--search.batch_sizes", "[4]"]
-    port = free_port()
-    both = [Command(searched, tmp_path / f"printed-{rank}", launcher_environment(rank, 2, port)) for rank in range(2)]
-    (code, output, errors), (other, silent, _) = (command.wait() for command in both)
-    assert (code, other) == (0, 0), errors
-    assert silent == ""
+    output, _ = run_both(searched, tmp_path)
     assert [line.partition(":")[0] for line in output.splitlines() if line.startswith("trial ")] == [
         "trial 0",
         "trial 1",
