@@ -350,7 +350,16 @@ def test_a_weight_of_two_modules_is_not_calibrated() -> None:
 def test_sizes_and_rows_of_a_side_together() -> None:
     model, batches = Blocks(), some_batches()
     found = calibrate(model, batches, loss_fn=call, n_steps=1, progress=False)
-    with pytest.raises(ValueError, match=r"pass either sizes or c and r, found both: c = 1, r = 1, and c=2, r='full'"):
+    with pytest.raises(ValueError, match=r"pass either sizes or c and r, found both: c = 1, r = 1, and c=2, r=None"):
         found.bases(sizes=Sizes(c=1, r=1), c=2)
     with pytest.raises(ValueError, match="exponent must be at least 0, found -1"):
         found.bases(exponent=-1)
+
+
+def test_bases_have_the_sizes_of_the_calibration_by_default() -> None:
+    model, batches = Blocks(), some_batches()
+    found = calibrate(model, batches, loss_fn=call, n_steps=1, sizes=Sizes(c=1, r=1), progress=False)
+    rows = {(len(basis.V), len(basis.U)) for basis in found.bases().values()}
+    assert rows == {(1, 1)}
+    complete = found.bases(c="full")
+    assert all((len(basis.V), len(basis.U)) == found.groups[name].shape for name, basis in complete.items())

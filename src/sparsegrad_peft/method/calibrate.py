@@ -36,13 +36,15 @@ class Calibration:
 
     groups: dict[str, Statistics]
     config: CalibrationConfig = PAPER
+    sizes: Sizes | None = None
+    "the largest bases that the sums are good for, see `calibrate`; None: any size"
 
     @torch.inference_mode(False)  # tensors made in inference mode cannot be saved for backward
     def bases(
         self,
         *,
-        c: Rows = "full",
-        r: Rows = "full",
+        c: Rows | None = None,
+        r: Rows | None = None,
         sizes: Sizes | None = None,
         exponent: float = 0.0,
         dtype: torch.dtype = torch.float32,
@@ -53,18 +55,21 @@ class Calibration:
         This takes two eigendecompositions per group: seconds for BERT-base on a CPU.
 
         Args:
-            c: rows of `U`, the input side, of every group.
-            r: rows of `V`, the output side, of every group.
-            sizes: in place of both, by the shape of each group's layers.
+            c: rows of `U`, the input side, of every group. None: all.
+            r: rows of `V`, the output side, of every group. None: all.
+            sizes: in place of both, by the shape of each group's layers. None, without `c` and `r`: the sizes that were
+                passed to `calibrate`.
             exponent: in the scales of the core, see `Statistics.basis`.
             dtype: of the bases.
             progress: show a progress bar, for bases of every single layer of a large model.
         """
-        if sizes is not None and (c, r) != ("full", "full"):
+        if sizes is not None and (c, r) != (None, None):
             raise ValueError(f"pass either sizes or c and r, found both: {sizes}, and c={c!r}, r={r!r}")
         if exponent < 0:
             raise ValueError(f"exponent must be at least 0, found {exponent}")
-        sizes = sizes or Sizes(c=c, r=r)
+        if (c, r) == (None, None):
+            sizes = sizes or self.sizes
+        sizes = sizes or Sizes(c="full" if c is None else c, r="full" if r is None else r)
         if exponent and not all(group.knows_common for group in self.groups.values()):
             logger.warning(
                 "exponent=%g: sums of single gradients do not show what the steps have in common, so all scales are 1. "
@@ -132,7 +137,7 @@ def calibrate(
         fields: in place of `config`, single fields of it, such as `n_steps=60`. The others are the paper's.
 
     Returns:
-        A `Calibration`; `.bases(c=..., r=...)` makes the bases.
+        A `Calibration`; `.bases()` makes the bases, of `sizes` or complete, and `.bases(c=..., r=...)` of other sizes.
 
     Raises:
         ValueError: the layers of a group differ in shape, a layer is named twice or shares its weight, or whatever
@@ -157,7 +162,7 @@ def calibrate(
         model, group_of, lambda layer, G: group_of[layer].add(G, layer, normalize=config.normalize), batches, step=step,
         loss_fn=loss_fn, config=config, progress="Calibrating" if progress else None,
     )  # fmt: skip
-    return Calibration(statistics, config)
+    return Calibration(statistics, config, sizes)
 
 
 def _refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
