@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import MLP_LINEARS, TINY_MODELS, logits, tiny_batch, tiny_model
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
@@ -128,6 +129,46 @@ def test_adapter_that_has_learnt_nothing(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "lora")).eval()
     assert loaded.peft_config["default"].r == 1
     assert differs(logits(loaded, tiny_batch("llama")), logits(tiny_model("llama"), tiny_batch("llama"))) == 0
+
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"intermediate_size": 24, "num_key_value_heads": 2, "n_shared_experts": 1, "n_routed_experts": 3,
+                    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": None, "kv_lora_rank": 8,
+                    "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
+    "qwen3_moe": {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 3,
+                  "decoder_sparse_step": 2},
+}  # fmt: skip
+"Models of two blocks: one with a dense MLP, one with fused experts (DeepSeek: and a shared expert)."
+
+
+@pytest.mark.parametrize("experts", [True, False], ids=["experts", "linears"])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_linears_beside_fused_experts(
+    kind: str, experts: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PEFT would take them for experts. Without adapted experts, the config of the base model tells."""
+    torch.manual_seed(0)
+    common = {"vocab_size": 60, "hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 16}  # fmt: skip
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common, **MIXTURES[kind])).eval()
+    for name, parameter in base.named_parameters():
+        if ".experts." in name:
+            nn.init.normal_(parameter, std=0.3)
+    if not experts:
+        base.config.save_pretrained(tmp_path / "base")
+        base.name_or_path = str(tmp_path / "base")
+    targets = {} if experts else {"target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    config = SparseGradConfig(narrow=4, wide=11, init_weights=False, **targets)
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    errors = export_lora(tmp_path / "adapter", tmp_path / "lora", "full")
+    linears = 6 if kind == "deepseek_v3" else 3
+    assert len(errors) == linears + 2 * experts
+    assert f"PEFT would take LoRA on {linears} linear layers, such as model.layers.0.mlp.down_proj" in caplog.text
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "lora")).eval()
+    data = tiny_batch("llama")
+    assert differs(logits(loaded, data), logits(base, data)) > 1e-3
+    assert differs(logits(loaded, data), logits(model, data)) < 1e-5
 
 
 @pytest.mark.parametrize("tokens", [None, [1, 5], {"word_embeddings": [1, 5]}])
@@ -285,6 +326,35 @@ def test_damaged_adapters(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a SparseGrad adapter: its peft_type is 'LORA', expected 'SPARSEGRAD'"):
         export_lora(adapter, out, 2)
     assert not out.exists()
+
+
+def test_damaged_core_shapes(tmp_path: Path) -> None:
+    adapter, out, layer = tmp_path / "adapter", tmp_path / "lora", "bert.encoder.layer.0.intermediate.dense"
+    saved("bert", adapter)
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    shapes = config["core_shapes"]
+    for damaged, message in (
+        ([1], "core_shapes .* is damaged: expected a table"),
+        ({**shapes, layer: ["x", 8, 8]}, rf"core_shapes .* is damaged: {layer} has \['x', 8, 8\], expected \[group"),
+        ({**shapes, layer: [*shapes[layer], 2]}, rf"{layer} has a number of experts, and is not in target_parameters"),
+        ({}, "the adapter has bases, and no core_shapes in its configuration"),
+        (None, "the adapter has bases, and no core_shapes in its configuration"),
+    ):
+        path.write_text(json.dumps(config | {"core_shapes": damaged}))
+        with pytest.raises(ValueError, match=message):
+            export_lora(adapter, out, "full")
+    assert not out.exists()
+
+
+def test_a_module_that_is_listed_twice(tmp_path: Path) -> None:
+    """As in the config of an adapter that was loaded and saved again."""
+    saved("bert", tmp_path / "adapter", task_type="SEQ_CLS")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["score", "classifier", "score"]}))
+    export_lora(tmp_path / "adapter", tmp_path / "lora", "full")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["classifier", "score"]
 
 
 def test_half_precision_cores(tmp_path: Path) -> None:

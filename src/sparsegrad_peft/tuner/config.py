@@ -121,12 +121,7 @@ class SparseGradConfig(PeftConfig):
                 "trained_share sets the share of the entries that train"
             )
         self._resolve_form()
-        if not isinstance(self.core_shapes, dict | None):
-            raise ValueError(
-                f"core_shapes of the adapter's config is damaged: expected a table, found {self.core_shapes!r:.80}"
-            )
-        for layer, shape in (self.core_shapes or {}).items():
-            _check_core_shape(layer, shape)
+        check_core_shapes(self.core_shapes)
 
     def _resolve_form(self) -> None:
         """Put the defaults of `neurons` and `exponent` in their place, and check both."""
@@ -213,8 +208,19 @@ class SparseGradConfig(PeftConfig):
         self.core_shapes, self.data_free = None, False
 
 
+def check_core_shapes(shapes: Any) -> None:
+    """Refuse damaged `core_shapes` before anything of their sizes is allocated.
+
+    Raises:
+        ValueError: they are no table, or an entry is damaged.
+    """
+    if not isinstance(shapes, dict | None):
+        raise ValueError(f"core_shapes of the adapter's config is damaged: expected a table, found {shapes!r:.80}")
+    for layer, shape in (shapes or {}).items():
+        _check_core_shape(layer, shape)
+
+
 def _check_core_shape(layer: str, shape: Any) -> None:
-    """Refuse a damaged entry of `core_shapes` before anything of its size is allocated."""
     valid = isinstance(shape, list) and len(shape) in (5, 6) and isinstance(shape[0], str)
     valid = valid and all(isinstance(n, int) and not isinstance(n, bool) for n in shape[1:])
     if not valid or not (1 <= shape[1] <= shape[3] and 1 <= shape[2] <= shape[4] and shape[-1] >= 1):

@@ -20,12 +20,14 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from ..method.sides import Side, as_matrix, check_selected, is_selected, scaled
 from .adapters import ROOT
+from .config import check_core_shapes
 from .loading import AdapterWeights
 from .low_rank import ExpertFactors, Factors, decompose, decompose_experts
-from .peft_private import NAME, PREFIX
+from .peft_private import NAME, PREFIX, mistaken_for_experts
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def export_lora(
 
     All layers get one rank and a scaling of 1, which every server accepts. The adapter's other tensors are copied:
     `modules_to_save` such as a new head, and trained tokens. (PEFT loads them; vLLM refuses them.) A tokenizer in the
-    folder is copied too.
+    folder is copied too. For mixtures of experts, the config of the base model is read, if it is on this machine.
 
     Args:
         adapter: folder of a SparseGrad adapter, as `save_pretrained` wrote it.
@@ -83,17 +85,8 @@ def export_lora(
     for name, layer in factors.items():
         prefix = f"{ROOT}{paths[name]}.lora_"
         lora[f"{prefix}B.weight"], lora[f"{prefix}A.weight"] = layer.lora(chosen)
-    options: dict[str, Any] = {key: config.get(key) for key in _CARRIED}
-    options |= {"r": chosen, "lora_alpha": chosen, "fan_in_fan_out": fan_in_fan_out, "inference_mode": True}
-    lora_config = LoraConfig(**options)
-    # Whole names: bare endings (`down_proj`) may match layers that are not adapted. A list: servers do not read regular
-    # expressions. Sorted: the same adapter gives the same file.
-    lora_config.target_modules, lora_config.target_parameters = sorted(set(factors) - set(fused)), fused or None
-    if fused:
-        logger.warning(
-            "the adapter holds %d parameters of fused experts, such as %s; PEFT loads their LoRA matrices "
-            "(target_parameters), a server may not", len(fused), fused[0],
-        )  # fmt: skip
+    lora_config = _lora_config(config, chosen, fan_in_fan_out)
+    lora_config.target_modules, lora_config.target_parameters = _targets(config, factors, fused)
     if carried:
         logger.warning(
             "the adapter also holds %d tensors of modules_to_save or trained tokens, such as %s; PEFT loads them with "
@@ -102,6 +95,53 @@ def export_lora(
     companions = [path for name in COMPANIONS if (path := Path(adapter) / name).is_file()]
     _write(out, lora_config, lora | carried, companions)
     return {name: layer.error(chosen) for name, layer in factors.items()}
+
+
+def _lora_config(config: dict[str, Any], rank: int, fan_in_fan_out: bool) -> LoraConfig:
+    options: dict[str, Any] = {key: config.get(key) for key in _CARRIED}
+    options["modules_to_save"] = sorted(set(options["modules_to_save"] or ())) or None
+    options |= {"r": rank, "lora_alpha": rank, "fan_in_fan_out": fan_in_fan_out, "inference_mode": True}
+    return LoraConfig(**options)
+
+
+def _targets(
+    config: dict[str, Any], factors: Iterable[str], fused: Sequence[str]
+) -> tuple[list[str], list[str] | None]:
+    """Return the names of layers as PEFT's LoRA finds them: `target_modules`, and `target_parameters`.
+
+    They are whole names: bare endings (`down_proj`) may match layers that are not adapted. They are lists: servers do
+    not read regular expressions. They are sorted: the same adapter gives the same file.
+    """
+    linears = sorted(set(factors) - set(fused))
+    # Without the base model's type: a model with fused experts may be one of those whose linears PEFT mistakes.
+    mistaken = mistaken_for_experts(linears, _model_type(config), unknown=bool(fused))
+    if mistaken:
+        logger.warning(
+            "the base model is a mixture of experts, where PEFT would take LoRA on %d linear layers, such as %s, for "
+            "LoRA on experts; they are written as target_parameters, which PEFT loads. A server may not: merge the "
+            "adapter for it", len(mistaken), mistaken[0],
+        )  # fmt: skip
+    if fused:
+        logger.warning(
+            "the adapter holds %d parameters of fused experts, such as %s; PEFT loads their LoRA matrices "
+            "(target_parameters), a server may not", len(fused), fused[0],
+        )  # fmt: skip
+    modules = [name for name in linears if name not in mistaken]
+    return modules, [*fused, *(f"{name}.weight" for name in mistaken)] or None
+
+
+def _model_type(config: dict[str, Any]) -> str | None:
+    """Return the type of the adapter's base model, or None if its config is not on this machine."""
+    if not config.get("base_model_name_or_path"):
+        return None
+    try:
+        found, _ = PretrainedConfig.get_config_dict(
+            config["base_model_name_or_path"], revision=config.get("revision"), local_files_only=True
+        )
+    except (OSError, ValueError):
+        return None
+    model_type: str | None = found.get("model_type")
+    return model_type
 
 
 def _lora_paths(factors: Iterable[str], fused: Sequence[str]) -> dict[str, str]:
@@ -144,16 +184,7 @@ def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, Tensor], AdapterWeig
 @torch.no_grad()
 def _factors(config: dict[str, Any], weights: AdapterWeights) -> dict[str, Factors | ExpertFactors]:
     """Return layer name -> SVD of its update."""
-    core_shapes: dict[str, list[Any]] = config.get("core_shapes") or {}
-    for what, which in (
-        ("no core S", set(core_shapes) - set(weights.cores) or (set() if weights.cores else {"any layer"})),
-        ("no entry in its configuration", set(weights.cores) - set(core_shapes) if core_shapes else set()),
-    ):
-        if which:
-            raise ValueError(f"the adapter has {what} for {', '.join(sorted(which)[:3])}; its two files do not fit")
-    fused = [layer for layer in weights.cores if layer in (config.get("target_parameters") or ())]
-    if fused and not core_shapes:
-        raise ValueError(f"{fused[0]} holds fused experts in the original space, which have no LoRA form; merge it")
+    core_shapes = _core_shapes(config, weights)
     groups: dict[str, list[str]] = defaultdict(list)
     for layer in weights.cores:
         groups[core_shapes[layer][0] if core_shapes else layer].append(layer)
@@ -175,6 +206,37 @@ def _factors(config: dict[str, Any], weights: AdapterWeights) -> dict[str, Facto
                             for side, n in ((U, in_features), (V, out_features)))  # fmt: skip
                 factors[layer] = decompose(S, *matrices)
     return factors
+
+
+def _core_shapes(config: dict[str, Any], weights: AdapterWeights) -> dict[str, list[Any]]:
+    """Return the entries of the configuration, checked; none for cores in the original space.
+
+    Raises:
+        ValueError: they are damaged, or of other layers than the weights.
+    """
+    shapes: dict[str, list[Any]] = config.get("core_shapes") or {}
+    check_core_shapes(shapes)
+    named = config.get("target_parameters") or ()
+    experts = [layer for layer, shape in shapes.items() if len(shape) == 6 and layer not in named]
+    if experts:
+        raise ValueError(
+            f"core_shapes of the adapter's config is damaged: {experts[0]} has a number of experts, and is not in "
+            "target_parameters"
+        )
+    if not weights.cores:
+        raise ValueError("the adapter has no core S for any layer; its two files do not fit")
+    if not shapes and weights.sides:
+        raise ValueError("the adapter has bases, and no core_shapes in its configuration; its two files do not fit")
+    if missing := sorted(set(shapes) - set(weights.cores)):
+        raise ValueError(f"the adapter has no core S for {', '.join(missing[:3])}; its two files do not fit")
+    if shapes and (other := sorted(set(weights.cores) - set(shapes))):
+        raise ValueError(
+            f"the adapter has no entry in its configuration for {', '.join(other[:3])}; its two files do not fit"
+        )
+    fused = [layer for layer in weights.cores if layer in named]
+    if fused and not shapes:
+        raise ValueError(f"{fused[0]} holds fused experts in the original space, which have no LoRA form; merge it")
+    return shapes
 
 
 def _check_shapes(layer: str, entry: list[Any], S: Tensor, sides: tuple[Side, Side], *, data_free: bool) -> None:

@@ -7,6 +7,8 @@ PEFT has no plugin interface for methods of other packages:
 - A tuner overrides underscored methods of `BaseTuner` and `BaseTunerLayer`. `HOOKS` lists them with their parameters.
 - `in_out_features` reads the size of any linear layer, quantized ones included. Waits for a public function.
 - `include_all_linear_layers` resolves target_modules="all-linear". Waits for a public function.
+- `mistaken_for_experts` knows which linear layers PEFT's LoRA takes for fused experts, as they were named in
+  transformers 4. Waits for a PEFT that looks at the layer itself.
 
 `tests/tuner/test_peft_private.py` fails if one of these changes.
 """
@@ -14,6 +16,7 @@ PEFT has no plugin interface for methods of other packages:
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -21,9 +24,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_feat
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include_all_linear_layers
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from torch import nn
 
-__all__ = ["HOOKS", "NAME", "PREFIX", "ensure_peft_type", "in_out_features", "include_all_linear_layers", "register"]
+__all__ = [
+    "HOOKS", "NAME", "PREFIX", "ensure_peft_type", "in_out_features", "include_all_linear_layers",
+    "mistaken_for_experts", "register",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +71,23 @@ def in_out_features(layer: nn.Module) -> tuple[int, int]:
     if in_features is None or out_features is None:
         raise TypeError(f"the size of a {type(layer).__name__} is not known")
     return in_features, out_features
+
+
+def mistaken_for_experts(linears: Iterable[str], model_type: str | None, *, unknown: bool) -> list[str]:
+    """Return the linear layers that PEFT takes for a model's fused experts if LoRA's `target_modules` names them.
+
+    It goes by the last part of the name, also for a dense MLP and for shared experts.
+
+    Args:
+        linears: names of linear layers.
+        model_type: of the model's config; None if it is not known.
+        unknown: what to assume of a model whose type is not known: that it is one of those concerned, or not.
+    """
+    if model_type is not None:
+        names = set(_MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), ()))
+    else:
+        names = set().union(*_MOE_TARGET_MODULE_MAPPING.values()) if unknown else set()
+    return [name for name in linears if name.rpartition(".")[2] in names]
 
 
 def ensure_peft_type() -> PeftType:
