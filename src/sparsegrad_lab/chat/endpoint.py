@@ -5,13 +5,18 @@ Messages name the host of the server, and nothing else of its address.
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 KEY, URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 """Environment variables of the `openai` client."""
+_SECRET = 8
+"""Keys of as many characters are kept out of messages. Shorter ones are no secrets, and parts of words."""
 
 
 class EndpointError(ConnectionError):
@@ -21,17 +26,17 @@ class EndpointError(ConnectionError):
 class Endpoint:
     """Sends messages to a model of the server.
 
-    Requests that fail with 408, 409, 429, 5xx, a time-out or a broken connection are sent again, with growing pauses
-    or the pause that the server asks for; the `openai` client does that.
+    Requests that fail with 408, 409, 429, 5xx or a broken connection are sent again, with growing pauses or the pause
+    that the server asks for; the `openai` client does that.
 
     Args:
         model: name of the model on the server.
         max_tokens: largest number of tokens of a judgement.
-        timeout: seconds to wait for a judgement.
+        timeout: seconds to wait for a judgement, repetitions included.
         retries: largest number of repetitions of a failed request.
 
     Raises:
-        ValueError: the environment has no key.
+        ValueError: the environment has no key, or one that cannot be sent, or an address that is none.
         ModuleNotFoundError: the package `openai` is not installed.
     """
 
@@ -40,13 +45,17 @@ class Endpoint:
             import openai
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("a judge needs a package: pip install openai") from error
-        if not os.environ.get(KEY):
+        self._key = os.environ.get(KEY, "").strip()
+        if not self._key:
             raise ValueError(
                 f"a judge needs a key in ${KEY} (any text, for a server that checks none), and the address of "
                 f"the server in ${URL} if it is not OpenAI's"
             )
-        self.model, self.max_tokens = model, max_tokens
-        self._client = openai.AsyncOpenAI(timeout=timeout, max_retries=retries)
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError(f"${KEY}: expected printable ASCII characters, found others; copy the key again")
+        self.model, self.max_tokens, self.timeout = model, max_tokens, timeout
+        # No time-outs of its own: `ask` limits the whole.
+        self._client = openai.AsyncOpenAI(api_key=self._key, base_url=_address(), timeout=None, max_retries=retries)
         url = self._client.base_url
         self.address = url.host if url.port is None else f"{url.host}:{url.port}"  # the rest may hold a password
 
@@ -56,10 +65,15 @@ class Endpoint:
         Raises:
             EndpointError: the server refused the request, or there was no answer after all repetitions.
         """
+        request: Any = {"messages": messages, "temperature": temperature, "max_tokens": self.max_tokens}
         with self._clear_errors():
-            request: Any = {"messages": messages, "temperature": temperature, "max_tokens": self.max_tokens}
-            found = await self._client.chat.completions.create(model=self.model, **request)
+            found = await asyncio.wait_for(
+                self._client.chat.completions.create(model=self.model, **request), self.timeout
+            )
+        try:
             return str(found.choices[0].message.content or "")
+        except (IndexError, AttributeError, TypeError) as error:
+            raise self._other_form(error) from None
 
     async def close(self) -> None:
         """Close the connections."""
@@ -78,20 +92,46 @@ class Endpoint:
                 f"{self.address}: there is no model {self.model!r}, or the address in ${URL} is wrong "
                 f"({self._without_key(error)})"
             ) from None
-        except openai.APITimeoutError:
-            raise EndpointError(
-                f"{self.address}: no answer in {self._client.timeout:g} seconds, several times"
-            ) from None
+        except asyncio.TimeoutError:
+            raise EndpointError(f"{self.address}: no answer in {self.timeout:g} seconds") from None
         except openai.APIConnectionError as error:
             raise EndpointError(
                 f"{self.address}: no connection ({self._without_key(error.__cause__ or error)}); is the server running?"
             ) from None
         except openai.APIError as error:
             raise EndpointError(f"{self.address}: {self._without_key(error)}") from None
-        except (ValueError, IndexError, AttributeError, TypeError) as error:
-            raise EndpointError(
-                f"{self.address}: expected an answer in OpenAI's form, found another ({self._without_key(error)})"
-            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise self._other_form(error) from None
+
+    def _other_form(self, error: Exception) -> EndpointError:
+        return EndpointError(
+            f"{self.address}: expected an answer in OpenAI's form, found another ({self._without_key(error)})"
+        )
 
     def _without_key(self, error: BaseException) -> str:
-        return str(error).replace(os.environ.get(KEY) or "\0", "***")[:300] or type(error).__name__
+        text = str(error)
+        if len(self._key) >= _SECRET:
+            text = text.replace(self._key, "***")
+        return text[:300] or type(error).__name__
+
+
+def _address() -> str | None:
+    """Return the server's address in the environment; None: OpenAI's.
+
+    Raises:
+        ValueError: it is no address. The message does not repeat it, since it may hold a password.
+    """
+    address = os.environ.get(URL)
+    if address is None:
+        return None
+    address = address.strip()
+    try:
+        parts = urlsplit(address)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and address.isprintable()
+    except ValueError:  # the port is none
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"${URL}: expected an address such as http://localhost:8000/v1, found another text; correct or unset it"
+        )
+    return address

@@ -36,7 +36,8 @@ class RowsFile:
                 file.truncate(self._whole)
                 file.write(self._break)
                 self._whole = None
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            # A judge may write half of a pair of surrogates, which is no character.
+            file.write(json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n")
             file.flush()
             os.fsync(file.fileno())
 

@@ -91,7 +91,9 @@ def _parser() -> VerbParser:
     }.items():
         parser.add_argument(f"--{name}", type=str | None, default=None, help=meaning)
     parser.add_argument("--concurrency", type=int, default=8, help="largest number of requests at the same time")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for a judgement")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds to wait for a judgement, repetitions included"
+    )
     return parser
 
 

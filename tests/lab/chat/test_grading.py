@@ -174,6 +174,49 @@ def test_refused_and_broken(response: tuple[int, str], message: str) -> None:
     assert "sk-secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "found"), [("sk-secret\n", r"400 .*bad \*\*\*"), ("a", r"400 .*a bad sk-secret")], ids=["newline", "short"]
+)
+def test_keys_in_messages(key: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line break at the end, as from a file, is no part of a key. A short key is no secret, and part of words."""
+    with answering((400, '{"error": {"message": "a bad sk-secret"}}')):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(EndpointError, match=found):
+            asyncio.run(ask(retries=0))
+
+
+@pytest.mark.parametrize("key", ["sk-gehe\u00efm", "sk-\x07secret"])
+def test_a_key_that_cannot_be_sent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match=r"^\$OPENAI_API_KEY: expected printable ASCII characters, found others; copy"):
+        Endpoint("m")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "localhost:8000/v1", "ftp://h/v1", "http:///v1", "http://h:99999/v1", "http://h:x", "http://[::1", "http://h/\x07"],
+)  # fmt: skip
+def test_a_malformed_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    with pytest.raises(ValueError, match=r"^\$OPENAI_BASE_URL: expected an address such as http://localhost:8000/v1, "):
+        Endpoint("m")
+
+
+def test_the_time_of_a_judgement_is_limited() -> None:
+    """All repetitions together; their pauses alone would take seconds."""
+
+    async def ask_in_a_hurry() -> str:
+        judge = Endpoint("m", timeout=0.3, retries=6)
+        try:
+            return await judge.ask([{"role": "user", "content": "x"}], 0.0)
+        finally:
+            await judge.close()
+
+    with answering((500, "{}")), pytest.raises(EndpointError, match=r"no answer in 0\.3 seconds$"):
+        asyncio.run(ask_in_a_hurry())
+
+
 def test_a_judgement_without_a_rating_is_asked_for_again_and_kept(questions: Path, tmp_path: Path) -> None:
     """Three times without one: the rating is null, and all three judgements are in the file."""
     item = Item(read_questions(questions)[0], 1, {"m": ["an answer {with} braces", ""]})

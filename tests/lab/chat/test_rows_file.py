@@ -39,3 +39,12 @@ def test_the_last_line_is_kept_if_it_is_whole(content: str, kept: int, tmp_path:
             file.append({"a": number})
     with open_rows(path) as file:
         assert [row["a"] for row in file.rows] == [*[1, 2][:kept], 3, 4]
+
+
+def test_half_of_a_pair_of_surrogates(tmp_path: Path) -> None:
+    """A judge may write one; UTF-8 has no form for it."""
+    path = tmp_path / "rows.jsonl"
+    with open_rows(path) as file:
+        file.append({"a": "so \ud83d"})
+    with open_rows(path) as file:
+        assert file.rows == [{"a": "so ?"}]
