@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tasks.read import read_objects
-from .questions import Question
+from .questions import Question, are_texts, check_id
 
 
 def read_answers(path: Path, questions: Sequence[Question]) -> tuple[str, dict[int | str, list[str]]]:
@@ -27,17 +27,12 @@ def read_answers(path: Path, questions: Sequence[Question]) -> tuple[str, dict[i
     found: dict[int | str, list[str]] = {}
     names = set()
     for line, row in read_objects(path):
-        try:
-            turns, question, name = row["choices"][0]["turns"], row["question_id"], row["model_id"]
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{path}, line {line}: expected an answer of FastChat's form, found no {error}") from error
-        if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-            raise ValueError(f"{path}, line {line}: expected a list of texts as turns")
+        turns, question = turns_of(row, f"{path}, line {line}"), row["question_id"]
         check_question(row, by_id, f"{path}, line {line}")
         if question in found:
             raise ValueError(f"{path}, line {line}: a second answer to question {question}")
         found[question] = turns
-        names.add(str(name))
+        names.add(str(row["model_id"]))
     if len(names) != 1:
         raise ValueError(f"{path}: expected answers of one model, found {', '.join(sorted(names)) or 'none'}")
     missing = [q.id for q in questions if len(found.get(q.id, ())) < len(q.turns)]
@@ -47,6 +42,28 @@ def read_answers(path: Path, questions: Sequence[Question]) -> tuple[str, dict[i
             "finish it with sparsegrad generate"
         )
     return names.pop(), found
+
+
+def turns_of(row: Mapping[str, Any], where: str) -> list[str]:
+    """Return the turns of an answer's first choice.
+
+    Args:
+        row: a line of an answer file.
+        where: the line's place, for the message.
+
+    Raises:
+        ValueError: the row is no answer.
+    """
+    if not {"question_id", "model_id", "choices"} <= row.keys():
+        raise ValueError(f"{where}: expected an answer of FastChat's form, found the keys {', '.join(row)}")
+    check_id(row["question_id"], where)
+    try:
+        turns = row["choices"][0]["turns"]
+    except (KeyError, IndexError, TypeError):
+        turns = None
+    if not are_texts(turns):
+        raise ValueError(f"{where}: expected choices with a list of texts as turns, found {str(row['choices'])[:60]!r}")
+    return list(turns)
 
 
 def check_question(row: Mapping[str, Any], questions: Mapping[int | str, Question], where: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from ..tasks.checksums import sha256_of
 from ..tasks.conversations import Message
 from ..tasks.generation import RowSampling
-from .answers import check_question
+from .answers import check_question, turns_of
 from .model import ChatModel
 from .questions import Question
 from .rows_file import open_rows
@@ -77,10 +77,16 @@ def answer_questions(
     if model.weights is not None:
         described["weights_sha256"] = sha256_of(sorted(model.weights.glob("*.safetensors")))
     by_id = {question.id: question for question in questions}
-    with open_rows(path) as file:
-        for line, row in enumerate(file.rows, 1):
-            _check_same(row, described, model_id, path)
-            check_question(row, by_id, f"{path}, answer {line}")
+
+    def check(row: dict[str, Any], where: str) -> None:
+        try:
+            turns_of(row, where)
+        except ValueError as error:
+            raise ValueError(f"{error}; name another --output") from None
+        _check_same(row, described, model_id, path)
+        check_question(row, by_id, where)
+
+    with open_rows(path, check) as file:
         done = {row["question_id"] for row in file.rows}
         open_questions = [question for question in questions if question.id not in done]
         advance(len(questions) - len(open_questions))

@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .prompts import Prompt, prompt_name
-from .questions import REFERENCE_CATEGORIES, Question
+from .questions import REFERENCE_CATEGORIES, Question, are_texts, check_id
 from .rows_file import open_rows
 
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 _WINNER = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 _TEMPERATURES = (0.0, 0.7, 0.7)
 """Of the first request and of its repetitions: at 0, a repetition would give the same judgement."""
+
+_KEYS = {"question_id", "category", "turn", "judge"}
+_KEYS_OF_ONE = {"model", "user_prompt", "score"}
+_KEYS_OF_TWO = {"model_1", "model_2", "g1_user_prompt", "g2_user_prompt", "g1_winner", "g2_winner"}
+"""What is read of a judgement, of one answer or of two."""
 
 Answers = Mapping[int | str, Sequence[str]]
 """Question -> the answers to its turns."""
@@ -118,7 +123,7 @@ class Grading:
             ValueError: the file is of another judge, or damaged.
             FileExistsError: another process writes the file.
         """
-        with open_rows(path) as file:
+        with open_rows(path, _check_row) as file:
             if others := {row["judge"][0] for row in file.rows} - {self.judge.model}:
                 raise ValueError(f"{path} holds judgements of {', '.join(sorted(others))}; write another file")
             asked = {item.key: [messages[1]["content"] for _, messages in self._requests(item)] for item in items}
@@ -163,14 +168,14 @@ class Grading:
             "question_id": item.question.id, "category": item.question.category, "turn": item.turn, "model_1": first,
             "model_2": second,
         }  # fmt: skip
-        names = {"A": "model_1", "B": "model_2", "C": "tie", None: None}
-        for game, (prompt, messages) in zip(("g1", "g2"), self._requests(item), strict=True):
+        for game, a, b, (prompt, messages) in zip(
+            ("g1", "g2"), ("model_1", "model_2"), ("model_2", "model_1"), self._requests(item), strict=True
+        ):
             raw, letter = await self._until_parsed(messages, winner_of)
-            if game == "g2":
-                letter = {"A": "B", "B": "A"}.get(str(letter), letter)
+            winner = {"A": a, "B": b, "C": "tie", None: None}[letter]
             row |= {
                 "judge": [self.judge.model, prompt], f"{game}_user_prompt": messages[1]["content"],
-                f"{game}_judgment": raw[-1], f"{game}_attempts": raw, f"{game}_winner": names[letter],
+                f"{game}_judgment": raw[-1], f"{game}_attempts": raw, f"{game}_winner": winner,
             }  # fmt: skip
         return {**row, "tstamp": time.time()}
 
@@ -200,6 +205,19 @@ class Grading:
             if (found := parse(raw[-1])) is not None:
                 return raw, found
         return raw, None
+
+
+def _check_row(row: Row, where: str) -> None:
+    """Raise ValueError if a row is no judgement."""
+    expected = _KEYS | (_KEYS_OF_ONE if "model" in row else _KEYS_OF_TWO)
+    if not expected <= row.keys():
+        raise ValueError(f"{where}: expected a judgement, found the keys {', '.join(row)}; name another --output")
+    check_id(row["question_id"], where)
+    if not are_texts(row["judge"]) or not row["judge"]:
+        raise ValueError(
+            f"{where}: expected the names of the judge and of its prompt, found {str(row['judge'])[:60]!r}; name "
+            "another --output"
+        )
 
 
 def _prompts_of(row: Row) -> list[str]:

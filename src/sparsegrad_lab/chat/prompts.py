@@ -61,7 +61,9 @@ def read_prompts(path: Path | None = None) -> dict[str, Prompt]:
     where = path or Path(str(files(__package__))) / "prompts.yaml"
     if not where.is_file():
         raise FileNotFoundError(f"{where}: no such file; expected prompts of a judge")
-    items: list[Any] = read_yaml(where) if where.suffix == ".yaml" else [item for _, item in read_objects(where)]
+    items = read_yaml(where) if where.suffix == ".yaml" else [item for _, item in read_objects(where)]
+    if not isinstance(items, list):
+        raise ValueError(f"{where}: expected a list of prompts, found {str(items)[:60]!r}")
     expected = {prompt_name(kind, turn, ref) for kind in _NAMES for turn in (1, 2) for ref in (False, True)}
     found = {}
     for item in items:

@@ -56,17 +56,23 @@ def read_questions(path: Path) -> list[Question]:
 
 def _question(item: dict[str, Any], where: str) -> Question:
     name, category, turns = item.get("question_id"), item.get("category", "general"), item.get("turns")
-    if isinstance(name, bool) or not isinstance(name, (int, str)):
-        raise ValueError(f"{where}: expected a number or a text as question_id, found {name!r}")
+    check_id(name, where)
     if not isinstance(category, str):
         raise ValueError(f"{where}: expected a text as category, found {category!r}")
-    if not _are_texts(turns) or not turns:
+    if not are_texts(turns) or not turns:
         raise ValueError(f"{where}: expected a list of texts as turns, found {str(turns)[:60]!r}")
     reference = item.get("reference") or []
-    if not _are_texts(reference):
+    if not are_texts(reference):
         raise ValueError(f"{where}: expected a list of texts as reference, found {str(reference)[:60]!r}")
-    return Question(name, category, tuple(turns), tuple(reference))
+    return Question(item["question_id"], category, tuple(turns), tuple(reference))
 
 
-def _are_texts(value: Any) -> bool:
+def check_id(name: Any, where: str) -> None:
+    """Raise ValueError unless `name` can be a question's id; `where` is its place in a file."""
+    if isinstance(name, bool) or not isinstance(name, (int, str)):
+        raise ValueError(f"{where}: expected a number or a text as question_id, found {name!r:.60}")
+
+
+def are_texts(value: Any) -> bool:
+    """True for a list of texts."""
     return isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 _RESAMPLES = 10_000
-WINS = {"model_2": 1.0, "tie": 0.5, "model_1": 0.0}
+_WINS = {"model_2": 1.0, "tie": 0.5, "model_1": 0.0}
 
 
 @dataclass(frozen=True)
@@ -71,4 +71,4 @@ def _value(row: dict[str, Any]) -> float | None:
     first, second = row["g1_winner"], row["g2_winner"]
     if first is None or second is None:
         return None
-    return WINS[first] if first == second else WINS["tie"]
+    return _WINS[first] if first == second else _WINS["tie"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,17 @@ from ..tasks.read import objects_in
 class RowsFile:
     """An open file; see `open_rows`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: Callable[[dict[str, Any], str], None]) -> None:
         self.path = path
         content = path.read_bytes() if path.is_file() else b""
         end = content.rfind(b"\n") + 1
         last_is_whole = _is_object(content[end:])
         self._whole: int | None = len(content) if last_is_whole else end
         self._break = b"\n" if last_is_whole else b""
-        self.rows: list[dict[str, Any]] = [row for _, row in objects_in(content[: self._whole], path)]
+        self.rows: list[dict[str, Any]] = []
+        for line, row in objects_in(content[: self._whole], path):
+            check(row, f"{path}, line {line}")
+            self.rows.append(row)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; it is on the disk when this returns. The first one replaces a line that a kill cut off."""
@@ -43,8 +46,12 @@ class RowsFile:
 
 
 @contextmanager
-def open_rows(path: Path) -> Iterator[RowsFile]:
+def open_rows(path: Path, check: Callable[[dict[str, Any], str], None] = lambda row, where: None) -> Iterator[RowsFile]:
     """Open a file for one process, with the rows that it already has. It changes with the first row that is added.
+
+    Args:
+        path: the file.
+        check: gets each row and its place, and raises ValueError if it does not belong in the file.
 
     Raises:
         ValueError: a line that a kill cannot have cut off is no JSON object.
@@ -58,7 +65,7 @@ def open_rows(path: Path) -> Iterator[RowsFile]:
     except Timeout:
         raise FileExistsError(f"{path}: another process writes this file; wait for it, or write another one") from None
     try:
-        yield RowsFile(path)
+        yield RowsFile(path, check)
     finally:
         lock.release()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 from rich.console import Console
@@ -32,6 +33,8 @@ def main(argv: list[str]) -> None:
     session = Session(
         open_model(options.model), console, options.max_new_tokens, options.temperature, options.seed, options.system
     )
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  # lines can be edited, and earlier ones come back

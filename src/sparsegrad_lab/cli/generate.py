@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     from ..run.progress_bar import make_progress_bar
 
     model = open_model(options.model)
-    model_id = options.model_id or "-".join(Path(options.model).parts[-2:])
+    model_id = options.model_id or default_id(options.model)
     settings = AnswerSettings(options.seed, options.max_new_tokens, options.temperature)
     with make_progress_bar(Console(stderr=True)) as bar:
         task = bar.add_task("answering", total=len(questions))
@@ -65,6 +65,12 @@ def main(argv: list[str]) -> None:
     print(f"written: {output} ({count} new answers, {len(questions)} in all)")
     paths = [shlex.quote(str(path)) for path in (output, options.questions)]
     print(f"next:    sparsegrad judge {paths[0]} --questions {paths[1]} --model JUDGE")
+
+
+def default_id(model: str) -> str:
+    """Return the last two parts of a model's path. Those of a folder are of its full path: `.` has none."""
+    path = Path(model)
+    return "-".join((path.resolve() if path.exists() else path).parts[-2:])
 
 
 def output_file(model: str, output: str | None, questions: str) -> Path:

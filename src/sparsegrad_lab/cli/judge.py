@@ -32,10 +32,9 @@ def main(argv: list[str]) -> None:
     from ..chat.ratings import table_of
     from ..run.progress_bar import make_progress_bar
 
-    questions, models = _read(options)
     output = _output_file(options)
-    for path in (output, *([] if options.page is None else [Path(options.page)])):
-        check_file(path)
+    _check_written(options, output)
+    questions, models = _read(options)
     prompts = read_prompts(None if options.prompts is None else Path(options.prompts))
     judge = Endpoint(options.model, timeout=options.timeout)
     without = [
@@ -104,6 +103,20 @@ def _check(options: Any) -> None:
         raise ValueError(f"timeout must be above 0, found {options.timeout}")
     if options.mode == "pair" and len(options.answers) < 2:
         raise ValueError("mode pair compares answer files with the first one: expected at least two, found one")
+
+
+def _check_written(options: Any, output: Path) -> None:
+    """Raise an error for a file that cannot be written, or is another file of the command."""
+    known = {Path(path).resolve(): "a file of answers" for path in options.answers}
+    for name in ("questions", "references", "prompts"):
+        if (path := getattr(options, name)) is not None:
+            known[Path(path).resolve()] = f"--{name}"
+    written = {"--output": output} | ({} if options.page is None else {"--page": Path(options.page)})
+    for name, file in written.items():
+        check_file(file)
+        if file.resolve() in known:
+            raise ValueError(f"{name}: {file} is also {known[file.resolve()]}; name another file to write")
+        known[file.resolve()] = name
 
 
 def _read(options: Any) -> tuple[list[Any], dict[str, Any]]:

@@ -13,6 +13,7 @@ from sparsegrad_lab.chat.answers import read_answers
 from sparsegrad_lab.chat.generation import AnswerSettings, answer_questions
 from sparsegrad_lab.chat.model import ChatModel, open_model
 from sparsegrad_lab.chat.questions import Question, read_questions
+from sparsegrad_lab.cli.generate import default_id
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.tasks.generation import RowSampling
 
@@ -108,6 +109,39 @@ def test_a_changed_question_is_refused(model: ChatModel, tmp_path: Path) -> None
         with pytest.raises(ValueError, match="the answer is to another question 1"):
             read_answers(path, [changed])
     assert answer(model, [Question(2, "math", ("a film",))], path) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"question_id": [1]}, r"line 1: expected a number or a text as question_id, found \[1\]"),
+        ({"choices": {}}, r"line 1: expected choices with a list of texts as turns, found '\{\}'"),
+        ({"choices": [{"turns": [1]}]}, r"line 1: expected choices with a list of texts as turns, found "),
+    ],
+)
+def test_lines_that_are_no_answers(more: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question_id": 1, "model_id": "m", "choices": [{"turns": ["a"]}], **more}))
+    with pytest.raises(ValueError, match=message):
+        read_answers(path, [Question(1, "math", ("what is warm",))])
+
+
+def test_a_file_that_holds_no_answers(model: ChatModel, questions: Path) -> None:
+    asked, before = read_questions(questions), questions.read_bytes()
+    with pytest.raises(
+        ValueError,
+        match=r"line 1: expected an answer .*, found the keys question_id, category, turns; name another --out",
+    ):
+        answer(model, asked, questions)
+    assert questions.read_bytes() == before
+
+
+def test_the_default_name_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "lora").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs" / "lora")
+    assert default_id(".") == default_id("../lora") == "runs-lora"
+    assert default_id("org/model") == "org-model"
+    assert default_id("smollm2") == "smollm2"
 
 
 def test_the_command(chat_llama: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

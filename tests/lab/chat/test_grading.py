@@ -258,6 +258,46 @@ def test_refused_before_any_request(
     assert "found none for 4 questions, such as 82; finish it with sparsegrad generate" in capsys.readouterr().err
 
 
+def test_files_that_would_be_replaced(
+    questions: Path, answers: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A page, or judgements, in the place of what the command reads or also writes."""
+    before = Path(answers[1]).read_bytes()
+    words = ["judge", *answers, "--questions", str(questions), "--model", "m"]
+    for more, message in (
+        (["--page", answers[1]], f"--page: {answers[1]} is also a file of answers; name another file to write"),
+        (["--output", str(questions)], f"--output: {questions} is also --questions; name another file to write"),
+        (["--output", str(tmp_path / "a"), "--page", str(tmp_path / "." / "a")], "is also --output; name another file"),
+        (["--page", str(tmp_path / "judgements-m-single.jsonl")], "judgements-m-single.jsonl is also --output; name"),
+    ):
+        assert main([*words, *more]) == 1
+        assert message in capsys.readouterr().err
+    assert Path(answers[1]).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"question_id": 1, "turns": ["a"]},
+            r"line 1: expected a judgement, found the keys question_id, turns; name an",
+        ),
+        (
+            {"judge": []},
+            r"line 1: expected the names of the judge and of its prompt, found '\[\]'; name another --output",
+        ),
+        ({"question_id": [1]}, r"line 1: expected a number or a text as question_id, found \[1\]"),
+    ],
+)
+def test_a_file_that_holds_no_judgements(row: dict[str, Any], message: str, questions: Path, tmp_path: Path) -> None:
+    path = tmp_path / "judged.jsonl"
+    whole = {"question_id": 1, "category": "a", "turn": 1, "model": "m", "user_prompt": "", "score": 1, "judge": ["m"]}
+    path.write_text(json.dumps(row if "turns" in row else {**whole, **row}), encoding="utf-8")
+    with answering((200, completion("[[9]]"))) as asked, pytest.raises(ValueError, match=message):
+        asyncio.run(grade("m", [Item(read_questions(questions)[0], 1, {"m": ["an answer"]})], path))
+    assert not asked
+
+
 @pytest.mark.parametrize("models", [("a",), ("a", "b")])
 def test_new_answers_are_graded_anew(models: tuple[str, ...], questions: Path, tmp_path: Path) -> None:
     """Ratings of earlier answers stay in the file and do not count, as after a model was trained again."""

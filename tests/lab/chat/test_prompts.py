@@ -45,3 +45,8 @@ def test_refused(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     with pytest.raises(ValueError, match=r"single-v1: unknown field secret; expected some of answer, question"):
         read_prompts(path)
+    path = tmp_path / "prompts.yaml"
+    for content in ("", "3"):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"prompts\.yaml: expected a list of prompts, found '(None|3)'"):
+            read_prompts(path)

@@ -103,6 +103,9 @@ def test_the_command(
     monkeypatch.setattr("sys.stdin", io.StringIO("what is warm\n/quit\nnever read\n"))
     assert main(["chat", str(run), "--max_new_tokens", "6"]) == 0
     assert capsys.readouterr().out == "bright one\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"what is \xff warm\n"), encoding="utf-8"))
+    assert main(["chat", str(run), "--max_new_tokens", "6"]) == 0  # bytes that are not UTF-8 do not end it
+    assert capsys.readouterr().out
     assert main(["chat", str(finished_run)]) == 1
     assert "expected a run of a language model, found one of text classification" in capsys.readouterr().err
     assert main(["chat", str(run), "--temperature", "-1"]) == 1
