@@ -29,8 +29,8 @@ def answers_page(
     ratings = {(row["question_id"], row["turn"], row.get("model")): row.get("score") for row in rows}
     names = list(dict.fromkeys(name for means in table.values() for name in means))
     lines = ["# Answers"]
-    lines += ["", f"| | {' | '.join(table)} |", f"| --- |{' --- |' * len(table)}"] if table else []
-    lines += [f"| {name} | {' | '.join(str(means.get(name, '')) for means in table.values())} |" for name in names]
+    lines += ["", _row("", *table), f"| --- |{' --- |' * len(table)}"] if table else []
+    lines += [_row(name, *(str(means.get(name, "")) for means in table.values())) for name in names]
     lines += ["", note]
     for question in questions:
         lines += ["", f"## {question.id}, {question.category}"]
@@ -41,6 +41,11 @@ def answers_page(
                 shown = "" if rating is None else f", rated {rating:g}"
                 lines += ["", f"**{name}**{shown}", "", *_verbatim(answers[question.id][turn - 1])]
     return "\n".join(lines) + "\n"
+
+
+def _row(*cells: str) -> str:
+    """A row of a table. Names of models and categories may have the mark between cells."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _verbatim(text: str) -> Iterator[str]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+TOTAL = "all questions"
+"""Names the mean of all categories; a category may be named "all"."""
 _RESAMPLES = 10_000
 _WINS = {"model_2": 1.0, "tie": 0.5, "model_1": 0.0}
 
@@ -29,7 +31,7 @@ class Mean:
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Mean]]:
-    """Model -> "all", "turn 1", "turn 2" and each category -> mean.
+    """Model -> `TOTAL`, "turn 1", "turn 2" and each category -> mean.
 
     Of single-answer grading: the mean rating. Of comparisons: the second model's share of wins, where a tie counts
     half. Rows without a rating are left out; see `unrated`.
@@ -39,7 +41,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Mean]]:
         value = _value(row)
         if value is not None:
             model = row.get("model") or row["model_2"]
-            for name in ("all", f"turn {row['turn']}", row["category"]):
+            for name in (TOTAL, f"turn {row['turn']}", row["category"]):
                 values[model][name][row["question_id"]].append(value)
     return {
         model: {

@@ -155,9 +155,11 @@ def _note(rows: list[dict[str, Any]], mode: str, first: str) -> str:
 
 
 def _show(found: dict[str, dict[str, Any]], note: str) -> None:
+    from ..chat.ratings import TOTAL
+
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     names = list(dict.fromkeys(name for means in found.values() for name in means))
-    ends = [name for name in names if name.startswith("turn ") or name == "all"]
+    ends = [name for name in names if name.startswith("turn ") or name == TOTAL]
     table = Table("", *found)
     for name in [*sorted(set(names) - set(ends)), *sorted(ends, reverse=True)]:
         table.add_row(name, *(str(means.get(name, "")) for means in found.values()))

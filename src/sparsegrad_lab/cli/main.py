@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return ExitCode.FINISHED
-    verb, rest = words[0], words[1:]
+    verb = words[0]
+    rest = words[1:] or (["--help"] if verb in _NEEDS_ARGUMENTS else [])
     if verb not in VERBS:
         near = get_close_matches(verb, VERBS, n=1)
         advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(VERBS)}"
@@ -80,12 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         return ExitCode.REFUSED
-    if not rest and verb in _NEEDS_ARGUMENTS:
-        rest = ["--help"]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; its warnings do not concern us
     try:
         with _sigterm_as_ctrl_c(), only_rank0_speaks():
             import_module(f".{verb}", __package__).main(rest)
+            sys.stdout.flush()
     except ModuleNotFoundError as error:
         if traceback or (error.name or "").startswith(("sparsegrad_peft", "sparsegrad_lab")):
             raise
@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sparsegrad {verb}: {error}{advice}", file=sys.stderr)
         return ExitCode.FAILED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            return ExitCode.FAILED
         if traceback:
             raise
         if reports(error):
@@ -121,6 +123,16 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _reader_has_left() -> bool:
+    """True if nobody reads the standard output any more, as after `| head -1`. The rest of it then goes nowhere."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _message(error: Exception) -> str:

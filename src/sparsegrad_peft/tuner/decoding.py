@@ -44,10 +44,9 @@ class Layer(Protocol):
 @contextmanager
 def prepared_for_decoding(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
     """Fold the layers of a model while `generate` runs: once, also for calls within calls and in several threads."""
-    with _lock:
-        _running[model] = _running.get(model, 0) + 1
     try:
         with _lock:
+            _running[model] = _running.get(model, 0) + 1
             for layer in layers if _running[model] == 1 else ():
                 layer.fold()
         yield

@@ -15,8 +15,15 @@ def test_answers_side_by_side() -> None:
         for turn, name, score in [(1, "lora", 3.0), (2, "lora", None), (1, "sparsegrad", 7.5), (2, "sparsegrad", 8.0)]
     ]
     page = answers_page(questions, models, rows, table_of(rows), "Mean rating.")
-    assert "| all | 3.00 | 7.75 |" in page
+    assert "| all questions | 3.00 | 7.75 |" in page
     assert "## 81, writing\n\n### Turn 1\n\n```text\nWhat is it?\n```\n" in page
     assert "**lora**, rated 3\n\n````text\n```python\n<b>x</b>\n```\n````\n" in page  # a longer fence than the answer's
     assert "**lora**\n\n```text\nNo.\n```" in page  # without a rating
     assert "**sparsegrad**, rated 7.5\n\n```text\nA film.\n```" in page
+
+
+def test_names_with_the_mark_of_tables() -> None:
+    rows = [{"question_id": 1, "category": "a|b", "turn": 1, "model": "x|y", "score": 3.0}]
+    page = answers_page([], {}, rows, table_of(rows), "")
+    assert "|  | x\\|y |\n| --- | --- |\n" in page
+    assert "\n| a\\|b | 3.00 |\n" in page

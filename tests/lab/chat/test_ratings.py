@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap as reference
 
-from sparsegrad_lab.chat.ratings import bootstrap, table_of, unrated
+from sparsegrad_lab.chat.ratings import TOTAL, bootstrap, table_of, unrated
 
 
 def test_the_interval_is_scipys() -> None:
@@ -27,7 +27,7 @@ def test_means_by_category_and_turn() -> None:
         ]
     ]  # fmt: skip
     means = {name: found.mean for name, found in table_of(rows)["m"].items()}
-    assert means == {"all": 5.5, "turn 1": 6.5, "turn 2": 4.5, "math": 3.0, "stem": 8.0}
+    assert means == {TOTAL: 5.5, "turn 1": 6.5, "turn 2": 4.5, "math": 3.0, "stem": 8.0}
     assert unrated(rows) == 1
     assert str(table_of(rows)["m"]["math"]) == "3.00"  # of one question there is no interval
 
@@ -39,5 +39,14 @@ def test_a_winner_wins_in_both_orders() -> None:
          "g2_winner": second}
         for number, (first, second) in enumerate(games)
     ]  # fmt: skip
-    assert table_of(rows)["b"]["all"].mean == pytest.approx((1 + 0.5 + 0) / 3)
+    assert table_of(rows)["b"][TOTAL].mean == pytest.approx((1 + 0.5 + 0) / 3)
     assert unrated(rows) == 1
+
+
+def test_a_category_named_all() -> None:
+    rows = [
+        {"question_id": number, "turn": 1, "category": category, "model": "m", "score": score}
+        for number, category, score in [(1, "all", 4.0), (2, "math", 2.0)]
+    ]
+    found = table_of(rows)["m"]
+    assert (found["all"].mean, found[TOTAL].mean) == (4.0, 3.0)

@@ -77,6 +77,19 @@ def test_a_process_of_its_own() -> None:
     assert found.stderr == ""
 
 
+@pytest.mark.parametrize("buffering", [1, 100_000], ids=["while it prints", "at the end"])
+def test_a_reader_that_leaves(
+    buffering: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in `sparsegrad presets | head -1`: no message, also when the process closes its output."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering) as output:
+        monkeypatch.setattr("sys.stdout", output)
+        assert main(["presets"]) == 1
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])
 def test_help_names_each_verb_and_a_first_run(words: tuple[str, ...], run: Run) -> None:
     status, out, _ = run(*words)
