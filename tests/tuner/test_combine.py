@@ -128,11 +128,23 @@ def test_weighted_sums_that_are_refused() -> None:
         (["one", "fewer"], [1, 1], r"'one' and 'fewer' adapt different layers, such as .*output.dense"),
         (["one", "none"], [1, 1], r"no adapter named none; there are one, two"),
         (["one"], [1, 1], r"expected adapters and as many finite weights"),
+        (["one"], ["1"], r"expected adapters and as many finite weights, found \['one'\] and \['1'\]"),
+        (["one"], [None], r"expected adapters and as many finite weights, found \['one'\] and \[None\]"),
+        (["one"], 1.0, r"expected adapters and as many finite weights, found \['one'\] and 1.0"),
+        (["one"], [10**400], r"expected adapters and as many finite weights"),
+        (
+            ["one", "two"],
+            [1e39, 1.0],
+            r"the sum with weights \[1e\+39, 1.0\] is not finite in .*intermediate.dense; exp",
+        ),
         ([], [], r"expected adapters"),
         (["one"], [float("nan")], r"finite weights"),
     ):
         with pytest.raises(ValueError, match=words):
             model.add_weighted_adapter(adapters, weights, "sum")
+    for name in ("", 3):
+        with pytest.raises(ValueError, match=f"expected a text as the name of an adapter, found {name!r}"):
+            model.add_weighted_adapter(["one"], [1.0], name)
     with pytest.raises(ValueError, match="already has an adapter named 'two'"):
         model.add_weighted_adapter(["one"], [1.0], "two")
     with pytest.raises(ValueError, match=r'combination_type must be "linear" or "cat", found .svd.'):
@@ -148,7 +160,7 @@ def test_weighted_sums_that_are_refused() -> None:
 def test_weighted_sum_with_a_head_is_refused() -> None:
     model, _ = trained_adapter("bert", task_type="SEQ_CLS")
     with pytest.raises(ValueError, match=r"modules that are trained whole \(.*classifier\) and cannot be summed"):
-        model.add_weighted_adapter(["default"], [0.5], "half")
+        model.add_weighted_adapter(["default"], [0.5], "sum")
 
 
 def test_hotswap_is_refused_by_peft(tmp_path: Path) -> None:

@@ -80,9 +80,11 @@ def check_adapter_name(name: str) -> None:
     """Refuse a name that PyTorch's containers cannot hold.
 
     Raises:
-        ValueError: the name has a dot, is an attribute of `torch.nn.ModuleDict` or `ParameterDict`, or a basis's tensor
-            has it, which PEFT would take for another adapter's when it saves.
+        ValueError: the name is empty or no text, has a dot, or is an attribute of `torch.nn.ModuleDict` or
+            `ParameterDict`; or a basis's tensor has it, which PEFT would take for another adapter's when it saves.
     """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"expected a text as the name of an adapter, found {name!r}")
     if name in BASIS_BUFFERS:
         raise ValueError(f"{name!r} cannot be the name of an adapter: a tensor of its bases has this name")
     if "." in name or any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict())):

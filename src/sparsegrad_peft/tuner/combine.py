@@ -23,6 +23,7 @@ from ..method.basis import BASIS_BUFFERS, Basis
 from ..method.precision import at_least_float32
 from ..method.sides import as_matrix, scaled
 from .adapters import layer_key, layers_of
+from .checks import check_adapter_name
 from .config import SparseGradConfig
 from .experts import SparseGradExperts
 from .layer import SparseGradLayer
@@ -50,10 +51,10 @@ def add_weighted_sum(
     tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *, joined: bool
 ) -> None:
     """Add the weighted sum of adapters; see `SparseGradModel.add_weighted_adapter`. `joined` is its "cat"."""
+    check_adapter_name(adapter_name)
     if adapter_name in tuner.peft_config:
         raise ValueError(f"the model already has an adapter named {adapter_name!r}")
-    if not adapters or len(adapters) != len(weights) or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"expected adapters and as many finite weights, found {list(adapters)} and {list(weights)}")
+    _check_weights(adapters, weights)
     unknown = [name for name in adapters if name not in tuner.peft_config]
     if unknown:
         raise ValueError(f"no adapter named {', '.join(unknown)}; there are {', '.join(tuner.peft_config)}")
@@ -65,6 +66,9 @@ def add_weighted_sum(
     assert isinstance(config, SparseGradConfig)
     config.init_weights = True
     sums = _join(tuner, adapters, weights, layers, config) if joined else _add(adapters, weights, layers)
+    too_large = [name for name, (_, core) in sums.items() if not core.isfinite().all()]
+    if too_large:
+        raise ValueError(f"the sum with weights {weights!r} is not finite in {too_large[0]}; expected smaller weights")
     tuner.peft_config[adapter_name] = config
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
@@ -76,6 +80,15 @@ def add_weighted_sum(
         layer.sparsegrad_basis[adapter_name] = basis
         layer.sparsegrad_S[adapter_name] = nn.Parameter(core, requires_grad=False)  # not active yet
         layer.sparsegrad_checked[adapter_name] = True
+
+
+def _check_weights(adapters: Any, weights: Any) -> None:
+    try:
+        fit = len(adapters) == len(weights) > 0 and all(math.isfinite(weight) for weight in weights)
+    except (TypeError, OverflowError):  # no lists, no numbers, or an integer that is no float
+        fit = False
+    if not fit:
+        raise ValueError(f"expected adapters and as many finite weights, found {adapters!r} and {weights!r}")
 
 
 def _check_layers(tuner: BaseTuner, adapters: Sequence[str], first: dict[str, SparseGradLayer], joined: bool) -> None:
