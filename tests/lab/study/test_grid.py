@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from commands import Command
 from grids import Lines, read, result_file
-from groups_of_processes import free_port
+from groups_of_processes import free_port, launcher_environment
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.run.parsing import arguments_from
@@ -101,9 +102,9 @@ def search_one_rate(experiments: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # six processes import the training stack, which takes minutes on a busy machine
 def test_two_processes_share_the_runs_and_a_killed_one_is_taken_up(
-    experiments: Path, places: Places, load: Any, tiny_bert: Path
+    experiments: Path, places: Places, load: Any, tiny_bert: Path, tmp_path: Path
 ) -> None:
-    """One process is killed. Then `torchrun` starts two, each of which does runs of its own."""
+    """One process is killed. Then two are started as by `torchrun`, each of which does runs of its own."""
     search_one_rate(experiments)
     words = ["-m", "sparsegrad_lab.cli.main", "reproduce", "first", "--folder", str(experiments)]
     words += ["--results", str(places.results), "--runs", str(places.runs)]
@@ -119,9 +120,11 @@ def test_two_processes_share_the_runs_and_a_killed_one_is_taken_up(
     assert list(places.runs.rglob("*.log"))
     assert not list(places.results.rglob("*.json"))  # it was in the first run
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    both = subprocess.run([*torchrun, *words], stdout=subprocess.PIPE, text=True, timeout=280, check=True)
-    assert both.stdout.count("2 runs, 0 failed") == 1  # the first one prints
+    port = free_port()
+    both = [Command(words[2:], tmp_path / f"printed-{rank}", launcher_environment(rank, 2, port)) for rank in range(2)]
+    ended = [command.wait() for command in both]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert "".join(out for _, out, _ in ended).count("2 runs, 0 failed") == 1  # the first one prints
     attempts = [read(path)["attempts"] for path in places.results.rglob("*.json")]
     assert sorted(attempts) == [1, 2]
 
@@ -130,18 +133,16 @@ def test_two_processes_share_the_runs_and_a_killed_one_is_taken_up(
 def test_two_machines_share_a_study(experiments: Path, tmp_path: Path, empty_database: str, load: Any) -> None:
     """Nothing in common but a database: each run is made by one of them, and both have all results."""
     search_one_rate(experiments)
-    words = [sys.executable, "-m", "sparsegrad_lab.cli.main", "reproduce", "first", "--folder", str(experiments)]
-    words += ["--storage", empty_database, "--threads", "1", "--methods", "lora", "--seeds", "0"]
+    words = ["reproduce", "first", "--folder", str(experiments), "--storage", empty_database, "--threads", "1"]
+    words += ["--methods", "lora", "--seeds", "0"]
     machines = [tmp_path / "one", tmp_path / "other"]
-    processes = [
-        subprocess.Popen(
-            [*words, "--results", str(machine / "results"), "--runs", str(machine / "runs")],
-            stdout=subprocess.PIPE, text=True,
-        )
+    both = [
+        Command([*words, "--results", str(machine / "results"), "--runs", str(machine / "runs")], machine / "printed")
         for machine in machines
-    ]  # fmt: skip
-    said = [process.communicate(timeout=280)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    ]
+    ended = [command.wait() for command in both]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    said = [out for _, out, _ in ended]
     lines = [line for words in said for line in words.splitlines() if line.startswith("first/")]
     assert len(lines) == len({line.split(":")[0] for line in lines}) == 2
     found = [
