@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from ..figures.drawing import svg_text
 from .runs import Run
 from .sections import Section
-from .statistics import Comparison, by_unit, compare_all, score_table
+from .statistics import Comparison, by_unit, compare_all
 
 _MARKERS = "os^Dv<>Pp*X"
 "Eleven, with ten colours: 110 methods look different, also without colours."
@@ -42,10 +42,9 @@ def difference_plots(section: Section) -> list[Plot]:
     """Each method's mean difference to the baseline with its 95 % interval, and a dot for each task; a plot a unit."""
     plots = []
     for unit, part, found in _comparisons(section):
-        scores = score_table(part.runs).groupby(level="task").mean()
         with _drawing(5.2, 1.1 + 0.4 * _lines(one.method for one in found)) as (figure, [axes]):
             for place, comparison in enumerate(found):
-                dots = (scores[comparison.method] - scores[comparison.other]).dropna()
+                dots = comparison.by_task
                 axes.plot(dots, [place] * len(dots), "o", color="C0", alpha=0.45, markersize=5, markeredgewidth=0)
                 if not math.isnan(comparison.low):
                     axes.plot([comparison.low, comparison.high], [place, place], color="C0", linewidth=2.5)
@@ -56,7 +55,8 @@ def difference_plots(section: Section) -> list[Plot]:
             axes.set_xlabel(f"difference, {unit} ({'right' if part.runs[0].higher_is_better else 'left'} is better)")
             svg = _svg(figure)
         caption = (
-            "Diamond: mean over pairs of runs with the same task and seed. Bar: its 95 % interval. Dots: the tasks."
+            "Diamond: mean over pairs of runs with the same task and seed. Bar: its 95 % interval. Dots: the same mean "
+            "for each task."
         )
         description = f"{caption} {'; '.join(f'{one.method} {_difference(one)}' for one in found)}."
         plots.append(Plot(f"Difference to {section.baseline}", svg, caption, description))

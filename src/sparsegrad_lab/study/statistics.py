@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,13 @@ FEWEST = 6
 """Pairs that a difference needs to be called significant. All of five pairs point the same way once in sixteen times by
 chance, and so few differences do not show whether they are normally distributed, as the t-test assumes."""
 
+FEWEST_TASKS = 5
+"Tasks that the bootstrap needs: with two or three, its interval of 95 % covers 50 to 85 % (simulated)."
+
 _DRAWS = 10_000
 "Samples of the bootstrap."
+_ROUNDING = 1e-9
+"Differences below it are rounding."
 
 
 @dataclass(frozen=True)
@@ -30,18 +35,17 @@ class Comparison:
     difference: float
     "mean, in the unit of the scores"
     low: float
-    "lower end of the 95 % interval of the mean (Student's t); nan with fewer than two pairs"
+    "lower end of the 95 % interval of the mean (Student's t); nan with fewer than two pairs, and without spread"
     high: float
     p: float
-    "of the paired t-test; nan with fewer than two pairs"
+    "of the paired t-test; nan likewise"
     ahead: int
     "pairs in which the method has the better score"
     tasks: int
     p_tasks: float
-    "of the same test over the means of the tasks, whose runs share rows and a learning rate; nan with fewer than two"
-    low_tasks: float = math.nan
-    "lower end of the 95 % interval of a hierarchical bootstrap; nan with fewer than two tasks"
-    high_tasks: float = math.nan
+    "of the same test over the means of the tasks, whose runs share rows and a learning rate; nan likewise"
+    differences: pd.Series = field(compare=False, repr=False)
+    "of the pairs, by (task, seed)"
     needed: int | None = None
     "pairs for an interval of half a point on either side; None for other units, and with fewer than two pairs"
     unit: str = "points"
@@ -55,7 +59,7 @@ class Comparison:
         pairs = f"{self.pairs} pair{'s' if self.pairs > 1 else ''} of runs"
         tasks = f" on {self.tasks} tasks" if self.tasks > 1 else ""
         found = f"{self.difference:+.{digits}f} {unit} over {pairs}{tasks}, ahead in {self.ahead}"
-        if self.pairs > 1:
+        if not math.isnan(self.low):
             found += f" (95 % interval {self.low:+.{digits}f} to {self.high:+.{digits}f})"
         if self.conclusion != "significant":
             return f"{self.method} against {self.other}: {self.conclusion}. {found}."
@@ -67,10 +71,18 @@ class Comparison:
         """Whether the difference is significant at 5 %, over the pairs and over the tasks."""
         if self.pairs < FEWEST:
             return "too few runs to tell"
+        if math.isnan(self.low):
+            return f"all pairs {'differ by the same amount' if self.difference else 'are equal'}"
         if self.low <= 0 <= self.high:
             return "no significant difference"
-        over_tasks = self.tasks < 2 or self.p_tasks < 0.05
+        same_sign = self.difference * self.by_task.mean() > 0  # a task with many pairs can outvote all others
+        over_tasks = self.tasks < 2 or (self.p_tasks < 0.05 and same_sign)
         return "significant" if over_tasks else "significant over these runs, but not over tasks"
+
+    @property
+    def by_task(self) -> pd.Series:
+        """Mean difference of the pairs of each task."""
+        return self.differences.groupby(level="task").mean()
 
 
 def score_table(runs: Iterable[Run]) -> pd.DataFrame:
@@ -151,18 +163,14 @@ def compare_all(runs: Sequence[Run], methods: Iterable[str], other: str) -> list
     for method in methods:
         pairs = scores.reindex(columns=[method, other]).dropna()
         difference = pairs[method] - pairs[other]
-        low, high, p = _paired_t_test(pairs[method], pairs[other])
-        of_tasks = pairs.groupby(level="task").mean()
-        p_tasks = _paired_t_test(of_tasks[method], of_tasks[other])[2]
-        ahead = int((better * difference > 0).sum())
-        mean = float(difference.mean())
-        low_tasks, high_tasks = _hierarchical_bootstrap(difference)
-        needed = pairs_needed(difference) if unit == "points" else None
+        difference = difference.where(difference.abs() >= _ROUNDING, 0.0)
+        low, high, p = _t_test(difference)
+        of_tasks = difference.groupby(level="task").mean()
         found.append(
             Comparison(
-                method=method, other=other, pairs=len(pairs), difference=mean, low=low, high=high, p=p, ahead=ahead,
-                tasks=len(of_tasks), p_tasks=p_tasks, low_tasks=low_tasks, high_tasks=high_tasks,
-                needed=needed, unit=unit,
+                method=method, other=other, pairs=len(pairs), difference=float(difference.mean()), low=low, high=high,
+                p=p, ahead=int((better * difference > 0).sum()), tasks=len(of_tasks), p_tasks=_t_test(of_tasks)[2],
+                differences=difference, needed=pairs_needed(difference) if unit == "points" else None, unit=unit,
             )
         )  # fmt: skip
     return found
@@ -184,10 +192,13 @@ def pairs_needed(differences: Sequence[float] | pd.Series, half_width: float = 0
     return pairs
 
 
-def _hierarchical_bootstrap(difference: pd.Series) -> tuple[float, float]:
-    """Ends of the 95 % interval of the mean over tasks, if tasks were drawn anew and then seeds within each task."""
+def hierarchical_bootstrap(difference: pd.Series) -> tuple[float, float]:
+    """Ends of the 95 % interval of the mean over tasks, if tasks were drawn anew and then seeds within each task.
+
+    Differences are by (task, seed); nan below `FEWEST_TASKS`.
+    """
     by_task = [own.to_numpy() for _, own in difference.groupby(level="task")]
-    if len(by_task) < 2:
+    if len(by_task) < FEWEST_TASKS:
         return math.nan, math.nan
     generator = np.random.default_rng(0)
     chosen = generator.integers(len(by_task), size=(_DRAWS, len(by_task)))
@@ -200,16 +211,15 @@ def _hierarchical_bootstrap(difference: pd.Series) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _paired_t_test(first: pd.Series, second: pd.Series) -> tuple[float, float, float]:
-    """Ends of the 95 % interval of the mean difference, and p of the hypothesis that it is 0; nan below two pairs."""
-    from scipy.stats import ttest_rel
+def _t_test(differences: pd.Series) -> tuple[float, float, float]:
+    """Ends of the 95 % interval of the mean, and p of the hypothesis that it is 0.
 
-    difference = first - second
-    if len(difference) < 2:
+    nan below two differences, and if all are equal: there is no spread to estimate.
+    """
+    from scipy.stats import ttest_1samp
+
+    if len(differences) < 2 or np.ptp(differences) < _ROUNDING:
         return math.nan, math.nan, math.nan
-    if np.ptp(difference) < 1e-9:  # no spread to estimate: the statistic is 0 / 0 or infinite
-        mean = float(difference.mean())
-        return mean, mean, float(abs(mean) < 1e-9)
-    test = ttest_rel(first, second)
+    test = ttest_1samp(differences, 0)
     interval = test.confidence_interval()
     return float(interval.low), float(interval.high), float(test.pvalue)

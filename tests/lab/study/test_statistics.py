@@ -14,9 +14,9 @@ from sparsegrad_lab.study.runs import Rows, Run
 from sparsegrad_lab.study.sections import Section
 from sparsegrad_lab.study.statistics import (
     FEWEST,
-    _hierarchical_bootstrap,
     at_last_evaluation,
     compare,
+    hierarchical_bootstrap,
     means_of_tasks,
     pairs_needed,
     score_table,
@@ -55,8 +55,7 @@ def test_comparison_by_hand(runs: list[Run]) -> None:
     assert found.difference == pytest.approx(2)
     assert (found.low, found.high) == (pytest.approx(2 - 3.1824 * 0.70711, abs=1e-3), pytest.approx(4.2503, abs=1e-3))
     assert found.p == pytest.approx(0.0663, abs=1e-4)
-    # Task means 3 and 1: the bootstrap's mean lies between the lowest and the highest difference.
-    assert (found.low_tasks, found.high_tasks) == (pytest.approx(1), pytest.approx(3.75, abs=0.3))
+    assert found.by_task.to_dict() == {"rte": pytest.approx(3), "mrpc": pytest.approx(1)}
     assert found.needed == 34  # t(33) = 2.035: 2.035 * 1.414 / √34 = 0.494
     assert str(found) == (
         "sparsegrad against lora: too few runs to tell. +2.00 points over 4 pairs of runs on 2 tasks, ahead in 4 "
@@ -76,16 +75,20 @@ def test_comparison_by_hand(runs: list[Run]) -> None:
         ([2, 4, 1, 1, 2, 2], "a is better than b: +2.00 points"),
         ([-2, -4, -1, -1, -2, -2], "a is worse than b: -2.00 points"),
         ([2, 4, -1, -1, 2, 2], "a against b: no significant difference. +1.33 points"),
+        ([1] * 6, "a against b: all pairs differ by the same amount. +1.00 points over 6 pairs of runs, ahead in 6."),
+        ([0] * 6, "a against b: all pairs are equal. +0.00 points over 6 pairs of runs, ahead in 0."),
+        ([1e-13] * 3 + [2e-13] * 3, "a against b: all pairs are equal. +0.00 points over 6 pairs of runs, ahead in 0."),
     ],
 )
-def test_what_is_said_of_a_difference(differences: list[int], said: str, runs: list[Run]) -> None:
+def test_what_is_said_of_a_difference(differences: list[float], said: str, runs: list[Run]) -> None:
     pairs = [
         runs[0].model_copy(update={"variant": method, "seed": seed, "score": (50 + more) / 100})
         for seed, difference in enumerate(differences)
         for method, more in (("a", difference), ("b", 0))
     ]
     found = compare(pairs, "a", "b")
-    assert (found.pairs, found.difference) == (len(differences), pytest.approx(sum(differences) / len(differences)))
+    mean = pytest.approx(sum(differences) / len(differences), abs=1e-9)
+    assert (found.pairs, found.difference) == (len(differences), mean)
     assert said in str(found)
 
 
@@ -101,20 +104,36 @@ def test_a_difference_on_one_task_is_none_over_tasks(runs: list[Run]) -> None:
     assert found.low > 0
     assert (found.tasks, found.p_tasks > 0.05) == (2, True)
     assert "a against b: significant over these runs, but not over tasks. +" in str(found)
-    same = [run.model_copy(update={"score": 0.5}) for run in pairs]
-    assert compare(same, "a", "b").p == 1
-    assert "no significant difference" in str(compare(same, "a", "b"))
+
+
+def test_one_task_with_many_seeds_does_not_outvote_the_others(runs: list[Run]) -> None:
+    """Sixty pairs at about +1 on one task, one at about -1.1 on each of ten: better over pairs, worse over tasks."""
+    differences = [("rte", seed, 1 + seed / 1000) for seed in range(60)]
+    differences += [(f"t{number}", 0, -1.1 - number / 1000) for number in range(10)]
+    pairs = [
+        runs[0].model_copy(update={"variant": method, "seed": seed, "task": task, "score": 0.5 + more / 100})
+        for task, seed, difference in differences
+        for method, more in (("a", difference), ("b", 0.0))
+    ]
+    found = compare(pairs, "a", "b")
+    assert (found.low > 0, found.p_tasks < 0.05) == (True, True)
+    assert found.conclusion == "significant over these runs, but not over tasks"
 
 
 def test_the_bootstrap_is_as_wide_as_the_spread_of_tasks() -> None:
     """Eight tasks whose differences are normal, and equal in all seeds: the interval is that of the mean of tasks."""
     values = np.random.default_rng(1).normal(size=8)
     index = pd.MultiIndex.from_product([range(8), range(3)], names=["task", "seed"])
-    low, high = _hierarchical_bootstrap(pd.Series(np.repeat(values, 3), index=index))
+    low, high = hierarchical_bootstrap(pd.Series(np.repeat(values, 3), index=index))
     error = values.std() / 8**0.5
     assert (low, high) == (
         pytest.approx(values.mean() - 1.96 * error, abs=0.1), pytest.approx(values.mean() + 1.96 * error, abs=0.1)
     )  # fmt: skip
+
+
+def test_the_bootstrap_needs_five_tasks() -> None:
+    index = pd.MultiIndex.from_product([range(4), range(3)], names=["task", "seed"])
+    assert all(map(math.isnan, hierarchical_bootstrap(pd.Series(np.arange(12.0), index=index))))
 
 
 def test_rows_that_select_give_no_score(section: Section) -> None:

@@ -1,0 +1,34 @@
+"""What the plots of a report show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sparsegrad_lab.study import plots
+from sparsegrad_lab.study.sections import Section
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn."""
+    figures: list[Any] = []
+    as_text = plots._svg
+
+    def svg(figure: Any) -> str:
+        figures.append(figure)
+        return as_text(figure)
+
+    monkeypatch.setattr(plots, "_svg", svg)
+    return figures
+
+
+def test_dots_are_means_over_pairs(section: Section, drawn: list[Any]) -> None:
+    """Task means 3 and 1. A run of LoRA alone, ten points better, is no pair."""
+    lora = next(run for run in section.runs if run.method == "lora")
+    more = lora.model_copy(update={"seed": 7, "score": lora.score + 0.1})
+    plots.difference_plots(replace(section, runs=(*section.runs, more)))
+    dots = drawn[0].axes[0].lines[0]
+    assert sorted(dots.get_xdata()) == pytest.approx([1, 3])
