@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -125,7 +127,7 @@ class StoredResults:
             if cell.name not in self or not self.search_finished(cell):
                 continue
             result = self.read(cell.name)
-            arguments = arguments_from(cell.settings(self.learning_rate(cell)))
+            arguments = _arguments(cell, self.learning_rate(cell))
             before = _decisive_settings(result.get("config"), result.get("adapter_config"))
             now = decisive_settings(arguments)
             differ = [name for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]
@@ -147,6 +149,21 @@ class StoredResults:
             if wanted == _given(_decisive_settings(result.get("config"), result.get("adapter_config"))):
                 return {**result, "same_as": path.relative_to(self.folder).as_posix()}
         return None
+
+
+def _arguments(cell: Cell, rate: float | None) -> RunArguments:
+    """The settings of a cell's run. Cells that differ in seed and rate share the parsing, which takes longest."""
+    settings = cell.settings(None if rate is None else 1.0)
+    arguments = copy.deepcopy(_parsed(json.dumps({**settings, "seeds": [0]}, sort_keys=True)))
+    arguments.seeds = [cell.seed]
+    if rate is not None:
+        arguments.training.learning_rate = rate
+    return arguments
+
+
+@cache
+def _parsed(settings: str) -> RunArguments:
+    return arguments_from(json.loads(settings))
 
 
 def _next(before: float, last: float) -> float:
