@@ -30,22 +30,24 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     from ..run.whole_files import check_file, check_writable, write_whole
     from ..study.sections import read_report
-    from ..study.verdict import verdict
 
     if options.markdown is not None:
         check_file(Path(options.markdown))
     else:
         check_writable(Path(options.output))
     report = read_report(options.runs, options.baseline)
-    for section in report.sections:
+    from ..study.contents import contents_of  # imports torch
+
+    for chapter in contents_of(report).chapters:
+        section = chapter.section
         start = f"{section.title}, " if section.name else ""
         count = len(section.runs)
-        print("\n  ".join([f"{start}{count} run{'' if count == 1 else 's'}", *verdict(section)]))
+        print("\n  ".join([f"{start}{count} run{'' if count == 1 else 's'}", *chapter.verdict]))
     for run_folder in report.unfinished:
         print(f"not finished: {run_folder}")
     for reason in report.rejected:
         print(f"left out: {reason}")
-    from ..study.report import markdown, write_report  # imports torch
+    from ..study.report import markdown, write_report
 
     if options.markdown is not None:
         write_whole(Path(options.markdown), markdown(report, options.title))

@@ -32,15 +32,16 @@ def label_data(runs: tuple[Run, ...]) -> tuple[Run, ...]:
         return {"metric": run.metric, **{name: run.config.data[name] for name in names if name in run.config.data}}
 
     data = {run.path: settings(run) for run in runs}
-    labelled = []
+    labelled, labels = [], _Labels()
     for run in runs:
         others = [data[other.path] for other in runs if other.task_name == run.task_name]
         differ = [
             name for name, value in data[run.path].items()
             if any(other.get(name, value) != value for other in others)
         ]  # fmt: skip
-        words = ", ".join(f"{name} {_one_line(data[run.path][name])}" for name in differ)
-        labelled.append(run.model_copy(update={"data_label": f" ({words})"}) if words else run)
+        given = [(name, str(data[run.path][name])) for name in differ]
+        label = labels.of(run.task_name, given)
+        labelled.append(run.model_copy(update={"data_label": f" ({label})"}) if differ else run)
     return tuple(labelled)
 
 
@@ -68,12 +69,12 @@ def label_runs(runs: tuple[Run, ...]) -> tuple[Run, ...]:
             given = [one[name] for one in settings if name in one]  # results of earlier versions lack some
             if any(value != given[0] for value in given):
                 differ[method].add(name)
-    labelled = {}
+    labelled, labels = {}, _Labels()
     for run in kept.values():
         method = run.method_name
-        values = {name: _one_line(_settings(run).get(name)) for name in sorted(differ[method])}
-        words = [f"{name.rpartition('.')[2]} {value}" for name, value in values.items()]
-        labelled[run.path] = run.model_copy(update={"label": f"{method} ({', '.join(words)})"}) if words else run
+        given = [(name.rpartition(".")[2], str(_settings(run).get(name))) for name in sorted(differ[method])]
+        label = f"{method} ({labels.of(method, given)})"
+        labelled[run.path] = run.model_copy(update={"label": label}) if given else run
     return tuple(labelled[run.path] for run in runs if run.path in labelled)
 
 
@@ -89,5 +90,21 @@ def _settings(run: Run) -> dict[str, Any]:
     return {**settings, "training.learning_rate": run.learning_rate}
 
 
-def _one_line(value: Any) -> str:
-    return "".join(character if character.isprintable() else " " for character in str(value))[:100]
+class _Labels:
+    """Settings as short lines. Those that are equal only since they are cut are numbered."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, str], list[list[tuple[str, str]]]] = defaultdict(list)
+
+    def of(self, name: str, settings: list[tuple[str, str]]) -> str:
+        """A line for the settings of a method or a task of this name."""
+        line = ", ".join(f"{key} {_one_line(value)}" for key, value in settings)
+        alike = self.known[name, line]
+        if settings not in alike:
+            alike.append(settings)
+        number = alike.index(settings) + 1
+        return line if number == 1 else f"{line}, number {number}"
+
+
+def _one_line(value: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in value)[:100]

@@ -34,7 +34,8 @@ def overview(sections: Sequence[Section]) -> Table | None:
         if name in by_experiment:
             own = by_experiment[name]
             outcome = " ".join(_outcome(section, alone=len(own) == 1) for section in own)
-            count = f"{sum(len(section.runs) for section in own)} of {planned}"
+            done = [run.seed in section.seeds.get(run.method_name, ()) for section in own for run in section.runs]
+            count = f"{sum(done)} of {planned}"
         elif at_scale:
             outcome, count = "not run", f"0 of {planned}"
         else:

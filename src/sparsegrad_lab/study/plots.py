@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from textwrap import fill
 from typing import Any
 
@@ -69,8 +70,8 @@ def cost_plots(section: Section) -> list[Plot]:
     for unit, part, found in _comparisons(section):
         points = {one.method: one.difference for one in found} | {section.baseline: 0.0}
         panels = {
-            f"training time ÷ {section.baseline}'s": _ratios(part, lambda run: run.training.seconds, timed=True),
-            f"peak memory ÷ {section.baseline}'s": _ratios(part, _peak),
+            f"training time ÷ {section.baseline}'s": _ratios(part, attrgetter("training.seconds"), timed=True),
+            f"peak memory ÷ {section.baseline}'s": _ratios(part, attrgetter("megabytes")),
             f"saved bytes ÷ {section.baseline}'s": _ratios(part, lambda run: float(run.weights_bytes)),
             "calibration ÷ training time": _calibration_shares(part),
         }
@@ -86,10 +87,9 @@ def cost_plots(section: Section) -> list[Plot]:
             figure,
             axes,
         ):
+            lines: dict[str, Any] = {}
             for panel, (cost, values) in zip(axes, panels.items(), strict=True):
-                for method, value in values.items():
-                    mark = _mark(list(section.methods).index(method))
-                    panel.plot(value, points[method], linestyle="", label=method, **mark)
+                lines |= _draw(panel, section, {method: [(value, points[method])] for method, value in values.items()})
                 panel.axhline(0, color="#000000", linewidth=0.7, alpha=0.5)
                 panel.set_xlabel(fill(cost, 36))
                 _show_at_least(panel, 0.5 if unit == "points" else 0.005)
@@ -103,13 +103,7 @@ def cost_plots(section: Section) -> list[Plot]:
                     panel.xaxis.set_major_locator(MaxNLocator(_TICKS))
             for panel in axes[::2]:
                 panel.set_ylabel(f"difference, {unit}")
-            handles = {
-                label: line for panel in axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
-            }
-            figure.legend(
-                [handles[method] for method in methods], [*map(_wrapped, methods)], loc="outside lower center",
-                ncols=3, fontsize=9, frameon=False,
-            )  # fmt: skip
+            _add_legend(figure, {method: lines[method] for method in methods}, 3)
             svg = _svg(figure)
         words = "; ".join(
             f"{cost}: "
@@ -138,15 +132,13 @@ def forgetting_plots(section: Section) -> list[Plot]:
         if not points:
             continue
         with _drawing(4.4, 3.0 + 0.2 * -(-_lines(points) // 2)) as (figure, [axes]):
-            for method, (rise, gain) in points.items():
-                mark = _mark(list(section.methods).index(method))
-                axes.plot(100 * rise, gain, linestyle="", label=_wrapped(method), **mark)
+            lines = _draw(axes, section, {method: [(100 * rise, gain)] for method, (rise, gain) in points.items()})
             axes.axvline(0, color="#000000", linewidth=0.7, alpha=0.5)
             axes.set_xlabel("unrelated texts: change of perplexity, %")
             unit = section.runs_of(task)[0].unit
             axes.set_ylabel(f"gain, {unit}")
             _show_at_least(axes, 0.5 if unit == "points" else 0.005)
-            figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+            _add_legend(figure, lines, 2)
             svg = _svg(figure)
         words = "; ".join(f"{method} {gain:+.3g} at {rise:+.1%}" for method, (rise, gain) in points.items())
         caption = "A point for each method, the mean of its runs. Up and left is better."
@@ -160,8 +152,9 @@ def run_plots(section: Section) -> list[Plot]:
         return []
     timed = tuple(run for run in section.runs if not run.resumed)
     costs: list[tuple[str, tuple[Run, ...], Callable[[Run], float]]] = [
-        ("training, s", timed, lambda run: run.training.seconds), ("peak memory, MB", section.runs, _peak),
-    ]  # fmt: skip
+        ("training, s", timed, attrgetter("training.seconds")),
+        ("peak memory, MB", section.runs, attrgetter("megabytes")),
+    ]
     plots = []
     for task in section.tasks:
         for label, runs, cost in costs:
@@ -174,14 +167,12 @@ def run_plots(section: Section) -> list[Plot]:
 def _run_plot(section: Section, task: str, label: str, runs: list[Run], cost: Callable[[Run], float]) -> Plot:
     present = [method for method in section.methods if any(run.method_name == method for run in runs)]
     with _drawing(4.2, 3.0 + 0.2 * -(-_lines(present) // 2)) as (figure, [axes]):
-        for number, method in enumerate(section.methods):
-            points = [(cost(run), run.value) for run in runs if run.method_name == method]
-            if points:
-                axes.plot(*zip(*points, strict=True), linestyle="", label=_wrapped(method), alpha=0.85, **_mark(number))
+        points = {name: [(cost(run), run.value) for run in runs if run.method_name == name] for name in present}
+        lines = _draw(axes, section, points, alpha=0.85)
         unit = runs[0].unit
         axes.set(xlabel=label, ylabel="100 x score" if unit == "points" else unit)
         axes.xaxis.set_major_locator(MaxNLocator(_TICKS))
-        figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+        _add_legend(figure, lines, 2)
         svg = _svg(figure)
     word, top = ("highest", runs[-1]) if runs[0].higher_is_better else ("lowest", runs[0])
     description = f"{task}: {word} {top.format(top.value)} by {top.method_name} at {cost(top):,.0f} ({label})."
@@ -202,10 +193,6 @@ def _comparisons(section: Section) -> Iterator[tuple[str, Section, list[Comparis
 def _difference(comparison: Comparison) -> str:
     text = f"{comparison.difference:+.3g}"
     return text if math.isnan(comparison.low) else f"{text} ({comparison.low:+.3g} to {comparison.high:+.3g})"
-
-
-def _peak(run: Run) -> float:
-    return run.megabytes
 
 
 def _ratios(section: Section, cost: Callable[[Run], float], timed: bool = False) -> dict[str, float]:
@@ -256,9 +243,24 @@ def _show_at_least(axes: Any, distance: float) -> None:
         axes.set_ylim((low + high) / 2 - distance, (low + high) / 2 + distance)
 
 
-def _mark(number: int) -> dict[str, Any]:
-    """Colour and marker of a method, by its place in the section; the same in all plots."""
-    return {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 6}
+def _draw(
+    axes: Any, section: Section, points: Mapping[str, Sequence[tuple[float, float]]], alpha: float | None = None
+) -> dict[str, Any]:
+    """Draw the points of each method, and return what stands for it in the legend.
+
+    Colour and marker are by the method's place in the section, so they are the same in all plots.
+    """
+    lines = {}
+    for method, found in points.items():
+        number = list(section.methods).index(method)
+        look = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 6}
+        [lines[method]] = axes.plot(*zip(*found, strict=True), linestyle="", alpha=alpha, **look)
+    return lines
+
+
+def _add_legend(figure: Figure, lines: Mapping[str, Any], columns: int) -> None:
+    names = [*map(_wrapped, lines)]
+    figure.legend([*lines.values()], names, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
 
 
 @contextmanager

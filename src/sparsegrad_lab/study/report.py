@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from .page import render_page
 from .sections import Report, Section, safe_name
 
 _SEE = "[How to read this table](#how-to-read-the-tables)"
+_TABLES = ".tables"
+"Names the CSV files of a report, without their suffix, for the next report in the same folder."
 
 
 def markdown(report: Report, title: str) -> str:
@@ -71,23 +73,36 @@ def origin(sections: Sequence[Section]) -> str:
 
 
 def write_report(report: Report, folder: Path, title: str) -> None:
-    """Write `index.html`, `results.md` and the CSV files. Each file is written completely or not at all."""
+    """Write `index.html`, `results.md` and the CSV files. Each file is written completely or not at all.
+
+    CSV files of tables that an earlier report had are removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "index.html", render_page(report, title))
     _write(folder / "results.md", markdown(report, title))
     tables = {(c.section.name, name): table for c in contents_of(report).chapters for name, table in c.tables.items()}
-    taken = {"runs"}
+    files = {"runs": contents_of(report).every_run}
     for (section, name), table in tables.items():
-        _write(folder / f"{_free_name(safe_name(f'{section}-{name}'), taken)}.csv", table.csv())
-    _write(folder / "runs.csv", contents_of(report).every_run.csv())
+        files[_free_name(safe_name(f"{section}-{name}"), files)] = table
+    for name, table in files.items():
+        _write(folder / f"{name}.csv", table.csv())
+    _remove_earlier_tables(folder, files)
 
 
-def _free_name(name: str, taken: set[str]) -> str:
-    """Return the name, with a number if another differs from it in capitals only or not at all; add it to `taken`."""
+def _remove_earlier_tables(folder: Path, written: Collection[str]) -> None:
+    """Remove the CSV files that an earlier report has written and this one has not. Other files may lie there too."""
+    names = folder / _TABLES
+    earlier = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
+    for name in {Path(line).name for line in earlier}.difference(written):
+        (folder / f"{name}.csv").unlink(missing_ok=True)
+    _write(names, "".join(f"{name}\n" for name in sorted(written)))
+
+
+def _free_name(name: str, others: Iterable[str]) -> str:
+    """Return the name, with a number if one of the others differs from it in capitals only or not at all."""
+    taken = {other.casefold() for other in others}
     numbered = (f"{name}-{number}" if number > 1 else name for number in count(1))
-    free = next(candidate for candidate in numbered if candidate.casefold() not in taken)
-    taken.add(free.casefold())
-    return free
+    return next(candidate for candidate in numbered if candidate.casefold() not in taken)
 
 
 def _write(path: Path, text: str) -> None:

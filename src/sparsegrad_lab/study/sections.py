@@ -41,7 +41,7 @@ class Section:
     experiment: str = ""
     "name of the experiment; several models of one experiment get a section each"
     remarks: tuple[str, ...] = ()
-    "sentences about learning rates of other searches, runs on other rows, and runs that another section has too"
+    "sentences about learning rates of other searches, runs on other rows or that nobody planned, and shared runs"
 
     @property
     def attempted(self) -> set[str]:
@@ -165,6 +165,12 @@ def safe_name(name: str) -> str:
 def _section(
     name: str, experiment: Experiment | None, found: list[Run], failures: list[Failure], baseline: str | None
 ) -> Section:
+    extra: tuple[str, ...] = ()
+    if experiment is not None:
+        planned = [task.removeprefix("glue/") for task in experiment.tasks]
+        extra = _not_planned(experiment, planned, [*found, *failures])
+        found = [run for run in found if run.task_name in planned]
+        failures = [failure for failure in failures if failure.task_name in planned]
     runs = tuple(run for run in found if not run.trial)
     trials = tuple(run for run in found if run.trial)
     if not name:
@@ -183,14 +189,35 @@ def _section(
             baseline or _line(first.baseline) or BASELINE, runs, trials, tuple(failures), scored=first.scored,
             experiment=name, remarks=_other_rows(runs),
         )  # fmt: skip
-    remarks = (*_borrowed_rates(experiment, methods), *_other_rows(runs))
+    remarks = (*_borrowed_rates(experiment, methods), *_other_rows(runs), *extra)
     words = {name: method.words for name, method in experiment.methods.items()}
     return Section(
         name, experiment.title, experiment.question, {**words, **{m: words.get(m, "") for m in methods}},
-        tuple(task.removeprefix("glue/") for task in experiment.tasks), experiment.seeds_by_method,
+        tuple(planned), experiment.seeds_by_method,
         baseline or experiment.baseline, runs, trials, tuple(failures), experiment.paper, experiment.scored, name,
         remarks,
     )  # fmt: skip
+
+
+def _not_planned(experiment: Experiment, tasks: list[str], found: Iterable[Run | Failure]) -> tuple[str, ...]:
+    """Sentences about results on other tasks than the experiment's, which are left out, and with other seeds."""
+    left_out: dict[str, set[str]] = {}
+    seeds: dict[str, set[int]] = {}
+    for one in found:
+        if one.task_name not in tasks:
+            left_out.setdefault(one.task_name, set()).add(one.method_name)
+        elif not one.trial and one.seed not in experiment.seeds_by_method.get(one.method_name, (one.seed,)):
+            seeds.setdefault(one.method_name, set()).add(one.seed)
+    sentences = [
+        f"Left out, since the experiment does not have the task: {', '.join(sorted(methods))} on {task}."
+        for task, methods in left_out.items()
+    ]
+    sentences += [
+        f"The experiment does not plan these seeds of {method}, which the tables count too: "
+        f"{', '.join(map(str, sorted(own)))}."
+        for method, own in seeds.items()
+    ]
+    return tuple(sentences)
 
 
 def _borrowed_rates(experiment: Experiment, methods: Iterable[str]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import replace
+from itertools import product
 
 from .sections import Section
 from .statistics import by_unit, common_seeds, compare_all, means_of_tasks, score_table
@@ -58,7 +59,15 @@ def _ranking(section: Section, methods: list[str]) -> str:
     some = bool(common) and any(run.seed not in common for run in section.runs if run.task_name in section.tasks)
     seeds = ", one seed" if len(common) == 1 else f", mean over {len(common)} common seeds" if some else ""
     lower = "" if first.higher_is_better else " (lower is better)"
-    return f"{what}{seeds}{lower}: {', '.join(f'{method} {first.format(mean)}' for mean, method in ranked)}."
+    without = [] if section.experiment else _left_out(section, methods)  # of an experiment, `_missing` names them
+    means = ", ".join(f"{method} {first.format(mean)}" for mean, method in ranked)
+    return f"{what}{seeds}{lower}: {means}{'; without ' if without else ''}{', '.join(without)}."
+
+
+def _left_out(section: Section, methods: list[str]) -> list[str]:
+    """Methods that have not run on all tasks of the section, each with the tasks that it lacks."""
+    lacks = {method: [task for task in section.tasks if not section.runs_of(task, method)] for method in methods}
+    return [f"{method} (not on {', '.join(tasks)})" for method, tasks in lacks.items() if tasks]
 
 
 def _ranked(section: Section, methods: list[str]) -> list[tuple[float, str]]:
@@ -80,13 +89,14 @@ def _missing(section: Section) -> list[str]:
         failures = [failure for failure in section.failures if failure.method_name == method and not failure.trial]
         attempted = {run.task_name for run in runs} | {failure.task_name for failure in failures}
         tasks = [task for task in section.tasks if task not in attempted]
-        planned = len(attempted) * len(section.seeds.get(method, ()))
-        missing = planned - len(runs) - len(failures)
+        planned = set(product(attempted, section.seeds.get(method, ())))
+        ended = [*((run.task_name, run.seed) for run in runs), *((one.task_name, one.seed) for one in failures)]
+        missing = len(planned.difference(ended))
         if attempted and tasks:
             words.append(f"{method} on {', '.join(tasks)}")
-        if attempted and missing > 0:
+        if missing:
             where = f" on {', '.join(task for task in section.tasks if task in attempted)}" if tasks else ""
-            words.append(f"{missing} of {planned} planned runs of {method}{where}")
+            words.append(f"{missing} of {len(planned)} planned runs of {method}{where}")
         for failure in failures:
             failed[f"{method} {failure.status}"].append(failure.task_name)
     sentences = [f"Not run: {'; '.join(words)}."] if words else []

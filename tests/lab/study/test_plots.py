@@ -32,3 +32,17 @@ def test_dots_are_means_over_pairs(section: Section, drawn: list[Any]) -> None:
     plots.difference_plots(replace(section, runs=(*section.runs, more)))
     dots = drawn[0].axes[0].lines[0]
     assert sorted(dots.get_xdata()) == pytest.approx([1, 3])
+
+
+def test_a_method_whose_name_begins_with_an_underscore_has_a_point_and_a_name(
+    section: Section, drawn: list[Any]
+) -> None:
+    """matplotlib leaves such labels out of its legends."""
+    runs = tuple(
+        run.model_copy(update={"variant": "_mine"}) if run.method == "sparsegrad" else run for run in section.runs
+    )
+    mine = replace(section, runs=runs, methods={"_mine": "", "lora": "", "full": ""})
+    plots.cost_plots(mine)
+    plots.run_plots(mine)
+    assert len(drawn) == 5
+    assert all("_mine" in [text.get_text() for text in figure.legends[0].get_texts()] for figure in drawn)

@@ -11,14 +11,14 @@ import pytest
 
 from helpers import write_json
 from sparsegrad_lab.cli.main import main
-from sparsegrad_lab.study.report import markdown
+from sparsegrad_lab.study.report import markdown, write_report
 from sparsegrad_lab.study.sections import read_report
 
 
 def test_command_writes_page_markdown_and_csv(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder), "--output", str(tmp_path / "out"), "--title", "A <title>"]) == 0
     shown = capsys.readouterr().out
-    assert "9 runs\n  Mean of 2 tasks: sparsegrad 72.0, lora 70.0.\n" in shown
+    assert "9 runs\n  Mean of 2 tasks: sparsegrad 72.0, lora 70.0; without full (not on mrpc).\n" in shown
     assert "\n  sparsegrad against lora: too few runs to tell. +2.00 points" in shown
     text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert "<h1>A &lt;title&gt;</h1>" in text
@@ -49,6 +49,16 @@ def test_names_that_are_alike_in_file_names_keep_a_file_each(tmp_path: Path, rea
     text = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert text.count("Calibration ÷ training: ratio of the two times.") == 1  # in "How to read the tables"
     assert text.count("### Costs\n") == 3
+
+
+def test_tables_of_an_earlier_report_are_removed(folder: Path, tmp_path: Path) -> None:
+    """And no file that a report has not written."""
+    out = tmp_path / "out"
+    write_report(read_report([folder]), out, "t")
+    (out / "my-scores.csv").write_text("mine", encoding="utf-8")
+    assert (out / "comparison.csv").is_file()
+    write_report(read_report([folder / "glue" / "rte" / "lora-0.json"]), out, "t")
+    assert sorted(file.name for file in out.glob("*.csv")) == ["costs.csv", "my-scores.csv", "runs.csv", "scores.csv"]
 
 
 @pytest.mark.parametrize("kind", ["nothing there", "nothing in it", "broken"])

@@ -125,6 +125,36 @@ def test_missing_fields_are_named(folder: Path, real: dict[str, Any]) -> None:
     assert "metric: Field required; steps: Field required; rows: Field required; and 5 more problems" in rejected
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("wrong.json", {"status": "finished"}),
+        ("wrong.json", {"task": "glue/rte", "seed": 0}),
+        ("glue/minilm/rte/lora-0.json", {}),
+        ("glue/minilm/rte/lora-0.json", []),
+        ("glue/search/minilm/rte/lora-lr0.001-101.json", {}),
+        ("mine/minilm/rte/lora-0.json", {}),
+    ],
+)
+def test_what_is_meant_as_a_result_is_named(name: str, content: Any, folder: Path, real: dict[str, Any]) -> None:
+    write_json(folder / "mine" / "a.json", {**real, "experiment": "mine", "variant": "lora"})
+    write_json(folder / name, content)
+    files = read_results([folder])
+    assert len(files.runs) == 10
+    assert files.rejected == (f"{folder / name}: expected the result of a run, as sparsegrad train writes it",)
+
+
+def test_other_json_is_no_result(folder: Path) -> None:
+    for name in ("notes.json", "part-0.json", "glue/minilm/rte/notes.json"):
+        write_json(folder / name, {"task": "glue/rte"})
+    assert read_results([folder]).rejected == ()
+
+
+def test_a_link_that_leads_to_itself_is_named(folder: Path) -> None:
+    (folder / "loop.json").symlink_to("loop.json")
+    assert read_results([folder]).rejected == (f"{folder / 'loop.json'}: Too many levels of symbolic links",)
+
+
 def test_the_same_run_counts_once(folder: Path) -> None:
     """Given twice, given with its folder, or copied."""
     expected = read_results([folder]).runs

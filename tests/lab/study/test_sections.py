@@ -80,8 +80,9 @@ def test_a_baseline_that_has_no_runs(folder: Path) -> None:
 
 def test_runs_of_another_experiment_are_named(study: Section, tmp_path: Path) -> None:
     [run] = [run for run in study.runs if run.variant == "sparsegrad"]
-    again = {**json.loads(run.as_json()), "experiment": "calibration", "variant": "trajectory"}
-    write_json(tmp_path / "study" / "d.json", again)
+    content = {**json.loads(run.as_json()), "task": "glue/mrpc"}  # both experiments have it
+    write_json(tmp_path / "study" / "a.json", content)
+    write_json(tmp_path / "study" / "d.json", {**content, "experiment": "calibration", "variant": "trajectory"})
     sections = {section.name: section for section in read_report([tmp_path / "study"]).sections}
     assert sections["comparison"].remarks == ()
     assert sections["calibration"].remarks == (
@@ -97,6 +98,33 @@ def test_runs_that_are_scored_otherwise_are_told_apart(real: dict[str, Any], tmp
     assert section.tasks == ("train (metric f1)", "train (metric accuracy)")
     assert compare(section.runs, "full", "lora").pairs == 0
     assert compare(section.runs, "sparsegrad", "full").pairs == 1
+
+
+def test_settings_that_are_alike_at_the_start_are_told_apart(real: dict[str, Any], tmp_path: Path) -> None:
+    """A name has room for the first 100 characters."""
+    for seed, end in enumerate("ab"):
+        config = {**real["config"], "model": f"{'x' * 100}{end}"}
+        write_json(tmp_path / end / "result.json", {**real, "method": "lora", "seed": seed, "config": config})
+    [section] = read_report([tmp_path]).sections
+    start = f"lora (model {'x' * 100}"
+    assert [run.method_name for run in section.runs] == [f"{start})", f"{start}, number 2)"]
+
+
+def test_what_an_experiment_does_not_plan_is_named(real: dict[str, Any], tmp_path: Path) -> None:
+    """A run on another task is in no table and no comparison; one with another seed is in all."""
+    common = {**real, "experiment": "comparison", "model": "minilm", "trial": False, "status": "finished"}
+    for task, seed in (("rte", 0), ("rte", 7), ("wnli", 0)):
+        for variant in ("sparsegrad", "lora"):
+            what = {"task": f"glue/{task}", "seed": seed, "variant": variant}
+            write_json(tmp_path / f"{variant}-{task}-{seed}.json", {**common, **what})
+    [section] = read_report([tmp_path]).sections
+    assert {run.task_name for run in section.runs} == {"rte"}
+    assert compare(section.runs, "sparsegrad", "lora").pairs == 2
+    assert section.remarks == (
+        "Left out, since the experiment does not have the task: lora, sparsegrad on wnli.",
+        "The experiment does not plan these seeds of lora, which the tables count too: 7.",
+        "The experiment does not plan these seeds of sparsegrad, which the tables count too: 7.",
+    )
 
 
 def test_seeds_with_other_settings_are_told_apart(real: dict[str, Any], tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_mean_is_over_the_seeds_that_all_have(section: Section) -> None:
     wider = replace(section, runs=(*section.runs, *more))
     assert means_of_tasks(wider)["sparsegrad"] == means_of_tasks(section)["sparsegrad"] == pytest.approx(72)
     assert means_of_tasks(wider)["lora"] == pytest.approx(70)
-    assert verdict(wider)[0] == "Mean of 2 tasks, mean over 2 common seeds: sparsegrad 72.0, lora 70.0."
+    assert verdict(wider)[0].startswith("Mean of 2 tasks, mean over 2 common seeds: sparsegrad 72.0, lora 70.0;")
 
 
 def test_comparison_by_hand(runs: list[Run]) -> None:

@@ -28,7 +28,7 @@ def test_tables(runs: list[Run], section: Section) -> None:
     assert by_task["mean of tasks"] == ["72.0", "70.0", "not all run"]
     assert comparisons(section).rows[0][:3] == ["sparsegrad", "4", "+2.00"]
     assert len(every_run(runs).rows) == 9
-    assert verdict(section)[0] == "Mean of 2 tasks: sparsegrad 72.0, lora 70.0."
+    assert verdict(section)[0] == "Mean of 2 tasks: sparsegrad 72.0, lora 70.0; without full (not on mrpc)."
     assert verdict(replace(section, baseline="prefix")) == [
         "9 runs of sparsegrad, lora, full; no comparison with prefix is possible."
     ]
@@ -73,8 +73,8 @@ def test_losses_are_lower_the_better_and_apart(folder: Path) -> None:
         "sparsegrad", "full", "sparsegrad, loss", "full, loss",
     ]  # fmt: skip
     assert verdict(section)[:2] == [
-        "Mean of 2 tasks: sparsegrad 72.0, lora 70.0.",
-        "oasst1 (lower is better): sparsegrad 1.2500, lora 1.2850.",
+        "Mean of 2 tasks: sparsegrad 72.0, lora 70.0; without full (not on mrpc).",
+        "oasst1 (lower is better): sparsegrad 1.2500, lora 1.2850; without full (not on oasst1).",
     ]
     assert any("+2.00 points over 4 pairs" in sentence for sentence in verdict(section))  # as without them
     assert "oasst1: lowest 1.2000 by sparsegrad" in render_page(Report([section]), "t")
@@ -117,6 +117,13 @@ def test_a_study_names_what_was_not_run_and_what_failed(study: Section) -> None:
     assert "full, seed 1: out of memory (too &lt;large&gt;)" in text
     assert 'id="of-comparison"' in text
     assert "out of memory: seed 1" in markdown(Report([study]), "t")
+
+
+def test_planned_runs_are_counted_by_task_and_seed(study: Section) -> None:
+    """A run with seed 7 stands for none of the planned ones."""
+    lora = next(run for run in study.runs if run.variant == "lora")
+    more = replace(study, runs=(*study.runs, lora.model_copy(update={"seed": 7})))
+    assert "2 of 3 planned runs of lora on rte" in verdict(more)[-2]
 
 
 def test_the_search_shows_the_scores_that_chose(study: Section) -> None:
