@@ -48,12 +48,14 @@ def main(argv: list[str]) -> None:
         console.print(f"\nnext:   sparsegrad reproduce {names[0]} --scale {options.scale}{own}")
         return
     keep = _selection(options, experiments)
+    cells = [cell for experiment in experiments for cell in experiment.cells() if keep(cell)]
+    if not cells:
+        raise ValueError("--methods, --tasks and --seeds select no run: no experiment has them together")
     answers = _answers(options, experiments)
     from ..run.machine import slow_precision_warning
     from ..study.grid import Places, reproduce
     from ..study.progress import GridProgress
 
-    cells = [cell for experiment in experiments for cell in experiment.cells() if keep(cell)]
     for precision in {cell.settings(cell.trial).get("training", {}).get("precision", "fp32") for cell in cells}:
         if warning := slow_precision_warning(precision):
             console.print(f"{warning}. The experiments set this precision; --folder runs experiments of your own")

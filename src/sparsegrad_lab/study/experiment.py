@@ -12,9 +12,9 @@ from functools import cache, reduce
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..tasks.parse_files import read_yaml
 from .runs import FileName
@@ -24,6 +24,53 @@ SEARCH = "search"
 "Folder within an experiment's results for the search for learning rates."
 BASELINE = "lora"
 "Method that the others are compared with, where nothing else is set."
+
+_Values = TypeVar("_Values", bound=tuple[Any, ...])
+
+
+def _distinct(values: _Values) -> _Values:
+    if len(set(values)) < len(values):
+        raise ValueError("expected each of them once")
+    return values
+
+
+_Names = Annotated[tuple[str, ...], AfterValidator(_distinct)]
+_Models = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)]
+_Seeds = Annotated[tuple[int, ...], Field(min_length=1), AfterValidator(_distinct)]
+_Rates = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], AfterValidator(_distinct)]
+
+
+class _Part(BaseModel):
+    """Types of what is read before the settings of all places are put together; `Experiment` checks the rest."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _PartOfSearch(_Part):
+    seeds: list[int] = []
+    most_rates: int | None = None
+    task_settings: dict[str, Any] = {}
+
+
+class _PartOfMethod(_Part):
+    settings: dict[str, Any] = {}
+    learning_rates: list[float] = []
+    rates_of: str | None = None
+
+
+class _PartOfScale(_Part):
+    tasks: list[str] = []
+    task_settings: dict[str, Any] = {}
+    methods: dict[str, _PartOfMethod | None] = {}
+    search: _PartOfSearch = _PartOfSearch()
+
+
+class _Content(_PartOfScale):
+    """Of `experiment.yaml` or `default.yaml`."""
+
+    order: list[str] = []
+    only_at: str | None = None
+    scales: dict[str, _PartOfScale | None] = {}
 
 
 class _Spec(BaseModel):
@@ -36,9 +83,9 @@ class Variant(_Spec):
     words: str = ""
     "description for the readers of the tables"
     settings: dict[str, Any] = {}
-    learning_rates: tuple[float, ...] = ()
+    learning_rates: _Rates = ()
     "a trial for each on every task; the runs use the best"
-    seeds: tuple[int, ...] | None = None
+    seeds: _Seeds | None = None
     "seeds of its own; None: the experiment's"
     rates_of: str | None = None
     "EXPERIMENT/METHOD whose search gives the learning rate, in place of a search of its own"
@@ -53,7 +100,7 @@ class Variant(_Spec):
 class Search(_Spec):
     """What is different for the runs that try learning rates."""
 
-    seeds: tuple[int, ...] = (100,)
+    seeds: _Seeds = (100,)
     "a trial for each learning rate and seed; the best mean over seeds wins"
     most_rates: int | None = None
     """while the best learning rate is the lowest or the highest of those tried, try the next one, up to this number;
@@ -86,11 +133,11 @@ class Experiment(_Spec):
     "command to run before"
     only_at: str | None = None
     "the only scale that the experiment has"
-    models: tuple[str, ...] = ("minilm",)
-    tasks: tuple[str, ...] = ()
+    models: _Models = ("minilm",)
+    tasks: _Names = ()
     task_settings: dict[str, dict[str, Any]] = {}
     methods: dict[FileName, Variant] = {}
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: _Seeds = (0, 1, 2)
     search: Search = Search()
     settings: dict[str, Any] = {}
     baseline: str = BASELINE
@@ -233,22 +280,17 @@ def load_experiment(name: str, scale: str | None = "cpu", folder: Path = SHIPPED
     if name not in experiment_names(folder):
         raise ValueError(f"no experiment {name!r}; expected one of {', '.join(experiment_names(folder))}")
     where, default, own = f"experiment {name}", _read(folder / "default.yaml"), _read(folder / name / "experiment.yaml")
-    default.pop("order", None)
     scale = scale or own.get("only_at") or "cpu"
     check_scale(scale, folder)
-    scales = _scales(default)
-    default.pop("scales", None)
     if own.get("only_at") not in (None, scale):
         raise ValueError(f"{where} is for scale {own['only_at']}: its sizes are for that model")
-    own_scales = own.pop("scales", {})
-    settings = reduce(merged, [default, scales[scale] or {}, own, own_scales.get(scale) or {}])
+    _check_names(default, own, where)
+    settings = _combined(default, own, scale)
     _refuse_not_set(settings, ("name", "scale", "own"), where)
-    methods = settings.get("methods") or {}
-    if not isinstance(methods, dict) or any(value and not isinstance(value, dict) for value in methods.values()):
-        raise ValueError(f"{where}: methods: expected names of methods, each with its settings; found {methods!r}")
+    methods = settings.get("methods", {})
     for key, value in methods.items():
         _refuse_not_set(value or {}, _FROM_SEARCH, where, f"methods.{key}.")
-    search = settings.get("search") or {}
+    search = settings.get("search", {})
     settings["methods"] = {
         key: _method(value or {}, key, where, folder / name, scale, search) for key, value in methods.items()
     }
@@ -258,6 +300,33 @@ def load_experiment(name: str, scale: str | None = "cpu", folder: Path = SHIPPED
         raise ValueError(f"{where}: {'; '.join(map(_problem, error.errors()))}") from error
     _check(experiment, where)
     return experiment
+
+
+def _combined(default: dict[str, Any], own: dict[str, Any], scale: str) -> dict[str, Any]:
+    """Settings of an experiment at a scale: of `default.yaml`, its scale, the experiment and its scale."""
+    default = {key: value for key, value in default.items() if key != "order"}
+    parts = [default, _scales(default).get(scale), own, own.get("scales", {}).get(scale)]
+    settings = reduce(merged, [part or {} for part in parts])
+    settings.pop("scales", None)
+    return settings
+
+
+def _check_names(default: dict[str, Any], own: dict[str, Any], where: str) -> None:
+    """Raise `ValueError` if an experiment has settings for a scale or a task that do not exist."""
+    scales, own_scales = _scales(default), own.get("scales", {})
+    if unknown := own_scales.keys() - scales:
+        raise ValueError(f"{where}: scales: expected some of {', '.join(scales)}; found {', '.join(sorted(unknown))}")
+    parts = [own, *(part or {} for part in own_scales.values())]
+    others = [] if "tasks" in own else [default, *(part or {} for part in scales.values())]
+    tasks = list(dict.fromkeys(task for part in (*parts, *others) for task in part.get("tasks", ())))
+    for part in parts:
+        search = part.get("search", {})
+        for prefix, settings in (("", part.get("task_settings", {})), ("search.", search.get("task_settings", {}))):
+            if unknown := settings.keys() - tasks:
+                raise ValueError(
+                    f"{where}: {prefix}task_settings: expected tasks of the experiment, some of {', '.join(tasks)}; "
+                    f"found {', '.join(sorted(unknown))}"
+                )
 
 
 def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -273,7 +342,7 @@ def _problem(error: Any) -> str:
     """A sentence about one of pydantic's findings."""
     place = [str(part) for part in error["loc"] if part != "[key]"]
     if error["type"] != "extra_forbidden":
-        return f"{'.'.join(place)}: {error['msg']}, found {str(error['input'])[:60]!r}"
+        return f"{'.'.join(place)}: {error['msg'].removeprefix('Value error, ')}, found {str(error['input'])[:60]!r}"
     models: dict[str, type[_Spec]] = {"methods": Variant, "search": Search, "answers": Answers}
     keys = (models.get(place[0], Experiment) if len(place) > 1 else Experiment).model_fields.keys() - _NOT_SET
     return f"unknown key {'.'.join(place)}; expected one of {', '.join(sorted(keys))}"
@@ -311,7 +380,7 @@ def _method(
     given: dict[str, Any], name: str, where: str, folder: Path, scale: str, search: dict[str, Any]
 ) -> dict[str, Any]:
     """A method's keys, with the path of its PEFT config and the rates of its search."""
-    config = folder / str((given.get("settings") or {}).get("method", ""))
+    config = folder / str(given.get("settings", {}).get("method", ""))
     if config.suffix == ".json":
         given = merged(given, {"settings": {"method": str(config)}})
     source = given.get("rates_of")
@@ -334,10 +403,9 @@ def _rates_of(source: str, scale: str, folder: Path, where: str) -> tuple[tuple[
     search: dict[str, Any] = {}
     if experiment in experiment_names(folder, scale):
         own, default = _read(folder / experiment / "experiment.yaml"), _read(folder / "default.yaml")
-        scales = [(part.get("scales") or {}).get(scale) or {} for part in (default, own)]
-        other = reduce(merged, [default, scales[0], own, scales[1]])
-        rates = ((other.get("methods") or {}).get(name) or {}).get("learning_rates")
-        search = other.get("search") or {}
+        other = _combined(default, own, scale)
+        rates = (other.get("methods", {}).get(name) or {}).get("learning_rates")
+        search = other.get("search", {})
     if not rates:
         raise ValueError(
             f"{where}: rates_of: expected EXPERIMENT/METHOD, a method that has learning_rates at scale {scale}; "
@@ -347,8 +415,18 @@ def _rates_of(source: str, scale: str, folder: Path, where: str) -> tuple[tuple[
 
 
 @cache  # a study reads each file hundreds of times
-def _parsed(path: Path, modified_ns: int) -> Any:
-    return read_yaml(path)
+def _parsed(path: Path, modified_ns: int) -> dict[str, Any]:
+    content = read_yaml(path) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected keys with values, as in `title: ...`; found {type(content).__name__}")
+    search = content.get("search")
+    if isinstance(search, dict) and "seed" in search:  # of earlier versions
+        search["seeds"] = [search.pop("seed")]
+    try:
+        _Content.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {'; '.join(map(_problem, error.errors()))}") from error
+    return content
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -356,10 +434,4 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     # By its absolute path: the same relative one is another file after a change of the working directory.
-    content = copy.deepcopy(_parsed(path.absolute(), path.stat().st_mtime_ns)) or {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected keys with values, as in `title: ...`; found {type(content).__name__}")
-    search = content.get("search")
-    if isinstance(search, dict) and "seed" in search:  # of earlier versions
-        search["seeds"] = [search.pop("seed")]
-    return content
+    return copy.deepcopy(_parsed(path.absolute(), path.stat().st_mtime_ns))

@@ -92,8 +92,12 @@ class Locks:
 
 
 def _read_attempt(file: Path) -> tuple[int, str]:
-    """Number of attempts so far, and the training process of the last one, if it got so far."""
-    number, *process = file.read_text(encoding="utf-8").split() if file.is_file() else ["0"]
+    """Number of attempts so far, and the training process of the last one, if it got so far.
+
+    An empty file, as a full disk or a crash leaves it, counts as no attempt.
+    """
+    words = file.read_text(encoding="utf-8").split() if file.is_file() else []
+    number, *process = words or ["0"]
     return int(number), "".join(process)
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..methods.registry import METHODS
 from ..methods.settings import resolved
@@ -50,11 +50,14 @@ class StoredResults:
             if not isinstance(result, dict) or "status" not in result:
                 raise RejectedFileError("expected a result with a status")
         except RejectedFileError as error:
-            raise ValueError(
-                f"{self.path(name)}: {error}; remove it, and reproduce writes it again, from the run's folder if it is "
-                "there, or else by another run"
-            ) from error
+            raise self._damaged(name, error) from error
         return result
+
+    def _damaged(self, name: str, why: object) -> ValueError:
+        return ValueError(
+            f"{self.path(name)}: {why}; remove it, and reproduce writes it again, from the run's folder if it is "
+            "there, or else by another run"
+        )
 
     def write(self, name: str, result: dict[str, Any]) -> None:
         """Store the result of a run."""
@@ -93,18 +96,21 @@ class StoredResults:
     def _best(self, trials: dict[str, float]) -> float:
         """The learning rate with the best score on the rows that select, on average over the search's seeds.
 
-        Of equal scores, as where nothing was learnt, the lowest training loss wins. A rate with a failed trial loses.
+        Of equal scores, as where nothing was learnt, the lowest training loss wins. A rate with a failed trial, or a
+        score that is not finite, loses.
         If all trials failed, the lowest rate wins.
         """
         found: dict[float, list[tuple[float, float]]] = {}
         for name, rate in trials.items():
             trial = self.read(name)
             score, loss = trial.get("selection_score", trial.get("score")), trial.get("training_loss_last_sixth")
-            if trial["status"] != "finished" or not isinstance(score, (int, float)):
+            if trial["status"] != "finished" or not _is_finite(score):
                 found.setdefault(rate, []).append((-math.inf, -math.inf))
                 continue
-            better = score if higher_is_better(str(trial["metric"])) else -score
-            lower_loss = -loss if isinstance(loss, (int, float)) else -math.inf
+            if not isinstance(trial.get("metric"), str):
+                raise self._damaged(name, "expected a finished result with its metric")
+            better = score if higher_is_better(trial["metric"]) else -score
+            lower_loss = -loss if _is_finite(loss) else -math.inf
             found.setdefault(rate, []).append((better, lower_loss))
         quality = {rate: tuple(map(fmean, zip(*seeds, strict=True))) for rate, seeds in found.items()}
         return max(sorted(quality), key=quality.__getitem__)
@@ -164,6 +170,10 @@ def _arguments(cell: Cell, rate: float | None) -> RunArguments:
 @cache
 def _parsed(settings: str) -> RunArguments:
     return arguments_from(json.loads(settings))
+
+
+def _is_finite(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _next(before: float, last: float) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from sparsegrad_lab.run.parsing import arguments_from
 from sparsegrad_lab.run.train import train
@@ -150,6 +152,46 @@ def test_each_method_trains(name: str, method: str, models: dict[str, Path], row
     assert result["steps"] == 2
     assert result["trained_entries"]["adapter"] > 0
     assert json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8")) == result
+
+
+MINE = "mine/experiment"
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "search": (MINE, {"search": 5}, "search: Input should be a valid dictionary"),
+    "seeds of the search": (MINE, {"search": {"seeds": 5}}, "search.seeds: Input should be a valid list"),
+    "scales": (MINE, {"scales": ["cpu"]}, "scales: Input should be a valid dictionary"),
+    "search of a scale": (MINE, {"scales": {"cpu": {"search": 5}}}, "scales.cpu.search: Input should be"),
+    "settings": (MINE, {"methods": {"lora": {"settings": "lora"}}}, "methods.lora.settings: Input should"),
+    "source": (MINE, {"methods": {"lora": {"rates_of": 5}}}, "methods.lora.rates_of: Input should be a"),
+    "no scales": ("default", {"scales": None}, "scales: Input should be a valid dictionary, found 'None'"),
+    "no order": ("default", {"order": None}, "order: Input should be a valid list, found 'None'"),
+    "no models": (MINE, {"models": []}, "models: Tuple should have at least 1 item"),
+    "no seeds": (MINE, {"seeds": []}, "seeds: Tuple should have at least 1 item"),
+    "no trials": (MINE, {"search": {"seeds": []}}, "search.seeds: Tuple should have at least 1 item"),
+    "a rate of 0": (MINE, {"methods": {"lora": {"learning_rates": [0]}}}, "rates.0: Input should be greater"),
+    "no rate": (MINE, {"methods": {"lora": {"learning_rates": [float("inf")]}}}, "should be a finite number"),
+    "a rate twice": (MINE, {"methods": {"lora": {"learning_rates": [1e-3, 1e-3]}}}, "expected each of"),
+    "a seed twice": (MINE, {"seeds": [1, 1]}, "seeds: expected each of them once, found '[1, 1]'"),
+    "a task twice": (MINE, {"tasks": ["files", "files"]}, "tasks: expected each of them once"),
+    "a scale": (MINE, {"scales": {"cpus": {}}}, "scales: expected some of cpu, paper; found cpus"),
+    "a task": (MINE, {"task_settings": {"file": {}}}, "task_settings: expected tasks of the experiment, some "
+               "of files; found file"),
+    "a task of the search": (MINE, {"search": {"task_settings": {"file": {}}}}, "search.task_settings: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_in_a_file_is_named(name: str, tmp_path: Path) -> None:
+    place, change, words = WRONG[name]
+    mine = {"title": "A", "question": "B", "tasks": ["files"], "methods": {"lora": {"learning_rates": [1e-3]}}}
+    contents = {MINE: mine, "default": {"scales": {"cpu": {}, "paper": {}}}}
+    contents[place] |= change
+    for file, content in contents.items():
+        path = tmp_path / f"{file}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    where = f"experiment mine|{re.escape(str(tmp_path / place))}.yaml"
+    with pytest.raises(ValueError, match=f"({where}): .*{re.escape(words)}"):
+        load_experiment("mine", folder=tmp_path)
 
 
 def test_the_same_relative_folder_elsewhere_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

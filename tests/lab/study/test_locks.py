@@ -32,6 +32,13 @@ def test_a_run_is_given_to_one_process(tmp_path: Path) -> None:
         assert again.number == 1
 
 
+def test_an_empty_file_counts_as_no_attempt(tmp_path: Path) -> None:
+    (tmp_path / "a.attempt").touch()
+    with Locks(tmp_path).attempt("a") as attempt:
+        assert attempt is not None
+        assert attempt.number == 1
+
+
 def test_a_training_process_that_outlives_its_study_keeps_the_run(tmp_path: Path) -> None:
     """The lock is free, but a second process would write into the folder of the first."""
     training = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -40,10 +41,14 @@ def test_no_rate_before_the_search_is_over(metric: str, load: Any, places: Place
         ({**finished, "training_loss_last_sixth": 0.5}, 1e-3),
         ({**finished, "training_loss_last_sixth": None}, 1e-2),  # no loss was logged
         ({**finished, "score": None}, 1e-2),  # it was not finite
+        ({**finished, "score": math.nan}, 1e-2),
         ({"status": "diverged"}, 1e-2),
     ):
         write(trials[1], second)
         assert StoredResults(places.results).learning_rate(run) == best
+    write(trials[1], {"status": "finished", "score": 0.5})
+    with pytest.raises(ValueError, match=r"lora-lr0\.001\.json: expected a finished result with its metric; remove it"):
+        StoredResults(places.results).learning_rate(run)
 
 
 def test_a_search_goes_on_while_the_best_rate_is_at_an_edge(load: Any, places: Places) -> None:
