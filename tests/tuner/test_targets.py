@@ -16,7 +16,7 @@ from sparsegrad_peft import SparseGradConfig
 from sparsegrad_peft.method.groups import group_linears
 from sparsegrad_peft.tuner.experts import SparseGradExperts
 from sparsegrad_peft.tuner.layer import SparseGradLayer
-from sparsegrad_peft.tuner.targets import TARGETS, find_mlp_linears
+from sparsegrad_peft.tuner.targets import TARGETS, find_mlp_linears, mlp_linears
 
 ENCODER = {
     "hidden_size": 16,
@@ -73,6 +73,12 @@ pytestmark = pytest.mark.filterwarnings(
 
 def model_of(kind: str) -> nn.Module:
     return AutoModel.from_config(AutoConfig.for_model(kind, **FAMILIES[kind][0]))
+
+
+def test_dinov2_with_gated_layers() -> None:
+    """Its largest models have them, by other names in early transformers."""
+    model = AutoModel.from_config(AutoConfig.for_model("dinov2", **IMAGE, use_swiglu_ffn=True))
+    assert mlp_linears(model) == find_mlp_linears(model)
 
 
 def test_every_family_has_a_case() -> None:

@@ -8,19 +8,24 @@ such as its attention kernels, and asks for the same tensors to be saved.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sparsegrad_peft.method.experts import owner_of
 from sparsegrad_peft.tuner.config import SparseGradConfig
 
+from ..methods.training.layers import split_targets
 from ..tasks.library_logs import suppress_library_logs
 
 Adapt = Callable[[nn.Module], nn.Module]
@@ -34,8 +39,8 @@ def count_activations(
 
     Args:
         model: on the meta device, with its head; it is not changed.
-        layers: names of the layers to adapt.
-        config: of the SparseGrad adapter; its `target_modules` is replaced by the layers.
+        layers: names of the layers to adapt, and of fused experts' parameters. Experts are counted in bfloat16 only.
+        config: of the SparseGrad adapter; its targets are replaced by the layers.
         lora_rank: rank of LoRA on the same layers.
         dtype: of the weights and the activations.
         batch_size: rows of a step.
@@ -48,43 +53,58 @@ def count_activations(
     if checkpointing and not any(isinstance(module, GradientCheckpointingLayer) for module in model.modules()):
         raise ValueError(f"gradient_checkpointing: {type(model).__name__} has no blocks that transformers checkpoints")
     sparsegrad = copy.deepcopy(config)
-    sparsegrad.target_modules = list(layers)
+    linears, experts = split_targets(model, layers)
+    sparsegrad.target_modules, sparsegrad.target_parameters = linears, experts or None
+    lora = LoraConfig(r=lora_rank, target_modules=linears, target_parameters=experts or None)
     methods: dict[str, Adapt] = {
         "full": lambda model: model.requires_grad_(True),
         "layers": lambda model: _train_only(model, layers),
-        "lora": lambda model: get_peft_model(model, LoraConfig(r=lora_rank, target_modules=layers)),
+        "lora": lambda model: get_peft_model(model, lora),
         "block": lambda model: get_peft_model(model, sparsegrad),
     }
     found = {}
-    for key, adapt in methods.items():
-        with suppress_library_logs():
-            adapted = adapt(copy.deepcopy(model).to(dtype)).train()
-        try:
+    try:
+        for key, adapt in methods.items():
+            with suppress_library_logs():
+                adapted = adapt(copy.deepcopy(model).to(dtype)).train()
             found[key] = _saved_bytes(adapted, model, batch_size, length, checkpointing)
-        except Exception as error:  # a model's own code may read values, which fake tensors do not have
-            raise ValueError(
-                f"the activations of {type(model).__name__} cannot be counted ({type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}); leave out batch_size and length"
-            ) from error
+    except Exception as error:  # a model's own code may read values, which fake tensors do not have
+        advice = "use dtype bfloat16, or " if experts and dtype != torch.bfloat16 else ""
+        raise ValueError(
+            f"the activations of {type(model).__name__} cannot be counted ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}); {advice}leave out batch_size and length"
+        ) from error
     return {**found, "topk": found["block"]}
 
 
 def _train_only(model: nn.Module, layers: Iterable[str]) -> nn.Module:
     model.requires_grad_(False)
     for name in layers:
-        model.get_submodule(name).requires_grad_(True)
+        owner, parameter = owner_of(model, name)
+        (owner if parameter is None else owner.get_parameter(parameter)).requires_grad_(True)
     return model
 
 
 def _saved_bytes(adapted: nn.Module, model: nn.Module, batch_size: int, length: int, checkpointing: bool) -> int:
     """Return the bytes that autograd saves in a forward pass, without the model's own parameters and buffers."""
-    with FakeTensorMode(), suppress_library_logs(), warnings.catch_warnings():
+    with FakeTensorMode(), suppress_library_logs(), _without_log(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*trains in data-free bases")  # of no matter for the count
         _make_fake(adapted)
         saved = _Saved(adapted)
         with torch.autograd.graph.saved_tensors_hooks(saved.record, lambda tensor: tensor):
             adapted(**_inputs(model, batch_size, length))
         return saved.peak_checkpointed() if checkpointing else saved.total()
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Silence the log of fake tensors, which has a whole traceback beside the error that is raised."""
+    logger = logging.getLogger(fake_tensor.__name__)
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 class _Saved:
@@ -98,8 +118,10 @@ class _Saved:
         self.saved: dict[int, dict[int, Tensor]] = {0: {}}
         self.inputs: dict[int, dict[int, Tensor]] = {}
         self.block = self.blocks = 0
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
+        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        within = {inner for block in blocks for inner in block.modules() if inner is not block}
+        for module in blocks:
+            if module not in within:  # a stage of Swin is a block that holds blocks; the outer one runs again
                 module.register_forward_pre_hook(self._enter, with_kwargs=True)
                 module.register_forward_hook(self._leave)
 

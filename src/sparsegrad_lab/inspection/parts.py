@@ -12,8 +12,8 @@ from sparsegrad_peft.tuner.targets import ATTENTION_NAME, mlp_linears
 
 _EMBEDDING_NAME = re.compile(r"embed|position|(cls|mask|class|distillation)_token", re.IGNORECASE)
 _HEAD_NAME = re.compile(
-    r"(^|\.)(classifier|score|cls|pooler|head|proj_out|embed_out|qa_outputs|vocab_\w+|logits_proj|sequence_summary|"
-    r"\w+_(head|classifier|predictions))\."
+    r"(^|\.)(classifier|score|cls|pooler|head|proj_out|embed_out|qa_outputs|vocab_\w+|logits_proj|predictions|"
+    r"sequence_summary|\w+_(head|classifier|predictions))\."
 )
 """Counts only outside the numbered blocks, where the head is."""
 _MLP_NAME = re.compile(r"(^|\.)(mlp|ffn|feed_?forward|(block_sparse_)?moe|experts)\.", re.IGNORECASE)

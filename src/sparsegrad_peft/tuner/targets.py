@@ -29,7 +29,7 @@ TARGETS: dict[str, str] = {
     "bert": _BERT,
     "deberta": _BERT,
     "deberta-v2": _BERT,
-    "dinov2": r"(.*\.)?mlp\.(fc1|fc2|weights_in|weights_out)",
+    "dinov2": r"(.*\.)?mlp\.(fc1|fc2|weights_in|weights_out|gate_proj|up_proj|down_proj)",
     "distilbert": r"(.*\.)?ffn\.(lin1|lin2)",
     "electra": _BERT,
     "gemma": _GATED,

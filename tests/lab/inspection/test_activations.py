@@ -17,7 +17,11 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    GptOssConfig,
     LlamaConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    SwinConfig,
     T5Config,
     ViTConfig,
 )
@@ -31,6 +35,10 @@ from sparsegrad_peft import SparseGradConfig
 from sparsegrad_peft.tuner.targets import mlp_linears
 
 IDS = torch.zeros(3, 8, dtype=torch.long)
+SMALL: dict[str, Any] = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "speed"
 
 
@@ -91,6 +99,41 @@ def test_images_and_a_model_that_is_there() -> None:
     pixels = {"pixel_values": torch.zeros(2, 3, 28, 28), "labels": torch.zeros(2, dtype=torch.long)}
     counted = next(row.activations_bytes for row in found.methods if row.key == "full")
     assert counted == saved_bytes(model.train(), lambda: model(**pixels).loss)
+
+
+def test_blocks_within_blocks() -> None:
+    """A stage of Swin is checkpointed, and so are its blocks."""
+    config = SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4)
+    model = AutoModelForImageClassification.from_config(config)
+    found = inspect(model, batch_size=2, length=1)
+    pixels = {"pixel_values": torch.zeros(2, 3, 32, 32), "labels": torch.zeros(2, dtype=torch.long)}
+    counted = next(row.activations_bytes for row in found.methods if row.key == "full")
+    assert counted == saved_bytes(model.train(), lambda: model(**pixels).loss)
+
+
+EXPERTS = {
+    "mixtral": MixtralConfig(**SMALL, num_local_experts=4),
+    "gpt-oss": GptOssConfig(**SMALL, num_local_experts=4, head_dim=8),
+    "qwen2-moe": Qwen2MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*trains in data-free bases:UserWarning")
+@pytest.mark.parametrize("name", EXPERTS)
+def test_fused_experts(name: str) -> None:
+    """Fake tensors compute products by expert in bfloat16 only."""
+    config = EXPERTS[name]
+    found = inspect(config, task_type="CAUSAL_LM", batch_size=3, length=8, dtype=torch.bfloat16)
+    counted = {row.key: row.activations_bytes for row in found.methods}
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).train()
+    assert counted["full"] == saved_bytes(model, lambda: model(input_ids=IDS, labels=IDS).loss)
+    assert all(counted[key] for key in ("layers", "lora", "block"))
+
+
+def test_fused_experts_in_float32(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM cannot be counted .*; use dtype bfloat16, or leave out"):
+        inspect(EXPERTS["mixtral"], task_type="CAUSAL_LM", batch_size=3, length=8)
+    assert not caplog.records
 
 
 @pytest.mark.filterwarnings("ignore:.*trains in data-free bases:UserWarning")

@@ -43,6 +43,19 @@ def test_bert_base_is_the_papers() -> None:
     assert parts.share("mlp") == pytest.approx(0.518, abs=0.001)
 
 
+def test_the_head_of_albert_is_named_predictions() -> None:
+    config = AlbertConfig(
+        vocab_size=50,
+        embedding_size=8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+    )
+    parts = inspect(transformers.AlbertForMaskedLM(config)).parts
+    assert (parts.head, parts.other) == (16 * 8 + 8 + 50, 0)  # its decoder is tied to the embeddings
+
+
 def test_roberta_base_is_the_papers() -> None:
     parts = inspect(RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)).parts
     assert parts.total == 124_645_632
