@@ -16,6 +16,7 @@ import pytest
 import tables
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.study.sections import read_report
+from sparsegrad_lab.study.statistics import compare_all
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -185,6 +186,11 @@ def test_scores_in_sentences_are_those_of_the_results(document: str) -> None:
             [score("glue", task, method) for task in ("mrpc", "qnli")] for method in ("lora", "sparsegrad")
         )
         assert f"SparseGrad has {own_mrpc} on MRPC and {own_qnli} on QNLI, and LoRA {mrpc} and {qnli}" in text
+        [glue] = read_report([tables.ROOT / tables.STUDY / "glue"]).sections
+        [found] = compare_all(glue.runs, ["sparsegrad"], "lora")
+        share = found.by_task["qnli"] / found.by_task.sum()
+        assert f"is ahead by {found.difference:.1f} points" in text
+        assert f"(p {found.p_tasks:.3f}). QNLI alone makes {share:.0%}".replace("%", " %") in text
 
 
 @pytest.mark.parametrize(("out", "in_", "share"), [(1536, 384, 0.5), (384, 1536, 0.25)])

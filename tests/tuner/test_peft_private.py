@@ -19,7 +19,15 @@ from sparsegrad_peft.tuner.experts import SparseGradExperts
 from sparsegrad_peft.tuner.layer import SparseGradLayer
 from sparsegrad_peft.tuner.linear import SparseGradTunerLinear
 from sparsegrad_peft.tuner.model import SparseGradModel
-from sparsegrad_peft.tuner.peft_private import HOOKS, NAME, PREFIX, ensure_peft_type, in_out_features, register
+from sparsegrad_peft.tuner.peft_private import (
+    HOOKS,
+    NAME,
+    PREFIX,
+    ensure_peft_type,
+    in_out_features,
+    mistaken_for_experts,
+    register,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +51,16 @@ def test_every_private_override_is_listed() -> None:
 def test_sizes_of_linear_layers() -> None:
     assert in_out_features(nn.Linear(3, 5)) == (3, 5)
     assert in_out_features(Conv1D(5, 3)) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "unknown", "mistaken"),
+    [("deepseek_v3", False, True), ("qwen3_moe", False, True), ("llama", True, False), (None, False, False),
+     (None, True, True)],
+)  # fmt: skip
+def test_linears_that_lora_takes_for_experts(model_type: str | None, unknown: bool, mistaken: bool) -> None:
+    found = mistaken_for_experts(["a.up_proj", "a.q_proj"], model_type, unknown=unknown)
+    assert found == (["a.up_proj"] if mistaken else [])
 
 
 def test_member_behaves_as_those_of_the_enum() -> None:

@@ -17,7 +17,7 @@ FEWEST = 6
 chance, and so few differences do not show whether they are normally distributed, as the t-test assumes."""
 
 FEWEST_TASKS = 5
-"Tasks that the bootstrap needs: with two or three, its interval of 95 % covers 50 to 85 % (simulated)."
+"Tasks that the bootstrap needs: with two or three, its interval of 95 % covers 50 to 85 % (a test simulates it)."
 
 _DRAWS = 10_000
 "Samples of the bootstrap."

@@ -140,8 +140,8 @@ def comparisons(section: Section) -> Table:
         note += (
             " The runs of a task share its rows and a learning rate, so they are not independent; p over tasks is the "
             "same test over the means of the tasks. The bootstrap draws tasks, and then seeds within each task; "
-            "each task counts the same there. Below five tasks it has no interval; with five to eight, the interval "
-            "covers about 92 % in place of 95 %."
+            "each task counts the same there. Below five tasks it has no interval. With five to eight, "
+            "the interval is still too narrow: it covers 80 to 95 %."
         )
     else:
         note += (

@@ -24,7 +24,6 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_feat
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include_all_linear_layers
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
-from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from torch import nn
 
 __all__ = [
@@ -83,6 +82,9 @@ def mistaken_for_experts(linears: Iterable[str], model_type: str | None, *, unkn
         model_type: of the model's config; None if it is not known.
         unknown: what to assume of a model whose type is not known: that it is one of those concerned, or not.
     """
+    # Here, since an export alone needs it.
+    from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+
     if model_type is not None:
         names = set(_MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), ()))
     else:
