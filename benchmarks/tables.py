@@ -6,8 +6,8 @@
 A table stands between `<!-- table: PATH -->` and `<!-- end of table -->`. PATH is a result file; a folder of speed
 results (one line for each workload); a study folder; `PATH short`, a shorter table of either folder;
 `PATH calibration`, the share of calibration in a study's runs; `PATH costs`, a picture of its scores against costs;
-`methods`, the methods of `sparsegrad bench`; `sizes`, the default adapter's sizes by model; or `calibration`, what its
-calibration takes by model.
+`methods`, the methods of `sparsegrad bench`; `sizes`, the default adapter's sizes by model; `forms`, what each form of
+the adapter takes by model; or `calibration`, what its calibration takes by model.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from sparsegrad_lab.study.report import origin as origin_of_runs
 from sparsegrad_lab.study.sections import read_report
 from sparsegrad_lab.study.tables import comparisons, scores
 from sparsegrad_lab.study.verdict import verdict
+from sparsegrad_peft.method.costs import LayerShape, saves_input, step_cost
 from sparsegrad_peft.method.sizes import Sizes
 from sparsegrad_peft.method.sum_sizes import SumsOf, projection_widths
 
@@ -326,6 +327,37 @@ def sizes() -> str:
     return markdown(header, rows)
 
 
+def forms(tokens: int = 2048) -> str:
+    """What each form of the adapter, and LoRA, adds to the MLP layers of three models."""
+    header = ["model", "form", "core, wide × hidden side", "multiply-adds added", "saved for backward, numbers a token",
+              "cores + bases, MB"]  # fmt: skip
+    rows = []
+    for name in ("MiniLM-L6 (23 M)", "SmolLM2-135M", "LLaMA-2-7B"):
+        blocks, layers, hidden, wide = MODEL_SIZES[name]
+        plain = 2 * tokens * blocks * layers * hidden * wide
+
+        def row(form: str, core: str, added: int, saved: int, stored: int, model: str = name, of: int = plain) -> None:
+            rows.append([model, form, core, f"{100 * added / of:.1f} %", f"{saved:,}", f"{stored / 1e6:,.1f}"])
+
+        for form, neurons, pairs in (
+            ("neurons (default)", True, blocks), ("directions on both sides", False, blocks), ("shared", False, 1)
+        ):  # fmt: skip
+            r, c = map(int, Sizes(None, None, neurons=neurons).counts(wide, hidden))  # type: ignore[arg-type]
+            up = LayerShape(wide, hidden, r, c, rotates_out=not neurons)
+            down = LayerShape(hidden, wide, c, r, rotates_in=not neurons)
+            shapes = blocks * [*(layers - 1) * [up], down]
+            added = sum(step_cost(shape, tokens) for shape in shapes) - plain
+            saved = sum(shape.in_ if saves_input(tokens, shape, "memory") else shape.c for shape in shapes)
+            basis = 2 * c * hidden + (4 * r if neurons else 2 * r * wide)  # bfloat16, and int32 for neurons
+            row(form, f"{r:,} × {c}", added, saved, blocks * layers * 4 * r * c + pairs * layers * basis)
+            if neurons:
+                rank = round(r * c / (hidden + wide))
+        entries = blocks * layers * rank * (hidden + wide)
+        inputs = blocks * ((layers - 1) * (hidden + rank) + wide + rank)
+        row("LoRA", f"rank {rank}", 3 * tokens * entries, inputs, 4 * entries)
+    return markdown(header, rows)
+
+
 def counted_calibration(tokens: int = 2048) -> str:
     """Memory and multiply-adds of the sums of the default's calibration, by model size."""
     header = ["model", "sums, MB", "random vectors a layer", f"multiply-adds ÷ backpropagation, {tokens:,} tokens"]
@@ -356,7 +388,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-FROM_CODE = {"methods": speed_methods, "sizes": sizes, "calibration": counted_calibration}
+FROM_CODE = {"methods": speed_methods, "sizes": sizes, "forms": forms, "calibration": counted_calibration}
 "Tables that need no result file."
 
 

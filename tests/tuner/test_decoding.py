@@ -1,4 +1,4 @@
-"""`generate` decodes with two thin matrices: the same tokens and logits, and never an adapter of the past."""
+"""`generate` decodes with a prepared update: the same tokens and logits, and never an adapter of the past."""
 
 from __future__ import annotations
 
@@ -35,6 +35,24 @@ def test_the_same_in_float64(out: int, in_: int, r: int, c: int, bias: bool, sha
     torch.testing.assert_close(matrices.apply(x, weight, b), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("neurons_out", "neurons_in"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (3, 2), (2, 1, 4)])
+def test_neurons_in_float64(neurons_out: bool, neurons_in: bool, bias: bool, shape: tuple[int, ...]) -> None:
+    (out, in_), (r, c) = (31, 23), (7, 5)
+    U = torch.randperm(in_)[:c].int() if neurons_in else rows(c, in_)
+    V = torch.randperm(out)[:r].int() if neurons_out else rows(r, out)
+    scale_out, scale_in = torch.rand(r, dtype=torch.float64), torch.rand(c, dtype=torch.float64)
+    S = torch.randn(r, c, dtype=torch.float64)
+    weight, x = torch.randn(out, in_, dtype=torch.float64), torch.randn(*shape, in_, dtype=torch.float64)
+    b = torch.randn(out, dtype=torch.float64) if bias else None
+    basis = Basis(U, V, in_features=in_, out_features=out, scale_in=scale_in, scale_out=scale_out)
+    ready = fold("default", S, basis, x.dtype)
+    assert ready is not None
+    expected = nn.functional.linear(x, weight + basis.from_basis(S), b)
+    torch.testing.assert_close(ready.apply(x, weight, b), expected, rtol=0, atol=1e-12)
+
+
 def test_not_where_it_would_be_larger() -> None:
     """Complete bases: two matrices of the layer's own size would take the place of three."""
     S = torch.randn(6, 4, dtype=torch.float64)
@@ -42,10 +60,10 @@ def test_not_where_it_would_be_larger() -> None:
     assert fold("default", S, Basis(rows(4, 4), rows(6, 6)), torch.float64) is not None
 
 
-@pytest.fixture
-def adapted() -> PeftModel:
+@pytest.fixture(params=[True, False], ids=["neurons", "directions"])
+def adapted(request: pytest.FixtureRequest) -> PeftModel:
     model = get_peft_model(
-        tiny_model("llama"), SparseGradConfig(task_type="CAUSAL_LM", narrow=8, wide=8, neurons=False)
+        tiny_model("llama"), SparseGradConfig(task_type="CAUSAL_LM", narrow=8, wide=8, neurons=request.param)
     )
     calibrate_adapter(model, [tiny_batch("llama")], n_steps=4, progress=False)
     change(model)
@@ -79,17 +97,6 @@ def test_what_generate_gives_is_what_the_merged_model_gives(adapted: PeftModel) 
     assert all(used)
     assert not any(layer.folded for layer in tuner_layers(adapted))
     assert tiny_batch("llama")["input_ids"][:2, :4].numel() <= FEW
-
-
-def test_neurons_have_nothing_to_fold() -> None:
-    """`U` and `S` alone are smaller already; what is generated is still what the merged model gives."""
-    model = get_peft_model(tiny_model("llama"), SparseGradConfig(task_type="CAUSAL_LM", narrow=8, wide=8))
-    calibrate_adapter(model, [tiny_batch("llama")], n_steps=4, progress=False)
-    change(model)
-    assert fold("default", *tuner_layers(model)[0].core_and_basis("default"), torch.float32) is None
-    merged = copy.deepcopy(model.eval()).merge_and_unload()
-    for found, expected in zip(generated(model), generated(merged), strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_dropped_when_generate_fails_or_nothing_is_to_be_folded(adapted: PeftModel) -> None:

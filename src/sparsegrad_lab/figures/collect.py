@@ -93,7 +93,7 @@ def collect(
         sparse = train_sparsegrad(setup, arguments, of_all_layers[PAPER][1], settings.steps, advance)
     return {
         "command": command, "config": arguments.as_dict(), "figures": settings.as_dict(), "environment": record,
-        "block": setup.block, "blocks": max(map(len, setup.groups.values())), "density": DENSITY,
+        "block": setup.block, "block_numbers": setup.block_numbers, "density": DENSITY,
         "roles": {group: setup.role(names[0]) for group, names in setup.groups.items()}, "calibrated": own,
         "mean_gradient": ways[own][0].mean_gradient,
         "gradient": gradient, "rows": zero_rows, "spectrum": spectra, "ageing": ageing,

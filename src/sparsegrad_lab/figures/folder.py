@@ -79,7 +79,10 @@ def read(folder: Path) -> dict[str, Any]:
         run_title(data)
         if missing := PARTS - data.keys():
             raise KeyError(", ".join(sorted(missing)))
-        data.setdefault("mean_gradient", str(data["calibrated"]).startswith("mean gradient"))  # of earlier versions
+        # Files of earlier versions do not have these two.
+        data.setdefault("mean_gradient", str(data["calibrated"]).startswith("mean gradient"))
+        norms = next(iter(data["runs"].values()))["norms"]
+        data.setdefault("block_numbers", {group: list(range(len(values))) for group, values in norms.items()})
         if any(isinstance(layer["images"], list) for layer in data["gradient"].values()):
             return _from_json_arrays(data)
         with (folder / "figures.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:

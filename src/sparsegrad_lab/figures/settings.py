@@ -24,7 +24,7 @@ class FiguresArguments:
     batches: int = 2
     "batches for each measurement; training does not use them"
     layer: int | None = None
-    "block whose layers are shown entry by entry, counted from 0; default: the middle block"
+    "number of the block whose layers are shown entry by entry, counted from 0; default: the middle adapted block"
     redraw: bool = False
     "draw the figures again from the numbers in the output folder, without training"
 

@@ -17,6 +17,7 @@ from sparsegrad_peft.method.groups import group_linears, linear_shape
 from sparsegrad_peft.method.statistics import Statistics
 
 from ..methods.registry import METHODS, find_method
+from ..methods.training.layers import block_number
 from ..run.exit_codes import RefusedError
 from ..run.inputs import load_run_task
 from ..run.settings import RunArguments
@@ -42,7 +43,7 @@ class Setup:
     groups: dict[str, list[str]]
     "group -> its MLP layers, in the order of the blocks"
     block: int
-    "the block that is shown entry by entry"
+    "number of the block that is shown entry by entry, in the model"
     rows: Any
     "tokenized training rows"
     collate: Callable[[list[Any]], Any]
@@ -72,9 +73,17 @@ class Setup:
         """The first MLP layer of the last block."""
         return next(iter(self.groups.values()))[-1]
 
+    @property
+    def block_numbers(self) -> dict[str, list[int]]:
+        """Group -> the numbers of its layers' blocks in the model. `adapter.layers` may leave some out."""
+        return {group: block_numbers(names) for group, names in self.groups.items()}
+
     def layers_of(self, block: int) -> list[str]:
-        """Return a block's layers. A group with fewer blocks gives its last layer."""
-        return [names[min(block, len(names) - 1)] for names in self.groups.values()]
+        """Return a block's layers. A group that has none in this block gives its last layer."""
+        return [
+            dict(zip(numbers, names, strict=True)).get(block, names[-1])
+            for numbers, names in zip(self.block_numbers.values(), self.groups.values(), strict=True)
+        ]
 
     def role(self, name: str) -> str:
         """Return "down" for a layer with fewer outputs than inputs, else "up"."""
@@ -138,17 +147,24 @@ def load_setup(arguments: RunArguments, block: int | None) -> Setup:
 
 
 def choose_block(groups: dict[str, list[str]], block: int | None) -> int:
-    """Return `block`, or the middle one for None.
+    """Return `block`, or the middle one of the blocks with MLP layers for None.
 
     Raises:
-        RefusedError: the model has fewer blocks.
+        RefusedError: that block has no MLP layer of the run.
     """
-    blocks = max(len(names) for names in groups.values())
-    if block is not None and block >= blocks:
+    numbers = block_numbers(max(groups.values(), key=len))
+    if block is not None and block not in numbers:
         raise RefusedError(
-            f"figures.layer must be from 0 to {blocks - 1}, found {block}; the model has {blocks} blocks"
+            f"figures.layer: expected the number of a block with layers to adapt, {', '.join(map(str, numbers))}; "
+            f"found {block}"
         )
-    return (blocks - 1) // 2 if block is None else block
+    return numbers[(len(numbers) - 1) // 2] if block is None else block
+
+
+def block_numbers(names: list[str]) -> list[int]:
+    """Return the numbers of these layers' blocks in the model, or 0, 1, … if the names do not tell them apart."""
+    numbers = [block_number(name) for name in names]
+    return [n for n in numbers if n is not None] if len({*numbers} - {None}) == len(names) else list(range(len(names)))
 
 
 def evenly_spaced(names: list[str], count: int) -> list[str]:

@@ -115,7 +115,8 @@ def kind_shares(batches: list[Tensor]) -> dict[str, float]:
 def draw(data: dict[str, Any]) -> Drawing:
     """Draw the tokens of a batch above, and below the shares through training, for a middle and the last block."""
     rows = data["rows"]
-    places = {"middle": f"block {data['block']}", "last": f"last block ({data['blocks'] - 1})"}
+    last = next(iter(data["block_numbers"].values()))[-1]
+    places = {"middle": f"block {data['block']}", "last": f"last block ({last})"}
     points = rows["shares"]
     means = {key: {k.name: sum(p[key][k.name] for p in points) / len(points) for k in TokenKind} for key in places}
     shown = [kind for kind in TokenKind if any(mean[kind.name] > 0 for mean in means.values())]

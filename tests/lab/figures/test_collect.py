@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import ViTConfig, ViTModel
 
 from sparsegrad_lab.figures import strided_structure, touched, update_norms
 from sparsegrad_lab.figures.collect import calibration_ways, collect
 from sparsegrad_lab.figures.settings import FiguresArguments
 from sparsegrad_lab.figures.strided_structure import TokenKind
+from sparsegrad_lab.run.exit_codes import RefusedError
 from sparsegrad_lab.run.settings import RunArguments
 from tiny_runs import save_tokenizer
 
@@ -20,7 +23,8 @@ def test_record(data: dict[str, Any], tiny_bert: Path) -> None:
     assert data["command"].startswith(f"sparsegrad figures --model {tiny_bert} --task files ")
     assert data["figures"] == {"steps": 4, "points": 2, "batches": 1, "layer": None, "redraw": False}
     assert data["environment"]["seed"] == 0
-    assert (data["block"], data["blocks"]) == (0, 2)
+    assert data["block"] == 0
+    assert list(data["block_numbers"].values()) == [[0, 1], [0, 1]]
 
 
 def test_names_of_calibrations() -> None:
@@ -52,17 +56,24 @@ def test_the_published_method_has_the_papers_bases(
 
 
 def test_a_decoder_with_transposed_weights(arguments: Callable[..., RunArguments], tmp_path: Path) -> None:
-    """GPT-2's Conv1D stores its weight as (in, out). Its head reads the last token that is no padding."""
+    """GPT-2's Conv1D stores its weight as (in, out). Its head reads the last token that is no padding.
+
+    Only two of the four blocks are adapted. Figures call them by their numbers in the model.
+    """
     from transformers import GPT2Config, GPT2Model
 
     words = save_tokenizer(tmp_path)
     config = GPT2Config(
-        vocab_size=words, n_positions=32, n_embd=16, n_layer=3, n_head=2, bos_token_id=2, eos_token_id=3
+        vocab_size=words, n_positions=32, n_embd=16, n_layer=4, n_head=2, bos_token_id=2, eos_token_id=3
     )
     GPT2Model(config).save_pretrained(tmp_path)
     run = arguments(tmp_path / "out", "--model", str(tmp_path), "--adapter.shared", "false", "--calibration.normalize",
-                    "false")  # fmt: skip
-    data = collect(run, FiguresArguments(steps=2, points=2, batches=1, layer=2), progress=False)
+                    "false", "--adapter.layers", "[1, 3]")  # fmt: skip
+    with pytest.raises(RefusedError, match=r"a block with layers to adapt, 1, 3; found 2"):
+        collect(run, FiguresArguments(layer=2), progress=False)
+    data = collect(run, FiguresArguments(steps=2, points=2, batches=1, layer=3), progress=False)
+    assert data["block"] == 3
+    assert list(data["block_numbers"].values()) == [[1, 3], [1, 3]]
     assert [data["gradient"][role]["images"].shape for role in ("up", "down")] == [(2, 64, 16), (2, 16, 64)]
     assert data["touched"]["images"]["up"].shape == (64, 16)
     assert data["calibrated"] == "this run's settings"
@@ -70,8 +81,10 @@ def test_a_decoder_with_transposed_weights(arguments: Callable[..., RunArguments
     for row in data["rows"]["tokens"]["last"]:
         real = row[row != TokenKind.padding].tolist()
         assert real == [TokenKind.unread] * (len(real) - 1) + [TokenKind.live]
-    assert {side["group"] for side in data["spectrum"]} == {"transformer.h.2.mlp.c_fc", "transformer.h.2.mlp.c_proj"}
+    assert {side["group"] for side in data["spectrum"]} == {"transformer.h.3.mlp.c_fc", "transformer.h.3.mlp.c_proj"}
     assert touched.draw(data).svg.startswith("<svg")
+    assert "last block (3)" in strided_structure.draw(data).svg
+    assert re.findall(r">([0-9]+)</text>", update_norms.draw(data).svg) == ["1", "3"] * 2
 
 
 def test_images(arguments: Callable[..., RunArguments], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_measured_steps(steps: int, points: int, measured: list[int]) -> None:
         (("--figures.points", "9"), "figures.points must be at most 5 with 4 training steps, found 9; lower"),
         (("--figures.batches", "0"), "figures.batches must be at least 1, found 0"),
         (("--figures.layer", "-1"), "figures.layer must be at least 0, found -1"),
-        (("--figures.layer", "2"), "figures.layer must be from 0 to 1, found 2"),
+        (("--figures.layer", "2"), "figures.layer: expected the number of a block with layers to adapt, 0, 1; found 2"),
         (("--method", "lora"), "method: figures show SparseGrad only, found 'lora'"),
         (("--seeds", "[1, 2]"), "seeds: figures show one run, found [1, 2]; give one seed"),
         (("--training.precision", "bf16"), "training.precision: figures measure gradients in fp32, found 'bf16'"),

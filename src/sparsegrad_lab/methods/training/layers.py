@@ -34,7 +34,7 @@ def target_layers(
         targets = fused
     if blocks is None:
         return targets
-    block_of = {name: next((int(part) for part in name.split(".") if part.isdigit()), None) for name in targets}
+    block_of = {name: block_number(name) for name in targets}
     known = sorted({block for block in block_of.values() if block is not None})
     if unknown := [block for block in blocks if block not in known]:
         raise ValueError(
@@ -42,6 +42,11 @@ def target_layers(
             f"found {', '.join(map(str, unknown))}"
         )
     return [name for name in targets if block_of[name] in blocks]
+
+
+def block_number(name: str) -> int | None:
+    """Return the number of the block that holds the layer with this full name: the first number in the name."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def split_targets(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[str]]:
