@@ -65,3 +65,12 @@ def test_of_groups_of_two_shapes() -> None:
 )
 def test_a_fraction_of_one_is_complete(sizes: Sizes, complete: bool) -> None:
     assert sizes.complete is complete
+
+
+def test_directions_on_both_sides_are_balanced() -> None:
+    """The default makes the bases of the two sides about equally large, where a third of the hidden side allows it."""
+    r, c = Sizes(None, None).counts(11008, 4096)
+    assert (r, c) == (408, 1104)
+    assert r * 11008 == pytest.approx(c * 4096, rel=0.02)
+    assert r * c == pytest.approx(0.01 * 11008 * 4096, rel=0.01)
+    assert Sizes(None, None).counts(384, 1536) == (128, 48)

@@ -17,7 +17,7 @@ class AdapterArguments:
     narrow: int | float | str | None = None
     """sparsegrad: basis vectors of a layer's smaller side: "full", a count, a fraction of the side, or "energy:0.9"
     (enough for this share of the gradients' energy); default: a thirty-second of the side, from
-    64 to 128, and never more than a third of it"""
+    64 to 128; without neurons as many as make both bases equally large; never more than a third of the side"""
     wide: int | float | str | None = None
     """sparsegrad: neurons (or basis vectors) of a layer's larger side, in the same forms; default: as many as make
     trained_share"""

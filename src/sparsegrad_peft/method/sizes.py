@@ -85,6 +85,16 @@ def default_directions(hidden_size: int) -> int:
     return min(wanted, row_count(_LARGEST_NARROW, hidden_size) or hidden_size)
 
 
+def balanced_directions(hidden_size: int, wide_size: int, share: float) -> int:
+    """Return how many directions of the hidden side make the two bases of a layer equally large, at most about a third.
+
+    With `c` directions of the hidden side and `r` of the wide side, the bases hold `c·hidden + r·wide` numbers. For a
+    given `r·c = share·hidden·wide` that is least at `c = √share · wide`.
+    """
+    wanted = row_count(min(share**0.5, 1.0), wide_size) or 1
+    return min(wanted, row_count(_LARGEST_NARROW, hidden_size) or hidden_size)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Rows of `U` and `V` for layers of any shape.
@@ -95,7 +105,8 @@ class Sizes:
     """
 
     narrow: Rows | None = "full"
-    "rows for a layer's smaller side, the hidden size; the input side if both are equal. None: see `default_directions`"
+    """rows for a layer's smaller side, the hidden size; the input side if both are equal. None: `default_directions`
+    where the larger side selects features, else `balanced_directions`"""
     wide: Rows | None = "full"
     "rows for its larger side. None: as many as make `share` of the layer's entries"
     c: Rows | None = None
@@ -114,12 +125,12 @@ class Sizes:
     def of(self, out_features: int, in_features: int) -> tuple[Rows, Rows]:
         """Return (r, c) for a layer of that shape, with the defaults in place of None.
 
-        The default of `narrow` is `default_directions`, or more if `share` needs more even with all rows of the wide
-        side. If `narrow` is a share of energy, the default of `wide` is that for the default of `narrow`.
+        `share` may need more directions than the default of `narrow`, even with all rows of the wide side. If `narrow` is a share of energy, the default of `wide` is that for the default of `narrow`.
         """
-        small, wide = min(out_features, in_features), self.wide
+        small, large, wide = min(out_features, in_features), max(out_features, in_features), self.wide
+        usual = default_directions(small) if self.neurons else balanced_directions(small, large, self.share)
         least = math.ceil(self.share * small) if wide is None else 0  # directions for the share, with all wide rows
-        default = max(default_directions(small), least)
+        default = max(usual, least)
         narrow = default if self.narrow is None else self.narrow
         if wide is None:
             fraction = self.share * small / (row_count(narrow, small) or default)
@@ -168,7 +179,7 @@ class Sizes:
         return V + U
 
     def __str__(self) -> str:
-        narrow = "a thirty-second, from 64 to 128" if self.narrow is None else self.narrow
+        narrow = "the default" if self.narrow is None else self.narrow
         wide = f"{self.share:g} of the entries" if self.wide is None else self.wide
         given = {"narrow": narrow, "wide": wide, "c": self.c, "r": self.r}
         if self.c is not None and self.r is not None:

@@ -37,7 +37,8 @@ class SparseGradConfig(PeftConfig):
     Args:
         narrow: rows of the basis of a layer's smaller side (the hidden size): "full", a count, a fraction, or
             "energy:SHARE". A share of energy is known after calibration; until then the default size holds. None: a
-            thirty-second of the side, but from 64 to 128 and at most about a third.
+            thirty-second of the side, but from 64 to 128. With directions on both sides: as many as make the two bases
+            of a layer equally large. At most about a third in both cases.
         wide: rows of the basis of a layer's larger side, likewise. None: as many as make `trained_share`.
         trained_share: share of a layer's entries that train, where `wide` is None.
         neurons: the larger side selects features, the neurons with the most gradient energy, and rotates nothing. Such
