@@ -29,7 +29,7 @@ def build(layers: int, seed: int) -> dict[str, nn.Module]:
     torch.manual_seed(seed)
     base = GPT2LMHeadModel(GPT2Config(n_layer=layers))
     ids = torch.randint(50257, (1, 64))
-    adapted = get_peft_model(copy.deepcopy(base), SparseGradConfig())
+    adapted = get_peft_model(copy.deepcopy(base), SparseGradConfig(task_type="CAUSAL_LM"))
     calibrate_adapter(adapted, [{"input_ids": ids, "labels": ids}], n_steps=1, trajectory=None, progress=False)
     adapted(input_ids=ids, labels=ids).loss.backward()
     SparseGradAdamW(param_groups(adapted), lr=1e-3).step()
@@ -38,7 +38,12 @@ def build(layers: int, seed: int) -> dict[str, nn.Module]:
     per_rank = sum(sum(linear_shape(base.get_submodule(name), name)) for name in names)
     rank = round(entries / per_rank)
     config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=TARGETS["gpt2"], fan_in_fan_out=True, init_lora_weights=False
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=rank,
+        target_modules=TARGETS["gpt2"],
+        fan_in_fan_out=True,
+        init_lora_weights=False,
     )
     return {
         "base": base,
