@@ -247,7 +247,7 @@ def test_bad_scales(scale: list[float]) -> None:
 
 def test_default_sizes() -> None:
     """1/32 of the hidden side, from 64 to 128 and at most a third; as many neurons as make 1 % of the entries."""
-    sizes = Sizes(narrow=None, wide=None)
+    sizes = Sizes(narrow=None, wide=None, neurons=True)
     assert sizes.counts(1536, 384) == (96, 64)  # MiniLM
     assert sizes.counts(576, 1536) == (64, 136)  # SmolLM2, down
     assert sizes.counts(3072, 768) == (368, 64)  # BERT-base
@@ -256,11 +256,11 @@ def test_default_sizes() -> None:
     assert sizes.counts(100, 50) == (3, 16)
     assert sizes.counts(11008, 4096) == (3520, 128)  # LLaMA-2-7B
     assert sizes.counts(32, 16) == (1, 5)
-    assert Sizes(narrow=None, wide=None, share=0.25).counts(1536, 384) == (1536, 96)
-    assert Sizes(narrow=None, wide=10, share=0.25).counts(1536, 384) == (10, 64)
-    assert Sizes(narrow="full", wide=None).counts(3072, 768) == (32, 768)
-    assert Sizes(narrow=1, wide=None, share=0.5).counts(6, 6) == (6, 1)
-    assert Sizes(narrow="energy:0.5", wide=None).counts(1536, 384) == (96, None)
+    assert Sizes(narrow=None, wide=None, share=0.25, neurons=True).counts(1536, 384) == (1536, 96)
+    assert Sizes(narrow=None, wide=10, share=0.25, neurons=True).counts(1536, 384) == (10, 64)
+    assert Sizes(narrow="full", wide=None, neurons=True).counts(3072, 768) == (32, 768)
+    assert Sizes(narrow=1, wide=None, share=0.5, neurons=True).counts(6, 6) == (6, 1)
+    assert Sizes(narrow="energy:0.5", wide=None, neurons=True).counts(1536, 384) == (96, None)
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -48,7 +48,7 @@ def test_those_of_a_large_model_are_as_wide_as_the_limit_allows(blocks: int, hid
     limit = max(24_000_000, 3 * blocks * hidden * inner // 8)
     taken, least = numbers(groups, widths), sum(g.projected(g.least_widths) for g in groups.values() if g.least_widths)
     assert 0.97 * limit < taken <= max(limit, least)
-    rows = Sizes(None, None).counts(inner, hidden)[1]
+    rows = NEURONS.counts(inner, hidden)[1]
     assert rows is not None
     assert widths["up"][0] >= 2 * rows + 8
     assert widths["up"][1] >= 32

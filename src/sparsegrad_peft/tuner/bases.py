@@ -14,8 +14,6 @@ from ..method.sizes import Sizes
 from .adapters import configs_of, holder_of, layer_key, layers_of
 from .config import SparseGradConfig
 
-_DEFAULTS = Sizes(narrow=None, wide=None)
-
 
 def data_free_sizes(config: SparseGradConfig, out_features: int, in_features: int, layer: str) -> tuple[int, int]:
     """Return (r, c) of a new adapter's core; shares of energy, which are not known yet, become the default sizes.
@@ -25,7 +23,8 @@ def data_free_sizes(config: SparseGradConfig, out_features: int, in_features: in
     """
     config.sizes.check(out_features, in_features, f"layer {layer}")
     r, c = config.sizes.counts(out_features, in_features)
-    default_r, default_c = _DEFAULTS.counts(out_features, in_features)
+    defaults = Sizes(narrow=None, wide=None, neurons=config.sizes.neurons)
+    default_r, default_c = defaults.counts(out_features, in_features)
     return r or default_r or 1, c or default_c or 1
 
 
