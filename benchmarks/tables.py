@@ -317,10 +317,10 @@ def sizes() -> str:
     rows = []
     for name, (blocks, layers, hidden, wide) in MODEL_SIZES.items():
         neurons, directions = map(int, Sizes(None, None, neurons=True).counts(wide, hidden))  # type: ignore[arg-type]
-        rows_shared, _ = map(int, Sizes(None, None).counts(wide, hidden))  # type: ignore[arg-type]
+        shared_r, shared_c = map(int, Sizes(None, None).counts(wide, hidden))  # type: ignore[arg-type]
         trained = blocks * layers * neurons * directions
         bases = blocks * layers * (2 * directions * hidden + 4 * neurons)  # bfloat16 and int32
-        shared = layers * 2 * (directions * hidden + rows_shared * wide)
+        shared = layers * 2 * (shared_c * hidden + shared_r * wide)
         rank = round(neurons * directions / (hidden + wide))
         rows.append([name, f"{blocks * layers}", f"{neurons:,} × {directions}", f"{trained / 1e6:,.1f}",
                      f"{(4 * trained + bases) / 1e6:,.0f}", f"{shared / 1e6:,.1f}", f"{rank}"])  # fmt: skip
