@@ -193,6 +193,32 @@ def test_scores_in_sentences_are_those_of_the_results(document: str) -> None:
         assert f"(p {found.p_tasks:.3f}). QNLI alone makes {share:.0%}".replace("%", " %") in text
 
 
+def test_what_the_parts_of_the_default_are_worth() -> None:
+    """Every change that docs/method.md lists raises the loss with each seed, by the mean that stands there."""
+    [section] = read_report([tables.ROOT / tables.STUDY / "default-form"]).sections
+    loss = {(run.variant, run.seed): run.score for run in section.runs}
+    method, study = (
+        " ".join((tables.ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").split())
+        for page in ("method", "study")
+    )
+
+    def rises(variant: str) -> list[float]:
+        return [loss[variant, seed] - loss["sparsegrad", seed] for seed in range(3)]
+
+    means = {}
+    for variant, words in {
+        "single-gradients": "single gradients, and so", "eight-steps": "8 steps of calibration",
+        "rotated": "directions on both sides", "unscaled": "without scales", "exponent-half": "exponent 0.5",
+        "shared": "one pair of bases",
+    }.items():  # fmt: skip
+        assert min(rises(variant)) > 0
+        means[variant] = f"{sum(rises(variant)) / 3:.3f}"
+        assert re.search(rf"- {means[variant]} (with )?{words}", method), variant
+    assert f"{means['single-gradients']}, {means['unscaled']} and {means['rotated']} worse" in study
+    for variant in ("narrow-9", "narrow-18", "narrow-32"):
+        assert max(rises(variant)) < 0
+
+
 @pytest.mark.parametrize(("out", "in_", "share"), [(1536, 384, 0.5), (384, 1536, 0.25)])
 def test_how_far_a_step_of_lora_moves_a_weight(out: int, in_: int, share: float) -> None:
     """docs/settings.md: half as far as SparseGrad's with the same rate and as many entries, or a quarter."""

@@ -180,7 +180,8 @@ class Sizes:
         return V + U
 
     def __str__(self) -> str:
-        narrow = "the default" if self.narrow is None else self.narrow
+        default = "a thirty-second, from 64 to 128" if self.neurons else "as many as make both bases equally large"
+        narrow = default if self.narrow is None else self.narrow
         wide = f"{self.share:g} of the entries" if self.wide is None else self.wide
         given = {"narrow": narrow, "wide": wide, "c": self.c, "r": self.r}
         if self.c is not None and self.r is not None:
