@@ -335,10 +335,7 @@ def forms(tokens: int = 2048) -> str:
     for name in ("MiniLM-L6 (23 M)", "SmolLM2-135M", "LLaMA-2-7B"):
         blocks, layers, hidden, wide = MODEL_SIZES[name]
         plain = 2 * tokens * blocks * layers * hidden * wide
-
-        def row(form: str, core: str, added: int, saved: int, stored: int, model: str = name, of: int = plain) -> None:
-            rows.append([model, form, core, f"{100 * added / of:.1f} %", f"{saved:,}", f"{stored / 1e6:,.1f}"])
-
+        lines = []
         for form, neurons, pairs in (
             ("neurons (default)", True, blocks), ("directions on both sides", False, blocks), ("shared", False, 1)
         ):  # fmt: skip
@@ -349,12 +346,16 @@ def forms(tokens: int = 2048) -> str:
             added = sum(step_cost(shape, tokens) for shape in shapes) - plain
             saved = sum(shape.in_ if saves_input(tokens, shape, "memory") else shape.c for shape in shapes)
             basis = 2 * c * hidden + (4 * r if neurons else 2 * r * wide)  # bfloat16, and int32 for neurons
-            row(form, f"{r:,} × {c}", added, saved, blocks * layers * 4 * r * c + pairs * layers * basis)
-            if neurons:
-                rank = round(r * c / (hidden + wide))
+            stored = blocks * layers * 4 * r * c + pairs * layers * basis
+            lines.append((form, f"{r:,} × {c}", added, saved, stored))
+        rank = round(r * c / (hidden + wide))  # all forms train about as many entries
         entries = blocks * layers * rank * (hidden + wide)
         inputs = blocks * ((layers - 1) * (hidden + rank) + wide + rank)
-        row("LoRA", f"rank {rank}", 3 * tokens * entries, inputs, 4 * entries)
+        lines.append(("LoRA", f"rank {rank}", 3 * tokens * entries, inputs, 4 * entries))
+        rows += [
+            [name, form, core, f"{100 * added / plain:.1f} %", f"{saved:,}", f"{stored / 1e6:,.1f}"]
+            for form, core, added, saved, stored in lines
+        ]
     return markdown(header, rows)
 
 

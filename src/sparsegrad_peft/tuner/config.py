@@ -49,7 +49,7 @@ class SparseGradConfig(PeftConfig):
             paper's form: directions on both sides, without scales.
         r: rows of `V` (output side) of every layer, likewise. Not a LoRA rank: `trained_share` sets how much trains.
         shared: one pair of bases for all layers with the same role and shape (the paper), or one for each layer.
-            Both sides then have directions. Smaller for models with many small layers, larger for most others.
+            Both sides then have directions. The file is smaller, and a step takes more multiply-adds.
         basis_dtype: "bfloat16", "float32" or "float64", in memory and in the file. None: bfloat16, or float32 for
             complete bases. Bases are rounded once, before training.
         original_space: train the whole core in the original space, without bases (MeProp, if the optimizer selects).
