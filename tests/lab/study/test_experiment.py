@@ -36,8 +36,8 @@ RUN = [
 
 def test_all_are_found() -> None:
     """A folder that is not listed, or a config that no experiment uses, would never be run."""
-    assert len(EXPERIMENTS) == 18
-    assert len(METHODS) == 101
+    assert len(EXPERIMENTS) == 19
+    assert len(METHODS) == 103
     folders = {path.name for path in SHIPPED.iterdir() if path.is_dir()}
     assert folders == set(EXPERIMENTS)
     used = {Path(EXPERIMENTS[name].methods[method].settings.get("method", "")).resolve() for name, method in METHODS}
@@ -68,7 +68,7 @@ def test_settings_are_valid(name: str, scale: str) -> None:
 
 def test_scales() -> None:
     assert experiment_names(scale="paper") == AT_PAPER
-    assert len(experiment_names(scale="cpu")) == 17
+    assert len(experiment_names(scale="cpu")) == 18
     with pytest.raises(ValueError, match="experiment selection is for scale cpu"):
         load_experiment("selection", "paper")
     lora = load_experiment("comparison", "paper").methods["lora"]
