@@ -26,6 +26,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=str, default="report", help="folder to write")
     parser.add_argument("--baseline", type=str, default=None,
                         help="method to compare the others with; default: the experiment's, or lora")  # fmt: skip
+    parser.add_argument("--folder", type=str, default=None,
+                        help="folder with your own experiments; the report then names their missing runs")  # fmt: skip
     parser.add_argument("--title", type=str, default="SparseGrad and its peers", help="title of the page")
     options = parser.parse_args(argv)
     from ..run.whole_files import check_file, check_writable, write_whole
@@ -35,7 +37,9 @@ def main(argv: list[str]) -> None:
         check_file(Path(options.markdown))
     else:
         check_writable(Path(options.output))
-    report = read_report(options.runs, options.baseline)
+    if options.folder is not None and not Path(options.folder).is_dir():
+        raise FileNotFoundError(f"--folder: there is no folder {options.folder}")
+    report = read_report(options.runs, options.baseline, None if options.folder is None else Path(options.folder))
     from ..study.contents import contents_of  # imports torch
 
     for chapter in contents_of(report).chapters:

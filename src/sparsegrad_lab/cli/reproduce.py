@@ -42,9 +42,9 @@ def main(argv: list[str]) -> None:
     chosen = names if options.experiments == ["all"] else options.experiments
     experiments = [load_experiment(name, options.scale, folder) for name in chosen]
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    own = "" if options.folder is None else f" --folder {shlex.quote(options.folder)}"
     if not experiments:
         console.print(_overview([load_experiment(name, options.scale, folder) for name in names]))
-        own = "" if options.folder is None else f" --folder {shlex.quote(options.folder)}"
         console.print(f"\nnext:   sparsegrad reproduce {names[0]} --scale {options.scale}{own}")
         return
     keep = _selection(options, experiments)
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
         _finish_answers(answers, asked, [cell for cell in cells if cell.answers], options.judge, console)
     elif any(cell.answers for cell in cells):
         console.print("answers: not run; name a file with --questions")
-    console.print(f"results: {places.results}\nnext:   sparsegrad report {shlex.quote(str(places.results))}")
+    console.print(f"results: {places.results}\nnext:   sparsegrad report {shlex.quote(str(places.results))}{own}")
 
 
 def _parser() -> VerbParser:

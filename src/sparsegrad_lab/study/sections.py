@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..run.settings import RunArguments
-from .experiment import BASELINE, Experiment, experiment_names, load_experiment
+from .experiment import BASELINE, SHIPPED, Experiment, experiment_names, load_experiment
 from .labels import label_data, label_runs, replaced_runs
 from .results import ResultFiles, read_results
 from .runs import About, Failure, Run
@@ -87,19 +87,20 @@ class Report:
     "files that were left out, each with the reason"
 
 
-def read_report(paths: Iterable[str | Path], baseline: str | None = None) -> Report:
+def read_report(paths: Iterable[str | Path], baseline: str | None = None, folder: Path | None = None) -> Report:
     """Read all results below some paths, see `read_results`, and group them.
 
     Args:
         paths: run folders, folders that hold some, or result files.
         baseline: method that the others are compared with; default: the experiment's own, or "lora".
+        folder: has the experiments of one's own, so that the report can name runs that are missing.
 
     Raises:
         FileNotFoundError: a path does not exist, or there is no result below any of them.
         ValueError: the baseline has no runs.
     """
     files = read_results(paths)
-    sections = _sections(files, baseline)
+    sections = _sections(files, baseline, folder)
     # The second part has the names of methods with several settings, such as "lora (rank 4)".
     methods = sorted({run.method_name for run in files.runs} | {name for one in sections for name in one.methods})
     if baseline is not None and baseline not in methods:
@@ -108,7 +109,7 @@ def read_report(paths: Iterable[str | Path], baseline: str | None = None) -> Rep
     return Report(_note_shared_runs(sections), files.unfinished, (*files.rejected, *replaced))
 
 
-def _sections(files: ResultFiles, baseline: str | None) -> list[Section]:
+def _sections(files: ResultFiles, baseline: str | None, folder: Path | None) -> list[Section]:
     """Runs without an experiment first, then the shipped experiments in their order, then others."""
     shipped = {name: number for number, name in enumerate(experiment_names())}
 
@@ -125,7 +126,7 @@ def _sections(files: ResultFiles, baseline: str | None) -> list[Section]:
         name, scale, own = kind
         runs = [run for run in files.runs if kind_of(run) == kind]
         failures = [failure for failure in files.failures if kind_of(failure) == kind]
-        experiment = load_experiment(name, scale) if not own and name in experiment_names(scale=scale) else None
+        experiment = _experiment(name, scale, runs, failures, folder)
         found = _sections_by_model(name, experiment, runs, failures, baseline)
         if sum(other[0] == name for other in kinds) > 1:
             ending = f"scale {scale}{', your own' if own else ''}"
@@ -134,6 +135,17 @@ def _sections(files: ResultFiles, baseline: str | None) -> list[Section]:
             ]
         sections += found
     return sections
+
+
+def _experiment(
+    name: str, scale: str, runs: list[Run], failures: list[Failure], folder: Path | None
+) -> Experiment | None:
+    """The experiment of some results, shipped or in one's own folder; None if it is not there."""
+    own = name not in experiment_names() or any(found.about.own for found in (*runs, *failures))
+    where = folder if own else SHIPPED
+    if where is None or name not in experiment_names(where, scale):
+        return None
+    return load_experiment(name, scale, where)
 
 
 def _sections_by_model(

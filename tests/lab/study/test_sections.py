@@ -151,6 +151,22 @@ def test_scales_and_experiments_of_ones_own_have_sections_of_their_own(real: dic
     assert (own.title, own.methods, own.scored) == ("Mine, scale cpu, your own", {"lora": "rank 9"}, False)
 
 
+def test_experiments_of_ones_own_have_a_plan_if_their_folder_is_given(real: dict[str, Any], tmp_path: Path) -> None:
+    """Without it, a report cannot know what is missing."""
+    own = tmp_path / "experiments" / "mine"
+    own.mkdir(parents=True)
+    methods = {name: {"settings": {"method": name}} for name in ("lora", "full")}
+    plan = {"title": "Mine", "question": "?", "tasks": ["glue/rte", "glue/mrpc"], "methods": methods}
+    write_json(own / "experiment.yaml", plan)
+    what = {"experiment": "mine", "variant": "lora", "task": "glue/rte", "model": "minilm", "trial": False}
+    write_json(tmp_path / "results" / "a.json", {**real, **what, "status": "finished", "about": {"own": True}})
+    [without] = read_report([tmp_path / "results"]).sections
+    [section] = read_report([tmp_path / "results"], folder=own.parent).sections
+    assert (without.tasks, list(without.methods)) == (("rte",), ["lora"])
+    assert (section.title, section.tasks, list(section.methods)) == ("Mine", ("rte", "mrpc"), ["lora", "full"])
+    assert "Not run: full; lora on mrpc; 2 of 3 planned runs of lora on rte." in verdict(section)
+
+
 def test_rows_that_select_and_rows_that_score(real: dict[str, Any], tmp_path: Path) -> None:
     """MNLI's mismatched rows are evaluated and give no score."""
     rows = {"train": 3000, "development": 980, "validation_matched": 980, "validation_mismatched": 9832}
