@@ -16,7 +16,7 @@ import yaml
 from blocks import FILES, PAGES, RUN, SHOWN, Block, blocks_of, fences_of, titled_files
 
 from sparsegrad_lab.cli.main import main
-from sparsegrad_lab.study.experiment import SHIPPED
+from sparsegrad_lab.study.experiment_files import SHIPPED
 
 CHAINS = [
     ["README.md", "docs/get-started.md", "docs/how-to/csv.md", "docs/how-to/share.md"],

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     """List the experiments, or run some of them."""
     options = _parser().parse_args(argv)
     work_alone()
-    from ..study.experiment import SHIPPED, check_scale, experiment_names, load_experiment
+    from ..study.experiment_files import SHIPPED, check_scale, experiment_names, load_experiment
 
     folder = SHIPPED if options.folder is None else Path(options.folder)
     if not folder.is_dir():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..inspection.inspect import inspect
 from ..inspection.shipped_models import FOLDER, PUBLISHED, model_names
 from ..run.settings import RunArguments
-from .experiment import experiment_names, load_experiment
+from .experiment_files import experiment_names, load_experiment
 from .sections import Section
 from .statistics import by_unit, compare
 from .table import Table

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .experiment import experiment_names
+from .experiment_files import experiment_names
 from .runs import Failure, RejectedFileError, Run, parse_result, read_json
 
 STUDY_MARKS = (".study", "claims.journal")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..run.settings import RunArguments
-from .experiment import BASELINE, SHIPPED, Experiment, experiment_names, load_experiment
+from .experiment import BASELINE, Experiment
+from .experiment_files import SHIPPED, experiment_names, load_experiment
 from .labels import label_data, label_runs, replaced_runs
 from .results import ResultFiles, read_results
 from .runs import About, Failure, Run

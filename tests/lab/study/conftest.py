@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sparsegrad_lab.study.experiment import Experiment, load_experiment
+from sparsegrad_lab.study.experiment import Experiment
+from sparsegrad_lab.study.experiment_files import load_experiment
 from sparsegrad_lab.study.grid import Places
 from sparsegrad_lab.study.runs import Run
 from sparsegrad_lab.study.sections import Section, read_report

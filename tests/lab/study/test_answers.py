@@ -17,7 +17,8 @@ from sparsegrad_lab.chat.questions import read_questions
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.run.exit_codes import ExitCode
 from sparsegrad_lab.study.answers import AnswerFiles
-from sparsegrad_lab.study.experiment import Cell, load_experiment
+from sparsegrad_lab.study.experiment import Cell
+from sparsegrad_lab.study.experiment_files import load_experiment
 
 METHODS = ("full", "lora")
 

@@ -22,7 +22,8 @@ from groups_of_processes import free_port, launcher_environment
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.run.parsing import arguments_from
-from sparsegrad_lab.study.experiment import load_experiment, merged
+from sparsegrad_lab.study.experiment import merged
+from sparsegrad_lab.study.experiment_files import load_experiment
 from sparsegrad_lab.study.grid import Grid, Places, reproduce
 from sparsegrad_lab.study.locks import SharedRuns
 from sparsegrad_lab.study.sections import read_report

@@ -8,7 +8,7 @@ import pytest
 
 from sparsegrad_lab.inspection.inspect import inspect
 from sparsegrad_lab.inspection.shipped_models import FOLDER, PUBLISHED
-from sparsegrad_lab.study.experiment import experiment_names
+from sparsegrad_lab.study.experiment_files import experiment_names
 from sparsegrad_lab.study.overview import overview, parameters
 from sparsegrad_lab.study.page import render_page
 from sparsegrad_lab.study.report import markdown

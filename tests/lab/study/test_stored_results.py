@@ -16,7 +16,8 @@ from grids import result_file
 from helpers import write_json
 from sparsegrad_lab.run.parsing import arguments_from
 from sparsegrad_lab.study.cell_run import describe
-from sparsegrad_lab.study.experiment import Cell, experiment_names, load_experiment, merged
+from sparsegrad_lab.study.experiment import Cell, merged
+from sparsegrad_lab.study.experiment_files import experiment_names, load_experiment
 from sparsegrad_lab.study.grid import Places
 from sparsegrad_lab.study.stored_results import StoredResults
 

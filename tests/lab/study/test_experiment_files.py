@@ -14,7 +14,8 @@ import yaml
 
 from sparsegrad_lab.run.parsing import arguments_from
 from sparsegrad_lab.run.train import train
-from sparsegrad_lab.study.experiment import SHIPPED, experiment_names, load_experiment, merged
+from sparsegrad_lab.study.experiment import merged
+from sparsegrad_lab.study.experiment_files import SHIPPED, experiment_names, load_experiment
 from sparsegrad_lab.tasks.registry import kind_of
 from sparsegrad_lab.tasks.task import IMAGES, LANGUAGE, TEXT
 from tiny_runs import save_tokenizer
