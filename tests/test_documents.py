@@ -9,6 +9,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -209,10 +210,13 @@ def test_what_the_parts_of_the_default_are_worth() -> None:
     for variant, words in {
         "single-gradients": "single gradients, and so", "eight-steps": "8 steps of calibration",
         "rotated": "directions on both sides", "unscaled": "without scales", "exponent-half": "exponent 0.5",
-        "shared": "one pair of bases",
+        "shared": "directions on both sides and one pair of bases",
     }.items():  # fmt: skip
         assert min(rises(variant)) > 0
         means[variant] = f"{sum(rises(variant)) / 3:.3f}"
+        half_width = 4.303 * stdev(rises(variant)) / 3**0.5  # Student's t with 2 degrees of freedom, 97.5 %
+        contains_0 = variant in ("eight-steps", "rotated", "shared")  # "The 95 % intervals of ... contain 0"
+        assert (half_width > sum(rises(variant)) / 3) == contains_0
         assert re.search(rf"- {means[variant]} (with )?{words}", method), variant
     assert f"{means['single-gradients']}, {means['unscaled']} and {means['rotated']} worse" in study
     for variant in ("narrow-9", "narrow-18", "narrow-32"):

@@ -72,7 +72,7 @@ def _parser() -> VerbParser:
         "(default: OpenAI's). The same command continues an interrupted one.",
         EXAMPLE,
     )
-    parser.add_argument("answers", type=str, nargs="+", help="answer files of sparsegrad generate, one a model")
+    parser.add_argument("answers", type=str, nargs="+", help="answer files of sparsegrad generate, one for each model")
     for name, meaning in {
         "questions": "the file of questions that were answered",
         "model": "name of the judge on the server",

@@ -26,6 +26,6 @@ def draw(adapter: AdapterArguments) -> Drawing:
     )
     title, alt = (element.text or "" for element in list(ElementTree.fromstring(svg))[:2])
     changed = "the k entries with the largest gradients" if selects else "all entries of S"
-    wide = " V selects the neurons with the most gradient energy: nothing is multiplied there." if neurons else ""
+    wide = " V selects neurons: nothing is multiplied there." if neurons else ""
     caption = f"Backward needs x Uᵀ (T, c) instead of x (T, in). A step changes {changed}.{wide}"
     return Drawing("data_flow", title, alt, caption, svg)

@@ -40,7 +40,9 @@ class Inspection:
         parts: parameters by part.
         adapted_mlp_share: share of the MLP's weights that the adapted layers hold, 0 to 1.
         groups: layers to adapt.
-        calibration_bytes: extra memory of calibration at its peak.
+        calibration_bytes: extra memory of calibration at its peak, for sums and one gradient.
+        calibration_copy_bytes: on the CPU, the copy of the layers' weights that calibration restores at its end; none
+            without a trajectory.
         lora_rank: rank at which LoRA trains about as many entries on the same layers.
         methods: memory of each method.
         notes: what the numbers include and leave out.
@@ -58,6 +60,7 @@ class Inspection:
     adapted_mlp_share: float
     groups: list[GroupRow]
     calibration_bytes: int
+    calibration_copy_bytes: int
     lora_rank: int
     methods: list[MethodBytes]
     notes: list[str]
@@ -177,6 +180,7 @@ def _inspect(
         adapted_mlp_share=mlp_share(model, layers),
         groups=rows,
         calibration_bytes=calibration_bytes(rows, weight_bytes),
+        calibration_copy_bytes=sum(row.layers * row.out * row.in_ for row in rows) * weight_bytes,
         lora_rank=rank,
         methods=methods,
         notes=_notes(dtype, step, checkpointing, experts=any(row.experts > 1 for row in rows)),

@@ -17,15 +17,16 @@ def render(inspection: Inspection, console: Console) -> None:
     def line(text: str) -> None:
         console.print(text, highlight=False, markup=False)
 
-    calibration, share = inspection.calibration_bytes, 100 * inspection.adapted_mlp_share
-    unit = _unit(calibration)
+    share, unit = 100 * inspection.adapted_mlp_share, _unit(inspection.calibration_copy_bytes)
+    calibration, copy = _in(inspection.calibration_bytes, unit), _in(inspection.calibration_copy_bytes, unit)
     line(f"{inspection.model}: {inspection.model_class}, {inspection.parts.total:,} parameters")
     console.print(_parts_table(inspection.parts))
     console.print(_groups_table(inspection))
     for number, group in enumerate(inspection.groups, 1):
         line(f"{number:>3} {group.name}")
     line(f"\nThese layers hold {share:.3g} % of the MLP's weights.")
-    line(f"Calibration needs {_in(calibration, unit)} {unit} more at its peak, for sums of gradients and one gradient.")
+    line(f"Calibration needs {calibration} {unit} more at its peak, for sums of gradients and one gradient.")
+    line(f"It also keeps a copy of these weights on the CPU, {copy} {unit}, unless calibration.walk is null.")
     console.print(_methods_table(inspection))
     line("")
     for note in inspection.notes:

@@ -36,7 +36,8 @@ class AdapterArguments:
     shared: bool = False
     "sparsegrad, literal: layers with the same role and shape share one pair of bases; default: each layer has its own"
     prefer: Literal["memory", "speed"] = "memory"
-    'sparsegrad: "memory" saves the projected input for backward; "speed" takes the fewest multiply-adds'
+    """sparsegrad with directions on both sides: "memory" saves the projected input for backward; "speed" takes the
+    fewest multiply-adds"""
     density: float | None = None
     """sparsegrad, meprop, literal: share of a layer's trained entries that each step updates; default: all for
     sparsegrad, 0.01 for meprop and literal"""
@@ -45,8 +46,8 @@ class AdapterArguments:
     products: Literal["regular", "sparse"] = "regular"
     'literal: "regular" uses dense matrix products, "sparse" the paper\'s sparse-by-dense products'
     rank: int | None = None
-    """sparsegrad has none. lora: rank; default: the rank that trains about as many entries as sparsegrad with the sizes
-    above. galore: rank of the projected gradients; default: a quarter of the layers' smallest side"""
+    """not for sparsegrad. lora: its rank; default: the rank that trains about as many entries as sparsegrad with the
+    sizes above. galore: rank of the projected gradients; default: a quarter of the layers' smallest side"""
     target_modules: str | list[str] | None = None
     "layers to adapt, as in PEFT: name endings or a regular expression; default: the MLP layers"
     layers: list[int] | None = None

@@ -242,7 +242,7 @@ class SearchArguments:
     batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32])
     "batch sizes to choose from"
     prune: bool = True
-    "after five full trials, stop a trial whose best score is below the median of the others at the same evaluation"
+    "after five full trials, stop a trial whose best score is worse than the median of the others at that evaluation"
     sampler_seed: int = 0
     "random seed of the search"
     storage: str | None = None

@@ -38,7 +38,7 @@ class DataArguments:
     """files, text: "minimal": fields of CSV and TSV files may be in quotation marks; "none": quotation marks are text;
     default: minimal for CSV, none for TSV"""
     metrics: list[str] | None = None
-    "scores to compute; a single one, or else their mean, selects the best evaluation; default: the task's metrics"
+    "scores to compute; their mean (or the only one) selects the best evaluation; default: the task's metrics"
     train_rows: int | None = None
     "train on a random sample of this size, the same in each run; default: all rows"
     validation_rows: int | None = None

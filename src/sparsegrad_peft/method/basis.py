@@ -39,8 +39,8 @@ class Basis(nn.Module):
     rate, and so every entry of `ΔW` in the basis by the rate times its scale. `Statistics.basis` makes them from the
     spectrum.
 
-    The layers of a group share the module, not its tensors: a tensor that is a buffer of two modules becomes two
-    tensors at the first `.to()`, and a shared module stays one. The bases follow the model to other devices, but keep
+    The layers of a group share this module. If they shared only its tensors, the first `.to()` would copy each tensor
+    once for each layer. The bases follow the model to other devices, but keep
     their data type when the model is cast (`.half()`, `.to(torch.bfloat16)`). Rounded after training, they would no
     longer be the bases that the core was trained in.
 

@@ -122,8 +122,8 @@ def calibrate(
     they arrive, so N processes find the bases that one process finds on the whole batches, up to rounding.
 
     Args:
-        model: any module, or one sharded by `fully_shard` (FSDP2); unwrap DDP first. Everything but the target layers
-            is frozen meanwhile.
+        model: any module, or one sharded by `fully_shard` (FSDP2); unwrap DDP first. Without a `Trajectory`,
+            all but the target layers are frozen, as in the paper. With one, whatever requires a gradient moves.
         batches: inputs of `loss_fn`, iterated again from the start when they run out.
         groups: group name -> names of linear layers, from `group_linears`, or of fused experts' parameters. None takes
             every linear layer of the model whose weight is its own.

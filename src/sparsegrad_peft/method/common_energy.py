@@ -39,8 +39,8 @@ def eigenbasis_of_pairs(
     """Return the eigenvectors of `A = Σ FᵀF - own` over factors, with the largest eigenvalues first.
 
     Each factor is the sum of `steps` gradients, and `own` the sum of their Gram matrices. `A` is symmetric and may have
-    negative eigenvalues. They count as an energy of 0. If none stands above rounding, as for a single gradient,
-    `Σ FᵀF` stands for `A`.
+    negative eigenvalues. They count as an energy of 0. If all are within rounding errors, as for a single
+    gradient, `Σ FᵀF` takes the place of `A`.
 
     Raises:
         ValueError: the factors or `own` are not finite, or the factors are zero; `rows` is out of range.
@@ -69,7 +69,7 @@ def eigenbasis_of_halves(
     """Return the eigenvectors of `A = Σ (F₁ᵀF₂ + F₂ᵀF₁) / 2` over pairs of factors, with the largest eigenvalues first.
 
     `A` is symmetric and may have negative eigenvalues, in directions where the two factors disagree. They count as an
-    energy of 0. If none stands above rounding, `F₁ + F₂` stands for both factors. No (n, n) matrix is made.
+    energy of 0. If all are within rounding errors, `F₁ + F₂` takes the place of both factors. No (n, n) matrix is made.
 
     Args:
         factors: (2, m, n) for each layer.

@@ -95,8 +95,9 @@ def stream_gradients(
     """Run a few steps of backpropagation and pass each target's gradient to `on_gradient(name, G)`.
 
     `G` is (out, in) in whichever layout the layer stores its weight, and (E, out, in) for fused experts. It is dropped
-    after the call: copy it to keep it, and do not write into it. Everything but the targets is frozen, as in the paper.
-    Afterwards the model and the random number generators are as before (see `restored_state`).
+    after the call: copy it to keep it, and do not write into it. Without a `Trajectory`, everything but the targets
+    is frozen, as in the paper. Afterwards the model and the random number generators are as before (see
+    `restored_state`).
 
     Under `torch.distributed` every process calls this, each with its own batches. `G` is then the mean over the
     processes, the same on all of them, as in a step of DDP. FSDP2's sharded gradients are gathered one at a time.

@@ -51,7 +51,7 @@ class SparseGradAdamW(Optimizer):
 
     Args:
         params: parameters, or groups as above.
-        lr: learning rate. Selected entries need another one than dense updates, so tune it again.
+        lr: learning rate. The best rate for selected entries differs from that for dense updates, so tune it again.
         betas: decay of the first and second moments.
         eps: added to the root of the second moment: before bias correction in `sparse` groups (SparseAdam), after it in
             the others (AdamW).

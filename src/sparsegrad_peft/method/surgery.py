@@ -101,9 +101,8 @@ def param_groups(
     """Make groups for `SparseGradAdamW`: the cores of the model's SparseGrad layers, and every other trained parameter.
 
     With `k` or `density`, each step selects entries of the blocks `S`; without them, blocks are trained whole. Packed
-    `values` are trained whole. Literal layers select in their own backward. Selected entries have no weight decay,
-    and cores that are trained whole have the optimizer's. A learning rate or weight decay that is None is the
-    optimizer's.
+    `values` are trained whole. Literal layers select in their own backward. Selected entries have no weight decay.
+    Cores that are trained whole, and every setting left at None, use the optimizer's value.
 
     Raises:
         ValueError: the model has no SparseGrad layer with a trainable core.

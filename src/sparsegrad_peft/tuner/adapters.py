@@ -24,7 +24,7 @@ BASIS, CORE = f".{PREFIX}basis.", f".{PREFIX}S"
 def configs_of(model: nn.Module, adapter_name: str) -> dict[str, SparseGradConfig]:
     """Return the configurations of an adapter, by the names of the parts of the model that hold it.
 
-    The one part is mostly the model itself, with the name "". A wrapper such as a `SentenceTransformer` holds its
+    Usually the only part is the model itself, under the name "". A wrapper such as a `SentenceTransformer` holds its
     `PeftModel` as a part, and a dual encoder may hold two.
 
     Raises:

@@ -41,8 +41,8 @@ class SparseGradConfig(PeftConfig):
             of a layer equally large. At most about a third in both cases.
         wide: rows of the basis of a layer's larger side, likewise. None: as many as make `trained_share`.
         trained_share: share of a layer's entries that train, where `wide` is None.
-        neurons: the larger side selects features, the neurons with the most gradient energy, and rotates nothing. Such
-            a basis is a list of indices. None: True, but False with `shared`, `c` or `r`.
+        neurons: the larger side selects features, the neurons on which the gradients of different steps agree most,
+            and rotates nothing. Such a basis is a list of indices. None: True, but False with `shared`, `c` or `r`.
         exponent: how much less the noisy directions move. 0: all entries move alike. None: 1.5, but 0 with `c` or `r`.
             Entry (i, j) of a core has the scale `(σ_i τ_j)^exponent`; docs/method.md defines σ and τ.
         c: rows of `U` (input side) of every layer, together with `r` in place of `narrow` and `wide`. This is the

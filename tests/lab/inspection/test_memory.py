@@ -69,6 +69,7 @@ def test_frozen_weights_in_half_precision() -> None:
     assert method(half, "block").weights_bytes == 2 * 109_482_240 + 4 * half.entries
     assert method(half, "block").optimizer_bytes_high == method(wide, "block").optimizer_bytes_high
     assert half.calibration_bytes - wide.calibration_bytes == -2 * 768 * 3072  # the gradient
+    assert (wide.calibration_copy_bytes, half.calibration_copy_bytes) == (4 * layers, 2 * layers)
 
 
 def test_optimizer_state_is_what_the_optimizer_keeps() -> None:
