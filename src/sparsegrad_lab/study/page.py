@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .contents import contents_of
-from .plots import Plot, cost_plots, difference_plots, forgetting_plots, run_plots
+from .plots import Plot, cost_plots, curve_plots, difference_plots, forgetting_plots, run_plots
 from .run_card import HEIGHT, WIDTH, run_card
 from .sections import Report, Section
 
@@ -50,6 +50,7 @@ def render_page(report: Report, title: str) -> str:
 def _plots(section: Section) -> dict[str, list[dict[str, Any]]]:
     return {
         "summary": [_as_image(plot) for plot in _summary(section)],
+        "curves": [_as_image(plot) for plot in curve_plots(section)],
         "runs": [_as_image(plot) for plot in run_plots(section)],
     }
 

@@ -1,4 +1,4 @@
-"""Plots of a report, as SVG: differences to the baseline, differences against costs, and every run."""
+"""Plots of a report, as SVG: differences to the baseline, differences against costs, learning curves, and every run."""
 
 from __future__ import annotations
 
@@ -146,6 +146,47 @@ def forgetting_plots(section: Section) -> list[Plot]:
     return plots
 
 
+def curve_plots(section: Section) -> list[Plot]:
+    """Each method's evaluations during training, the mean over its runs: a plot for each task with several of them."""
+    if not section.scored:
+        return []
+    plots = []
+    for task in section.tasks:
+        curves = {method: _curve(section.runs_of(task, method)) for method in section.methods}
+        curves = {method: points for method, points in curves.items() if len(points) > 1}
+        if not curves:
+            continue
+        run = section.runs_of(task)[0]
+        with _drawing(4.2, 3.0 + 0.2 * -(-_lines(curves) // 2)) as (figure, [axes]):
+            lines = _draw(axes, section, curves, linestyle="-")
+            axes.set(xlabel="step", ylabel="100 x score" if run.unit == "points" else run.unit)
+            axes.xaxis.set_major_locator(MaxNLocator(_TICKS, integer=True))
+            _add_legend(figure, lines, 2)
+            svg = _svg(figure)
+        words = "; ".join(
+            f"{method} {run.format(points[0][1])} at step {points[0][0]:,.0f}, {run.format(points[-1][1])} at step "
+            f"{points[-1][0]:,.0f}"
+            for method, points in curves.items()
+        )
+        caption = "Evaluations during training, on the rows that select the checkpoint. Mean of a method's runs."
+        plots.append(Plot(f"Learning curves, {task}", svg, caption, f"{caption} {words}."))
+    return plots
+
+
+def _curve(runs: Sequence[Run]) -> list[tuple[float, float]]:
+    """Step and mean value of the evaluations that all of some runs have."""
+    found = [
+        {
+            step: 100 * value if run.higher_is_better else value
+            for entry in run.evaluations
+            if (step := entry.get("step")) is not None and (value := entry.get(run.metric)) is not None
+        }
+        for run in runs
+    ]
+    steps = sorted(set.intersection(*map(set, found))) if found else []
+    return [(step, sum(values[step] for values in found) / len(found)) for step in steps]
+
+
 def run_plots(section: Section) -> list[Plot]:
     """Score of each run against its training time and its memory: two plots for each task."""
     if not section.scored:
@@ -244,7 +285,12 @@ def _show_at_least(axes: Any, distance: float) -> None:
 
 
 def _draw(
-    axes: Any, section: Section, points: Mapping[str, Sequence[tuple[float, float]]], alpha: float | None = None
+    axes: Any,
+    section: Section,
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    alpha: float | None = None,
+    linestyle: str = "",
 ) -> dict[str, Any]:
     """Draw the points of each method, and return what stands for it in the legend.
 
@@ -254,7 +300,7 @@ def _draw(
     for method, found in points.items():
         number = list(section.methods).index(method)
         look = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 6}
-        [lines[method]] = axes.plot(*zip(*found, strict=True), linestyle="", alpha=alpha, **look)
+        [lines[method]] = axes.plot(*zip(*found, strict=True), linestyle=linestyle, alpha=alpha, **look)
     return lines
 
 

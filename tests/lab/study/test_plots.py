@@ -34,6 +34,23 @@ def test_dots_are_means_over_pairs(section: Section, drawn: list[Any]) -> None:
     assert sorted(dots.get_xdata()) == pytest.approx([1, 3])
 
 
+def test_learning_curves_are_means_over_the_evaluations_that_all_runs_have(section: Section, drawn: list[Any]) -> None:
+    task = section.tasks[0]
+    [lora, *_] = section.runs_of(task, "lora")
+    scores: dict[int, dict[int, float | None]] = {0: {10: 0.5, 20: 0.6, 30: 0.9}, 1: {10: 0.7, 20: 0.8}, 2: {20: None}}
+
+    def run(seed: int) -> Any:
+        evaluations = [{"step": step, lora.metric: value} for step, value in scores[seed].items()]
+        return lora.model_copy(update={"seed": seed, "evaluations": evaluations})
+
+    [plot] = plots.curve_plots(replace(section, tasks=(task,), runs=(run(0), run(1))))
+    [line] = drawn[0].axes[0].lines
+    assert [*line.get_xdata()] == [10, 20]
+    assert [*line.get_ydata()] == pytest.approx([60, 70])
+    assert "lora 60.0 at step 10, 70.0 at step 20" in plot.description
+    assert plots.curve_plots(replace(section, tasks=(task,), runs=(run(2),))) == []
+
+
 def test_a_method_whose_name_begins_with_an_underscore_has_a_point_and_a_name(
     section: Section, drawn: list[Any]
 ) -> None:
