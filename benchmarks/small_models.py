@@ -3,7 +3,7 @@
     python benchmarks/small_models.py --output models    # from the weights in $SPARSEGRAD_DATA/weights
 
 stories260k       a LLaMA of 260,032 parameters for children's stories (llama2.c), trained on 512 tokens
-stories260k-1024  the same weights with YaRN's rotary embedding, for 1,024 tokens
+stories260k-2048  the same weights with YaRN's rotary embedding, for 2,048 tokens
 mnist-vit         a ViT for images of 28 x 28, trained on MNIST, without its head
 """
 
@@ -175,9 +175,9 @@ def main() -> None:
         parser.error("expected the data folder in --data or SPARSEGRAD_DATA, found neither")
     stories = options.data / "weights" / "stories260K"
     write_llama(stories, options.output / "stories260k")
-    write_llama(stories, options.output / "stories260k-1024", length=1024)
+    write_llama(stories, options.output / "stories260k-2048", length=2048)
     write_vit(options.data / "weights" / "vit_mnist_gaurav", options.output / "mnist-vit")
-    print(f"written: stories260k, stories260k-1024 and mnist-vit in {options.output}")
+    print(f"written: stories260k, stories260k-2048 and mnist-vit in {options.output}")
 
 
 if __name__ == "__main__":
