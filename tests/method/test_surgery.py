@@ -142,6 +142,21 @@ def test_a_shared_basis_is_saved_once(bert: nn.Module) -> None:
     assert torch.equal(logits(other, given), logits(bert, given))
 
 
+def test_a_shared_basis_is_saved_when_the_layer_that_saved_it_is_removed(bert: nn.Module) -> None:
+    """Pruned models lose their first blocks, which hold the bases of all."""
+    config, given = bert.config, batch()
+    other = BertForSequenceClassification(config)
+    for model in (bert, other):
+        surgery(model, "complete")
+    train(bert, SparseGradAdamW(param_groups(bert, k=9), lr=1e-2), batches())
+    for model in (bert, other):
+        del model.bert.encoder.layer[0]
+    state = bert.state_dict()
+    assert sum(name.endswith("basis.U") for name in state) == 2
+    other.load_state_dict(state, strict=True)
+    assert torch.equal(logits(other, given), logits(bert, given))
+
+
 def test_nothing_else_of_the_model_changes(bert: nn.Module) -> None:
     before = picture(bert)
     made = surgery(bert, "complete")

@@ -135,16 +135,29 @@ def test_before_calibration_it_is_a_no_op_that_trains(tmp_path: Path) -> None:
     assert max_difference(logits(loaded, tiny_batch("llama")), logits(model, tiny_batch("llama"))) == 0
 
 
-def test_weights_of_another_form_are_taken_by_a_new_adapter(tmp_path: Path) -> None:
-    """A trainer resumes into an adapter that the script has just made, perhaps with the defaults of a later version."""
+def test_weights_of_another_form_are_taken_by_a_new_adapter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A trainer resumes into an adapter that the script has just made, perhaps with the defaults of a later version.
+
+    What is saved then loads again, and the log says what the script asked for in vain.
+    """
     from peft import set_peft_model_state_dict
 
-    for options in (DEFAULT, {**DEFAULT, "neurons": False}, {**DEFAULT, "exponent": 0.0}):
+    plain = {**DEFAULT, "exponent": 0.0}
+    for options, given, words in (
+        (DEFAULT, {}, "cores of shape"),
+        ({**DEFAULT, "neurons": False}, {}, "neurons=True"),
+        (plain, {}, "exponent=1.5"),
+        (DEFAULT, {"exponent": 0.0}, "exponent=0.0"),
+        (DEFAULT, {"c": 0.5, "r": 0.5}, "neurons=False, exponent=0.0"),
+        (DEFAULT, {"narrow": 2}, "Without effect: cores of shape"),
+    ):
+        caplog.clear()
         model, base = trained_adapter("llama", **options)
         model.save_pretrained(tmp_path)
-        fresh = get_peft_model(copy.deepcopy(base), SparseGradConfig()).eval()
+        fresh = get_peft_model(copy.deepcopy(base), SparseGradConfig(**given)).eval()
         set_peft_model_state_dict(fresh, load_file(tmp_path / "adapter_model.safetensors"))
         assert max_difference(logits(fresh, tiny_batch("llama")), logits(model, tiny_batch("llama"))) == 0
+        assert words in caplog.text
         fresh.save_pretrained(tmp_path / "again")
         again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "again")).eval()
         assert max_difference(logits(again, tiny_batch("llama")), logits(model, tiny_batch("llama"))) == 0
@@ -180,6 +193,22 @@ def test_a_share_of_the_entries_trains() -> None:
     calibrate_adapter(model, [tiny_batch("llama")], n_steps=3, progress=False)
     layers, trained = tuner_layers(model), sum(core.numel() for core in cores(model))
     assert trained == pytest.approx(0.1 * sum(layer.in_features * layer.out_features for layer in layers), rel=0.2)
+
+
+def test_too_few_directions_for_the_share_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """All neurons with one direction are not half of the entries."""
+    get_peft_model(tiny_model("llama"), SparseGradConfig(narrow=1, trained_share=0.5))
+    assert "narrow=1 trains 0.0" in caplog.text
+    caplog.clear()
+    get_peft_model(tiny_model("llama"), SparseGradConfig(narrow=4, trained_share=0.1))
+    assert "trained_share" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["neurons", "shared", "original_space", "init_weights"])
+def test_a_text_is_no_yes_or_no(name: str) -> None:
+    """Any text is true, also "no"."""
+    with pytest.raises(TypeError, match=f"{name} must be True or False, found 'no'"):
+        SparseGradConfig(**{name: "no"})
 
 
 @pytest.mark.parametrize("name", ["trained_share", "exponent"])

@@ -319,6 +319,12 @@ def test_damaged_adapters(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layer\.0\.intermediate\.dense\.sparsegrad_S is damaged: 64 of its 64 numb"):
         export_lora(adapter, out, 2)
     change(tensors)
+    config.write_text(json.dumps({**good_config, "exponent": 1.5}))
+    with pytest.raises(ValueError, match=r"of another form than the adapter's config: neurons=False, exponent=1\.5"):
+        export_lora(adapter, out, 2)
+    config.write_text(json.dumps({**good_config, "modules_to_save": ["classifier"]}))
+    with pytest.raises(ValueError, match=r"modules_to_save=\['classifier'\], and its weights hold none of them"):
+        export_lora(adapter, out, 2)
     config.write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config\.json is damaged"):
         export_lora(adapter, out, 2)

@@ -234,6 +234,40 @@ def test_modules_to_save_alone_load() -> None:
     assert max_difference(model.base_model.model.classifier.weight.detach(), before + 1) == 0
 
 
+def test_a_head_that_is_not_finite_is_refused() -> None:
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig(task_type="SEQ_CLS"))
+    tensors = get_peft_model_state_dict(model)
+    [head] = [key for key in tensors if key.endswith("classifier.weight")]
+    tensors[head] = tensors[head] * torch.nan
+    with pytest.raises(ValueError, match=r"weight is damaged: (\d+) of its \1 numbers are not finite"):
+        set_peft_model_state_dict(model, tensors)
+
+
+def test_calibrated_weights_of_another_size(tmp_path: Path) -> None:
+    """Refused before the head is replaced."""
+    data = tiny_batch("bert")
+    models = []
+    for rows in (0.5, 0.25):
+        model = get_peft_model(tiny_model("bert"), SparseGradConfig(c=rows, r=0.25, task_type="SEQ_CLS"))
+        calibrate_adapter(model, [data], n_steps=3, training=False, progress=False)
+        train_adapter(model, data)
+        models.append(model.eval())
+    models[1].save_pretrained(tmp_path)
+    before = logits(models[0], data)
+    with pytest.raises(ValueError, match=r"core S of shape \(8, 4\) for .*, and adapter 'default' has \(8, 8\)"):
+        models[0].load_adapter(str(tmp_path), "default")
+    assert max_difference(logits(models[0], data), before) == 0
+
+
+def test_pytorchs_own_loading_refuses_a_basis_for_each_layer_where_they_share_one() -> None:
+    own, shared = (trained_adapter("bert", shared=shared)[0] for shared in (False, True))
+    with pytest.raises(RuntimeError, match=r"share a basis in adapter 'default', and the weights hold one for each"):
+        shared.load_state_dict(own.state_dict())
+    twin, _ = trained_adapter("bert", shared=True, trained=1)
+    twin.load_state_dict(shared.state_dict())
+    assert max_difference(logits(twin, tiny_batch("bert")), logits(shared, tiny_batch("bert"))) == 0
+
+
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("exponent", [0.0, 1.5])
 def test_pytorchs_own_loading_refuses_bases_that_it_would_mix(exponent: float, strict: bool) -> None:

@@ -24,6 +24,7 @@ from helpers import (
     train_adapter,
     trained_adapter,
     tuner_layers,
+    uncalibrated_adapter,
 )
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
 
@@ -110,6 +111,13 @@ def test_an_optimizer_from_before_calibration_stays_right(low_cpu_mem_usage: boo
     optimizer.step()
     assert all(bool(core.any()) for core in cores(model))
     assert ([core.shape for core in cores(model)] != shapes) is (narrow == "energy:0.99")
+
+
+def test_without_memory_it_is_neither_saved_nor_merged(tmp_path: Path) -> None:
+    model = uncalibrated_adapter(low_cpu_mem_usage=True)
+    for use in (lambda: model.save_pretrained(tmp_path), model.merge_adapter):
+        with pytest.raises(RuntimeError, match="was made with low_cpu_mem_usage=True and has no core yet"):
+            use()
 
 
 def test_training_without_calibration_warns_once_for_each_adapter() -> None:

@@ -267,12 +267,42 @@ class NotFinite(SparseGradTrainer):
         return loss * self.value if self.state.global_step >= 2 else loss
 
 
+class _BadGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * float("nan")
+
+
+class GradientNotFinite(SparseGradTrainer):
+    """From step 3 on, behind a loss that is finite."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return _BadGradient.apply(loss) if self.state.global_step >= 2 else loss
+
+
+def test_a_gradient_that_is_not_finite(tmp_path: Path) -> None:
+    """The step would make the weights NaN, and the next checkpoint would hold them."""
+    args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=1, gradient_accumulation_steps=2)
+    trainer = GradientNotFinite(model=uncalibrated_adapter(), args=args, train_dataset=rows(), calibration=CALIBRATION)
+    with pytest.raises(TrainingDivergedError, match=r"the gradient of step 3 is not finite\. The step was not taken"):
+        trainer.train()
+    assert all(bool(value.isfinite().all()) for value in saved(trainer.model).values())
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite(value: float, tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=1, gradient_accumulation_steps=2)
     trainer = NotFinite(model=uncalibrated_adapter(), args=args, train_dataset=rows(), calibration=CALIBRATION)
     trainer.value = value
-    with pytest.raises(TrainingDivergedError, match=f"the loss of step 3 is {value}. .*{tmp_path} are good"):
+    with pytest.raises(
+        TrainingDivergedError, match=f"the loss of step 3 is {value}. .*any checkpoints in {tmp_path} are good"
+    ):
         trainer.train()
     assert all(bool(value.isfinite().all()) for value in saved(trainer.model).values())
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}

@@ -78,7 +78,33 @@ def test_a_batch_without_labels_tells_nothing(tmp_path: Path) -> None:
     empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
     for inputs, known in ((empty, False), (batch, True)):
         trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(72))
-        assert (trainer._loss_is_known, trainer.model_accepts_loss_kwargs) == (known, True)
+        assert (trainer.loss_is_known, trainer.model_accepts_loss_kwargs) == (known, True)
+
+
+class MeanOfRows(SparseGradTrainer):
+    """The usual weighted loss, which ignores the number of labels and empties the batch."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_mean_of_ones_own_is_averaged_over_the_batches_of_a_step(tmp_path: Path) -> None:
+    found = []
+    for batches in (1, 4):
+        args = arguments(
+            tmp_path, max_steps=1, learning_rate=1e-8, gradient_accumulation_steps=batches, logging_steps=1,
+            per_device_train_batch_size=8 // batches,
+        )  # fmt: skip
+        model = uncalibrated_adapter("bert", dropout=0)
+        trainer = MeanOfRows(model=model, args=args, train_dataset=rows(), calibration=CALIBRATION)
+        trainer.train()
+        found.append(losses(trainer)[0])
+    assert found[1] == pytest.approx(found[0], rel=0.05)
 
 
 def _sum_of_labels(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:

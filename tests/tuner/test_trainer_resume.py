@@ -40,11 +40,11 @@ def log(trainer: SparseGradTrainer) -> list[dict[str, Any]]:
 def test_stopped_and_resumed_equals_never_stopped(density: float | None, step: int, tmp_path: Path) -> None:
     straight = make_trainer(tmp_path / "straight", density)
     straight.train()
-    assert straight.losses == 8 + 6 * 2
+    assert straight.losses == 2 + 8 + 6 * 2  # a check of the loss, calibration, steps
     at = tmp_path / "straight" / f"checkpoint-{step}"
     resumed = make_trainer(tmp_path / "resumed", density)
     resumed.train(resume_from_checkpoint=str(at))
-    assert resumed.losses == (6 - step) * 2  # no second calibration
+    assert resumed.losses == 2 + (6 - step) * 2  # no second calibration
     check_equal(saved(resumed.model), saved(straight.model))
     check_equal(resumed.optimizer.state_dict(), straight.optimizer.state_dict())
     check_equal(resumed.lr_scheduler.state_dict(), straight.lr_scheduler.state_dict())

@@ -269,6 +269,14 @@ class HoldsBasis(nn.Module):
         super().__setstate__(state)
         self.basis.holders[self] = None
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        keep_saved(self.basis)  # the layer that saved it may have been removed from the model
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        keep_saved(self.basis)
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HoldsBasis:
         super()._apply(fn, recurse)
         if recurse and not self.registers_basis:

@@ -9,6 +9,7 @@
     model              which module is replaced by what; saving and loading
     adapters           find an adapter in a model, and the names of its layers
     bases, loading     how bases come into an adapter: from calibration, or from a file
+    weights, fit       an adapter's file by layer; whether it belongs to an adapter
     checks             damaged numbers and impossible names are refused
     calibration        calibrate_adapter: bases for a new adapter
     refresh            refresh_adapter: new bases during training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from copy import copy, deepcopy
 
@@ -13,6 +14,8 @@ from ..method.sides import is_selected
 from ..method.sizes import Sizes
 from .adapters import configs_of, holder_of, layer_key, layers_of
 from .config import SparseGradConfig
+
+logger = logging.getLogger(__name__)
 
 
 def data_free_sizes(config: SparseGradConfig, out_features: int, in_features: int, layer: str) -> tuple[int, int]:
@@ -90,3 +93,16 @@ def set_bases(
 def on_device(device: torch.device, basis: Basis) -> Basis:
     """Return the basis if it is on the device, else a copy: `.to` would move it away from the other layers."""
     return basis if all(buffer.device == device for buffer in basis.buffers()) else deepcopy(basis).to(device)
+
+
+def warn_of_few_entries(config: SparseGradConfig) -> None:
+    """Log a warning if a new adapter's `narrow` is too small for its `trained_share`, even with all neurons."""
+    entries = [shape for shape in (config.core_shapes or {}).values() if len(shape) == 5]
+    if config.wide is not None or config.narrow is None or config.c is not None or not entries:
+        return
+    trained = sum(r * c for _, r, c, *_ in entries) / sum(out * in_ for *_, out, in_ in entries)
+    if trained < 0.95 * config.trained_share:
+        logger.warning(
+            "narrow=%s trains %.2g of the layers' entries at most, less than trained_share=%g; raise narrow, or leave "
+            "it out", config.narrow, trained, config.trained_share,
+        )  # fmt: skip

@@ -24,9 +24,14 @@ def check_core(S: Tensor, name: str) -> None:
         raise TypeError(
             f"{name} is damaged: expected a floating-point matrix, found {S.dtype} of shape {tuple(S.shape)}"
         )
-    if not bool(S.isfinite().all()):
-        bad = int((~S.isfinite()).sum())
-        raise ValueError(f"{name} is damaged: {bad} of its {S.numel()} numbers are not finite")
+    check_finite(S, name)
+
+
+def check_finite(value: Tensor, name: str) -> None:
+    """Raise `ValueError` if a number of any other tensor is not finite, such as of a trained head."""
+    if value.is_floating_point() and not bool(value.isfinite().all()):
+        bad = int((~value.isfinite()).sum())
+        raise ValueError(f"{name} is damaged: {bad} of its {value.numel()} numbers are not finite")
 
 
 @torch.no_grad()

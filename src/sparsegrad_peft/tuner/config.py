@@ -126,6 +126,10 @@ class SparseGradConfig(PeftConfig):
 
     def _resolve_form(self) -> None:
         """Put the defaults of `neurons` and `exponent` in their place, and check both."""
+        for name in ("neurons", "shared", "original_space", "init_weights", "data_free"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "neurons" and value is None):
+                raise TypeError(f"{name} must be True or False, found {value!r}")
         # A trained adapter without these fields is of an early version, which had neither.
         plain = self.c is not None or self.r is not None or self.original_space or bool(self.core_shapes)
         self.neurons, self.exponent = default_form(self.neurons, self.exponent, plain=plain, shared=self.shared)

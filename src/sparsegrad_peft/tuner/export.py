@@ -24,10 +24,11 @@ from transformers import PretrainedConfig
 
 from ..method.sides import Side, as_matrix, check_selected, is_selected, scaled
 from .adapters import ROOT
-from .config import check_core_shapes
-from .loading import AdapterWeights
+from .config import SparseGradConfig, check_core_shapes
+from .fit import check_form
 from .low_rank import ExpertFactors, Factors, decompose, decompose_experts
 from .peft_private import NAME, PREFIX, mistaken_for_experts
+from .weights import AdapterWeights
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,11 @@ def export_lora(
     config, tensors, weights = _read(Path(adapter))
     factors = _factors(config, weights)
     carried = {name: value for name, value in tensors.items() if f".{PREFIX}" not in name}
+    if config.get("modules_to_save") and not carried:
+        raise ValueError(
+            f"{adapter}: its config has modules_to_save={config['modules_to_save']}, and its weights hold none of "
+            "them; its two files do not fit"
+        )
 
     largest = max(1, *(layer.rank for layer in factors.values()))  # a rank of 0 is no LoRA adapter
     if rank != "full" and rank > largest:
@@ -184,13 +190,13 @@ def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, Tensor], AdapterWeig
 @torch.no_grad()
 def _factors(config: dict[str, Any], weights: AdapterWeights) -> dict[str, Factors | ExpertFactors]:
     """Return layer name -> SVD of its update."""
-    core_shapes = _core_shapes(config, weights)
+    core_shapes, form = _core_shapes(config, weights), _form(config)
     groups: dict[str, list[str]] = defaultdict(list)
     for layer in weights.cores:
         groups[core_shapes[layer][0] if core_shapes else layer].append(layer)
     factors: dict[str, Factors | ExpertFactors] = {}
     for members in groups.values():
-        sides = weights.basis_of(members, shared=bool(config.get("shared")))
+        sides = weights.basis_of(members, shared=form.shared)
         for layer in members:
             S, U, V = weights.cores[layer], sides.get("U"), sides.get("V")  # None is the identity
             S = scaled(S, (sides.get("scale_out"), sides.get("scale_in")))
@@ -198,7 +204,9 @@ def _factors(config: dict[str, Any], weights: AdapterWeights) -> dict[str, Facto
                 factors[layer] = decompose(S, U, V)
                 continue
             _, _, _, out_features, in_features, *experts = core_shapes[layer]
-            _check_shapes(layer, core_shapes[layer], S, (U, V), data_free=bool(config.get("data_free")))
+            _check_shapes(layer, core_shapes[layer], S, (U, V), data_free=form.data_free)
+            if not form.data_free:
+                check_form(layer, sides, form.sizes, form.exponent, (out_features, in_features))
             if experts:
                 factors[layer] = decompose_experts(S, U, V, (out_features, in_features), experts[0])
             else:
@@ -206,6 +214,12 @@ def _factors(config: dict[str, Any], weights: AdapterWeights) -> dict[str, Facto
                             for side, n in ((U, in_features), (V, out_features)))  # fmt: skip
                 factors[layer] = decompose(S, *matrices)
     return factors
+
+
+def _form(config: dict[str, Any]) -> SparseGradConfig:
+    """Return the form of the adapter as loading would see it, with the defaults of the time when it was made."""
+    names = ("neurons", "exponent", "shared", "original_space", "data_free", "core_shapes", "c", "r")
+    return SparseGradConfig(**{name: config[name] for name in names if name in config})
 
 
 def _core_shapes(config: dict[str, Any], weights: AdapterWeights) -> dict[str, list[Any]]:

@@ -243,6 +243,8 @@ class SparseGradLayer(BaseTunerLayer):
         """Return the base weight plus `factor` times an adapter's update, in float32 or wider, rounded once."""
         self.check_numbers(adapter)
         S, basis = self.core_and_basis(adapter)
+        if S.is_meta and not self.get_base_weight().is_meta:
+            raise RuntimeError(no_core_yet(adapter))
         weight, transposed = self.get_base_weight(), is_conv1d(self.get_base_layer())
         core = factor * scaled(S.to(at_least_float32(S.dtype)), basis.scales)
         found = form_weight(weight.T if transposed else weight, core, basis.U, basis.V)
@@ -262,10 +264,7 @@ class SparseGradLayer(BaseTunerLayer):
         if S.is_meta and is_offloaded(self.get_base_layer()):
             raise RuntimeError(f"adapter {adapter!r} was loaded onto a model that was offloaded already. {REMEDY}")
         if S.is_meta and not x.is_meta:
-            raise RuntimeError(
-                f"adapter {adapter!r} was made with low_cpu_mem_usage=True and has no core yet: call "
-                "calibrate_adapter(model, batches), or load weights into it"
-            )
+            raise RuntimeError(no_core_yet(adapter))
         if torch.compiler.is_compiling():
             return
         self.check_numbers(adapter)
@@ -322,6 +321,14 @@ class SparseGradLayer(BaseTunerLayer):
             if name in self.sparsegrad_S:
                 self._warn_of_rounding()
                 self.set_base_weight(self.weight_plus(name, -1))
+
+
+def no_core_yet(adapter: str) -> str:
+    """Say why an adapter on the meta device cannot be used."""
+    return (
+        f"adapter {adapter!r} was made with low_cpu_mem_usage=True and has no core yet: call "
+        "calibrate_adapter(model, batches), or load weights into it"
+    )
 
 
 def _refuse_other_bases(

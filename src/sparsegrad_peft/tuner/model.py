@@ -24,13 +24,14 @@ from ..method.experts import check_selects_neurons, expert_layout
 from ..method.plain import is_conv1d
 from ..method.surgery import leave_fast_path
 from .adapters import BASIS, ROOT, layers_of, paths_and_keys
-from .bases import data_free_sizes, empty_basis
+from .bases import data_free_sizes, empty_basis, warn_of_few_entries
 from .checks import check_adapter_name, check_whole
 from .combine import add_weighted_sum
 from .config import SparseGradConfig
 from .decoding import prepared_for_decoding
 from .experts import SparseGradExperts
-from .layer import AdapterStatus, SparseGradLayer
+from .fit import mixed_bases
+from .layer import AdapterStatus, SparseGradLayer, no_core_yet
 from .linear import SparseGradTunerLinear
 from .loading import make_room
 from .mixed_batch import mixed_batch
@@ -99,6 +100,7 @@ class SparseGradModel(BaseTuner):
         adapted = [layer.key(name) for name, layer in layers_of(model, adapter_name).items()]
         if is_new:
             warn_unmatched(given.target_modules, adapted)
+            warn_of_few_entries(config)
         log_share(model, adapted, automatic=given.target_modules is None and given.target_parameters is None)
 
     def _prepare_adapter_config(self, peft_config: SparseGradConfig, model_config: dict[str, Any]) -> SparseGradConfig:
@@ -288,6 +290,8 @@ class SparseGradModel(BaseTuner):
         for adapted in layers_of(model, adapter_name).values():
             adapted.check_numbers(adapter_name)
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if any(PREFIX in key and value.is_meta for key, value in entries.items()):
+            raise RuntimeError(no_core_yet(adapter_name))
         shapes = getattr(config, "core_shapes", None) or {}
         kept, saved = {}, set()
         for key, value in _renamed(entries, paths_and_keys(model, adapter_name)).items():
@@ -310,6 +314,18 @@ class SparseGradModel(BaseTuner):
         paths = {key: path for path, key in paths_and_keys(model, adapter_name).items()}
         weights = _renamed({**state_dict, **shared}, paths)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Refuse, in `load_state_dict`, different bases for layers that share one here: the last would win."""
+        for adapter, config in self.peft_config.items():
+            if config.calibrated and (problem := mixed_bases(self, adapter, state_dict, prefix)):
+                error_msgs.append(problem)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"

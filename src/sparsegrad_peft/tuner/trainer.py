@@ -31,17 +31,20 @@ from .calibration import calibrate_adapter
 from .quantized import keep_order
 from .refresh import refresh_adapter, truncated
 from .trainer_batches import training_batches
-from .trainer_callbacks import Refreshing, SparseGradCalibration, check_untrained
-from .trainer_loss import matters, uses_num_items
+from .trainer_callbacks import (
+    Refreshing,
+    SparseGradCalibration,
+    StopIfNotFinite,
+    TrainingDivergedError,
+    check_untrained,
+    diverged,
+)
+from .trainer_loss import checked
 
 __all__ = ["SparseGradCalibration", "SparseGradTrainer", "SparseGradTrainerMixin", "TrainingDivergedError"]
 
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss is no longer finite; the message names the step and the folder of the checkpoints."""
 
 
 class SparseGradTrainerMixin:
@@ -55,7 +58,7 @@ class SparseGradTrainerMixin:
         density: share of the entries of each core that a step selects; None trains the cores whole.
         k: the same as a number of entries.
         rest_learning_rate: for what trains besides the cores, such as the head; None: the same as for the cores.
-        stop_if_not_finite: raise `TrainingDivergedError` at the first loss that is not finite.
+        stop_if_not_finite: raise `TrainingDivergedError` at the first loss or gradient that is not finite.
         progress: show a bar while calibrating; None: unless `disable_tqdm` is set.
         refresh_every: number of steps after which an adapter with complete bases gets new ones, again and again (see
             `refresh_adapter`); not under FSDP or DeepSpeed. None: never.
@@ -94,10 +97,12 @@ class SparseGradTrainerMixin:
         self.stop_if_not_finite = stop_if_not_finite
         self.calibration_progress = progress
         self.own_optimizer = own_optimizer
-        self._loss_is_known = False
+        self.loss_is_known = False
         super().__init__(*args, **kwargs)
         keep_order(self.model)  # evaluations during training would reorder 4-bit weights
         self._check_optimizer(**self.sparsegrad_selection, rest_learning_rate=rest_learning_rate)
+        if stop_if_not_finite:
+            self.add_callback(StopIfNotFinite(self))
         if refresh_every is not None:
             self._check_refresh(refresh_every)
             self.add_callback(Refreshing(self, refresh_every))
@@ -234,23 +239,16 @@ class SparseGradTrainerMixin:
                     groups.append({"params": parameters, "weight_decay": weight_decay, **options})
         return groups
 
-    def compute_loss(
-        self: Any, model: nn.Module, inputs: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any
-    ) -> Any:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check an own `compute_loss` like the trainer's."""
+        super().__init_subclass__(**kwargs)
+        if "compute_loss" in cls.__dict__:
+            cls.compute_loss = checked(cls.__dict__["compute_loss"])  # type: ignore[method-assign]
+
+    @checked
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute the trainer's loss; the first batch shows if it uses `num_items_in_batch` (see trainer_loss.py)."""
-        compute = super().compute_loss  # type: ignore[misc]
-        if not self._loss_is_known and matters(self, num_items_in_batch):
-            uses = uses_num_items(
-                self, model, lambda n: compute(model, {**inputs}, num_items_in_batch=n), num_items_in_batch
-            )
-            self._loss_is_known = uses is not None
-            if uses is False:
-                logger.info(
-                    "the loss of %s ignores num_items_in_batch; it is averaged over the batches of a step",
-                    type(self.accelerator.unwrap_model(model)).__name__,
-                )
-                self.model_accepts_loss_kwargs = False
-        return compute(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
+        return super().compute_loss(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Take the Trainer's step, and check its loss.
@@ -263,11 +261,7 @@ class SparseGradTrainerMixin:
             losses = self.accelerator.gather(loss.reshape(1))  # all processes stop, or the others would wait for one
             bad = losses[~losses.isfinite()]
             if len(bad):
-                raise TrainingDivergedError(
-                    f"the loss of step {self.state.global_step + 1} is {bad[0].item()}. The step was not taken, and "
-                    f"the checkpoints in {self.args.output_dir} are good. Lower the learning rate, found "
-                    f"{self.args.learning_rate}, or train in float32 or bfloat16"
-                )
+                raise diverged(self, f"loss of step {self.state.global_step + 1} is {bad[0].item()}")
         return loss
 
 

@@ -1,4 +1,4 @@
-"""Callbacks for any `transformers.Trainer`: calibration when training begins, and new bases during training."""
+"""Callbacks of a `transformers.Trainer`: calibration at the start, a check of each gradient, new bases on the way."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from contextlib import closing
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
 from ..method.config import CalibrationConfig
 from ..method.gradients import default_loss
+from ..method.processes import own_shard
 from .adapters import calibrated, uncalibrated, widen_cores
 from .calibration import calibrate_adapter
 from .trainer_batches import Batches
@@ -65,6 +67,41 @@ def check_untrained(names: list[str], optimizer: Any) -> None:
             f"adapter {names[0]!r} is not calibrated, and the optimizer has already trained; call calibrate_adapter "
             "before training"
         )
+
+
+class TrainingDivergedError(RuntimeError):
+    """Loss or gradient are no longer finite; the message names the step and the folder of the checkpoints."""
+
+
+def diverged(trainer: Any, what: str) -> TrainingDivergedError:
+    """Return the error for a step whose loss or gradient is not finite, before it is taken."""
+    return TrainingDivergedError(
+        f"the {what}. The step was not taken, so any checkpoints in {trainer.args.output_dir} are good. Lower the "
+        f"learning rate, found {trainer.args.learning_rate}, or train in float32 or bfloat16"
+    )
+
+
+class StopIfNotFinite(TrainerCallback):
+    """Stop before a step whose gradient is not finite: it would make every weight that trains NaN."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the gradients; one number a process is exchanged. Float16's scaler skips such steps by itself.
+
+        Raises:
+            TrainingDivergedError: a gradient is not finite on one of the processes.
+        """
+        accelerator = self.trainer.accelerator
+        if accelerator.scaler is not None or self.trainer.is_deepspeed_enabled:  # DeepSpeed keeps the gradients
+            return
+        gradients = [own_shard(p.grad) for p in kwargs["model"].parameters() if p.grad is not None]
+        dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+        norm = get_total_norm(dense).reshape(1).to(args.device)
+        norms = accelerator.gather(norm)  # all processes stop, or the others would wait for one
+        if not bool(norms.isfinite().all()):
+            raise diverged(self.trainer, f"gradient of step {state.global_step + 1} is not finite")
 
 
 class Refreshing(TrainerCallback):

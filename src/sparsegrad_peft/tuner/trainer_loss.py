@@ -8,7 +8,9 @@ their own batch. Loss and gradient are then too large by the number of processes
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -17,9 +19,34 @@ from torch import Tensor, nn
 from ..method.restored_state import restored_state
 from .trainer_batches import restored_counters
 
+logger = logging.getLogger(__name__)
+
 _SAME = 0.1
 """Relative difference below which two losses count as equal. Repeated passes differ by rounding on some devices, and a
 loss that uses the number is halved when it doubles."""
+
+
+def checked(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a trainer's `compute_loss`: the first batch shows if the loss uses the number, and the Trainer is told."""
+
+    @wraps(compute_loss)
+    def compute(trainer: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        number = kwargs.get("num_items_in_batch")
+        if not trainer.loss_is_known and matters(trainer, number):
+            trainer.loss_is_known = True  # for a `compute_loss` within this one
+            uses = uses_num_items(
+                trainer, model, lambda n: compute_loss(trainer, model, {**inputs}, num_items_in_batch=n), number
+            )
+            trainer.loss_is_known = uses is not None
+            if uses is False:
+                logger.info(
+                    "the loss of %s ignores num_items_in_batch; it is averaged over the batches of a step",
+                    type(trainer.accelerator.unwrap_model(model)).__name__,
+                )
+                trainer.model_accepts_loss_kwargs = False
+        return compute_loss(trainer, model, inputs, *args, **kwargs)
+
+    return compute
 
 
 def matters(trainer: Any, num_items_in_batch: Any) -> bool:
