@@ -162,12 +162,12 @@ class RunFolder:
 
     def check_finished(self) -> None:
         """Raise FileNotFoundError if this is not a run folder, the run is not finished, or its weights are gone."""
-        self.read_arguments()
+        settings = self.read_arguments()
         if not self.finished:
-            raise FileNotFoundError(
-                f"{self} holds a run that is not finished; resume it: sparsegrad train --config "
-                f"{shlex.quote(str(self.path / 'config.yaml'))}"
-            )
+            command = ["sparsegrad", "train", "--config", str(self.path / "config.yaml")]
+            if Path(str(settings.get("output"))).resolve() != self.path.resolve():  # the folder was moved or copied
+                command += ["--output", str(self)]
+            raise FileNotFoundError(f"{self} holds a run that is not finished; resume it: {shlex.join(command)}")
         if not self.weights.is_dir():
             raise FileNotFoundError(
                 f"{self} holds scores and no weights: adapter/ and model/ are gone. A search keeps no weights; train "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -244,13 +245,15 @@ def test_a_copied_run_resumes(moved: bool, stopped_run: Path, words: Words, fini
 
 
 def test_the_config_of_a_run_resumes_it(stopped_run: Path, finished_run: Path, capsys: pytest.CaptureFixture) -> None:
-    """`evaluate` names this command for an unfinished run."""
-    assert main(["evaluate", str(stopped_run)]) == 1
-    err: str = capsys.readouterr().err
-    command: list[Any] = err.rpartition("resume it: sparsegrad ")[2].split()
-    assert main(command) == 0
-    assert "Resuming from step 12\n" in capsys.readouterr().err
-    check_same(stopped_run, finished_run)
+    """`evaluate` names this command for an unfinished run, also for one that was moved."""
+    moved = stopped_run.rename(stopped_run.with_name("moved run"))
+    for folder in (shutil.copytree(moved, stopped_run), moved):
+        assert main(["evaluate", str(folder)]) == 1
+        command = shlex.split(capsys.readouterr().err.rpartition("resume it: sparsegrad ")[2])
+        assert ("--output" in command) is (folder == moved)
+        assert main(command) == 0
+        assert "Resuming from step 12\n" in capsys.readouterr().err
+        check_same(folder, finished_run)
 
 
 def test_a_language_model_resumes(language_words: Words, tmp_path: Path) -> None:
