@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import TextStreamer
 
 import sparsegrad_peft.tuner  # noqa: F401  # registers SparseGrad, so that PEFT can load its adapters
 
+from ..run.adapter_files import check_adapter
 from ..run.finished_run import load_adapter, open_run, read_run
 from ..tasks.conversations import Message
 from ..tasks.generation import RowSampling, generate, generation_ends
@@ -154,7 +155,7 @@ def open_model(name: str) -> ChatModel:
         model, tokenizer, weights = run.model, run.processor, run.folder.weights
         base_name, plain = run.arguments.model, run.arguments.data.template == "plain"
     elif (folder / "adapter_config.json").is_file():
-        base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        base_name = check_adapter(folder).base_model_name_or_path
         if base_name is None:
             raise ValueError(
                 f"{name}: adapter_config.json names no base_model_name_or_path, since the base is a local model; "

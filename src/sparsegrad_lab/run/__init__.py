@@ -19,6 +19,7 @@ checkpoints       which checkpoints are complete
 card, plots       model card and plots
 hub               upload to the Hugging Face Hub
 finished_run      evaluate, predict and merge
+adapter_files     the files of a saved adapter, checked before they are loaded
 search            learning rate and batch size by Optuna
 machine           versions, devices, speed of bfloat16
 phase             time and memory of a phase

@@ -15,8 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
+from peft import PeftModel
 from torch import nn
 
 import sparsegrad_peft.tuner  # noqa: F401  # registers SparseGrad, so that PEFT can load its adapters
@@ -31,6 +30,7 @@ from ..tasks.pretrained import first_line, load_config
 from ..tasks.read import Row, read_rows
 from ..tasks.registry import kind_of
 from ..tasks.task import LOSSES, Task
+from .adapter_files import check_adapter
 from .folder import RunFolder
 from .inputs import compute_type, frozen_type, longest_first, unrelated_features
 from .interrupts import interrupts_kept
@@ -114,19 +114,19 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
     """Load an adapter onto its base model.
 
     Raises:
-        ValueError: its files are damaged.
+        FileNotFoundError, ValueError: see `check_adapter`.
     """
+    whole = getattr(check_adapter(folder), "modules_to_save", None) or ()
+    for name, module in base.named_modules():
+        if any(name == one or name.endswith(f".{one}") for one in whole):
+            module.float()  # they were trained in float32, and PEFT would round them to the base's type
     try:
-        whole = getattr(PeftConfig.from_pretrained(str(folder)), "modules_to_save", None) or ()
-        for name, module in base.named_modules():
-            if any(name == one or name.endswith(f".{one}") for one in whole):
-                module.float()  # they were trained in float32, and PEFT would round them to the base's type
         with suppress_library_logs():
             return cast(nn.Module, PeftModel.from_pretrained(base, str(folder)))
-    except (SafetensorError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder}: the adapter cannot be read; adapter_model.safetensors or adapter_config.json is damaged or cut "
-            f"off ({type(error).__name__}: {first_line(error)})"
+            f"{folder}: the adapter cannot be loaded; adapter_model.safetensors or adapter_config.json is damaged, or "
+            f"they do not belong together ({type(error).__name__}: {first_line(error)})"
         ) from error
 
 

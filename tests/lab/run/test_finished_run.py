@@ -126,7 +126,7 @@ def test_a_run_without_its_weights(gone: Path) -> None:
     """Their names would be looked up on the hub."""
     adapter = gone / "adapter"
     (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"adapter_config.json is damaged or cut off \(KeyError: 'peft_type'\)"):
+    with pytest.raises(ValueError, match=r"adapter_config.json is damaged or cut off \(.*expected a peft_type"):
         load_adapter(nn.Linear(2, 2), adapter)
     shutil.rmtree(adapter)
     with pytest.raises(FileNotFoundError, match=r"holds scores and no weights: adapter/ and model/ are gone"):
