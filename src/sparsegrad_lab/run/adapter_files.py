@@ -18,7 +18,7 @@ def check_adapter(folder: Path) -> PeftConfig:
 
     Raises:
         FileNotFoundError: one of them is missing.
-        ValueError: one of them is damaged.
+        ValueError: one of them is damaged, or a tensor is not finite.
     """
     config, weights = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
     pickled = (folder / WEIGHTS_NAME).is_file()  # PyTorch's format, which PEFT reads too
@@ -33,12 +33,21 @@ def check_adapter(folder: Path) -> PeftConfig:
         if found.peft_type is None:
             raise ValueError("expected a peft_type, found none")
         path = weights
-        if weights.is_file():
-            with safe_open(weights, "pt"):
-                pass
+        names = [] if pickled and not weights.is_file() else _not_finite(weights)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or cut off ({type(error).__name__}: {first_line(error)}); save or copy the adapter "
             "again"
         ) from error
+    if names:
+        raise ValueError(
+            f"{weights}: expected finite numbers, found NaN or infinity in {', '.join(names[:3])}; train again, or "
+            "copy the adapter again"
+        )
     return found
+
+
+def _not_finite(weights: Path) -> list[str]:
+    """Names of the tensors in a safetensors file with a number that is not finite."""
+    with safe_open(weights, "pt") as file:
+        return [name for name in file.keys() if not file.get_tensor(name).float().isfinite().all()]  # noqa: SIM118
