@@ -35,8 +35,8 @@ def read_messages(value: Any, where: str) -> list[Message]:
         where: file, line and column, for messages.
 
     Raises:
-        ValueError: `value` is something else; a message has another role, no text, or holds more than a text; or the
-            messages are not an optional system message, then user and assistant in turn.
+        ValueError: `value` is something else; a message has another role or weight, no text, or holds more than a text;
+            or the messages are not an optional system message, then user and assistant in turn.
     """
     if isinstance(value, str):
         return [{"role": "user", "content": value, "learn": False}]
@@ -62,8 +62,10 @@ def training_conversation(value: Any, where: str) -> list[Message]:
     """Return the messages up to the assistant's last one.
 
     Raises:
-        ValueError: there is no message of the assistant to learn; and see `read_messages`.
+        ValueError: it is a text, there is no message of the assistant to learn; and see `read_messages`.
     """
+    if isinstance(value, str):
+        raise ValueError(f"{where}: expected a list of messages with role and content, found a text, {_shown(value)}")
     messages = read_messages(value, where)
     if messages[-1]["role"] == "user":
         messages.pop()
@@ -115,6 +117,8 @@ def _message(item: Any, where: str) -> Message:
     present = [key for key in _UNSUPPORTED if item.get(key)]
     if present:
         raise ValueError(f"{where}: expected a text only, found {', '.join(present)}, which is not supported")
+    if item.get("weight") not in (None, 0, 1):
+        raise ValueError(f"{where}: expected weight to be 0 (not learnt) or 1, found {_shown(item['weight'])}")
     return {"role": name, "content": item[content], "learn": name == "assistant" and item.get("weight") != 0}
 
 

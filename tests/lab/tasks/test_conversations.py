@@ -58,6 +58,7 @@ USER, ASSISTANT = OPENAI[1:]
     ("value", "words"),
     [
         ([], r"rows, line 3: expected a list of messages with role and content, found \[\]"),
+        ("Hi", r"rows, line 3: expected a list of messages with role and content, found a text, 'Hi'"),
         ({"role": "user"}, r"expected a list of messages with role and content, found \{'role'"),
         (["Hi"], r"message 1: expected an object with role and content, found 'Hi'"),
         ([{"role": "tool", "content": "x"}], r"message 1: expected role to be one of system, user, .* found 'tool'"),
@@ -71,6 +72,8 @@ USER, ASSISTANT = OPENAI[1:]
         ([OPENAI[0]], r"expected a message of the user, found a system message only"),
         ([USER], r"expected a message of the assistant to learn, found none"),
         ([USER, {**ASSISTANT, "weight": 0}], r"expected a message of the assistant to learn, found none"),
+        ([USER, {**ASSISTANT, "weight": 2}], r"message 2: expected weight to be 0 \(not learnt\) or 1, found 2"),
+        ([USER, {**ASSISTANT, "weight": "0"}], r"message 2: expected weight to be 0 .*found '0'"),
         ([USER, {**ASSISTANT, "tool_calls": [{}]}], r"message 2: expected a text only, found tool_calls"),
     ],
 )
