@@ -8,7 +8,9 @@ from dataclasses import replace
 from rich.console import Console
 
 from ..inspection.shipped_models import shipped_model
+from ..methods.ranges import pattern_problems
 from ..run.parsing import make_parser
+from ..run.settings import refuse
 from ..tasks.model_folder import check_model_folder, model_path
 
 EXAMPLE = "sparsegrad inspect bert-base; prints three tables: parameters by part, layers to adapt, and memory."
@@ -49,6 +51,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", type=bool, default=False, help="print JSON")
     options = vars(parser.parse_args(argv))
     as_json, model = options.pop("json"), options.pop("model")
+    refuse("this model cannot be inspected", pattern_problems("--target_modules", options["target_modules"]))
     shipped = shipped_model(model)
     if shipped is None:
         check_model_folder(model)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .method import CALIBRATION, LOOP, Adapted, Method, Setup
+from .ranges import pattern_problems
 from .settings import AdapterArguments, CalibrationArguments
 from .sparsegrad import calibration_config
 
@@ -105,6 +106,9 @@ def read_config(path: str) -> PeftConfig:
         peft_type = settings.pop("peft_type", None) if isinstance(settings, dict) else type(settings).__name__
         if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
             raise ValueError(f"expected a peft_type such as LORA, found {peft_type!r}")
+        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+            if problems := pattern_problems(name, settings.get(name)):
+                raise ValueError(problems[0])
         return PeftConfig.from_peft_type(peft_type=peft_type, **settings)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected an adapter_config.json of PEFT ({error})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -55,3 +56,19 @@ def null_problems(settings: Any, prefix: str = "") -> list[str]:
         elif value is None and "None" not in str(field.type):
             problems.append(f"{prefix}{field.name}: expected a value, found null; leave it out for the default")
     return problems
+
+
+def pattern_problems(name: str, pattern: Any) -> list[str]:
+    """A text that is not a regular expression. Lists of names and None are valid.
+
+    Args:
+        name: of the setting, for the message.
+        pattern: its value, as in PEFT's `target_modules`.
+    """
+    if not isinstance(pattern, str):
+        return []
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{name}: expected names of layers, or a regular expression of them, found {pattern!r} ({error})"]
+    return []

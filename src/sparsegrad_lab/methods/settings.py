@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from sparsegrad_peft.method.sizes import DEFAULT_SHARE, Sizes, check_rows, default_form
 
-from .ranges import COUNT, POSITIVE, SELECTED_SHARE, range_problems
+from .ranges import COUNT, POSITIVE, SELECTED_SHARE, pattern_problems, range_problems
 
 
 @dataclass
@@ -91,6 +91,7 @@ class AdapterArguments:
             problems.append(f"adapter.prefer: expected memory or speed, found {self.prefer!r}")
         if self.density is not None and self.k is not None:
             problems.append(f"adapter.density ({self.density}) and adapter.k ({self.k}) exclude each other; give one")
+        problems += pattern_problems("adapter.target_modules", self.target_modules)
         if self.layers is not None and not (self.layers and min(self.layers) >= 0):
             problems.append(f"adapter.layers: expected block numbers, counted from 0; found {self.layers}")
         return problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,20 @@ def test_json_that_is_nested_too_deeply(tmp_path: Path) -> None:
     file.write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(RefusedError, match=r"adapter_config.json: expected an adapter_config.json of PEFT \(maximum"):
         RunArguments(method=str(file)).check()
+
+
+def test_a_text_that_is_no_regular_expression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error names the option, or the file."""
+    file = tmp_path / "adapter_config.json"
+    file.write_text('{"peft_type": "LORA", "target_modules": "["}', encoding="utf-8")
+    expected = r"target_modules: expected names of layers, or a regular expression of them, found '\[' \(unterminated"
+    for arguments in (given("adapter.target_modules", "["), RunArguments(method=str(file))):
+        with pytest.raises(RefusedError, match=expected):
+            arguments.check()
+    assert main(["inspect", "bert-base", "--target_modules", "["]) == ExitCode.REFUSED
+    assert re.search(f"--{expected}", capsys.readouterr().err)
+    assert main(["train", "--target_modules", "[", "--output", str(tmp_path / "run")]) == ExitCode.REFUSED
+    assert "adapter.target_modules (--target_modules): expected" in capsys.readouterr().err
 
 
 def given(name: str, value: Any) -> RunArguments:
