@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 
@@ -12,7 +14,7 @@ class ExitCode(IntEnum):
     FAILED = 1
     "an error that has no code of its own"
     REFUSED = 2
-    "the command line or the settings are not valid; nothing was started"
+    "the command line or the settings are not valid, or do not fit the rows or the model; nothing was started"
     DIVERGED = 3
     "the training loss is not finite"
     OUT_OF_MEMORY = 4
@@ -30,11 +32,24 @@ class RefusedError(ValueError):
     """The settings are not valid. The message lists every problem."""
 
 
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Let a ValueError end the command with `ExitCode.REFUSED`: settings that do not fit the rows or the model.
+
+    Unlike a RefusedError, it may concern this process only, and each process reports its own.
+    """
+    try:
+        yield
+    except ValueError as error:
+        vars(error)["refused"] = True
+        raise
+
+
 def exit_code_of(error: BaseException) -> ExitCode:
     """Exit code of the command that an exception ends."""
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
-    if isinstance(error, RefusedError):
+    if isinstance(error, RefusedError) or getattr(error, "refused", False):
         return ExitCode.REFUSED
     # By name, since importing these classes would load torch.
     names = {base.__name__ for base in type(error).__mro__}

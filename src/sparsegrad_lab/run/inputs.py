@@ -22,6 +22,7 @@ from ..tasks.pretrained import NeedsWeightsError, check_causal, load_config
 from ..tasks.registry import TASKS
 from ..tasks.task import LANGUAGE, Task
 from ..tasks.unrelated import unrelated_texts
+from .exit_codes import refusing
 from .interrupts import interrupts_kept
 from .settings import RunArguments
 
@@ -67,9 +68,10 @@ def load_inputs(arguments: RunArguments) -> Inputs:
     processor = kind.processor(arguments.model)
     with suppress_library_logs(), interrupts_kept():
         adapted = load_adapted(arguments, task, processor, four_bits=arguments.load_in_4bit)
-        features = {split: kind.features(task, split, processor, arguments.data) for split in task.splits}
+        with refusing():
+            features = {split: kind.features(task, split, processor, arguments.data) for split in task.splits}
+            unrelated = unrelated_features(arguments, processor)
         features = {split: rows if split == "train" else longest_first(rows) for split, rows in features.items()}
-        unrelated = unrelated_features(arguments, processor)
     for rows in [*features.values(), *([] if unrelated is None else [unrelated])]:
         kind.check_features(rows, adapted.model, processor)
     if arguments.data.packing:
@@ -90,7 +92,8 @@ def load_adapted(arguments: RunArguments, task: Task, processor: Any, *, four_bi
     model = KINDS[task.kind].load_model(
         arguments.model, task, processor, four_bits=compute, dtype=frozen_type(arguments)
     )
-    adapted = find_method(arguments.method).adapt(model, arguments.setup())
+    with refusing():
+        adapted = find_method(arguments.method).adapt(model, arguments.setup())
     for parameter in adapted.model.parameters():
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:  # such as a head, in a model of bfloat16
             parameter.data = parameter.data.float()
@@ -123,6 +126,7 @@ def longest_first(rows: Dataset) -> Dataset:
     return rows.select(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True))
 
 
+@refusing()
 def load_run_task(arguments: RunArguments) -> tuple[Task, nn.Module | None]:
     """Load the task, and the model's modules without weights.
 

@@ -440,7 +440,7 @@ def test_refused_before_a_model_is_loaded(
     if value.startswith("@"):
         value = str(tmp_path / value[1:])
     status, out, err = run(*words_of(tmp_path / "run", f"--{option}", value))
-    assert (status, out) == (2 if "this run cannot be started" in err else 1, "")
+    assert (status, out) == (1 if option == "output" else 2, "")
     assert err.startswith("sparsegrad train: ")
     assert re.search(expected, plain(err))
     assert not (tmp_path / "run").exists()
@@ -569,6 +569,7 @@ def test_output_without_permission(words_of: Words, run: Run, tmp_path: Path) ->
         ("r", r"r, bert.encoder.layer.0.intermediate.dense: expected .* a count from 1 to 32, .*; found 1000"),
         ("k", r"adapter.k: expected at most 128 entries, which is what bert.* trains \(16 by 8\); found 1,000"),
         ("target_modules", r"no MLP layers found .*1000"),
+        ("layers", r"adapter.layers: expected numbers of blocks .*, 0, 1; found 1000"),
     ],
 )
 def test_sizes_and_layers_that_do_not_fit_the_model(
@@ -577,7 +578,24 @@ def test_sizes_and_layers_that_do_not_fit_the_model(
     """Checked with the model's config alone."""
     more = ["--adapter.c", "null", "--adapter.r", "null"] if option in ("narrow", "wide") else []
     status, out, err = run(*words_of(tmp_path / "run", *more, f"--adapter.{option}", "1000"))
-    assert (status, out) == (1, "")
+    assert (status, out) == (2, "")
+    assert re.search(expected, err)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--data.max_length", "4000"], r"data.max_length.*: expected at most 32 tokens"),
+        (["--metrics", "pearson"], r"data.metrics \(--metrics\): expected for classes accuracy, .*; found pearson"),
+        (["--data.validation_file", "null", "--val_size", ".001"], r"a share of 0.001 of the 48 rows .*leaves no rows"),
+    ],
+)
+def test_settings_that_do_not_fit_the_rows_or_the_model(
+    more: list[str], expected: str, words_of: Words, run: Run, tmp_path: Path
+) -> None:
+    status, out, err = run(*words_of(tmp_path / "run", *more))
+    assert (status, out) == (2, "")
     assert re.search(expected, err)
     assert not (tmp_path / "run").exists()
 
@@ -599,7 +617,7 @@ def test_incomplete_models(words: Words, weightless: Path, run: Run, tmp_path: P
     assert f"{weightless}: expected a tokenizer (tokenizer.json, ...) in the model's folder, found none" in err
     transformers.ViTConfig().save_pretrained(weightless)
     status, _, err = run(*asked)
-    assert status == 1
+    assert status == 2
     assert err == "sparsegrad train: transformers has no AutoModelForSequenceClassification of type 'vit'\n"
     assert not (tmp_path / "run").exists()
 
@@ -625,7 +643,7 @@ def test_a_model_that_sees_the_words_it_predicts(tiny_bert: Path, run: Run, tmp_
         "train", "--task", "text", "--model", str(tiny_bert), *files, "--data.max_length", "24",
         "--output", str(tmp_path / "run"),
     )  # fmt: skip
-    assert status == 1
+    assert status == 2
     assert "is a bert, which sees the words that it has to predict; expected a causal language model" in err
     assert not (tmp_path / "run").exists()
 

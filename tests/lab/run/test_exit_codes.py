@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsegrad_lab.run.exit_codes import ExitCode, RefusedError, exit_code_of, status_of
+from sparsegrad_lab.run.exit_codes import ExitCode, RefusedError, exit_code_of, refusing, status_of
 from sparsegrad_peft.tuner.trainer import TrainingDivergedError
 
 
@@ -32,6 +32,16 @@ def cpu_out_of_memory() -> BaseException:
 def test_exit_code_and_status(error: BaseException, code: ExitCode, status: str) -> None:
     assert exit_code_of(error) is code
     assert status_of(code) == status
+
+
+def test_settings_that_do_not_fit() -> None:
+    """They are refused as the same error, which may be of one process only."""
+    wrong, failed = ValueError("expected at most 512 tokens"), OSError("no connection")
+    for error, code in ((wrong, ExitCode.REFUSED), (failed, ExitCode.FAILED)):
+        with pytest.raises(type(error)) as caught, refusing():
+            raise error
+        assert caught.value is error
+        assert exit_code_of(error) is code
 
 
 @pytest.mark.parametrize(("returncode", "status"), [(0, "finished"), (-9, "killed"), (77, "failed")])
