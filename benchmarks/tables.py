@@ -245,13 +245,18 @@ def energy(result: dict[str, Any]) -> str:
 def study(path: Path, short: bool = False) -> str:
     """Verdict and scores of one experiment, its differences, and where it ran.
 
-    `short`: scores of what has run, the ranking (whose seeds have no row then), and the comparison of the first method
-    with the baseline; no note.
+    `short`: scores of the methods that have run on all tasks, the ranking (whose seeds have no row then), and the
+    comparison of the first method with the baseline; no note.
     """
     [section] = read_report([path]).sections
     sentences = verdict(section)
     if short:
-        table = scores(section).without_empty()
+        complete = {
+            method: words
+            for method, words in section.methods.items()
+            if all(section.runs_of(task, method) for task in section.tasks)
+        }
+        table = scores(replace(section, methods=complete))
         rows = table.rows[:1] if len(section.tasks) == 1 else table.rows
         parts = [bullets(sentences[:2]), replace(table, note="", rows=rows).markdown()]
     else:

@@ -9,7 +9,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -221,6 +221,12 @@ def test_what_the_parts_of_the_default_are_worth() -> None:
     assert f"{means['single-gradients']}, {means['unscaled']} and {means['rotated']} worse" in study
     for variant in ("narrow-9", "narrow-18", "narrow-32"):
         assert max(rises(variant)) < 0
+    [fewer] = read_report([tables.ROOT / tables.STUDY / "fewer-directions"]).sections
+    (few_mrpc, few_stsb), (mrpc, stsb) = (
+        [f"{fmean(run.value for run in fewer.runs_of(task, name)):.1f}" for task in ("mrpc", "stsb")]
+        for name in ("narrow-32", "sparsegrad")
+    )
+    assert f"have {few_mrpc} on MRPC and {few_stsb} on STS-B, and 64 directions {mrpc} and {stsb}" in method
 
 
 @pytest.mark.parametrize(("out", "in_", "share"), [(1536, 384, 0.5), (384, 1536, 0.25)])

@@ -6,13 +6,12 @@ import csv
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .runs import Run
 
 _NUMBER = re.compile(r"[-+]?\d(?!.*, )[\d.,]*(e[-+]?\d+)?(?![\w:])")
-_NOT_THERE = ("not run", "not all run")
-_NO_NUMBER = ("", "none", "resumed", *_NOT_THERE)
+_NO_NUMBER = ("", "none", "resumed", "not run", "not all run")
 
 
 class Linked(str):
@@ -50,12 +49,6 @@ class Table:
     def prose_columns(self) -> set[int]:
         """Columns with long texts, which get more room."""
         return {place for row in self.rows for place, cell in enumerate(row) if len(cell) > 50}
-
-    def without_empty(self) -> Table:
-        """The table without rows and columns that have no run."""
-        rows = [row for row in self.rows if any(cell not in _NOT_THERE for cell in row[1:])]
-        places = [n for n in range(len(self.header)) if not n or any(row[n] not in _NOT_THERE for row in rows)]
-        return replace(self, header=[self.header[n] for n in places], rows=[[row[n] for n in places] for row in rows])
 
     def markdown(self, note: str | None = None) -> str:
         """A pipe table and the note, or another text in its place."""

@@ -45,7 +45,7 @@ def test_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    needs_files = more[0] in ("--adapter.c", "--figures.redraw")  # the model, or the figures that are there
+    needs_files = more[0] == "--figures.redraw"  # the figures that are there
     assert main(figures_of(tmp_path / "out", *more)) == (ExitCode.FAILED if needs_files else ExitCode.REFUSED)
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
