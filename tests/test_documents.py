@@ -194,6 +194,24 @@ def test_scores_in_sentences_are_those_of_the_results(document: str) -> None:
         assert f"(p {found.p_tasks:.3f}). QNLI alone makes {share:.0%}".replace("%", " %") in text
 
 
+def test_what_the_pages_say_about_long_sequences_and_glue() -> None:
+    [long], [glue] = (read_report([tables.ROOT / tables.STUDY / name]).sections for name in ("long-sequences", "glue"))
+    study, faq = (
+        " ".join((tables.ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").split()) for page in ("study", "faq")
+    )
+    own, lora, full = (long.runs_of(method=method)[0] for method in ("sparsegrad", "lora", "full"))
+    best = f"full fine-tuning {full.score:.3f}, LoRA {lora.score:.3f}, SparseGrad {own.score:.3f}."
+    assert f"The best evaluations: {best}" in study
+    curves = [[(entry["step"], entry["loss"]) for entry in run.evaluations] for run in (own, lora)]
+    losses = [loss for _, loss in curves[0]]
+    assert losses == sorted(losses, reverse=True)  # "falls at every evaluation"
+    ahead = [step for (step, loss), (_, other) in zip(*curves, strict=True) if loss < other]
+    assert f"ahead for {ahead[-1]:.0f} steps, and LoRA after them" in study
+    assert ahead == [step for step, _ in curves[0] if step <= ahead[-1]]
+    [found] = compare_all(glue.runs, ["sparsegrad"], "lora")
+    assert f"In short runs on eight tasks of GLUE, it is ahead by {found.difference:.1f} points." in faq
+
+
 def test_what_the_parts_of_the_default_are_worth() -> None:
     """Every change that docs/method.md lists raises the loss with each seed, by the mean that stands there."""
     [section] = read_report([tables.ROOT / tables.STUDY / "default-form"]).sections

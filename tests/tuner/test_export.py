@@ -322,6 +322,9 @@ def test_damaged_adapters(tmp_path: Path) -> None:
     config.write_text(json.dumps({**good_config, "exponent": 1.5}))
     with pytest.raises(ValueError, match=r"of another form than the adapter's config: neurons=False, exponent=1\.5"):
         export_lora(adapter, out, 2)
+    config.write_text(json.dumps({**good_config, "exponent": "1.5"}))
+    with pytest.raises(ValueError, match=r"config is damaged: exponent must be a number, found '1\.5'"):
+        export_lora(adapter, out, 2)
     config.write_text(json.dumps({**good_config, "modules_to_save": ["classifier"]}))
     with pytest.raises(ValueError, match=r"modules_to_save=\['classifier'\], and its weights hold none of them"):
         export_lora(adapter, out, 2)

@@ -36,8 +36,8 @@ class BenchArguments:
     layers: int | None = None
     "number of blocks; default: the whole model on a GPU, at most 4 blocks on a CPU"
     methods: str | None = None
-    """names, separated by commas; all of them are in memory at the same time; default: all but
-    sparsegrad-topk, and without complete bases if a layer has a side above 4096"""
+    """names, separated by commas; all of them are in memory at the same time; default: all but sparsegrad-topk, and
+    without complete bases if a layer has a side above 4096"""
     rest: Literal["freeze", "train"] = "freeze"
     "freeze the model besides the MLP layers, or train it with AdamW"
     narrow: int | float | None = None

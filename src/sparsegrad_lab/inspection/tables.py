@@ -26,7 +26,7 @@ def render(inspection: Inspection, console: Console) -> None:
         line(f"{number:>3} {group.name}")
     line(f"\nThese layers hold {share:.3g} % of the MLP's weights.")
     line(f"Calibration needs {calibration} {unit} more at its peak, for sums of gradients and one gradient.")
-    line(f"It also keeps a copy of these weights on the CPU, {copy} {unit}, unless calibration.walk is null.")
+    line(f"It also keeps a copy of these weights on the CPU, {copy} {unit} (none with --calibration.walk null).")
     console.print(_methods_table(inspection))
     line("")
     for note in inspection.notes:

@@ -40,9 +40,9 @@ class Basis(nn.Module):
     spectrum.
 
     The layers of a group share this module. If they shared only its tensors, the first `.to()` would copy each tensor
-    once for each layer. The bases follow the model to other devices, but keep
-    their data type when the model is cast (`.half()`, `.to(torch.bfloat16)`). Rounded after training, they would no
-    longer be the bases that the core was trained in.
+    once for each layer. The bases follow the model to other devices, but keep their data type when the model is cast
+    (`.half()`, `.to(torch.bfloat16)`). Rounded after training, they would no longer be the bases that the core was
+    trained in.
 
     Args:
         U: the input side: (c, in) directions, (c,) int32 indices of features, or None for the identity.
@@ -274,7 +274,7 @@ class HoldsBasis(nn.Module):
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        keep_saved(self.basis)
+        keep_saved(self.basis)  # likewise
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HoldsBasis:

@@ -12,8 +12,8 @@ from .processes import check_equal_weights
 def exclude_bases_from_ddp(model: nn.Module) -> None:
     """Tell `DistributedDataParallel` not to broadcast the bases in a model before each forward pass.
 
-    Bases do not change in a step, and may be as large as the gradients. Call this on every process for the
-    very module that DDP will wrap. `calibrate_adapter` and the trainers do it themselves.
+    Bases do not change in a step, and may be as large as the gradients. Call this on every process for the very
+    module that DDP will wrap. `calibrate_adapter` and the trainers do it themselves.
 
     Raises:
         ValueError: the processes have different bases, and DDP would no longer make them equal.

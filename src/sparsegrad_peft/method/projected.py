@@ -7,8 +7,8 @@ linear, so they are summed as gradients arrive, every other gradient in one of t
     right = M Ω / √w'    (out, w')    right₁ right₂ᵀ ≈ M₁M₂ᵀ      Ω (in, w')
 
 The halves share no batch, so the noise has mean zero in the product of one with the other. `U` is made of the
-eigenvectors of `(left₁ᵀ left₂ + left₂ᵀ left₁) / 2`, `V` of those of the right side. The difference of
-the two means is only noise. The scales take the noise of each direction from it.
+eigenvectors of `(left₁ᵀ left₂ + left₂ᵀ left₁) / 2`, `V` of those of the right side. The difference of the two
+means is only noise. The scales take the noise of each direction from it.
 
 A rotated side of k rows takes a little more than 2 k random vectors (Halko, Martinsson and Tropp, 2011). The products
 of single rows or columns, which is all that a selected side needs, take 32. If memory is left, both take more.

@@ -7,8 +7,8 @@ A side of `n` features with `k` rows is one of three kinds:
     identity   None, k = n                                 take: x                  put: z
 
 A selected side is the matrix of `k` rows of the identity, held as its `k` indices. Both directions copy numbers and
-multiply nothing. It suits the wide side of an MLP, whose features are neurons: calibration selects those on
-which the gradients of different steps agree most, or those that hold the most gradient energy.
+multiply nothing. It suits the wide side of an MLP, whose features are neurons: calibration selects those on which the
+gradients of different steps agree most, or those that hold the most gradient energy.
 """
 
 from __future__ import annotations

@@ -219,7 +219,10 @@ def _factors(config: dict[str, Any], weights: AdapterWeights) -> dict[str, Facto
 def _form(config: dict[str, Any]) -> SparseGradConfig:
     """Return the form of the adapter as loading would see it, with the defaults of the time when it was made."""
     names = ("neurons", "exponent", "shared", "original_space", "data_free", "core_shapes", "c", "r")
-    return SparseGradConfig(**{name: config[name] for name in names if name in config})
+    try:
+        return SparseGradConfig(**{name: config[name] for name in names if name in config})
+    except TypeError as error:
+        raise ValueError(f"the adapter's config is damaged: {error}") from error
 
 
 def _core_shapes(config: dict[str, Any], weights: AdapterWeights) -> dict[str, list[Any]]:
