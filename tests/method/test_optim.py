@@ -529,6 +529,15 @@ def test_steps_are_counted_under_a_half_precision_default() -> None:
     assert float(optimizer.state[p]["step"]) == 300
 
 
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_the_state_of_an_adamw_with_other_options_is_refused(option: str) -> None:
+    """It would go on as if the option were off; with `maximize` that is the opposite direction."""
+    p = parameter(4, 5)
+    saved = torch.optim.AdamW([p], **{option: True}).state_dict()
+    with pytest.raises(ValueError, match=f"saved with {option}=True, expected False"):
+        SparseGradAdamW([p]).load_state_dict(saved)
+
+
 def test_the_state_of_an_optimizer_that_selects_nothing_is_refused() -> None:
     """It would switch the selection off."""
     p = parameter(4, 5)

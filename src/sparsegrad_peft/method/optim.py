@@ -300,7 +300,8 @@ class SparseGradAdamW(Optimizer):
 
         Raises:
             ValueError: the saved groups differ in `sparse`, `k` or `density`, which would replace those of this
-                optimizer; or a parameter has other entries than when it was saved. Nothing has been loaded then.
+                optimizer; they are of an AdamW with `amsgrad` or `maximize`, which this optimizer does not have; or a
+                parameter has other entries than when it was saved. Nothing has been loaded then.
         """
         for number, (own, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
             for name in ("density", "k", "sparse"):
@@ -310,6 +311,11 @@ class SparseGradAdamW(Optimizer):
                         f"parameter group {number} was saved with {name}={there}, found {name}={own.get(name)} here; "
                         "go on with the saved setting, or start a new run"
                     )
+            if option := next((name for name in ("amsgrad", "maximize") if saved.get(name)), None):
+                raise ValueError(
+                    f"parameter group {number} was saved with {option}=True, expected False: this optimizer cannot "
+                    "go on with it; start a new run, or use torch.optim.AdamW"
+                )
             for parameter, saved_id in zip(own["params"], saved["params"], strict=False):
                 self._check_positions(parameter, state_dict["state"].get(saved_id, {}), number)
         super().load_state_dict(state_dict)
