@@ -93,8 +93,8 @@ class RunArguments:
     task: str = "acceptability"
     """text classification: "glue/cola", "glue/rte", ... (also sst2, mrpc, stsb, qqp, mnli, qnli, wnli), "quora" (pairs
     of questions, half of them duplicates), "acceptability" (generated sentences, no download), "files" (your own, see
-    data). Language models: "oasst1" (OpenAssistant), "text"
-    (your own, see data). Image classification: "digits" (scikit-learn's, no download), "images" (your own, see data)"""
+    data). Language models: "oasst1" (OpenAssistant), "paraphrases" (write a question in other words), "text" (your
+    own, see data). Image classification: "digits" (scikit-learn's, no download), "images" (your own, see data)"""
     method: str = "sparsegrad"
     "fine-tuning method, or the path of an adapter_config.json of PEFT"
     load_in_4bit: bool = False

@@ -1,4 +1,8 @@
-"""Task `quora`: pairs of questions from Quora, half of them duplicates (Wang et al., 2017), not GLUE's QQP rows."""
+"""Tasks `quora` and `paraphrases`: pairs of questions from Quora (Wang et al., 2017), not GLUE's QQP rows.
+
+`quora` says whether both questions ask the same. `paraphrases` has only the pairs that do: a language model reads
+the first question and writes the second.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,21 @@ from .glue import DATA_VARIABLE
 from .hold_out import split_apart
 from .labels import labelled_dataset
 from .read import read_rows
-from .task import Task
+from .task import LANGUAGE, LOSSES, Task
 
 _HEADER = ("label", "question1", "question2", "id")
 _TEXT, _LABELS = ("question1", "question2"), ("0", "1")
+
+
+def load_paraphrases(folder: str | Path | None = None, val_size: float | None = None) -> Task:
+    """Load the pairs that ask the same, as prompts with answers. Arguments and errors: see `load_quora`."""
+    pairs = load_quora(folder, val_size)
+    duplicate = _LABELS.index("1")
+    splits = {
+        split: rows.select([row for row, label in enumerate(rows["label"]) if label == duplicate]).select_columns(_TEXT)
+        for split, rows in pairs.splits.items()
+    }
+    return Task("paraphrases", _TEXT, None, LOSSES, splits, pairs.source, LANGUAGE, pairs.apart)
 
 
 def load_quora(folder: str | Path | None = None, val_size: float | None = None) -> Task:

@@ -92,6 +92,10 @@ TASKS: dict[str, TaskSource] = {
     "quora": TaskSource(
         TEXT, "quora.load_quora", ("folder", "val_size"), check=partial(_check_folder, quora.find_folder)
     ),
+    "paraphrases": TaskSource(
+        LANGUAGE, "quora.load_paraphrases", ("folder", "val_size"), features=_LANGUAGE,
+        check=partial(_check_folder, quora.find_folder),
+    ),
     "oasst1": TaskSource(
         LANGUAGE, "oasst1.load_oasst1", ("folder", "language", "val_size"), features=_LANGUAGE,
         check=partial(_check_folder, oasst1.find_folder),

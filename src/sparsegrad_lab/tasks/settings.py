@@ -17,9 +17,8 @@ class DataArguments:
 
     folder: str | None = None
     """glue/*: folder with the official files (glue/RTE/train.tsv, ...). oasst1: folder with .jsonl files. Default of
-    both: the folder in $SPARSEGRAD_DATA, else the Hugging Face hub. quora: folder with qqp/dev.tsv; default:
-    $SPARSEGRAD_DATA. images: folder with train/CLASS/*.png and
-    validation/CLASS/*.png"""
+    both: the folder in $SPARSEGRAD_DATA, else the Hugging Face hub. quora, paraphrases: folder with
+    qqp/dev.tsv; default: $SPARSEGRAD_DATA. images: folder with train/CLASS/*.png and validation/CLASS/*.png"""
     train_file: str | None = None
     "files, text: CSV, TSV, JSON or JSON lines file with training rows"
     validation_file: str | None = None
@@ -49,22 +48,22 @@ class DataArguments:
     val_size: float | None = None
     """evaluate on this share of the rows, the same rows in each run, and train on the others. files, text: a share of
     the training file and of each class, in place of a validation_file. oasst1: a share of the conversations of all
-    files; without it, the files with "validation" in their names. glue/*, quora: a share of the evaluation rows, where
-    rows that share a text stay together; the training file is not read"""
+    files; without it, the files with "validation" in their names. glue/*, quora, paraphrases: a share of the
+    evaluation rows, where rows that share a text stay together; the training file is not read"""
     max_length: int = 128
     "maximum number of tokens per row; longer rows are truncated"
     language: str | None = None
     "oasst1: skip messages in other languages, such as en; default: all languages"
     unrelated: str | None = None
-    """oasst1, text: a file with one text per line, or "cola" (sentences of GLUE's CoLA), that is not trained on. Its
+    """language models: a file with one text per line, or "cola" (sentences of GLUE's CoLA), that is not trained on. Its
     perplexity before and after training, in the result, shows what the model forgot"""
     template: Literal["plain"] | None = None
-    """oasst1, text: "plain": write conversations as Human: and Assistant: turns, and prompts and answers unchanged;
+    """language models: "plain": write conversations as Human: and Assistant: turns, and prompts and answers unchanged;
     default: the model's chat template if it has one"""
 
     packing: bool = False
-    """oasst1, text: pack several short training rows into one of max_length tokens, which saves padding; attention does
-    not cross between them"""
+    """language models: pack several short training rows into one of max_length tokens, which saves padding; attention
+    does not cross between them"""
 
     def problems(self, task: str, *, files: bool = True) -> list[str]:
         """Return one sentence per setting that is not valid for a task.

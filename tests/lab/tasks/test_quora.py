@@ -37,6 +37,15 @@ def test_val_size_trains_on_the_evaluation_rows(pairs: Path) -> None:
     assert not set(splits["train"]["question1"]) & set(splits["validation"]["question1"])
 
 
+def test_paraphrases_are_the_duplicates_without_a_label(pairs: Path) -> None:
+    task = load_task("paraphrases", DataArguments(folder=str(pairs), val_size=0.4))
+    rows = [row for split in task.splits.values() for row in split]
+    assert sorted(row["question1"] for row in rows) == [f"Why {number}?" for number in (1, 3, 5, 7, 9)]
+    assert task.labels is None
+    assert not set(task.splits["train"]["question1"]) & set(task.splits["validation"]["question1"])
+    assert set(rows[0]) == {"question1", "question2"}
+
+
 def test_a_missing_file_is_named_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert DataArguments(folder=str(tmp_path)).problems("quora") == [
         f"{tmp_path}: expected dev.tsv of the Quora pairs, in {tmp_path / 'qqp'}, {tmp_path}"

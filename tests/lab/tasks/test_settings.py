@@ -21,10 +21,18 @@ FILES = {"validation_file": __file__, "text": ["a"]}
         ("files", {}, r"task files needs data.validation_file \(or data.train_file and data.val_size\), data.text"),
         ("images", {}, r"task images needs data.folder"),
         ("glue/rte", {"train_file": "x.csv"}, r"data.train_file is for files, text; task glue/rte does not read it"),
-        ("acceptability", {"folder": "x"}, r"data.folder is for glue/\*, quora, oasst1, images; task"),
+        ("acceptability", {"folder": "x"}, r"data.folder is for glue/\*, quora, paraphrases, oasst1, images; task"),
         ("text", {**FILES, "labels": ["a", "b"]}, r"data.labels is for files; task text does not read it"),
-        ("glue/rte", {"template": "plain"}, r"data.template is for oasst1, text; task glue/rte does not read it"),
-        ("files", {**FILES, "packing": True}, r"data.packing is for oasst1, text; task files does not read it"),
+        (
+            "glue/rte",
+            {"template": "plain"},
+            r"data.template is for paraphrases, oasst1, text; task glue/rte does not read it",
+        ),
+        (
+            "files",
+            {**FILES, "packing": True},
+            r"data.packing is for paraphrases, oasst1, text; task files does not read it",
+        ),
         ("acceptability", {"train_rows": 0}, r"data.train_rows must be at least 1, found 0"),
         ("acceptability", {"metrics": ["f2"]}, r"expected some of accuracy, .*; found f2"),
         ("files", {"validation_file": "none.csv", "text": ["a"]}, r"none.csv: no such file"),
@@ -35,7 +43,7 @@ FILES = {"validation_file": __file__, "text": ["a"]}
         (
             "acceptability",
             {"val_size": 0.1},
-            r"data.val_size is for files, glue/\*, quora, oasst1, text; task acceptability does not read it",
+            r"data.val_size is for files, glue/\*, quora, paraphrases, oasst1, text; task acceptability",
         ),
         ("text", {"train_file": "a.csv", "text": ["a"], "val_size": 1.5}, r"data.val_size must be between 0 and 1"),
         (
