@@ -26,7 +26,7 @@ EXPERIMENTS = {
     for name in experiment_names()
 }
 METHODS = [(name, method) for name, experiment in EXPERIMENTS.items() for method in experiment.methods]
-ALIKE = ("kept-entries", "calibration", "openassistant", "default-form", "conversations", "every-third-block")
+ALIKE = ("kept-entries", "calibration", "openassistant", "default-form", "conversations", "every-third-block", "paraphrases")
 "Experiments whose methods are alike: the first and the last of them are run."
 RUN = [
     (name, method)
@@ -37,8 +37,8 @@ RUN = [
 
 def test_all_are_found() -> None:
     """A folder that is not listed, or a config that no experiment uses, would never be run."""
-    assert len(EXPERIMENTS) == 19
-    assert len(METHODS) == 103
+    assert len(EXPERIMENTS) == 20
+    assert len(METHODS) == 108
     folders = {path.name for path in SHIPPED.iterdir() if path.is_dir()}
     assert folders == set(EXPERIMENTS)
     used = {Path(EXPERIMENTS[name].methods[method].settings.get("method", "")).resolve() for name, method in METHODS}
@@ -69,7 +69,7 @@ def test_settings_are_valid(name: str, scale: str) -> None:
 
 def test_scales() -> None:
     assert experiment_names(scale="paper") == AT_PAPER
-    assert len(experiment_names(scale="cpu")) == 18
+    assert len(experiment_names(scale="cpu")) == 19
     with pytest.raises(ValueError, match="experiment selection is for scale cpu"):
         load_experiment("selection", "paper")
     lora = load_experiment("comparison", "paper").methods["lora"]
