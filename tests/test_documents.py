@@ -245,6 +245,9 @@ def test_what_the_parts_of_the_default_are_worth() -> None:
         for name in ("narrow-32", "sparsegrad")
     )
     assert f"have {few_mrpc} on MRPC and {few_stsb} on STS-B, and 64 directions {mrpc} and {stsb}" in method
+    six, default = ([run.value for run in fewer.runs_of("mrpc", name)] for name in ("narrow-6", "sparsegrad"))
+    assert f"6 directions have {fmean(six):.1f} on MRPC and vary much more" in method
+    assert stdev(six) > 2 * stdev(default)
 
 
 @pytest.mark.parametrize(("out", "in_", "share"), [(1536, 384, 0.5), (384, 1536, 0.25)])
