@@ -26,7 +26,15 @@ EXPERIMENTS = {
     for name in experiment_names()
 }
 METHODS = [(name, method) for name, experiment in EXPERIMENTS.items() for method in experiment.methods]
-ALIKE = ("kept-entries", "calibration", "openassistant", "default-form", "conversations", "every-third-block", "paraphrases")
+ALIKE = (
+    "kept-entries",
+    "calibration",
+    "openassistant",
+    "default-form",
+    "conversations",
+    "every-third-block",
+    "paraphrases",
+)
 "Experiments whose methods are alike: the first and the last of them are run."
 RUN = [
     (name, method)
