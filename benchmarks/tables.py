@@ -385,12 +385,26 @@ def counted_calibration(tokens: int = 2048) -> str:
     return markdown(header, rows)
 
 
+def repeats(result: dict[str, Any]) -> str:
+    """Scores of runs that were repeated by `benchmarks/repeat.py`."""
+    rows = []
+    for row in result["repeats"].values():
+        first, second = (
+            f"{score:.4f} (commit {commit[:7]})" for score, commit in zip(row["scores"], row["commits"], strict=True)
+        )
+        rows.append([f"`{row['run']}`", row["metric"], first, second])
+    e = result["environment"]
+    machine = f"{e['machine']}, torch {e['torch']}, Python {e['python']}"
+    return f"{markdown(['run', 'score', 'committed', 'again'], rows)}\n\n{machine}."
+
+
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "speed": speed,
     "decode": decode,
     "curves": curves,
     "calibration": calibration,
     "energy": energy,
+    "repeats": repeats,
 }
 
 
