@@ -212,6 +212,19 @@ def test_what_the_pages_say_about_long_sequences_and_glue() -> None:
     assert f"In short runs on eight tasks of GLUE, it is ahead by {found.difference:.1f} points." in faq
 
 
+def test_what_the_pages_say_about_paraphrases() -> None:
+    [section] = read_report([tables.ROOT / tables.STUDY / "paraphrases"]).sections
+    own, few, lora = (section.runs_of(method=method) for method in ("sparsegrad", "few-directions", "lora"))
+    assert {run.learning_rate for run in (*own, *few, *lora)} == {8e-3}
+    assert [run.steps for run in own] == [300] * 3
+    assert all(b.score < a.score for a, b in zip(own, lora, strict=True))  # "with each of three seeds"
+    means = [f"{fmean(run.score for run in runs):.3f}" for runs in (lora, own, few)]
+    study = " ".join((tables.ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
+    assert "The means: LoRA {}, SparseGrad {}. With 9 directions".format(*means) in study
+    assert f"SparseGrad has {means[2]}." in study
+    assert means[1] < means[2]  # docs/method.md: "9 directions have a higher loss than 72"
+
+
 def test_what_the_parts_of_the_default_are_worth() -> None:
     """Every change that docs/method.md lists raises the loss with each seed, by the mean that stands there."""
     [section] = read_report([tables.ROOT / tables.STUDY / "default-form"]).sections
