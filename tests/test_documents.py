@@ -26,7 +26,7 @@ RUNS = sorted((ROOT / "benchmarks" / "results" / "study").rglob("*.json"))
 
 
 def test_counts() -> None:
-    assert len(RESULTS) == 4
+    assert len(RESULTS) == 5
     assert len(SPEED) == 13
 
 
