@@ -1,6 +1,6 @@
 """Run one run of each experiment again, and compare its score with the committed one.
 
-    python benchmarks/repeat.py               # all experiments; about an hour on one core
+    python benchmarks/repeat.py               # all experiments
     python benchmarks/repeat.py glue digits   # some
 
 It takes the shortest run of each experiment that trains from beginning to end, with the learning rate that the
@@ -26,14 +26,17 @@ def shortest_run(experiment: str) -> Path:
     """Return the result file of the experiment's finished run with the shortest training.
 
     A resumed run is left out: its time is only that since it was resumed.
+
+    Raises:
+        ValueError: there is no such run.
     """
     found = []
     for file in sorted((STUDY / experiment).glob("*/*/*.json")):
-        if file.parts[-4] == "search":
-            continue
         result = json.loads(file.read_text(encoding="utf-8"))
         if result["status"] == "finished" and not result.get("resumed"):
             found.append((result["training"]["seconds"], file))
+    if not found:
+        raise ValueError(f"{STUDY / experiment}: expected a finished run that was not resumed, found none")
     return min(found)[1]
 
 

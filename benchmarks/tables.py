@@ -390,12 +390,13 @@ def repeats(result: dict[str, Any]) -> str:
     rows = []
     for row in result["repeats"].values():
         first, second = (
-            f"{score:.4f} (commit {commit[:7]})" for score, commit in zip(row["scores"], row["commits"], strict=True)
+            f"{score:.4f} ({commit[:7]}, {device})"
+            for score, commit, device in zip(row["scores"], row["commits"], row["devices"], strict=True)
         )
         rows.append([f"`{row['run']}`", row["metric"], first, second])
     e = result["environment"]
     machine = f"{e['machine']}, torch {e['torch']}, Python {e['python']}"
-    return f"{markdown(['run', 'score', 'committed', 'again'], rows)}\n\n{machine}."
+    return f"{markdown(['run', 'score', 'committed (commit, processor)', 'again'], rows)}\n\n{machine}."
 
 
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -7,7 +7,7 @@
     hold_out       a part of the rows, kept for evaluation
 
     glue           the nine GLUE tasks
-    quora          pairs of questions: do they ask the same? paraphrases
+    quora          pairs of questions that ask the same or not; paraphrases
     acceptability  sentences that come with the package
     files          your own texts with labels, texts, and conversations
     oasst1         OpenAssistant conversations
