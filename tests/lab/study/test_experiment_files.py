@@ -31,6 +31,7 @@ ALIKE = (
     "calibration",
     "openassistant",
     "default-form",
+    "default-form-glue",
     "conversations",
     "every-third-block",
     "paraphrases",
@@ -45,8 +46,8 @@ RUN = [
 
 def test_all_are_found() -> None:
     """A folder that is not listed, or a config that no experiment uses, would never be run."""
-    assert len(EXPERIMENTS) == 20
-    assert len(METHODS) == 108
+    assert len(EXPERIMENTS) == 21
+    assert len(METHODS) == 117
     folders = {path.name for path in SHIPPED.iterdir() if path.is_dir()}
     assert folders == set(EXPERIMENTS)
     used = {Path(EXPERIMENTS[name].methods[method].settings.get("method", "")).resolve() for name, method in METHODS}
@@ -77,7 +78,7 @@ def test_settings_are_valid(name: str, scale: str) -> None:
 
 def test_scales() -> None:
     assert experiment_names(scale="paper") == AT_PAPER
-    assert len(experiment_names(scale="cpu")) == 19
+    assert len(experiment_names(scale="cpu")) == 20
     with pytest.raises(ValueError, match="experiment selection is for scale cpu"):
         load_experiment("selection", "paper")
     lora = load_experiment("comparison", "paper").methods["lora"]
