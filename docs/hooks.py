@@ -61,7 +61,7 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
 
 
 def help_of_all_verbs() -> str:
-    """Return what `sparsegrad VERB --help` prints, a section a verb."""
+    """Return what `sparsegrad COMMAND --help` prints, a section a subcommand."""
     os.environ["COLUMNS"] = "100"
     from sparsegrad_lab.cli.main import VERBS, main
 

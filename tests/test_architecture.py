@@ -1,4 +1,4 @@
-"""The architecture that ARCHITECTURE.md describes: floors, no import cycles, few dependencies, short functions.
+"""The architecture that ARCHITECTURE.md describes: levels, no import cycles, few dependencies, short functions.
 
 Imports are read from the source, so lazy imports and imports under `TYPE_CHECKING` count as well.
 """
@@ -10,6 +10,7 @@ import importlib.metadata
 import re
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from helpers import PROJECT
 
 TESTS = Path(__file__).parent
 SRC = TESTS.parent / "src"
-FLOORS: tuple[tuple[str, ...], ...] = (
+LEVELS: tuple[tuple[str, ...], ...] = (
     ("sparsegrad_peft.method",),
     ("sparsegrad_peft.tuner",),
     ("sparsegrad_peft",),  # the package's own file, which names the public parts of both
@@ -32,8 +33,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("sparsegrad_lab.study",),
     ("sparsegrad_lab.cli",),
 )
-"From bottom to top. A file imports from its own room and from lower floors; rooms of one floor do not know each other."
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+"From bottom to top. A file imports from its own package and from lower levels, not from others of its level."
+LEVEL = {package: number for number, packages in enumerate(LEVELS) for package in packages}
 METHOD_NEEDS = {"torch", "jaxtyping", "rich"}
 TUNER_NEEDS = METHOD_NEEDS | {"peft", "transformers", "accelerate", "safetensors", "huggingface_hub", "packaging"}
 "PEFT itself depends on the last four."
@@ -81,77 +82,46 @@ def own_imports(module: str) -> set[str]:
 IMPORTS = {module: own_imports(module) for module in MODULES}
 
 
-def room_of(module: str) -> str:
-    return ".".join(module.split(".")[:2]) if ".".join(module.split(".")[:2]) in FLOOR else module.split(".")[0]
+def package_of(module: str) -> str:
+    return ".".join(module.split(".")[:2]) if ".".join(module.split(".")[:2]) in LEVEL else module.split(".")[0]
 
 
-def cycles(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of nodes that reach each other (Tarjan's strongly connected components of two or more)."""
-    order: dict[str, int] = {}
-    lowest: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[list[str]] = []
-
-    def visit(node: str) -> None:
-        order[node] = lowest[node] = len(order)
-        stack.append(node)
-        for other in sorted(arrows[node]):
-            if other not in order:
-                visit(other)
-                lowest[node] = min(lowest[node], lowest[other])
-            elif other in stack:
-                lowest[node] = min(lowest[node], order[other])
-        if lowest[node] == order[node]:
-            component = [stack.pop()]
-            while component[-1] != node:
-                component.append(stack.pop())
-            if len(component) > 1:
-                found.append(sorted(component))
-
-    for node in arrows:
-        if node not in order:
-            visit(node)
-    return found
-
-
-def foreign_imports(room: str) -> set[str]:
-    """Top-level names of the packages that a room needs beyond the standard library and this project."""
-    names = {name.partition(".")[0] for module in MODULES if room_of(module) == room for name in imported_names(module)}
+def foreign_imports(package: str) -> set[str]:
+    """Top-level names of the packages that a package needs beyond the standard library and this project."""
+    names = {
+        name.partition(".")[0] for module in MODULES if package_of(module) == package for name in imported_names(module)
+    }
     return names - sys.stdlib_module_names - {"sparsegrad_peft", "sparsegrad_lab"}
 
 
 def test_every_module_is_seen() -> None:
     assert len(MODULES) > 60
-    assert {room_of(module) for module in MODULES} == set(FLOOR)
+    assert {package_of(module) for module in MODULES} == set(LEVEL)
     assert sum(map(len, IMPORTS.values())) > 200
     assert "sparsegrad_peft.method.basis" in IMPORTS["sparsegrad_peft"]  # imported under TYPE_CHECKING
 
 
-def test_cycles_are_found() -> None:
-    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a", "e"}, "e": set()}) == [["b", "c"]]
-
-
 def test_no_import_cycles_between_files() -> None:
-    assert cycles(IMPORTS) == []
+    TopologicalSorter(IMPORTS).prepare()  # CycleError names the files
 
 
-@pytest.mark.parametrize("room", FLOOR)
-def test_imports_only_go_down(room: str) -> None:
+@pytest.mark.parametrize("package", LEVEL)
+def test_imports_only_go_down(package: str) -> None:
     up = [
         f"{module} imports {other}"
         for module in MODULES
-        if room_of(module) == room
+        if package_of(module) == package
         for other in sorted(IMPORTS[module])
-        if room_of(other) != room and FLOOR[room_of(other)] >= FLOOR[room]
+        if package_of(other) != package and LEVEL[package_of(other)] >= LEVEL[package]
     ]
     assert not up, "\n".join(up)
 
 
 @pytest.mark.parametrize(
-    ("room", "allowed"), [("sparsegrad_peft.method", METHOD_NEEDS), ("sparsegrad_peft.tuner", TUNER_NEEDS)]
+    ("package", "allowed"), [("sparsegrad_peft.method", METHOD_NEEDS), ("sparsegrad_peft.tuner", TUNER_NEEDS)]
 )
-def test_the_library_needs_few_packages(room: str, allowed: set[str]) -> None:
-    assert foreign_imports(room) <= allowed
+def test_the_library_needs_few_packages(package: str, allowed: set[str]) -> None:
+    assert foreign_imports(package) <= allowed
 
 
 def test_the_laboratory_declares_what_it_imports() -> None:
@@ -161,7 +131,7 @@ def test_the_laboratory_declares_what_it_imports() -> None:
         for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["lab"]]
     }
     distributions = importlib.metadata.packages_distributions()
-    imported = set().union(*(foreign_imports(room) for room in FLOOR if room.startswith("sparsegrad_lab")))
+    imported = set().union(*(foreign_imports(package) for package in LEVEL if package.startswith("sparsegrad_lab")))
     assert len(imported) > 10
     missing = {
         module
@@ -171,13 +141,13 @@ def test_the_laboratory_declares_what_it_imports() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("room", FLOOR)
-def test_functions_are_short_or_say_why(room: str) -> None:
+@pytest.mark.parametrize("package", LEVEL)
+def test_functions_are_short_or_say_why(package: str) -> None:
     """At most 60 lines, or a docstring with a line that starts with "Long:" and gives the reason."""
     long = [
         f"{module}.{node.name}: {node.end_lineno - node.lineno + 1} lines"
         for module in MODULES
-        if room_of(module) == room
+        if package_of(module) == package
         for node in ast.walk(TREES[module])
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         and node.end_lineno is not None
@@ -214,12 +184,12 @@ def test_the_source_names_files_that_exist() -> None:
 
 
 def test_tests_mirror_the_source() -> None:
-    """A test file is named after a file of its room, or after the room, with or without an aspect: test_optim_x.py."""
+    """A test file is named after a file of its package, or after the package; an aspect may follow: test_optim_x.py."""
     checked, strangers = 0, []
-    for room in FLOOR:
-        package, _, name = room.partition(".")
-        folder = TESTS / (f"lab/{name}" if package == "sparsegrad_lab" else name)
-        stems = {name, *(path.stem for path in (SRC / package / name).rglob("*.py"))}
+    for package in LEVEL:
+        top, _, name = package.partition(".")
+        folder = TESTS / (f"lab/{name}" if top == "sparsegrad_lab" else name)
+        stems = {name, *(path.stem for path in (SRC / top / name).rglob("*.py"))}
         for test in sorted(folder.rglob("test_*.py")) if name else []:
             checked += 1
             if not any(f"{test.stem}_".startswith(f"test_{stem}_") for stem in stems):

@@ -60,7 +60,7 @@ SHOWN_BY = {
     "evaluate": r'"accuracy"',
     "predict": r'"prediction": "|predictions.csv',
     "merge": r"merged: runs/reviews/merged",
-    "search": r"next: +sparsegrad train --config runs/search-rte/best.yaml",
+    "search": r"next: +sparsegrad train --config runs/search-\w+/best.yaml",
     "report": r"sparsegrad against lora",
     "bench": r"sparsegrad .* 47,104 ",  # two layers of 368 x 64
 }

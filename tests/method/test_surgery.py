@@ -195,7 +195,9 @@ def test_a_layer_that_is_not_there(bert: nn.Module) -> None:
 def test_a_layer_in_two_groups(bert: nn.Module) -> None:
     name = "bert.encoder.layer.0.intermediate.dense"
     before = picture(bert)
-    with pytest.raises(ValueError, match=f"{name}, {name} stand for one layer in two groups"):
+    with pytest.raises(
+        ValueError, match=f"expected each layer once in the groups, found it several times: {name}, {name}"
+    ):
         replace_linears(bert, {"a": [name], "b": [name]}, {"a": Basis.identity(), "b": Basis.identity()})
     assert picture(bert) == before
 

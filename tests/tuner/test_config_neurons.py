@@ -128,7 +128,7 @@ def test_before_calibration_it_is_a_no_op_that_trains(tmp_path: Path) -> None:
     neurons = tuner_layers(model)[0].core_and_basis("default")[1].V
     assert neurons.tolist() == sorted(set(neurons.tolist()))
     model.train()
-    with pytest.warns(UserWarning, match="data-free bases"):
+    with pytest.warns(UserWarning, match="was not calibrated"):
         train_adapter(model, tiny_batch("llama"))
     model.eval().save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()

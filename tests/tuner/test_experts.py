@@ -296,7 +296,7 @@ def test_the_original_space() -> None:
 def test_what_is_refused_by_name(tmp_path: Path) -> None:
     model, _ = trained()
     batch = batch_of()
-    with pytest.raises(ValueError, match="adapted fused experts cannot mix adapters in a batch"):
+    with pytest.raises(ValueError, match="adapted fused experts, which cannot mix adapters in a batch"):
         model(**batch, adapter_names=["default"] * 4)
     with pytest.raises(ValueError, match=r"adapts fused experts \(.*experts\), whose bases cannot be replaced"):
         refresh_adapter(model, [batch], progress=False)

@@ -28,7 +28,7 @@ from helpers import (
 )
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
 
-IGNORED = pytest.mark.filterwarnings("ignore:adapter .* trains in data-free bases:UserWarning")
+IGNORED = pytest.mark.filterwarnings("ignore:adapter .* was not calibrated:UserWarning")
 
 
 def count(model: PeftModel) -> int:
@@ -123,7 +123,7 @@ def test_without_memory_it_is_neither_saved_nor_merged(tmp_path: Path) -> None:
 def test_training_without_calibration_warns_once_for_each_adapter() -> None:
     model = get_peft_model(tiny_model("bert"), SparseGradConfig()).train()
     (message,) = warned(model)  # of six layers, in two steps
-    assert "adapter 'default' trains in data-free bases" in message
+    assert "adapter 'default' was not calibrated" in message
     assert "calibrate_adapter(model, batches)" in message
     assert not warned(model)
     model.add_adapter("other", SparseGradConfig())

@@ -407,7 +407,7 @@ def test_data_that_can_be_read_only_once_are_not_eaten(tmp_path: Path) -> None:
 def test_an_adapter_that_has_learnt_without_calibration_is_refused(tmp_path: Path) -> None:
     """New bases would change what it has learnt. The message names the ways on."""
     model = uncalibrated_adapter()
-    with pytest.warns(UserWarning, match="trains in data-free bases"):
+    with pytest.warns(UserWarning, match="was not calibrated"):
         train_adapter(model.train(), tiny_batch("bert"), 1)
     before = saved(model)
     trainer = SparseGradTrainer(model=model, args=arguments(tmp_path), train_dataset=rows())

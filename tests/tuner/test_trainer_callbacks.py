@@ -70,7 +70,7 @@ def test_too_late_in_a_wrapped_model(wrapped: dict[str, Any]) -> None:
 def test_too_late_for_an_optimizer_that_has_trained(tmp_path: Path) -> None:
     model = uncalibrated_adapter(init_weights=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    with pytest.warns(UserWarning, match="trains in data-free bases"):
+    with pytest.warns(UserWarning, match="was not calibrated"):
         Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(optimizer, None)).train()
     again = Trainer(
         model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(optimizer, None),

@@ -109,7 +109,7 @@ class DPO(SparseGradTrainerMixin, DPOTrainer):
     pass
 
 
-@pytest.mark.filterwarnings("ignore:adapter .* trains in data-free bases:UserWarning")
+@pytest.mark.filterwarnings("ignore:adapter .* was not calibrated:UserWarning")
 @pytest.mark.parametrize("start", ["trained", "new", "data-free"])
 def test_the_reference_adapter_of_dpo_is_the_adapter_at_the_start(start: str, tmp_path: Path) -> None:
     """TRL adds a second adapter with the first one's config, and copies parameters by name; rewards start at 0."""

@@ -27,15 +27,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", type=str, help="hub name, or folder with config.json; without a download: minilm, "
                         "bert-base, roberta-base, roberta-large, llama-2-7b")  # fmt: skip
     for name, meaning in {
-        "narrow": "basis size of each layer's smaller side, see sparsegrad train --help",
-        "wide": "basis size of each layer's larger side",
-        "c": "basis size of the input side, instead of narrow and wide",
-        "r": "basis size of the output side, instead of narrow and wide",
+        "narrow": "number of directions of each layer's smaller side, see sparsegrad train --help",
+        "wide": "number of neurons (or directions) of each layer's larger side",
+        "c": "number of directions of the input side, instead of narrow and wide",
+        "r": "number of directions of the output side, instead of narrow and wide",
     }.items():
         parser.add_argument(f"--{name}", type=int | float | str | None, default=None, help=meaning)
     parser.add_argument("--shared", type=bool | None, default=None,
                         help="one pair of bases for all layers of the same role and shape")  # fmt: skip
-    parser.add_argument("--density", type=float, default=0.01, help="share of the entries that each step updates")
+    parser.add_argument(
+        "--density",
+        type=float,
+        default=0.01,
+        help="share of the entries that a step updates, where it selects",
+    )
     parser.add_argument("--target_modules", type=str | list[str] | None, default=None, help="layers, as in PEFT")
     parser.add_argument("--task_type", type=str | None, default=None, help="PEFT task type, such as SEQ_CLS: the head")
     parser.add_argument("--dtype", type=str, default="float32", help="data type of the frozen weights")

@@ -1,4 +1,4 @@
-"""`sparsegrad VERB ...`: run a verb, and print errors without a traceback."""
+"""`sparsegrad COMMAND ...`: run a subcommand, and print errors without a traceback."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ VERBS = {
     "bench": "measure time and memory of a training step",
     "presets": "list the settings that come with the package",
 }
-"""Verb -> what it does. Each verb has a file of the same name in this folder."""
+"""Subcommand -> what it does. Each has a file of the same name in this folder."""
 
 RESUMABLE = ("train", "search", "reproduce", "demo", "generate", "judge")
-"""Verbs that resume interrupted work when they are run again."""
+"""Subcommands that resume interrupted work when they are run again."""
 
 DISTRIBUTED = ("train", "search", "reproduce")
-"""Verbs that `torchrun` and `accelerate launch` may start in several processes."""
+"""Subcommands that `torchrun` and `accelerate launch` may start in several processes."""
 
 _NEEDS_ARGUMENTS = ("train", "search", "figures", "bench")
-"""Verbs that print their help without arguments: their defaults would start a long run."""
+"""Subcommands that print their help without arguments: their defaults would start a long run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         near = get_close_matches(verb, VERBS, n=1)
         advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(VERBS)}"
-        print(f"sparsegrad: no verb {verb!r}; {advice}", file=sys.stderr)
+        print(f"sparsegrad: no subcommand {verb!r}; {advice}", file=sys.stderr)
         return ExitCode.REFUSED
     if process_count() > 1 and verb not in DISTRIBUTED:
         if is_rank0():
@@ -152,12 +152,12 @@ def _print_help() -> None:
         table.add_row(f"  {verb}", description)
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(
-        "usage: sparsegrad VERB [options]\n\nFine-tune the MLP layers of transformers with sparse gradients.\n"
+        "usage: sparsegrad COMMAND [options]\n\nFine-tune the MLP layers of transformers with sparse gradients.\n"
     )
     console.print(table)
-    console.print("\n  sparsegrad VERB --help       options and an example")
-    console.print("  sparsegrad VERB --traceback  show the traceback of an error")
-    console.print("  sparsegrad --version         print the version")
+    console.print("\n  sparsegrad COMMAND --help       options and an example")
+    console.print("  sparsegrad COMMAND --traceback  show the traceback of an error")
+    console.print("  sparsegrad --version            print the version")
     console.print('\nCompletion in bash and zsh: eval "$(register-python-argcomplete sparsegrad)"\n')
     codes = ", ".join(f"{code.value} {code.name.lower().replace('_', ' ')}" for code in ExitCode)
     console.print(f"Exit codes: {codes}\n")

@@ -80,8 +80,7 @@ class Method(ABC):
         name: on the command line.
         order: position in lists and tables; methods with the same position are sorted by name.
         summary: description for the command's help.
-        learning_rate: default, found by a small search on SST-2. Masked and low-rank updates need about ten times the
-            rate of full fine-tuning.
+        learning_rate: default. Masked and low-rank updates need about ten times the rate of full fine-tuning.
         density: default share of the entries that a step updates; None: all.
         leaves: what a run writes: an adapter, or a whole model.
         reads: the names in `OPTIONAL_SETTINGS` that the method reads.

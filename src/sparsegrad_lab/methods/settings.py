@@ -15,24 +15,24 @@ class AdapterArguments:
     """The adapter of the MLP layers."""
 
     narrow: int | float | str | None = None
-    """sparsegrad: basis vectors of a layer's smaller side: "full", a count, a fraction of the side, or "energy:0.9"
-    (enough for this share of the gradients' energy); default: a thirty-second of the side, from
-    64 to 128; without neurons as many as make both bases equally large; never more than a third of the side"""
+    """sparsegrad: number of directions of a layer's smaller side (the hidden size): "full", a count, a fraction of the
+    side, or "energy:0.9" (enough for this share of the gradients' energy); default: hidden size / 32, from 64 to 128;
+    with neurons false: as many as make both bases equally large; at most about a third of the side"""
     wide: int | float | str | None = None
-    """sparsegrad: neurons (or basis vectors) of a layer's larger side, in the same forms; default: as many as make
-    trained_share"""
+    """sparsegrad: number of neurons (or directions) of a layer's larger side, in the same forms; default: as many as
+    make trained_share"""
     trained_share: float = DEFAULT_SHARE
     "sparsegrad: share of a layer's entries that train, if wide is not given"
     neurons: bool | None = None
-    """sparsegrad: the larger side keeps its strongest neurons instead of basis vectors; default: yes, but no with
-    shared, c or r"""
+    """sparsegrad: the larger side selects neurons and has no directions; default: true, but false with shared, c
+    or r"""
     exponent: float | None = None
     """sparsegrad: from 0 to 2. 0: all entries move alike; larger: entries of noisy directions move less; default: 1.5,
     but 0 with c or r"""
     c: int | float | str | None = None
-    "sparsegrad: basis vectors of each layer's input side (rows of U); with r, in place of narrow and wide"
+    "sparsegrad: number of directions of each layer's input side (rows of U); with r, in place of narrow and wide"
     r: int | float | str | None = None
-    "sparsegrad: basis vectors of each layer's output side (rows of V); with c; not a LoRA rank"
+    "sparsegrad: number of directions of each layer's output side (rows of V); with c; not a LoRA rank"
     shared: bool = False
     "sparsegrad, literal: layers with the same role and shape share one pair of bases; default: each layer has its own"
     prefer: Literal["memory", "speed"] = "memory"
@@ -104,8 +104,8 @@ class CalibrationArguments:
     n_steps: int = 30
     "number of backward passes"
     walk: float | None = 1e-4
-    """step size of a short trial training along which the gradients are collected; it is undone afterwards; null:
-    collect all gradients at the pretrained weights"""
+    """learning rate of the trajectory: a short training run along which calibration collects gradients, and which is
+    undone afterwards; null: collect all gradients at the pretrained weights"""
     normalize: bool = True
     "scale each gradient to norm 1, so that all backward passes count the same"
     mean_gradient: bool | None = None

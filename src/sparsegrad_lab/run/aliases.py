@@ -44,7 +44,7 @@ INSTEAD = {
     "group_by_length": "--training.batches by_length",
     "dataset_name": "--task",
     "task_name": "--task, such as glue/rte",
-    "r": "--adapter.r (basis vectors) or --adapter.rank (LoRA)",
+    "r": "--adapter.r (directions) or --adapter.rank (LoRA)",
 }
 """Name in those scripts -> what to write instead, where no setting means the same."""
 

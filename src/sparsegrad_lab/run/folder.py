@@ -102,8 +102,8 @@ class RunFolder:
         there = (self.read_json("environment.json") or {}).get("processes", 1)
         if self.last_checkpoint() is not None and there != process_count():
             raise FileExistsError(
-                f"{self} holds a run on {there} processes, found {process_count()}. A step takes training.batch_size "
-                f"rows on each: resume it on {there}, or choose another output folder"
+                f"{self} holds a run on {there} processes, found {process_count()}. The rows of a step depend on "
+                f"the number of processes: resume it on {there}, or choose another output folder"
             )
 
     def holds_another_run(self, arguments: RunArguments) -> bool:

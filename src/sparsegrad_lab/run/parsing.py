@@ -190,7 +190,7 @@ def _config_first(words: list[str]) -> list[str]:
 
 
 def make_parser(verb: str, description: str, example: str) -> VerbParser:
-    """A parser for `sparsegrad VERB`. Its help ends with an example and what the example prints."""
+    """A parser for `sparsegrad COMMAND`. Its help ends with an example and what the example prints."""
     parser = VerbParser(
         prog=f"sparsegrad {verb}", description=description, allow_abbrev=False, formatter_class=_HelpFormatter
     )

@@ -38,9 +38,9 @@ class TrainingArguments:
     epochs: float = 3
     "passes over the training rows"
     batch_size: int = 32
-    "rows per step on each process"
+    "rows of a micro-batch on each process"
     gradient_accumulation: int = 1
-    "micro-batches per step"
+    "micro-batches per step; a step has batch_size x gradient_accumulation x processes rows"
     learning_rate: float | None = None
     "learning rate of the adapter, or of everything if there is no adapter; default: depends on the method"
     rest_learning_rate: float | None = None
@@ -101,11 +101,11 @@ class RunArguments:
     """quantize the pretrained model's linear layers to 4 bits (NF4, bitsandbytes) before training, for methods that
     train a small adapter; sparsegrad calibrates before the quantization"""
     dtype: Literal["bfloat16"] | None = None
-    """bfloat16: keep the pretrained weights that do not train in 2 bytes each, for training.precision bf16 and methods
-    that train a small adapter; default: float32"""
+    """bfloat16: store the frozen weights in 2 bytes each; needs training.precision bf16 and a method that trains an
+    adapter; default: float32"""
     rest: Literal["train", "freeze"] = "freeze"
-    """train: the whole model besides the MLP layers trains too (the paper's GLUE runs); freeze: only the head, with
-    BERT's pooler, if there is one (the paper's LLaMA runs)"""
+    """freeze: besides the adapter, only the head trains (and BERT's pooler); train: all other layers train too, as in
+    the paper's GLUE runs"""
     seeds: list[int] = field(default_factory=lambda: [0])
     "random seeds; one run for each"
     output: str = "runs/{task}/{method}"

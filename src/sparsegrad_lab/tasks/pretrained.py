@@ -68,12 +68,13 @@ def load_config(name: str) -> PretrainedConfig:
             raise ValueError(f"{name}: config.json cannot be read ({first_line(error)})") from None
         raise FileNotFoundError(
             f"{name}: no such folder here, and config.json could not be loaded from the Hugging Face Hub "
-            f"({first_line(error)})"
+            f"({first_line(error)}); check the name. For a gated model, accept its licence on the hub, then run: "
+            "hf auth login"
         ) from None
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"{name}: transformers {transformers.__version__} does not know the model type in config.json "
-            f"({first_line(error)})"
+            f"({first_line(error)}); install a newer transformers, or choose another model"
         ) from None
 
 

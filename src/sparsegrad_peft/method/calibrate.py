@@ -72,8 +72,8 @@ class Calibration:
         sizes = sizes or Sizes(c="full" if c is None else c, r="full" if r is None else r)
         if exponent and not all(group.knows_common for group in self.groups.values()):
             logger.warning(
-                "exponent=%g: sums of single gradients do not show what the steps have in common, so all scales are 1. "
-                "Calibrate with mean_gradient=True, or set exponent=0.", exponent,
+                "exponent=%g has no effect: calibration ran with mean_gradient=False, so all scales are 1. Calibrate "
+                "with mean_gradient=True, or set exponent=0.", exponent,
             )  # fmt: skip
         bases: dict[str, Basis] = {}
         notes: list[str] = []

@@ -287,7 +287,7 @@ def _stream_and_loss(
 ) -> tuple[Iterator[Any], LossFunction]:
     """Return an endless stream of batches, and the function that computes the loss of one."""
     if (batches is None) == (step is None):
-        raise ValueError("expected exactly one of batches and step")
+        raise ValueError(f"expected either batches or step, found {'neither' if step is None else 'both'}")
     if step is not None:
         return itertools.repeat(None), lambda model, batch: step()
     if isinstance(batches, Mapping):

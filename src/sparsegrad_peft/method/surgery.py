@@ -61,7 +61,7 @@ def replace_linears(
     chosen = [modules[name] for name, _ in names]
     twice = [name for name, _ in names if chosen.count(modules[name]) > 1]
     if twice:
-        raise ValueError(f"{', '.join(twice)} stand for one layer in two groups, or twice in one")
+        raise ValueError(f"expected each layer once in the groups, found it several times: {', '.join(twice)}")
     _check_not_root(model, chosen)
     new = {name: _made(name, partial(make, modules[name], bases[group], **options)) for name, group in names}
     registered = {one.basis for one in modules.values() if isinstance(one, HoldsBasis) and one.registers_basis}
@@ -79,6 +79,9 @@ def restore_linears(model: nn.Module) -> int:
 
     The plain layer is an `nn.Linear`, or a `Conv1D` if the original was one, so that `save_pretrained` writes what
     GPT-2's classes load again. Its weight has the `requires_grad` of the weight that was replaced.
+
+    Raises:
+        ValueError: the model is itself the layer.
     """
     layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
     _check_not_root(model, layers)
@@ -104,6 +107,17 @@ def param_groups(
     `values` are trained whole. Literal layers select in their own backward. Selected entries have no weight decay.
     Cores that are trained whole, and every setting left at None, use the optimizer's value.
 
+    Args:
+        model: with SparseGrad layers, or with a PEFT adapter.
+        k: entries of each block `S` that a step updates. None, and no density: all.
+        density: the same as a share of `r c`.
+        lr: learning rate of the cores.
+        rest_lr: learning rate of the other trained parameters.
+        rest_weight_decay: their weight decay.
+
+    Returns:
+        Groups for `SparseGradAdamW`, without empty ones.
+
     Raises:
         ValueError: the model has no SparseGrad layer with a trainable core.
     """
@@ -124,24 +138,29 @@ def param_groups(
         {"params": packed, **core_options},
         {"params": rest, **{name: value for name, value in rest_options.items() if value is not None}},
     ]
-    if not own:
+    for group in candidates:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    _check_trains([core for group in candidates[:3] for core in group["params"]], len(own))
+    return [group for group in candidates if group["params"]]
+
+
+def _check_trains(cores: Sequence[nn.Parameter], count: int) -> None:
+    """Raise if none of the model's `count` cores trains, and warn if those that train are in half precision."""
+    if not count:
         raise ValueError(
             "the model has no SparseGrad layers; call replace_linears or, for a PEFT adapter, get_peft_model first"
         )
-    for group in candidates:
-        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-    if not any(group["params"] for group in candidates[:3]):
+    if not cores:
         raise ValueError(
-            f"all {len(own)} cores of the model's SparseGrad layers are frozen; load a PEFT adapter with "
+            f"all {count} cores of the model's SparseGrad layers are frozen; load a PEFT adapter with "
             "is_trainable=True, or activate it with set_adapter"
         )
-    half = {core.dtype for group in candidates[:3] for core in group["params"]} & {*HALF_PRECISION}
+    half = {core.dtype for core in cores} & {*HALF_PRECISION}
     if half:
         logger.warning(
             "the cores are %s, in which small steps change nothing; keep them in float32: cast the model before its "
             "layers are replaced, and leave autocast_adapter_dtype on", half.pop(),
         )  # fmt: skip
-    return [group for group in candidates if group["params"]]
 
 
 def weight_bases(

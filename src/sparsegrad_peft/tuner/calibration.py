@@ -184,7 +184,10 @@ def _warn_of_large_bases(
     if own > LARGE_BASES and len(shared) < len(layers):
         advice = "Half of `narrow` about halves them."
         if together < own:
-            advice = f"With SparseGradConfig(shared=True), one pair for all layers of a role, {together / 1e9:.2f} GB."
+            advice = (
+                "With SparseGradConfig(shared=True) all layers of a role share one pair, and the bases take "
+                f"{together / 1e9:.2f} GB."
+            )
         logger.warning("the bases of %d layers take %.1f GB. %s", len(layers), own / 1e9, advice)
 
 

@@ -53,7 +53,7 @@ def add_weighted_sum(
     """Add the weighted sum of adapters; see `SparseGradModel.add_weighted_adapter`. `joined` is its "cat"."""
     check_adapter_name(adapter_name)
     if adapter_name in tuner.peft_config:
-        raise ValueError(f"the model already has an adapter named {adapter_name!r}")
+        raise ValueError(f"the model already has an adapter named {adapter_name!r}; choose another adapter_name")
     _check_weights(adapters, weights)
     unknown = [name for name in adapters if name not in tuner.peft_config]
     if unknown:

@@ -54,8 +54,8 @@ class SparseGradConfig(PeftConfig):
             complete bases. Bases are rounded once, before training.
         original_space: train the whole core in the original space, without bases (MeProp, if the optimizer selects).
             The sizes and `shared` then have no effect.
-        prefer: "memory" saves the projected input for backward; "speed" saves what costs the fewest multiply-adds. Only
-            with directions on both sides; neurons have one way.
+        prefer: "memory" saves the projected input for backward; "speed" saves what costs the fewest multiply-adds. It
+            has no effect on the default form (neurons).
         target_modules: layers to adapt, as in PEFT: name endings, a regular expression, or "all-linear". None: the MLP
             linears of the architecture, or none if `target_parameters` is given.
         target_parameters: fused experts to adapt, as in PEFT: names of parameters (experts, ., .), or their endings.
@@ -69,6 +69,10 @@ class SparseGradConfig(PeftConfig):
         core_shapes: written by the library when the adapter is made: layer name -> [group, r, c, out, in], and the
             number of experts at the end for fused experts. Layers of a group share a basis. None for a new adapter.
         data_free: written by the library: the bases are not calibrated.
+
+    Raises:
+        ValueError: values out of range, or that exclude each other: c without r, neurons with shared, ...
+        TypeError: a value of a wrong type.
     """
 
     narrow: Rows | None = None

@@ -33,6 +33,7 @@ from .weights import AdapterWeights
 logger = logging.getLogger(__name__)
 
 _MADE_BY = {"format": "pt", "made_by": "sparsegrad_peft.export_lora"}  # metadata that marks an earlier export
+_MIXED = f"{CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME} do not belong together; save or copy the adapter again"
 _CARRIED = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save",
             "trainable_token_indices")  # fmt: skip
 
@@ -79,7 +80,7 @@ def export_lora(
     if config.get("modules_to_save") and not carried:
         raise ValueError(
             f"{adapter}: its config has modules_to_save={config['modules_to_save']}, and its weights hold none of "
-            "them; its two files do not fit"
+            f"them; {_MIXED}"
         )
 
     largest = max(1, *(layer.rank for layer in factors.values()))  # a rank of 0 is no LoRA adapter
@@ -241,15 +242,13 @@ def _core_shapes(config: dict[str, Any], weights: AdapterWeights) -> dict[str, l
             "target_parameters"
         )
     if not weights.cores:
-        raise ValueError("the adapter has no core S for any layer; its two files do not fit")
+        raise ValueError(f"the adapter has no core S for any layer; {_MIXED}")
     if not shapes and weights.sides:
-        raise ValueError("the adapter has bases, and no core_shapes in its configuration; its two files do not fit")
+        raise ValueError(f"the adapter has bases, and no core_shapes in its configuration; {_MIXED}")
     if missing := sorted(set(shapes) - set(weights.cores)):
-        raise ValueError(f"the adapter has no core S for {', '.join(missing[:3])}; its two files do not fit")
+        raise ValueError(f"the adapter has no core S for {', '.join(missing[:3])}; {_MIXED}")
     if shapes and (other := sorted(set(weights.cores) - set(shapes))):
-        raise ValueError(
-            f"the adapter has no entry in its configuration for {', '.join(other[:3])}; its two files do not fit"
-        )
+        raise ValueError(f"the adapter has no entry in its configuration for {', '.join(other[:3])}; {_MIXED}")
     fused = [layer for layer in weights.cores if layer in named]
     if fused and not shapes:
         raise ValueError(f"{fused[0]} holds fused experts in the original space, which have no LoRA form; merge it")
@@ -270,10 +269,7 @@ def _check_shapes(layer: str, entry: list[Any], S: Tensor, sides: tuple[Side, Si
         else:
             found.append(tuple(side.shape))
     if found != expected:
-        raise ValueError(
-            f"{layer}: expected S, U and V of shapes {expected}, found {found}; the adapter's two files do not belong "
-            "together"
-        )
+        raise ValueError(f"{layer}: expected S, U and V of shapes {expected}, found {found}; {_MIXED}")
 
 
 def _check_replaceable(out: Path) -> None:

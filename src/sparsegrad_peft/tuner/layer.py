@@ -272,8 +272,9 @@ class SparseGradLayer(BaseTunerLayer):
         if status.data_free and self.training and torch.is_grad_enabled() and S.requires_grad:
             status.data_free = False  # warned
             warnings.warn(
-                f"adapter {adapter!r} trains in data-free bases and will learn less: call calibrate_adapter(model, "
-                "batches) before training, or train with SparseGradTrainer or the SparseGradCalibration callback",
+                f"adapter {adapter!r} was not calibrated: its bases do not depend on the model, so it will learn less. "
+                "Call calibrate_adapter(model, batches) before training, or train with SparseGradTrainer or the "
+                "SparseGradCalibration callback",
                 stacklevel=2,
             )
 

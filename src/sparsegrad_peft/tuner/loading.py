@@ -147,8 +147,8 @@ def _warn_of_other_form(
             ignored["size"] = f"cores of shape {counts} for {members[0]}, where the weights have {tuple(core.shape)}"
     if ignored:
         logger.warning(
-            "the weights that are loaded into adapter %r have another form than its config asks for, and they decide. "
-            "Without effect: %s", adapter_name, ", ".join(ignored.values()),
+            "adapter %r: the loaded weights have another form than its config. The weights are used. These settings "
+            "have no effect: %s", adapter_name, ", ".join(ignored.values()),
         )  # fmt: skip
 
 

@@ -28,7 +28,10 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], num_beams: Any =
     """
     layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
     if any(isinstance(layer, SparseGradExperts) for layer in layers):
-        raise ValueError("adapter_names: a model with adapted fused experts cannot mix adapters in a batch")
+        raise ValueError(
+            "adapter_names: found adapted fused experts, which cannot mix adapters in a batch; call set_adapter(name) "
+            "and run a batch for each adapter"
+        )
     known = {name for layer in layers for name in layer.sparsegrad_S}
     unknown = sorted(set(adapter_names) - known - {"__base__"})
     if unknown:

@@ -114,6 +114,7 @@ def register(config_cls: type, model_cls: type) -> None:
         register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
     elif known is not model_cls:
         logger.warning(
-            "PEFT already has a method %s (%s.%s). It stays registered; the one of sparsegrad_peft is not registered.",
+            "PEFT already has a method %s (%s.%s). It stays registered; the one of sparsegrad_peft is not registered. "
+            "To use sparsegrad_peft's, install a PEFT version without it.",
             NAME, known.__module__, known.__qualname__,
         )  # fmt: skip

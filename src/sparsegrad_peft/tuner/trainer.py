@@ -127,7 +127,9 @@ class SparseGradTrainerMixin:
                 raise ValueError(f"an optimizer was passed in, which ignores {lost}; pass either it or these settings")
         elif not self.own_optimizer:
             if lost:
-                raise ValueError(f"own_optimizer=False, and the Trainer's optimizer ignores {lost}")
+                raise ValueError(
+                    f"own_optimizer=False: the Trainer's optimizer ignores {lost}; leave these settings out"
+                )
         elif self.optimizer_cls_and_kwargs or self.args.optim not in ("adamw_torch", "adamw_torch_fused"):
             cls = self.optimizer_cls_and_kwargs
             kind = cls[0].__name__ if cls else getattr(self.args.optim, "value", self.args.optim)
@@ -215,9 +217,15 @@ class SparseGradTrainerMixin:
         own, has_cores = adapter_parameters(model)
         selects = any(value is not None for value in self.sparsegrad_selection.values())
         if selects and not has_cores:
-            raise ValueError("density and k select from the cores of SparseGrad layers; found a model without any")
+            raise ValueError(
+                "density and k select from the cores of SparseGrad layers, found a model without any; call "
+                "get_peft_model with a SparseGradConfig first, or leave them out"
+            )
         if self.rest_learning_rate is not None and not own:
-            raise ValueError("rest_learning_rate is for what trains beside an adapter; found a model without one")
+            raise ValueError(
+                "rest_learning_rate is for what trains beside an adapter, found a model without one; call "
+                "get_peft_model with a SparseGradConfig first, or leave it out"
+            )
         if self.expects_adapter and not own:
             logger.warning(
                 "%s: found a model without an adapter, and trains its %s parameters themselves; call get_peft_model "

@@ -71,7 +71,7 @@ def test_a_process_of_its_own() -> None:
     command = [sys.executable, "-m", "sparsegrad_lab.cli.main"]
     wrong = subprocess.run([*command, "trian"], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr == "sparsegrad: no verb 'trian'; did you mean train?\n"
+    assert wrong.stderr == "sparsegrad: no subcommand 'trian'; did you mean train?\n"
     found = subprocess.run([*command, "presets"], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines() == preset_names()
     assert found.stderr == ""
@@ -141,7 +141,7 @@ def test_version(run: Run) -> None:
 
 
 def test_a_verb_like_no_other(run: Run) -> None:
-    assert run("xyzzy") == (2, "", f"sparsegrad: no verb 'xyzzy'; expected one of {', '.join(VERBS)}\n")
+    assert run("xyzzy") == (2, "", f"sparsegrad: no subcommand 'xyzzy'; expected one of {', '.join(VERBS)}\n")
 
 
 @pytest.mark.parametrize(

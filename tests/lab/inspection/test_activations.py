@@ -76,7 +76,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*trains in data-free bases:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*was not calibrated:UserWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_counted_as_saved(name: str) -> None:
     config, auto, inputs, task_type = CASES[name]
@@ -118,7 +118,7 @@ EXPERTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*trains in data-free bases:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*was not calibrated:UserWarning")
 @pytest.mark.parametrize("name", EXPERTS)
 def test_fused_experts(name: str) -> None:
     """Fake tensors compute products by expert in bfloat16 only."""
@@ -136,7 +136,7 @@ def test_fused_experts_in_float32(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
-@pytest.mark.filterwarnings("ignore:.*trains in data-free bases:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*was not calibrated:UserWarning")
 @pytest.mark.parametrize("words", [20, 3000])
 @pytest.mark.parametrize("method", ["full", "block"])
 def test_with_gradient_checkpointing(words: int, method: str) -> None:
@@ -186,7 +186,7 @@ def test_refused(batch_size: int | None, length: int | None) -> None:
         inspect(BertConfig(**TINY_SIZES), batch_size=batch_size, length=length)
 
 
-@pytest.mark.filterwarnings("ignore:.*trains in data-free bases:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*was not calibrated:UserWarning")
 def test_the_whole_of_smollm2_as_the_benchmark_measured_it() -> None:
     """Weights, bases, gradients, optimizer and activations of a step of 2,048 tokens: each method within 5 %."""
     measured = json.loads((RESULTS / "smollm2-whole.json").read_text(encoding="utf-8"))["methods"]

@@ -52,7 +52,10 @@ class LiteralTrainer(MethodTrainer):
         super().__init__(*args, **kwargs)
         self.literal = literal
         if self.args.world_size > 1:
-            raise ValueError(f"method literal trains in one process, found {self.args.world_size}")
+            raise ValueError(
+                f"method literal trains in one process, found {self.args.world_size}; start it without torchrun or "
+                "accelerate launch"
+            )
 
     @property
     def _layers(self) -> list[LiteralSparseGradLinear]:
