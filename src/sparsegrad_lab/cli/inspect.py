@@ -33,14 +33,12 @@ def main(argv: list[str]) -> None:
         "r": "number of directions of the output side, instead of narrow and wide",
     }.items():
         parser.add_argument(f"--{name}", type=int | float | str | None, default=None, help=meaning)
+    parser.add_argument("--trained_share", type=float, default=0.01, help="share of a layer's entries that train")
+    parser.add_argument("--neurons", type=bool | None, default=None, help="the larger side selects neurons")
     parser.add_argument("--shared", type=bool | None, default=None,
                         help="one pair of bases for all layers of the same role and shape")  # fmt: skip
-    parser.add_argument(
-        "--density",
-        type=float,
-        default=0.01,
-        help="share of the entries that a step updates, where it selects",
-    )
+    parser.add_argument("--density", type=float, default=0.01,
+                        help="share of the entries that a step updates, where it selects")  # fmt: skip
     parser.add_argument("--target_modules", type=str | list[str] | None, default=None, help="layers, as in PEFT")
     parser.add_argument("--task_type", type=str | None, default=None, help="PEFT task type, such as SEQ_CLS: the head")
     parser.add_argument("--dtype", type=str, default="float32", help="data type of the frozen weights")

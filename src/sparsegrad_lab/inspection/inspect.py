@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from sparsegrad_peft.method.experts import group_experts
 from sparsegrad_peft.method.groups import group_linears
-from sparsegrad_peft.method.sizes import Rows, Sizes
+from sparsegrad_peft.method.sizes import DEFAULT_SHARE, Rows, Sizes
 from sparsegrad_peft.tuner.config import SparseGradConfig
 from sparsegrad_peft.tuner.targets import mlp_share
 
@@ -97,6 +97,8 @@ def inspect(
     *,
     narrow: Rows | None = None,
     wide: Rows | None = None,
+    trained_share: float = DEFAULT_SHARE,
+    neurons: bool | None = None,
     c: Rows | None = None,
     r: Rows | None = None,
     shared: bool | None = None,
@@ -117,6 +119,8 @@ def inspect(
         narrow: rows of the basis of a layer's smaller side: a count, a fraction or "full". None: the default of
             `SparseGradConfig`.
         wide: rows of the basis of its larger side, likewise.
+        trained_share: share of a layer's entries that train, where `wide` is None.
+        neurons: the larger side selects neurons. None: the default of `SparseGradConfig`.
         c: rows of `U`, the input side of every layer; with `r`, in place of narrow and wide.
         r: rows of `V`, the output side of every layer, likewise.
         shared: one pair of bases for a group of layers, or one for each layer. None: the default.
@@ -138,12 +142,10 @@ def inspect(
     dtype_name = str(dtype).removeprefix("torch.")
     if dtype_name not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, found {dtype_name}")
-    step = [size for size in (batch_size, length) if size is not None]
-    if len(step) == 1 or min(step, default=1) < 1:
-        raise ValueError(f"expected batch_size and length of at least 1, or neither; found {batch_size} and {length}")
-    if gradient_checkpointing and not step:
-        raise ValueError("gradient_checkpointing: expected batch_size and length too, found neither")
-    config = SparseGradConfig(narrow=narrow, wide=wide, c=c, r=r, shared=bool(shared))
+    step = _step(batch_size, length, gradient_checkpointing)
+    config = SparseGradConfig(
+        narrow=narrow, wide=wide, trained_share=trained_share, neurons=neurons, c=c, r=r, shared=bool(shared)
+    )
     built = build_model(model, task_type, num_labels)
     targets, experts = resolve_targets(built, target_modules, task_type, experts=bool(config.neurons))
     name = model if isinstance(model, str) else getattr(getattr(built, "config", None), "name_or_path", None)
@@ -151,6 +153,16 @@ def inspect(
     groups |= group_experts(built, experts)
     return _inspect(built, name or type(built).__name__, targets, groups, config, density, dtype_name, step,
                     gradient_checkpointing)  # fmt: skip
+
+
+def _step(batch_size: int | None, length: int | None, gradient_checkpointing: bool) -> list[int]:
+    """Return [batch_size, length], or nothing if neither is given."""
+    step = [size for size in (batch_size, length) if size is not None]
+    if len(step) == 1 or min(step, default=1) < 1:
+        raise ValueError(f"expected batch_size and length of at least 1, or neither; found {batch_size} and {length}")
+    if gradient_checkpointing and not step:
+        raise ValueError("gradient_checkpointing: expected batch_size and length too, found neither")
+    return step
 
 
 def _inspect(

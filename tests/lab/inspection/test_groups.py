@@ -52,6 +52,12 @@ def test_the_adapter_takes_the_same_layers(options: dict[str, Any]) -> None:
     assert {group.name: group.layers for group in inspection.groups} == roles
 
 
+@pytest.mark.parametrize("options", [{"trained_share": 0.1}, {"narrow": 4}, {"neurons": False}], ids=str)
+def test_trained_entries_are_those_of_the_adapter(options: dict[str, Any]) -> None:
+    adapted = get_peft_model(tiny_model("bert"), SparseGradConfig(**options))
+    assert inspect(tiny_model("bert"), **options).entries == adapted.get_nb_trainable_parameters()[0]
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_trained_entries_are_those_of_a_calibrated_adapter(shared: bool) -> None:
     inspection = inspect(tiny_model("bert"), c=0.5, r=0.25, shared=shared)
