@@ -347,6 +347,22 @@ def test_a_weight_of_two_modules_is_not_calibrated() -> None:
         calibrate(model, batches, groups={"out": ["2"]}, loss_fn=lambda m, x: m(x).square().mean(), n_steps=1)
 
 
+@pytest.mark.parametrize("neurons", [True, False])
+@pytest.mark.parametrize("energy", [0.5, 0.999])
+def test_the_trained_share_holds_for_a_share_of_energy(neurons: bool, energy: float) -> None:
+    """`wide` is as many as make the share, whatever the number of directions turns out to be."""
+    model = nn.Sequential(nn.Linear(24, 96), nn.ReLU(), nn.Linear(96, 24))
+    sizes = Sizes(narrow=f"energy:{energy}", wide=None, share=0.05, neurons=neurons)
+    options = {"config": CalibrationConfig(n_steps=6), "progress": False}
+    batches = [torch.randn(8, 24) for _ in range(6)]
+    bases = calibrate(model, batches, sizes=sizes, loss_fn=lambda net, x: net(x).square().mean(), **options).bases()
+    directions = {len(basis.U if basis.in_features == 24 else basis.V) for basis in bases.values()}
+    assert (min(directions) < 8) is (energy == 0.5)
+    for basis in bases.values():
+        r, c = basis.core_shape(basis.out_features, basis.in_features)
+        assert r * c / (24 * 96) == pytest.approx(0.05, rel=0.3)
+
+
 def test_sizes_and_rows_of_a_side_together() -> None:
     model, batches = Blocks(), some_batches()
     found = calibrate(model, batches, loss_fn=call, n_steps=1, progress=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from helpers import cores, logits, max_difference, tiny_batch, tiny_model, train_adapter, trained_adapter, tuner_layers
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter
+from sparsegrad_peft.method.sides import is_selected
 
 
 def deltas(model: nn.Module, adapter: str) -> list[Tensor]:
@@ -107,6 +108,31 @@ def test_weighted_sum_of_adapters_with_bases_of_their_own(kind: str, shared: boo
     assert max_difference(logits(loaded.merge_and_unload(), data), expected) < 1e-5
     train_adapter(model, data, 1)  # it is an adapter like any other
     assert max_difference(logits(model, data), expected) > 1e-5
+
+
+@pytest.mark.parametrize("neurons", [True, False])
+def test_joined_neurons_stay_a_selection(neurons: bool, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig(narrow=4, wide=6), "one")
+    model.add_adapter("two", SparseGradConfig(narrow=3, wide=8, neurons=neurons))
+    data = tiny_batch("bert")
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        calibrate_adapter(model, [data], adapter_name=name, n_steps=3, training=name == "one", progress=False)
+        train_adapter(model, data, 2)
+    model.eval().add_weighted_adapter(["one", "two"], [2.0, -0.5], "sum", combination_type="cat")
+    for one, two, both in zip(*(deltas(model, name) for name in ("one", "two", "sum")), strict=True):
+        torch.testing.assert_close(both, 2 * one - 0.5 * two, rtol=1e-4, atol=1e-6)
+    for layer in tuner_layers(model):
+        sides = [layer.core_and_basis(name)[1] for name in ("one", "two", "sum")]
+        first, second, joined = (basis.V if layer.out_features > layer.in_features else basis.U for basis in sides)
+        assert is_selected(joined) is neurons
+        if neurons:
+            assert joined.tolist() == sorted({*first.tolist(), *second.tolist()})
+    model.set_adapter("sum")
+    expected = logits(model, data)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(tiny_model("bert"), str(tmp_path / "sum")).eval()
+    assert max_difference(logits(loaded, data), expected) < 1e-6
 
 
 def test_weighted_sums_that_are_refused() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from .experts import check_selects_neurons, expert_layout, fused_parameters, own
 from .gradients import Step, default_loss, stream_gradients
 from .gram import GramStatistics
 from .groups import group_linears, tied_weights
+from .hosvd import Eigenbasis
 from .pairs import PairStatistics
 from .processes import broadcast_from_rank0, failing_together, progress_bar
 from .projected import ProjectedStatistics
-from .sizes import Rows, Sizes
+from .sizes import Rows, Sizes, row_count
 from .statistics import Statistics, warn_of_completed
 from .sum_sizes import SumsOf, projection_widths
 
@@ -78,7 +79,7 @@ class Calibration:
         bases: dict[str, Basis] = {}
         notes: list[str] = []
         for name, group in progress_bar(list(self.groups.items()), "Making bases" if progress else None):
-            r, c = sizes.check(*group.shape, f"group {name}")
+            r, c = _with_directions(sizes, group).check(*group.shape, f"group {name}")
             selected = sizes.selected(*group.shape)
             with failing_together():
                 basis = group.basis(c=c, r=r, selected=selected, exponent=exponent, dtype=dtype, notes=notes)
@@ -96,6 +97,16 @@ class Calibration:
                 exponent, len(unscaled), len(bases), unscaled[0],
             )  # fmt: skip
         return bases
+
+
+def _with_directions(sizes: Sizes, group: Statistics) -> Sizes:
+    """Return sizes with the number of directions in place of a share of energy, where `wide` follows from it."""
+    out, in_ = group.shape
+    if sizes.by_side or sizes.wide is not None or row_count(sizes.narrow or 1, min(out, in_)) is not None:
+        return sizes
+    side = group.decompose(in_ > out, sizes.narrow or 1, False, f"{group}, smaller side")
+    assert isinstance(side, Eigenbasis)  # only the larger side selects features
+    return replace(sizes, narrow=len(side.vectors))
 
 
 def _has_only_ones(basis: Basis) -> bool:

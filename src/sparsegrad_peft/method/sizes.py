@@ -126,7 +126,8 @@ class Sizes:
         """Return (r, c) for a layer of that shape, with the defaults in place of None.
 
         `share` may need more directions than the default of `narrow`, even with all rows of the wide side. If `narrow`
-        is a share of energy, the default of `wide` is that for the default of `narrow`.
+        is a share of energy, the default of `wide` is that for the default of `narrow`; `Calibration.bases` puts the
+        number of directions in its place.
         """
         small, large, wide = min(out_features, in_features), max(out_features, in_features), self.wide
         usual = default_directions(small) if self.neurons else balanced_directions(small, large, self.share)

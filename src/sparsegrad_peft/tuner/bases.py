@@ -96,9 +96,13 @@ def on_device(device: torch.device, basis: Basis) -> Basis:
 
 
 def warn_of_few_entries(config: SparseGradConfig) -> None:
-    """Log a warning if a new adapter's `narrow` is too small for its `trained_share`, even with all neurons."""
+    """Log a warning if an adapter's `narrow` is too small for its `trained_share`, even with all neurons.
+
+    Before calibration, the directions of a share of energy are not known yet.
+    """
     entries = [shape for shape in (config.core_shapes or {}).values() if len(shape) == 5]
-    if config.wide is not None or config.narrow is None or config.c is not None or not entries:
+    unknown = config.data_free and isinstance(config.narrow, str) and config.narrow != "full"
+    if config.wide is not None or config.narrow is None or config.c is not None or unknown or not entries:
         return
     trained = sum(r * c for _, r, c, *_ in entries) / sum(out * in_ for *_, out, in_ in entries)
     if trained < 0.95 * config.trained_share:

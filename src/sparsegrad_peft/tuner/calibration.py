@@ -16,7 +16,7 @@ from ..method.ddp import exclude_bases_from_ddp
 from ..method.processes import gathered, is_distributed
 from ..method.sizes import Sizes
 from .adapters import calibrated_names, config_of, groups_of, layers_of
-from .bases import set_bases
+from .bases import set_bases, warn_of_few_entries
 from .config import SparseGradConfig
 from .layer import SparseGradLayer
 
@@ -77,6 +77,8 @@ def calibrate_adapter(
         progress=bool(options.get("progress", True)),
     )  # fmt: skip
     set_bases(model, adapter_name, groups, bases)
+    if isinstance(peft_config.narrow, str):  # a share of energy, whose number of directions is known from now on
+        warn_of_few_entries(config_of(model, adapter_name))
     if is_distributed():
         exclude_bases_from_ddp(model)
     return calibration

@@ -1,9 +1,11 @@
 """The weighted sum of adapters as a new one.
 
     linear   Σ wᵢ Vᵀ Sᵢ U = Vᵀ (Σ wᵢ Sᵢ) U                   for adapters with the same bases: as large as one of them
-    cat      Σ wᵢ Vᵢᵀ Sᵢ Uᵢ = Yᵀ (Σ wᵢ Rᵢ Sᵢ Tᵢᵀ) X          for any bases: as large as all of them together
+    cat      Σ wᵢ Vᵢᵀ Sᵢ Uᵢ = Yᵀ (Σ wᵢ Rᵢᵀ Sᵢ Tᵢ) X          for any bases: of n adapters, a core has up to n² times as
+                                                             many entries
 
-`X` and `Y` are orthonormal bases of the rows of all `Uᵢ` and of all `Vᵢ` (QR): `Uᵢ = Tᵢᵀ X`, `Vᵢ = Rᵢᵀ Y`.
+`X` and `Y` hold the rows of all `Uᵢ` and of all `Vᵢ`: `Uᵢ = Tᵢ X`, `Vᵢ = Rᵢ Y`. Directions are made orthonormal (QR).
+Of selected features, it is the union.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from ..method.basis import BASIS_BUFFERS, Basis
 from ..method.precision import at_least_float32
-from ..method.sides import as_matrix, scaled
+from ..method.sides import Side, as_matrix, is_selected, kept_count, put, scaled
 from .adapters import layer_key, layers_of
 from .checks import check_adapter_name
 from .config import SparseGradConfig
@@ -30,8 +32,7 @@ from .layer import SparseGradLayer
 
 _REMEDY = (
     'combination_type="linear" needs adapters with the same bases (one calibration for both: calibrate_adapter(..., '
-    'calibration=...)). combination_type="cat" takes adapters of the same layers with any bases; the new adapter is as '
-    "large as all of them together"
+    'calibration=...)). combination_type="cat" takes adapters of the same layers with any bases, and makes larger cores'
 )
 
 
@@ -41,9 +42,9 @@ class _Joined:
 
     basis: Basis
     left: list[Tensor]
-    "`Rᵢ` (r, rᵢ) of each adapter"
+    "`Rᵢ` (rᵢ, r) of each adapter, or the places (rᵢ,) of its features among those of all"
     right: list[Tensor]
-    "`Tᵢ` (c, cᵢ) of each adapter"
+    "`Tᵢ` (cᵢ, c) of each adapter, or places (cᵢ,)"
 
 
 @torch.no_grad()
@@ -147,15 +148,16 @@ def _join(
     found: dict[tuple[int, ...], _Joined] = {}
     sums = {}
     config.core_shapes, config.data_free = {}, False
-    config.neurons, config.exponent = False, 0.0  # the joined bases are directions without scales
+    config.neurons, config.exponent = all(c.neurons for c in configs), 0.0  # the joined bases have no scales
+    dtype = at_least_float32(next(iter(layers.values())).core_and_basis(adapters[0])[0].dtype)
     for name, layer in layers.items():
         pairs = [layer.core_and_basis(adapter) for adapter in adapters]
         key = tuple(id(basis) for _, basis in pairs)
         if key not in found:
-            found[key] = _joined([basis for _, basis in pairs], at_least_float32(pairs[0][0].dtype))
+            found[key] = _joined([basis for _, basis in pairs], dtype)
         group = found[key]
         parts = [
-            weight * (R @ scaled(S.double(), basis.scales) @ T.T)
+            weight * _put(scaled(S.double(), basis.scales), R, T, group.basis)
             for weight, R, (S, basis), T in zip(weights, group.left, pairs, group.right, strict=True)
         ]
         core = torch.stack(parts).sum(0).to(pairs[0][0].dtype)
@@ -164,23 +166,35 @@ def _join(
         whole = " + ".join(dict.fromkeys(str(c.core_shapes[in_model][0]) for c in configs))
         config.core_shapes[in_model] = [whole, *core.shape, *layer.size_entry()]
     config.shared = all(c.shared for c in configs)
-    config.basis_dtype = str(next(iter(found.values())).basis.U.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    config.basis_dtype = str(dtype).removeprefix("torch.")
     return sums
+
+
+def _put(S: Tensor, R: Tensor, T: Tensor, basis: Basis) -> Tensor:
+    """`Rᵀ S T`: a core (rᵢ, cᵢ) in the joined basis, (r, c)."""
+    r, c = kept_count(basis.V, 0), kept_count(basis.U, 0)
+    return put(put(S, T, c).T, R, r).T
 
 
 def _joined(bases: Sequence[Basis], dtype: torch.dtype) -> _Joined:
     first = bases[0]
     assert first.in_features is not None
     assert first.out_features is not None
-    U, right = _rows([as_matrix(basis.U, first.in_features, torch.float64) for basis in bases], dtype)
-    V, left = _rows([as_matrix(basis.V, first.out_features, torch.float64) for basis in bases], dtype)
-    return _Joined(Basis(U, V, layers=bases[0].layers), left, right)
+    U, right = _rows([basis.U for basis in bases], first.in_features, dtype)
+    V, left = _rows([basis.V for basis in bases], first.out_features, dtype)
+    basis = Basis(U, V, in_features=first.in_features, out_features=first.out_features, layers=first.layers)
+    return _Joined(basis, left, right)
 
 
-def _rows(sides: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """Return an orthonormal basis (m, n) of the rows of all matrices, and each matrix in it, (m, its rows)."""
-    X, T = torch.linalg.qr(torch.cat(list(sides)).T)  # (n, m), (m, rows of all)
-    return X.T.to(dtype).contiguous(), list(T.split([len(side) for side in sides], dim=1))
+def _rows(sides: Sequence[Side], features: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Return the rows of all sides, an orthonormal basis (m, n) or features (m,), and each side in them."""
+    selected = [side for side in sides if is_selected(side)]
+    if len(selected) == len(sides):
+        union = torch.cat(selected).unique()
+        return union, [torch.searchsorted(union, side).int() for side in selected]
+    rows = [as_matrix(side, features, torch.float64) for side in sides]
+    X, T = torch.linalg.qr(torch.cat(rows).T)  # (n, m), (m, rows of all)
+    return X.T.to(dtype).contiguous(), list(T.T.split([len(side) for side in rows]))
 
 
 def _check_nothing_else(tuner: BaseTuner, adapters: Sequence[str]) -> None:
