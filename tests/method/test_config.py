@@ -51,9 +51,15 @@ def test_gram_dtype(dtype: torch.dtype) -> None:
         CalibrationConfig.paper(gram_dtype=dtype)
 
 
-@pytest.mark.parametrize("lr", [0, -1e-4, float("nan")])
-def test_trajectory_learning_rate(lr: float) -> None:
-    with pytest.raises(ValueError, match=r"Trajectory\.lr must be above 0, found"):
+@pytest.mark.parametrize("name", ["normalize", "mean_gradient", "training"])
+def test_a_text_is_no_yes_or_no(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be True or False.*found 'no'"):
+        CalibrationConfig(**{name: "no"})
+
+
+@pytest.mark.parametrize("lr", [0, -1e-4, float("nan"), float("inf"), "1e-4", True])
+def test_trajectory_learning_rate(lr: Any) -> None:
+    with pytest.raises(ValueError, match=r"Trajectory\.lr must be a number above 0 and finite, found"):
         Trajectory(lr=lr)
 
 

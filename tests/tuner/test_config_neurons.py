@@ -109,7 +109,7 @@ def test_summed() -> None:
         model.set_adapter(name)
         assert max_difference(logits(model, data), alone) < 1e-4, name
     assert model.peft_config["linear"].neurons
-    assert not model.peft_config["cat"].neurons
+    assert model.peft_config["cat"].neurons
 
 
 def test_mixed_in_a_batch() -> None:
@@ -149,7 +149,7 @@ def test_weights_of_another_form_are_taken_by_a_new_adapter(tmp_path: Path, capl
         (plain, {}, "exponent=1.5"),
         (DEFAULT, {"exponent": 0.0}, "exponent=0.0"),
         (DEFAULT, {"c": 0.5, "r": 0.5}, "neurons=False, exponent=0.0"),
-        (DEFAULT, {"narrow": 2}, "Without effect: cores of shape"),
+        (DEFAULT, {"narrow": 2}, "These settings have no effect: cores of shape"),
     ):
         caplog.clear()
         model, base = trained_adapter("llama", **options)
@@ -202,6 +202,21 @@ def test_too_few_directions_for_the_share_are_named(caplog: pytest.LogCaptureFix
     caplog.clear()
     get_peft_model(tiny_model("llama"), SparseGradConfig(narrow=4, trained_share=0.1))
     assert "trained_share" not in caplog.text
+
+
+def test_sizes_of_two_kinds_are_refused() -> None:
+    with pytest.raises(ValueError, match="found c=8 and r=8 beside narrow=4 and wide=None; expected one of the two"):
+        SparseGradConfig(c=8, r=8, narrow=4)
+
+
+def test_counts_as_large_as_the_layers_are_complete() -> None:
+    counted, named = (
+        get_peft_model(tiny_model("llama"), SparseGradConfig(neurons=False, **sizes)).peft_config["default"]
+        for sizes in ({"narrow": 16, "wide": "full"}, {"c": "full", "r": "full"})
+    )
+    assert [shape[1:] for shape in counted.core_shapes.values()] == [shape[1:] for shape in named.core_shapes.values()]
+    assert counted.complete
+    assert counted.dtype_of_bases == named.dtype_of_bases == torch.float32
 
 
 @pytest.mark.parametrize("name", ["neurons", "shared", "original_space", "init_weights"])

@@ -35,6 +35,12 @@ def test_deleting_an_adapter_leaves_nothing_behind() -> None:
         assert [*layer.sparsegrad_status] == [*layer.sparsegrad_checked] == ["two"]
 
 
+def test_one_name_in_place_of_a_name_for_each_row() -> None:
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig()).eval()
+    with pytest.raises(TypeError, match=r"adapter_names must be a list with a name for each row.*found 'default'"):
+        model(**tiny_batch("bert"), adapter_names="default")
+
+
 @pytest.mark.parametrize("names", [["one"], ["one"] * 5])
 def test_adapter_names_must_be_one_for_each_example(names: list[str]) -> None:
     model = two_adapters("bert")

@@ -60,8 +60,9 @@ class SparseGrad(Method):
 
         adapter, targets = setup.adapter, self.target_layers(model, setup.adapter)
         linears, fused = split_targets(model, targets)
+        narrow, wide = (None, None) if adapter.sizes.by_side else (adapter.narrow, adapter.wide)
         config = SparseGradConfig(
-            task_type=setup.task_type, narrow=adapter.narrow, wide=adapter.wide, c=adapter.c, r=adapter.r,
+            task_type=setup.task_type, narrow=narrow, wide=wide, c=adapter.c, r=adapter.r,
             trained_share=adapter.trained_share, neurons=adapter.neurons, exponent=adapter.exponent,
             shared=adapter.shared, prefer=adapter.prefer, original_space=self.original_space,
             target_modules=adapter.target_modules if adapter.layers is None else linears,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -62,8 +63,8 @@ class Trajectory:
     "how a parameter moves: a function of the parameter, its gradient (may be overwritten) and lr"
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"Trajectory.lr must be above 0, found {self.lr}")
+        if isinstance(self.lr, bool) or not isinstance(self.lr, int | float) or not 0 < self.lr < math.inf:
+            raise ValueError(f"Trajectory.lr must be a number above 0 and finite, found {self.lr!r}")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ class CalibrationConfig:
             raise ValueError(
                 f"trajectory must be None or a Trajectory, such as Trajectory(1e-4); found {self.trajectory!r}"
             )
+        for name in ("normalize", "mean_gradient", "training"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and (value is not None or name == "normalize"):
+                none = "" if name == "normalize" else " or None"
+                raise ValueError(f"{name} must be True or False{none}, found {value!r}")
         if self.gram_dtype not in (torch.float32, torch.float64):
             raise ValueError(f"gram_dtype must be torch.float32 or torch.float64, found {self.gram_dtype}")
 

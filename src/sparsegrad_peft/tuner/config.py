@@ -125,6 +125,11 @@ class SparseGradConfig(PeftConfig):
                 f"found {given} alone; expected c and r, the rows of U and of V, or neither. They are no LoRA rank: "
                 "trained_share sets the share of the entries that train"
             )
+        if self.c is not None and (self.narrow, self.wide) != (None, None) and not self.core_shapes:
+            raise ValueError(
+                f"found c={self.c!r} and r={self.r!r} beside narrow={self.narrow!r} and wide={self.wide!r}; expected "
+                "one of the two pairs"
+            )
         self._resolve_form()
         check_core_shapes(self.core_shapes)
 
@@ -166,7 +171,8 @@ class SparseGradConfig(PeftConfig):
 
         The rest of the paper's recipe is not part of an adapter:
 
-        - 30 steps of calibration before training: `calibrate_adapter(model, batches, n_steps=30)`;
+        - 30 steps of calibration before training, all at the pretrained weights:
+          `calibrate_adapter(model, batches, config=CalibrationConfig.paper())`;
         - the largest 1 % of each layer's gradient in each step, by SparseAdam:
           `SparseGradAdamW(param_groups(model, density=0.01), lr=...)`;
         - on GLUE, AdamW for the rest of the model. An adapter's file holds only `modules_to_save` of it; use
@@ -202,9 +208,15 @@ class SparseGradConfig(PeftConfig):
         return {name: getattr(self, name) for name in names} | {"basis_dtype": self.dtype_of_bases}
 
     @property
+    def complete(self) -> bool:
+        """True if the bases of all layers span the whole space."""
+        shapes = [shape[1:5] for shape in (self.core_shapes or {}).values()]
+        return all((r, c) == (out, in_) for r, c, out, in_ in shapes) if shapes else self.sizes.complete
+
+    @property
     def dtype_of_bases(self) -> torch.dtype:
         """The data type of the bases: `basis_dtype`, or its default, float32 for complete ones and bfloat16 else."""
-        default = "float32" if self.sizes.complete else "bfloat16"
+        default = "float32" if self.complete else "bfloat16"
         return _DTYPES[self.basis_dtype or default]
 
     @property

@@ -24,8 +24,11 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], num_beams: Any =
         num_beams: beams of `generate`, each of which is a row of the batch in the decoder.
 
     Raises:
+        TypeError: one name in place of a list.
         ValueError: there is no such adapter, or the model has adapted fused experts.
     """
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names must be a list with a name for each row of the batch, found {adapter_names!r}")
     layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
     if any(isinstance(layer, SparseGradExperts) for layer in layers):
         raise ValueError(

@@ -139,12 +139,12 @@ class SparseGradTrainerMixin:
             )
 
     def _check_refresh(self: Any, every: int) -> None:
-        if every < 1:
-            raise ValueError(f"refresh_every must be at least 1, found {every}")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"refresh_every must be an integer of at least 1, found {every!r}")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("refresh_every is not for models that FSDP or DeepSpeed shards; leave it out")
         for name, parts in active_configs(self.model).items():
-            if not all(config.sizes.complete for config in parts):
+            if not all(config.complete for config in parts):
                 raise ValueError(truncated(name))
 
     def create_optimizer(self: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
