@@ -25,11 +25,13 @@ _HOME = {
     "SparseGradTrainer": "tuner.trainer",
     "SparseGradTrainerMixin": "tuner.trainer",
     "Trajectory": "method.config",
+    "TrainingDivergedError": "tuner.trainer_callbacks",
     "calibrate": "method.calibrate",
     "calibrate_adapter": "tuner.calibration",
     "exclude_bases_from_ddp": "method.ddp",
     "export_lora": "tuner.export",
     "group_linears": "method.groups",
+    "normalized_step": "method.config",
     "param_groups": "method.surgery",
     "refresh": "method.refresh",
     "refresh_adapter": "tuner.refresh",
@@ -37,6 +39,7 @@ _HOME = {
     "renew_positions": "method.refresh",
     "restore_linears": "method.surgery",
     "select_positions": "method.positions",
+    "sign_step": "method.config",
     "sparse_dense_product": "method.selection",
     "topk_magnitude": "method.selection",
     "weight_bases": "method.surgery",
@@ -51,6 +54,8 @@ if TYPE_CHECKING:
     from .method.calibrate import calibrate as calibrate
     from .method.config import CalibrationConfig as CalibrationConfig
     from .method.config import Trajectory as Trajectory
+    from .method.config import normalized_step as normalized_step
+    from .method.config import sign_step as sign_step
     from .method.ddp import exclude_bases_from_ddp as exclude_bases_from_ddp
     from .method.gram import GramStatistics as GramStatistics
     from .method.groups import group_linears as group_linears
@@ -76,6 +81,7 @@ if TYPE_CHECKING:
     from .tuner.trainer import SparseGradTrainer as SparseGradTrainer
     from .tuner.trainer import SparseGradTrainerMixin as SparseGradTrainerMixin
     from .tuner.trainer_callbacks import SparseGradCalibration as SparseGradCalibration
+    from .tuner.trainer_callbacks import TrainingDivergedError as TrainingDivergedError
 
 
 def __getattr__(name: str) -> Any:

@@ -487,6 +487,19 @@ def run(model: nn.Module, targets: list[str], batches: Any = None, **options: An
         before.assert_unchanged()
 
 
+def test_hooks_on_accumulated_gradients_do_not_run() -> None:
+    """Such as an optimizer that steps in a hook, which would also take the gradients away."""
+    net = a_net()
+    calls: list[Tensor] = []
+    trained = [p for p in net.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(calls.append)
+    run(net, TARGETS, some_batches())
+    assert not calls
+    net(**some_batches()[0]).loss.backward()
+    assert {id(p) for p in calls} == {id(p) for p in trained}  # they are there again
+
+
 def test_exactly_one_source_of_losses() -> None:
     net = a_net()
     with pytest.raises(ValueError, match="either batches or step"):

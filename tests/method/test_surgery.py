@@ -184,6 +184,25 @@ def test_groups_and_bases_must_match(bert: nn.Module, change: str) -> None:
     assert picture(bert) == before
 
 
+def test_layers_of_a_group_on_two_devices() -> None:
+    """Each device has a copy of the basis, as with `device_map`; `meta` stands for a second GPU."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    model[2:].to("meta")
+    basis = Basis(torch.eye(8)[:3], torch.eye(8)[:2])
+    new = replace_linears(model, {"g": [*"0123"]}, {"g": basis})
+    assert [layer.basis.U.device.type for layer in new.values()] == ["cpu", "cpu", "meta", "meta"]
+    assert len({id(layer.basis) for layer in new.values()}) == 2
+
+
+def test_a_shared_basis_in_data_parallel_is_refused() -> None:
+    """`nn.DataParallel` copies registered modules to the other GPUs, and no references."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    first, second = replace_linears(model, {"g": ["0", "1"]}, {"g": Basis(torch.eye(4)[:3], torch.eye(4)[:2])}).values()
+    assert first._replicate_for_data_parallel() is not first
+    with pytest.raises(NotImplementedError, match=r"share a basis in torch\.nn\.DataParallel"):
+        second._replicate_for_data_parallel()
+
+
 def test_a_layer_that_is_not_there(bert: nn.Module) -> None:
     groups = {"g": ["bert.encoder.layer.0.intermediate.dense", "bert.encoder.layer.9.intermediate.dense", "nowhere"]}
     before = picture(bert)

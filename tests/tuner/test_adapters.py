@@ -15,7 +15,7 @@ from test_trainer_trl import tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from helpers import MLP_LINEARS, cores, tiny_batch, tiny_model
+from helpers import MLP_LINEARS, cores, logits, max_difference, tiny_batch, tiny_model
 from sparsegrad_peft import (
     CalibrationConfig,
     SparseGradAdamW,
@@ -135,3 +135,29 @@ def test_sentence_transformers(tmp_path: Path) -> None:
         f"encoder.layer.{i}.{part}.dense" for i in (0, 1) for part in ("intermediate", "output")
     }
     assert all(bool(core.any()) for core in cores(model))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # PEFT's, of two adapters
+def test_lora_on_attention_and_sparsegrad_on_the_mlp(tmp_path: Path) -> None:
+    """As docs/faq.md says: two adapters of one model, calibrated, trained, saved and loaded."""
+    model, data = tiny_model("llama"), tiny_batch("llama")
+    model.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"]), "lora")
+    model.add_adapter(SparseGradConfig(), "mlp")
+    model.set_adapter(["lora", "mlp"])
+    calibrate_adapter(model, [data], n_steps=3, adapter_name="mlp", progress=False)
+    optimizer = SparseGradAdamW(param_groups(model), lr=1e-2)
+    for _ in range(3):
+        model(**data).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {"S" if "sparsegrad_S" in name else name.rsplit(".", 3)[1] for name in trained} == {"S", "lora_A", "lora_B"}
+    assert all(bool(p.any()) for p in trained.values())
+    expected = logits(model, data)
+    loaded = tiny_model("llama")
+    for name in ("lora", "mlp"):
+        model.set_adapter(name)
+        model.save_pretrained(tmp_path / name)
+        loaded.load_adapter(str(tmp_path / name), name)
+    loaded.set_adapter(["lora", "mlp"])
+    assert max_difference(logits(loaded, data), expected) < 1e-6

@@ -189,7 +189,7 @@ def test_a_trainer_that_refreshes_stopped_and_resumed_equals_never_stopped(
 
 
 def test_a_trainer_refuses_what_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="refresh_every must be at least 1, found 0"):
+    with pytest.raises(ValueError, match="refresh_every must be an integer of at least 1, found 0"):
         make_trainer(tmp_path, None, 0)
     with pytest.raises(ValueError, match="adapter 'default' has truncated bases"):
         SparseGradTrainer(model=uncalibrated_adapter(), args=arguments(tmp_path), train_dataset=rows(), refresh_every=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -230,6 +231,10 @@ class Basis(nn.Module):
         """Leave out the holders, which cannot be pickled; copied layers enter themselves again."""
         return {name: value for name, value in self.__dict__.items() if name != "_holders"}
 
+    def on_device(self, device: torch.device) -> Basis:
+        """Return the basis if it is on the device, else a copy: `.to` would move it away from the other layers."""
+        return self if all(buffer.device == device for buffer in self.buffers()) else deepcopy(self).to(device)
+
     def extra_repr(self) -> str:
         """Shapes of both sides, for `print(model)`."""
         sides = ["identity" if side is None else str(tuple(side.shape)) for side in (self.U, self.V)]
@@ -263,6 +268,14 @@ class HoldsBasis(nn.Module):
     def registers_basis(self) -> bool:
         """True if the basis is a registered child."""
         return "basis" in self._modules
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        if not self.registers_basis:
+            raise NotImplementedError(
+                "found layers that share a basis in torch.nn.DataParallel, which does not copy it to the other GPUs; "
+                "use DistributedDataParallel (torchrun), or a basis for each layer: group_linears(..., shared=False)"
+            )
+        return super()._replicate_for_data_parallel()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Enter a copy among the holders of its basis."""

@@ -20,9 +20,11 @@ def restored_state(model: nn.Module, keep_values_of: list[nn.Parameter]) -> Iter
 
     Restored are gradients, `requires_grad`, train and eval modes, buffers, and the random number generators of PyTorch
     (CPU and CUDA), Python and NumPy. Parameter values are restored only for `keep_values_of`, from a copy on the CPU.
+    Hooks on accumulated gradients do not run in the block: an optimizer step in one would change weights and moments.
     """
     parameters = list(model.parameters())
     flags = [(p, p.requires_grad, p.grad) for p in parameters]
+    hooks = [(p, p._post_accumulate_grad_hooks) for p in parameters if p._post_accumulate_grad_hooks]
     modes = [(m, m.training) for m in model.modules()]
     # Bases are large buffers that no forward changes; other buffers are small (such as BatchNorm's statistics).
     of_bases = {id(b) for m in model.modules() if isinstance(m, Basis) for b in m.buffers()}
@@ -33,6 +35,8 @@ def restored_state(model: nn.Module, keep_values_of: list[nn.Parameter]) -> Iter
     python_state = random.getstate()
     numpy_random = sys.modules["numpy"].random if "numpy" in sys.modules else None
     numpy_state = numpy_random.get_state() if numpy_random else None
+    for parameter, _ in hooks:
+        parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]  # as PyTorch sets it
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
             yield
@@ -48,6 +52,8 @@ def restored_state(model: nn.Module, keep_values_of: list[nn.Parameter]) -> Iter
         for parameter, requires_grad, grad in flags:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+        for parameter, hook in hooks:
+            parameter._post_accumulate_grad_hooks = hook
         for module, mode in modes:
             module.training = mode
         random.setstate(python_state)

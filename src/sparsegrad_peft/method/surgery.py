@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from .basis import Basis, HoldsBasis, keep_saved
@@ -63,7 +64,14 @@ def replace_linears(
     if twice:
         raise ValueError(f"expected each layer once in the groups, found it several times: {', '.join(twice)}")
     _check_not_root(model, chosen)
-    new = {name: _made(name, partial(make, modules[name], bases[group], **options)) for name, group in names}
+    on_device: dict[tuple[str, torch.device], Basis] = {}  # layers of a group on several devices have a copy on each
+    new = {}
+    for name, group in names:
+        weight = getattr(modules[name], "weight", None)  # none: `make` says that it is no linear layer
+        device = torch.device("cpu") if weight is None else weight.device
+        if (group, device) not in on_device:
+            on_device[group, device] = bases[group].on_device(device)
+        new[name] = _made(name, partial(make, modules[name], on_device[group, device], **options))
     registered = {one.basis for one in modules.values() if isinstance(one, HoldsBasis) and one.registers_basis}
     for name, layer in new.items():
         if isinstance(layer, HoldsBasis):

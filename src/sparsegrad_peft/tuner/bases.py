@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from copy import copy, deepcopy
+from copy import copy
 
 import torch
 from torch import nn
@@ -81,18 +81,13 @@ def set_bases(
             layer = layers[name]
             device = layer.device_of(adapter_name)
             if device not in copies:
-                copies[device] = on_device(device, bases[group])
+                copies[device] = bases[group].on_device(device)
             layer.set_basis(adapter_name, copies[device])
             layer.sparsegrad_status[adapter_name].data_free = data_free
             r, c = layer.sparsegrad_S[adapter_name].shape
             holder = holder_of(model, name)
             assert holder is not None
             shapes[holder][layer_key(model, name)] = [group, r, c, *layer.size_entry()]
-
-
-def on_device(device: torch.device, basis: Basis) -> Basis:
-    """Return the basis if it is on the device, else a copy: `.to` would move it away from the other layers."""
-    return basis if all(buffer.device == device for buffer in basis.buffers()) else deepcopy(basis).to(device)
 
 
 def warn_of_few_entries(config: SparseGradConfig) -> None:

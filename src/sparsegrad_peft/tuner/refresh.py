@@ -16,7 +16,6 @@ from ..method.processes import broadcast_from_rank0
 from ..method.refresh import check_moments, rotate_moments
 from ..method.sizes import Sizes
 from .adapters import calibrated_names, config_of, configs_of, groups_of, layers_of
-from .bases import on_device
 from .calibration import adapter_calibration, check_active, check_ready, frozen
 from .experts import SparseGradExperts
 from .layer import SparseGradLayer
@@ -126,7 +125,7 @@ def _change_bases(
         copies: dict[int, tuple[Basis, Basis]] = {}  # a shared basis has one on each device
         for name in names:
             layer, (S, old) = layers[name], held[name]
-            new = copies.setdefault(id(old), (old, on_device(S.device, bases[group])))[1]
+            new = copies.setdefault(id(old), (old, bases[group].on_device(S.device)))[1]
             update = old.from_basis(S.to(at_least_float32(S.dtype)))
             if optimizer is not None:
                 rotate_moments(optimizer, S, old, new, (layer.out_features, layer.in_features))
