@@ -14,6 +14,7 @@ from calibration import peak_bytes
 from helpers import F64
 from sparsegrad_peft import CalibrationConfig, Sizes, SparseGradLinear, Trajectory, calibrate, group_linears
 from sparsegrad_peft.method import reference
+from sparsegrad_peft.method.calibrate import sums_device
 from sparsegrad_peft.method.gradients import stream_gradients
 
 
@@ -144,6 +145,13 @@ def test_sparsegrad_layers_give_the_gradient_of_the_whole_weight() -> None:
     expected = calibrate(model, batches, **options).groups["blocks.*.up"]
     torch.testing.assert_close(found.gram_in, expected.gram_in, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found.gram_out, expected.gram_out, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("of_weights", "given", "expected"), [
+    ("cuda:1", None, "cuda:1"), ("mps", None, "cpu"), ("mps", "mps", "mps"), ("cuda", "cpu", "cpu")
+])  # fmt: skip
+def test_where_the_sums_live(of_weights: str, given: str | None, expected: str) -> None:
+    assert sums_device(CalibrationConfig(gram_device=given), torch.device(of_weights)) == torch.device(expected)
 
 
 def test_gram_device() -> None:

@@ -99,6 +99,12 @@ class Calibration:
         return bases
 
 
+def sums_device(config: CalibrationConfig, of_weights: torch.device) -> torch.device:
+    """Where the sums of layers live: `gram_device`, or where the weights are. Apple's MPS has no eigenvectors."""
+    default = torch.device("cpu") if of_weights.type == "mps" else of_weights
+    return default if config.gram_device is None else torch.device(config.gram_device)
+
+
 def _with_directions(sizes: Sizes, group: Statistics) -> Sizes:
     """Return sizes with the number of directions in place of a share of energy, where `wide` follows from it."""
     out, in_ = group.shape
@@ -213,7 +219,7 @@ def _empty_statistics(
         owner, parameter = owner_of(model, layers[0])
         if parameter is not None:
             check_selects_neurons(expert_layout(owner, parameter), sizes or Sizes(), layers[0])
-        device = torch.device(config.gram_device or getattr(owner, parameter or "weight").device)
+        device = sums_device(config, getattr(owner, parameter or "weight").device)
         what = name, tuple(layers), *shapes[name]
         where: dict[str, Any] = {"dtype": config.gram_dtype, "device": device}
         if name in widths:

@@ -87,7 +87,7 @@ class CalibrationConfig:
     training: bool | None = True
     "train mode, with dropout (True, paper), eval mode (False), or leave each module as it is (None)"
     gram_device: torch.device | str | None = None
-    "where the sums live; None is the device of the layers' weights"
+    "where the sums live; None is the device of the layers' weights, or the CPU for weights on Apple's MPS"
     gram_dtype: torch.dtype = torch.float32
     "type of the sums: float32, or float64 for twice the memory"
 

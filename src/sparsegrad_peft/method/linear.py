@@ -264,5 +264,5 @@ def set_core(core: nn.Parameter, value: Tensor) -> None:
     if value.shape != core.shape:
         # A graph that is still alive, such as that of the last loss, keeps autograd's record of the old shape, by which
         # the next gradient would be refused. Autograd drops the record when the data type changes.
-        core.data = core.new_empty(0, dtype=torch.float32 if core.dtype == torch.float64 else torch.float64)
+        core.data = core.new_empty(0, dtype=torch.float16 if core.dtype == torch.float32 else torch.float32)
     core.data = value

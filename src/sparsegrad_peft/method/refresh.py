@@ -215,5 +215,5 @@ def _rotation(old: Side, new: Side, features: int) -> Tensor | None:
 def _scale_moment(moment: Tensor, basis: Basis, squared: bool, *, inverse: bool = False) -> Tensor:
     """Take a moment of the scaled gradient of a core from (`inverse`) or to one of `V G Uᵀ`."""
     power = (2 if squared else 1) * (-1 if inverse else 1)
-    scale_out, scale_in = (None if scale is None else scale.double() ** power for scale in basis.scales)
+    scale_out, scale_in = (None if scale is None else scale**power for scale in basis.scales)
     return scaled(moment, (scale_out, scale_in))

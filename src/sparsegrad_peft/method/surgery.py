@@ -86,7 +86,8 @@ def restore_linears(model: nn.Module) -> int:
     """Replace every SparseGrad layer by a plain one with the trained weight, and return how many there were.
 
     The plain layer is an `nn.Linear`, or a `Conv1D` if the original was one, so that `save_pretrained` writes what
-    GPT-2's classes load again. Its weight has the `requires_grad` of the weight that was replaced.
+    GPT-2's classes load again. Its weight has the `requires_grad` of the weight that was replaced. An
+    `nn.TransformerEncoderLayer` goes on without PyTorch's fast path; build a new one and load the state into it.
 
     Raises:
         ValueError: the model is itself the layer.
