@@ -58,7 +58,7 @@ METRICS: dict[str, Callable[[Any, Any], float]] = {
     "loss": _loss,
     "perplexity": _perplexity,
 }
-"""Name -> function of (labels, predictions). "f1" is the score of class 1, as in GLUE.
+"""Name -> function of (labels, predictions). "f1" is the score of class 1; `score` chooses the class.
 
 For language models the labels are the number of learnt tokens per row, and the predictions their summed losses.
 """
@@ -89,15 +89,19 @@ def check_metrics(names: Sequence[str], labels: Sequence[str] | None, kind: str 
             raise ValueError(f"data.metrics: f1 is for two classes, found {len(labels)}; use macro_f1")
 
 
-def score(names: Sequence[str], labels: Array, predictions: Array) -> dict[str, float]:
+def score(names: Sequence[str], labels: Array, predictions: Array, positive: int = 1) -> dict[str, float]:
     """Return the metrics by name, with the mean of several as "combined_score" (not for losses).
 
     Args:
         names: keys of `METRICS`.
         labels: (rows,), class numbers or values.
         predictions: (rows,), class numbers or values.
+        positive: number of the class that "f1" scores.
     """
-    found = {name: METRICS[name](labels, predictions) for name in names}
+    found = {
+        name: METRICS[name](*((labels == positive, predictions == positive) if name == "f1" else (labels, predictions)))
+        for name in names
+    }
     if main_metric(names) == "combined_score":
         found["combined_score"] = sum(found.values()) / len(found)
     return found

@@ -37,6 +37,7 @@ class Task:
         source: where the rows come from, for messages.
         kind: `TEXT`, `LANGUAGE` or `IMAGES`.
         apart: whether rows that share a text stay together where the evaluation rows are split once more.
+        positive: the class that the metric "f1" scores; None: the last of `labels`.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Task:
     source: str = ""
     kind: str = TEXT
     apart: bool = False
+    positive: str | None = None
 
     @property
     def evaluation_splits(self) -> list[str]:
@@ -62,6 +64,12 @@ class Task:
     def main_metric(self) -> str:
         """The metric that selects the best evaluation."""
         return main_metric(self.metrics)
+
+    @property
+    def positive_number(self) -> int:
+        """The number of the class that the metric "f1" scores; -1 without classes."""
+        labels = self.labels or ()
+        return labels.index(self.positive) if self.positive is not None else len(labels) - 1
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of the rows of each split, in their order; nothing for images."""
@@ -114,7 +122,8 @@ class Task:
             labels: the same class names in the new order; upper and lower case may differ.
 
         Returns:
-            The renumbered task, with the task's own spelling of the names; the task itself if the names differ.
+            The renumbered task, with the task's own spelling of the names and the same `positive` class; the task
+            itself if the names differ.
         """
         if self.labels is None:
             return self
@@ -127,7 +136,8 @@ class Task:
             name: data.remove_columns("label").add_column("label", [number[old] for old in data["label"]])
             for name, data in self.splits.items()
         }
-        return replace(self, labels=tuple(map(str, order)), splits=splits)
+        positive = self.labels[self.positive_number]
+        return replace(self, labels=tuple(map(str, order)), splits=splits, positive=positive)
 
 
 def main_metric(metrics: Sequence[str]) -> str:

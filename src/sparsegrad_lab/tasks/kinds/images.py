@@ -104,7 +104,8 @@ class ImagesKind(Kind):
 
     def score(self, task: Task, outputs: np.ndarray[Any, Any], labels: Any) -> dict[str, float]:
         """Return the metrics of the classes with the largest logits; outputs: (rows, classes)."""
-        return score(task.metrics, np.asarray(labels), predictions_of(outputs, regression=False))
+        predictions = predictions_of(outputs, regression=False)
+        return score(task.metrics, np.asarray(labels), predictions, task.positive_number)
 
     @torch.inference_mode()
     def predict(

@@ -57,7 +57,8 @@ class TextKind(Kind):
 
     def score(self, task: Task, outputs: np.ndarray[Any, Any], labels: Any) -> dict[str, float]:
         """Return the metrics of the classes with the largest logits; outputs: (rows, classes)."""
-        return score(task.metrics, np.asarray(labels), predictions_of(outputs, task.labels is None))
+        predictions = predictions_of(outputs, task.labels is None)
+        return score(task.metrics, np.asarray(labels), predictions, task.positive_number)
 
     def predict(
         self, model: nn.Module, processor: Any, task: Task, rows: Sequence[dict[str, Any]], data: DataArguments,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from sparsegrad_lab.tasks.kinds import KINDS
 from sparsegrad_lab.tasks.pretrained import load_config, load_tokenizer
 from sparsegrad_lab.tasks.settings import DataArguments
-from sparsegrad_lab.tasks.task import LANGUAGE, TEXT, Task
+from sparsegrad_lab.tasks.task import IMAGES, LANGUAGE, TEXT, Task
 from tiny_runs import save_tokenizer
 
 TEXTS = ["warm", "dull", "the film", "a long one", "spring", "grim", "kind", "very quiet"]
@@ -53,6 +54,17 @@ def test_a_kept_head_keeps_its_classes(names: tuple[str, ...], tmp_path: Path) -
         numbers = plain(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits.argmax(-1).tolist()
     assert len(set(numbers)) > 1
     assert [row["prediction"] for row in rows] == [names[number].lower() for number in numbers]
+
+
+@pytest.mark.parametrize("order", [("bad", "good"), ("good", "bad")])
+@pytest.mark.parametrize("kind", [TEXT, IMAGES])
+def test_f1_scores_the_same_class_whatever_the_order_of_the_head(kind: str, order: tuple[str, str]) -> None:
+    """The last class of the task: 2 true and 1 false positive, 1 false negative."""
+    rows = Dataset.from_dict({"text": TEXTS[:5], "label": [1, 1, 1, 0, 0]})
+    task = Task("x", ("text",), ("bad", "good"), ("f1",), {"train": rows}).with_label_order(order)
+    found = [task.labels.index(name) for name in ("good", "good", "bad", "good", "bad")]  # type: ignore[union-attr]
+    scores = KINDS[kind].score(task, np.eye(2)[found], task.splits["train"]["label"][:])
+    assert scores == {"f1": pytest.approx(2 * 2 / (2 * 2 + 1 + 1))}
 
 
 @pytest.mark.parametrize("labels", [("a", "b", "c"), ("no", "yes"), ("no", "yes", "other")])
