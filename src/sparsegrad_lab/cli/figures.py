@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     arguments = run_arguments(options)
     if arguments.output == type(arguments)().output:
         arguments.output = "figures/{task}"
-    arguments.check()
+    arguments.check(parser.given)
     settings.check(arguments)
     from ..figures.collect import collect
     from ..figures.folder import check_output, read, write

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     arguments = run_arguments(options)
     if arguments.output == RunArguments().output:
         arguments.output = "runs/search/{task}/{method}"
-    arguments.check()
+    arguments.check(parser.given)
     settings.check()
     from ..run.folder import output_folder
     from ..run.search import search

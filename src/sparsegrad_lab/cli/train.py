@@ -10,7 +10,7 @@ from rich.table import Column, Table
 
 from ..methods.registry import find_method
 from ..run.folder import RunFolder, output_folder
-from ..run.parsing import run_arguments, run_parser
+from ..run.parsing import VerbParser, run_arguments, run_parser
 from ..run.processes import is_rank0
 from ..run.settings import RunArguments
 from ..tasks.task import display_name
@@ -26,19 +26,23 @@ _SHOWN_CLASSES = 20
 
 def parse(argv: list[str]) -> RunArguments:
     """Return the settings: the preset's, overridden by the config file's, overridden by the command line's."""
-    return run_arguments(_options(argv))
+    return run_arguments(_options(_parser(argv), argv))
 
 
-def _options(argv: list[str]) -> dict[str, Any]:
-    parser = run_parser("train", RunArguments.__doc__ or "", EXAMPLE, argv)
+def _parser(argv: list[str]) -> VerbParser:
+    return run_parser("train", RunArguments.__doc__ or "", EXAMPLE, argv)
+
+
+def _options(parser: VerbParser, argv: list[str]) -> dict[str, Any]:
     return vars(parser.instantiate(parser.parse_args(argv)))
 
 
 def main(argv: list[str]) -> None:
     """Train, then print the result and the next command."""
-    options = _options(argv)
+    parser = _parser(argv)
+    options = _options(parser, argv)
     arguments = run_arguments(options)
-    arguments.check()
+    arguments.check(parser.given)
     output = output_folder(arguments)
     if is_rank0() and len(arguments.seeds) == 1:
         RunFolder(output).check(arguments)

@@ -23,9 +23,9 @@ class Lora(Method):
     learning_rate = 2e-3
     reads = LAYERS | LOOP | SIZES | {"adapter.rank"}
 
-    def without_effect(self, settings: Mapping[str, Any]) -> frozenset[str]:
+    def without_effect(self, settings: Mapping[str, Any]) -> dict[str, str]:
         """The sizes, if the rank is given: they only serve to find the matching rank."""
-        return frozenset() if settings.get("adapter.rank") is None else SIZES
+        return {} if settings.get("adapter.rank") is None else dict.fromkeys(SIZES, "adapter.rank")
 
     def adapts_experts(self, adapter: AdapterArguments) -> bool:
         """True where `sparsegrad` with these settings does, so that both adapt the same weights."""

@@ -14,7 +14,7 @@ class MeProp(SparseGrad):
     summary = "the largest entries of the gradient in the original space"
     learning_rate = 1e-3
     density = 0.01
-    reads = LAYERS | LOOP | SELECTION
+    reads = LAYERS | LOOP | SELECTION | {"adapter.prefer"}
     original_space = True
 
 

@@ -35,9 +35,11 @@ LOOP = frozenset({"training.rest_learning_rate", "training.gradient_accumulation
 REFUSED_IF_UNREAD = (*sorted(LAYERS | SELECTION | LOOP), "adapter.products", "calibration.refresh")
 """Settings that a run must leave at their default if its method does not read them.
 
-A file of settings may hold the others for all methods of a comparison.
+A file of settings may hold the others for all methods of a comparison; on the command line they are refused.
 """
-OPTIONAL_SETTINGS = frozenset({*REFUSED_IF_UNREAD, *CALIBRATION, *SIZES, *FORM, "adapter.rank", "adapter.shared"})
+OPTIONAL_SETTINGS = frozenset({
+    *REFUSED_IF_UNREAD, *CALIBRATION, *SIZES, *FORM, "adapter.rank", "adapter.shared", "adapter.prefer",
+})  # fmt: skip
 "Settings that some methods do not read."
 
 
@@ -98,9 +100,9 @@ class Method(ABC):
         """True if the method does not read this setting (a dotted name as on the command line)."""
         return setting in OPTIONAL_SETTINGS - self.reads
 
-    def without_effect(self, settings: Mapping[str, Any]) -> frozenset[str]:
-        """Names of settings that the method reads and that others of these settings (by dotted name) replace."""
-        return frozenset()
+    def without_effect(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        """Settings that the method reads and others of these settings replace: dotted name -> what replaces it."""
+        return {}
 
     def problems(self, adapter: AdapterArguments, calibration: CalibrationArguments) -> list[str]:
         """What this method cannot run with, one message each."""

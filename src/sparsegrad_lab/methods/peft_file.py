@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..tasks.parse_files import read_json
 from .method import CALIBRATION, LOOP, Adapted, Method, Setup
 from .ranges import pattern_problems
 from .settings import AdapterArguments, CalibrationArguments
@@ -14,6 +17,9 @@ from .sparsegrad import calibration_config
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
+
+STARTS = ("eva", "lora_ga")
+"Values of PEFT's `init_lora_weights` that need training batches."
 
 
 class PeftFile(Method):
@@ -32,6 +38,26 @@ class PeftFile(Method):
 
     def __init__(self, path: str) -> None:
         self.path, self.name = path, Path(path).stem
+
+    @cached_property
+    def _content(self) -> dict[str, Any]:
+        """The file's settings; none if it is malformed, which `problems` reports."""
+        try:
+            content = read_json(Path(self.path))
+        except ValueError:
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def ignores(self, setting: str) -> bool:
+        """Also the settings of the calibration, but for SparseGrad; a start of LoRA reads its number of steps."""
+        needed = CALIBRATION if self._content.get("peft_type") == "SPARSEGRAD" else frozenset[str]()
+        if self._content.get("init_lora_weights") in STARTS:
+            needed = frozenset({"calibration.n_steps"})
+        return super().ignores(setting) or setting in CALIBRATION - needed
+
+    def without_effect(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        """Which of the other layers train, if the file says so."""
+        return {} if self._content.get("modules_to_save") is None else {"rest": "modules_to_save in the file"}
 
     def problems(self, adapter: AdapterArguments, calibration: CalibrationArguments) -> list[str]:
         """The file is not a PEFT config, or the settings repeat what it says."""
@@ -69,7 +95,7 @@ class PeftFile(Method):
         from sparsegrad_peft.tuner.targets import mlp_linears
 
         from .training.layers import modules_to_save
-        from .training.lora_start import STARTS, LoraStartTrainer
+        from .training.lora_start import LoraStartTrainer
 
         config = read_config(self.path)
         for name in ("target_modules", "feedforward_modules"):

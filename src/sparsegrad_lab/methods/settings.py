@@ -56,8 +56,15 @@ class AdapterArguments:
     def resolved(self) -> dict[str, Any]:
         """The settings with defaults in their place, without those that have no effect; equal for equal adapters."""
         neurons, exponent = self.form
-        unused = dict.fromkeys(("narrow", "wide", "trained_share") if self.c is not None and self.r is not None else ())
-        return {**asdict(self), "neurons": neurons, "exponent": exponent, **unused}
+        return {**asdict(self), "neurons": neurons, "exponent": exponent, **dict.fromkeys(self.replaced)}
+
+    @property
+    def replaced(self) -> dict[str, str]:
+        """Sizes that have no effect, and the settings that decide in their place."""
+        if self.c is not None and self.r is not None:
+            return dict.fromkeys(("narrow", "wide", "trained_share"), "c and r")
+        decided = self.wide is not None and (self.narrow is not None or self.form[0])
+        return {"trained_share": "wide"} if decided else {}
 
     @property
     def sizes(self) -> Sizes:

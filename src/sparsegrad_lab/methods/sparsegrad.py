@@ -22,7 +22,10 @@ class SparseGrad(Method):
     order = 0
     summary = "a sparse adapter in bases computed from gradients"
     learning_rate = 2e-3
-    reads = LAYERS | LOOP | SELECTION | CALIBRATION | SIZES | FORM | {"adapter.shared", "calibration.refresh"}
+    reads = (
+        LAYERS | LOOP | SELECTION | CALIBRATION | SIZES | FORM
+        | {"adapter.shared", "adapter.prefer", "calibration.refresh"}
+    )  # fmt: skip
     original_space = False
     "train in the original space, without bases"
 

@@ -90,21 +90,7 @@ class VerbParser(ArgumentParser):
         self.words = words
         names = {word.partition("=")[0] for word in words} & self._option_string_actions.keys()
         self.given = frozenset(self._option_string_actions[name].dest for name in names)
-        parsed = super().parse_args(self._with_lists(words), *more, **options)
-        self._check_rank(parsed.get("method"))
-        return parsed
-
-    def _check_rank(self, method: Any) -> None:
-        """Refuse a rank on the command line for a method without one; users of LoRA expect it to set the size.
-
-        Other settings may be there for other methods, as in a loop over methods.
-        """
-        if "adapter.rank" not in self.given or method not in METHODS or not METHODS[method].ignores("adapter.rank"):
-            return
-        readers = ", ".join(other.name for other in METHODS.values() if not other.ignores("adapter.rank"))
-        self.error(
-            f"--rank is for {readers}, and method {method} does not read it; the size of SparseGrad is --trained_share"
-        )
+        return super().parse_args(self._with_lists(words), *more, **options)
 
     def check_given_once(self, names: Iterable[str]) -> None:
         """Exit with an error if two names of one setting are given."""

@@ -6,7 +6,7 @@ Light, so that the command's help is quick: torch is imported only when a settin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -150,11 +150,16 @@ class RunArguments:
         """Nested settings, for YAML and JSON."""
         return asdict(self)
 
-    def problems(self) -> list[str]:
-        """What is wrong with these settings, one message each."""
+    def problems(self, given: Collection[str] = ()) -> list[str]:
+        """What is wrong with these settings, one message each.
+
+        Args:
+            given: dotted names of the settings that the command line names. They must have an effect; a file may hold
+                settings of other methods and tasks.
+        """
         if problems := null_problems(self):
             return problems  # the other checks need values
-        problems = self.data.problems(self.task)
+        problems = self.data.problems(self.task, given=given)
         try:
             check_model_folder(self.model)
         except (OSError, ValueError) as error:
@@ -166,11 +171,16 @@ class RunArguments:
         except ValueError as error:
             problems.append(str(error))
         else:
-            problems += [*method.problems(self.adapter, self.calibration), *self._unread(method)]
+            # The unread ones alone, if there are some: a PEFT config is checked with PEFT, which loads torch.
+            problems += self._unread(method, given) or method.problems(self.adapter, self.calibration)
+            problems += self._replaced(method, given)
             problems += self._four_bit_problems(method) if self.load_in_4bit else []
             problems += self._bfloat16_problems(method) if self.dtype == "bfloat16" else []
-        if self.training.batches == "by_length" and kind_of(self.task) == IMAGES:
-            problems.append(f"training.batches: by_length is for texts, found task {self.task!r}")
+        if kind_of(self.task) == IMAGES:
+            if self.training.batches == "by_length":
+                problems.append(f"training.batches: by_length is for texts, found task {self.task!r}")
+            if "training.padding" in given:
+                problems.append(f"training.padding is for texts, found task {self.task!r}; leave it out")
         seeds = self.seeds or []
         if not seeds or len(set(seeds)) != len(seeds) or not all(0 <= seed < _SEEDS for seed in seeds):
             problems.append(f"seeds: expected different numbers from 0 to {_SEEDS - 1:,}, at least one; found {seeds}")
@@ -207,23 +217,44 @@ class RunArguments:
             problems.append(f"push_to_hub: a repository holds the adapter of one seed; found seeds {self.seeds}")
         return problems
 
-    def _unread(self, method: Method) -> list[str]:
-        """Settings that were changed and that the method does not read."""
-        given, defaults = flat(self.as_dict()), flat(RunArguments().as_dict())
+    def _unread(self, method: Method, given: Collection[str]) -> list[str]:
+        """Settings that were changed, or named on the command line, and that the method does not read.
+
+        The default of one that a file may not hold takes back what a preset says.
+        """
+        values, defaults = flat(self.as_dict()), flat(RunArguments().as_dict())
+        advice = {"adapter.rank": "; the size of SparseGrad is --trained_share"} if self.method in METHODS else {}
+        otherwise = "" if self.method in METHODS else "; the file has the settings of its method"
         return [
             f"{name} is for {', '.join(other.name for other in METHODS.values() if not other.ignores(name))}; found "
-            f"method {self.method!r}"
-            for name in REFUSED_IF_UNREAD
-            if method.ignores(name) and given[name] != defaults[name]
+            f"method {self.method!r}, which does not read it; leave it out{advice.get(name, otherwise)}"
+            for name in values
+            if method.ignores(name) and (values[name] != defaults[name] if name in REFUSED_IF_UNREAD else name in given)
         ]
 
-    def check(self) -> None:
+    def _replaced(self, method: Method, given: Collection[str]) -> list[str]:
+        """Settings that the command line names and that others replace."""
+        values = flat(self.as_dict())
+        replaced = {f"adapter.{name}": f"adapter.{by}" for name, by in self.adapter.replaced.items()}
+        replaced |= method.without_effect(values)
+        if self.training.schedule == "constant" and self.training.warmup:
+            replaced["training.warmup"] = "training.schedule constant (constant_with_warmup reads it)"
+        return [
+            f"{name} has no effect with {replaced[name]}; leave one of the two out"
+            for name, value in values.items()
+            if name in given and name in replaced and value is not None and not method.ignores(name)
+        ]
+
+    def check(self, given: Collection[str] = ()) -> None:
         """Raise one error that lists every problem, before any long work starts.
+
+        Args:
+            given: see `problems`.
 
         Raises:
             RefusedError: a setting is not valid.
         """
-        refuse("this run cannot be started", self.problems())
+        refuse("this run cannot be started", self.problems(given))
 
 
 @dataclass

@@ -41,6 +41,11 @@ class TaskSource:
     features: tuple[str, ...] = ()
     check: Callable[[Any], object] = _no_check
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Names of the settings that the loader or the kind reads, of those that not every task reads."""
+        return (*self.reads, *self.features, *(() if self.kind == IMAGES else ("max_length",)))
+
     def load(self, data: Any) -> Task:
         """Load the task from `DataArguments`."""
         module, _, function = self.loader.partition(".")

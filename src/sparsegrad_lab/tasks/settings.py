@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -65,19 +66,20 @@ class DataArguments:
     """language models: pack several short training rows into one of max_length tokens, which saves padding; attention
     does not cross between them"""
 
-    def problems(self, task: str, *, files: bool = True) -> list[str]:
+    def problems(self, task: str, *, files: bool = True, given: Collection[str] = ()) -> list[str]:
         """Return one sentence per setting that is not valid for a task.
 
         Args:
             task: name of the task.
             files: also check its files, see `file_problems`.
+            given: dotted names of the settings that the command line names.
         """
         problems = []
         source = TASKS.get(task)
         if source is None:
             problems.append(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
         else:
-            problems += self._unread(task, (*source.reads, *source.features))
+            problems += self._unread(task, given)
             missing = [f"data.{name}" for name in source.needs if not getattr(self, name)]
             if (
                 "validation_file" in source.reads
@@ -127,14 +129,15 @@ class DataArguments:
             return [str(error)]
         return []
 
-    def _unread(self, task: str, reads: tuple[str, ...]) -> list[str]:
-        """Return a sentence per setting that is set and that only other tasks read."""
+    def _unread(self, task: str, given: Collection[str]) -> list[str]:
+        """Return a sentence per setting that is set and that only other tasks read; a file may hold `max_length`."""
         default, problems = DataArguments(), []
         for name in (setting.name for setting in fields(self)):
-            readers = [other for other, source in TASKS.items() if name in (*source.reads, *source.features)]
-            if readers and name not in reads and getattr(self, name) != getattr(default, name):
+            readers = [other for other, source in TASKS.items() if name in source.settings]
+            is_set = f"data.{name}" in given if name == "max_length" else getattr(self, name) != getattr(default, name)
+            if readers and task not in readers and is_set:
                 shown = ", ".join(dict.fromkeys(_family(other) for other in readers))
-                problems.append(f"data.{name} is for {shown}; task {task} does not read it")
+                problems.append(f"data.{name} is for {shown}; task {task} does not read it; leave it out")
         return problems
 
 

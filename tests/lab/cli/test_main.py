@@ -266,9 +266,9 @@ def test_quiet(finished_run: Path, words: Words, run: Run) -> None:
 
 
 def test_train_another_in_its_folder(finished_run: Path, words: Words, run: Run) -> None:
-    status, out, err = run(*words(finished_run, "--training.batch_size", "4", "--method", "lora"))
+    status, out, err = run(*words(finished_run, "--training.batch_size", "4", "--rest", "train"))
     assert (status, out) == (1, "")
-    differing = r"method \(sparsegrad there, lora here\), training.batch_size \(8 there, 4 here\)"
+    differing = r"rest \(freeze there, train here\), training.batch_size \(8 there, 4 here\)"
     assert re.search(rf"holds another run, which differs in {differing}; choose another output folder, or remove", err)
 
 
@@ -412,10 +412,6 @@ FILES = {
             "sparsgrad",
             r"expected one of sparsegrad, lora, meprop, full, galore, literal, or the path .*; found 'sparsgrad'",
         ),
-        ("method", "@none.json", r"none.json: expected an adapter_config.json .* a peft_type such as LORA, found None"),
-        ("method", "@kind.json", r"expected a peft_type such as LORA, found 'NONE_SUCH'"),
-        ("method", "@list.json", r"expected a peft_type such as LORA, found 'list'"),
-        ("method", "@text.json", r"text.json: expected an adapter_config.json of PEFT \(Expecting value: line 1"),
         ("adapter.products", "sparse", r"adapter.products is for literal; found method 'sparsegrad'"),
         (
             "data.max_length",
@@ -444,6 +440,23 @@ def test_refused_before_a_model_is_loaded(
     assert err.startswith("sparsegrad train: ")
     assert re.search(expected, plain(err))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("none", r"none.json: expected an adapter_config.json .* a peft_type such as LORA, found None"),
+        ("kind", r"expected a peft_type such as LORA, found 'NONE_SUCH'"),
+        ("list", r"expected a peft_type such as LORA, found 'list'"),
+        ("text", r"text.json: expected an adapter_config.json of PEFT \(Expecting value: line 1"),
+    ],
+)
+def test_files_that_are_no_peft_config(name: str, expected: str, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / f"{name}.json"
+    file.write_text(FILES[file.name], encoding="utf-8")
+    status, out, err = run("train", "--method", str(file), "--output", str(tmp_path / "run"))
+    assert (status, out) == (2, "")
+    assert re.search(expected, plain(err))
 
 
 @pytest.fixture
@@ -651,10 +664,12 @@ def test_a_model_that_sees_the_words_it_predicts(tiny_bert: Path, run: Run, tmp_
 def test_an_edited_config_is_another_run(words: Words, run: Run, tmp_path: Path) -> None:
     file = tmp_path / "lora.json"
     file.write_text(json.dumps({"peft_type": "LORA", "r": 1, "target_modules": "mlp"}), encoding="utf-8")
-    assert run(*words(tmp_path / "run", "--method", str(file)))[0] == 0
-    assert run(*words(tmp_path / "run", "--method", str(file)))[0] == 0
+    command = ["train", "--config", file_of(tmp_path, parse(words(tmp_path / "run")[1:]).as_dict())]
+    command += ["--method", str(file)]
+    assert run(*command)[0] == 0
+    assert run(*command)[0] == 0
     file.write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": "mlp"}), encoding="utf-8")
-    status, _, err = run(*words(tmp_path / "run", "--method", str(file)))
+    status, _, err = run(*command)
     assert status == 1
     assert "holds another run, which differs in method.r (1 there, 2 here)" in err
 

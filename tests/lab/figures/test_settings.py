@@ -9,7 +9,8 @@ import pytest
 
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.figures.settings import FiguresArguments
-from sparsegrad_lab.run.exit_codes import ExitCode
+from sparsegrad_lab.run.exit_codes import ExitCode, RefusedError
+from sparsegrad_lab.run.settings import RunArguments
 
 Words = Callable[..., list[str]]
 
@@ -21,6 +22,11 @@ def test_measured_steps(steps: int, points: int, measured: list[int]) -> None:
     assert FiguresArguments(steps=steps, points=points).measured_steps == measured
 
 
+def test_another_method() -> None:
+    with pytest.raises(RefusedError, match="method: figures show SparseGrad only, found 'lora'; remove the setting"):
+        FiguresArguments().check(RunArguments(method="lora"))
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
@@ -30,7 +36,6 @@ def test_measured_steps(steps: int, points: int, measured: list[int]) -> None:
         (("--figures.batches", "0"), "figures.batches must be at least 1, found 0"),
         (("--figures.layer", "-1"), "figures.layer must be at least 0, found -1"),
         (("--figures.layer", "2"), "figures.layer: expected the number of a block with layers to adapt, 0, 1; found 2"),
-        (("--method", "lora"), "method: figures show SparseGrad only, found 'lora'"),
         (("--seeds", "[1, 2]"), "seeds: figures show one run, found [1, 2]; give one seed"),
         (("--training.precision", "bf16"), "training.precision: figures measure gradients in fp32, found 'bf16'"),
         (("--training.batch_size", "0"), "training.batch_size must be at least 1, found 0"),

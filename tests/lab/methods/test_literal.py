@@ -120,7 +120,7 @@ def test_clipping(most: float, arguments: Arguments, tmp_path: Path) -> None:
             r"gradient_accumulation is for .*; found method 'literal'",
         ),
         (("--adapter.c", "0.5"), r"method literal has complete bases: .* found 0.5 and full"),
-        (("--calibration.refresh", "3"), r"calibration.refresh is for sparsegrad; found method 'literal'"),
+        (("--calibration.refresh", "3"), r"calibration.refresh is for sparsegrad; found method 'literal', which"),
     ],
 )
 def test_refused(more: tuple[str, ...], problem: str, arguments: Arguments, tmp_path: Path) -> None:

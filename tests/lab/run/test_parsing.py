@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from sparsegrad_lab.cli import search
+from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.cli.train import parse
-from sparsegrad_lab.run.exit_codes import RefusedError
+from sparsegrad_lab.run.exit_codes import ExitCode
 from sparsegrad_lab.run.folder import output_folder
+from sparsegrad_lab.run.parsing import run_arguments, run_parser
 
 
 @pytest.mark.parametrize("form", [("--seeds", "3,4"), ("--seeds=3,4",), ("--seeds", "[3,4]")])
@@ -64,21 +66,69 @@ def test_names_of_layers_or_a_regular_expression(word: str, targets: object) -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lora_r", "16"], "--rank is for lora, galore, and method sparsegrad does not read it"),
-        (["--method", "full", "--adapter.rank=16"], "and method full does not read it"),
-        (["--text", "a,a"], "expected columns that differ from each other"),
-        (["--task", "files", "--text", "label"], "and from the label column 'label'"),
+        (
+            "--lora_r 16",
+            "adapter.rank (--lora_r) is for lora, galore; found method 'sparsegrad', which does not read it",
+        ),
+        ("--method full --adapter.rank=16", "adapter.rank is for lora, galore; found method 'full'"),
+        (
+            "--method full --trained_share 0.05",
+            "adapter.trained_share (--trained_share) is for sparsegrad, lora; found",
+        ),
+        ("--method meprop --trained_share 0.01", "is for sparsegrad, lora; found method 'meprop'"),
+        ("--method lora --exponent 0.5", "adapter.exponent (--exponent) is for sparsegrad; found method 'lora'"),
+        ("--method lora --n_steps 8", "calibration.n_steps (--n_steps) is for sparsegrad, literal; found"),
+        ("--method lora --shared", "adapter.shared (--shared) is for sparsegrad, literal; found method 'lora'"),
+        ("--method lora --prefer speed", "adapter.prefer (--prefer) is for sparsegrad, meprop; found method 'lora'"),
+        ("--method lora --rank 2 --wide 9", "adapter.wide (--wide) has no effect with adapter.rank (--rank); leave"),
+        ("--method {sparsegrad} --narrow 16", "which does not read it; leave it out; the file has the settings of its"),
+        ("--method {lora} --n_steps 8", "calibration.n_steps (--n_steps) is for sparsegrad, literal; found"),
+        ("--method {lora} --rest train", "rest has no effect with modules_to_save in the file; leave one of the two"),
+        ("--wide 30 --trained_share 0.1", "adapter.trained_share (--trained_share) has no effect with adapter.wide"),
+        ("--adapter.c 4 --adapter.r 4 --wide 30", "adapter.wide (--wide) has no effect with adapter.c and r; leave"),
+        ("--schedule constant --warmup 0.2", "has no effect with training.schedule (--schedule) constant (constant_"),
+        ("--task digits --max_length 7", "text; task digits does not read it; leave it out"),
+        ("--task digits --padding dynamic", "training.padding (--padding) is for texts, found task 'digits'; leave it"),
+        ("--text a,a", "expected columns that differ from each other"),
+        ("--task files --text label", "and from the label column 'label'"),
     ],
 )
-def test_settings_that_have_no_effect(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises((SystemExit, RefusedError)) as caught:
-        parse(words).check()
-    assert message in f"{capsys.readouterr().err}{caught.value}"
+@pytest.mark.parametrize("verb", ["train", "search"])
+def test_settings_that_have_no_effect(
+    verb: str, words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"sparsegrad": '{"peft_type": "SPARSEGRAD"}', "lora": '{"peft_type": "LORA", "modules_to_save": ["head"]}'}
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(content, encoding="utf-8")
+    paths = {name: str(tmp_path / f"{name}.json") for name in files}
+    status = main([verb, *words.format(**paths).split(), "--output", str(tmp_path / "run")])
+    assert status == ExitCode.REFUSED
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_file_may_hold_settings_of_other_methods(tmp_path: Path) -> None:
-    (tmp_path / "all.yaml").write_text("adapter: {rank: 16, narrow: 32}\n", encoding="utf-8")
-    assert parse(["--config", str(tmp_path / "all.yaml")]).adapter.rank == 16
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--config {file}",
+        "--config {file} --method meprop",
+        "--config {file} --task digits",
+        "--config {file} --adapter.c null --adapter.r null --wide null --trained_share 0.1",
+        "--method lora --rank null --wide 9",
+        "--preset paper/bert-base/rte --method lora --adapter.density null",
+        "--schedule constant --warmup 0",
+        "--method {start} --n_steps 8 --rest train",
+    ],
+)
+def test_a_file_may_hold_settings_of_others_and_the_command_line_takes_them_back(words: str, tmp_path: Path) -> None:
+    shared = "{adapter: {rank: 16, wide: 9, shared: true}, calibration: {n_steps: 3}, data: {max_length: 7}}"
+    (tmp_path / "all.yaml").write_text(shared, encoding="utf-8")
+    start = '{"peft_type": "LORA", "init_lora_weights": "eva", "eva_config": {}}'
+    (tmp_path / "start.json").write_text(start, encoding="utf-8")
+    argv = words.format(file=tmp_path / "all.yaml", start=tmp_path / "start.json").split()
+    parser = run_parser("train", "", "", argv)
+    arguments = run_arguments(vars(parser.instantiate(parser.parse_args(argv))))
+    assert arguments.problems(parser.given) == []
 
 
 @pytest.mark.parametrize("words", [["--learning_rate", "1e-3"], ["--batch_size", "8"]])

@@ -124,6 +124,8 @@ def test_settings_that_a_method_does_not_read(name: str) -> None:
         arguments.method = method
         if any(problem.startswith(f"{name} is for ") for problem in arguments.problems()):
             found.add(method)
+        on_the_command_line = any(problem.startswith(f"{name} is for ") for problem in arguments.problems({name}))
+        assert on_the_command_line == METHODS[method].ignores(name)
     assert found == refusing
 
 

@@ -22,8 +22,6 @@ from sparsegrad_peft.method.gradients import stream_gradients
 from .trainer import MethodTrainer
 
 ADAPTER = "default"
-STARTS = ("eva", "lora_ga")
-"Values of PEFT's `init_lora_weights` that need training batches."
 
 
 class LoraStartTrainer(MethodTrainer):
