@@ -168,7 +168,8 @@ def _described_environment(folder: RunFolder, inputs: Inputs, arguments: RunArgu
     """
     here = {**environment(), "seed": arguments.seeds[0], "rows_sha256": inputs.task.hashes()}
     before = folder.read_json("environment.json") or {}
-    if (rows := before.get("rows_sha256")) is not None and rows != here["rows_sha256"]:
+    rows = before.get("rows_sha256")  # none in runs of earlier versions, which did not hash images
+    if rows and rows != here["rows_sha256"]:
         different = [split for split, sha in here["rows_sha256"].items() if rows.get(split) != sha]
         raise ValueError(
             f"{folder}: the run began with other rows ({', '.join(different) or 'other splits'}); put the data back, "

@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from .checksums import sha256_of
 from .hold_out import split_apart
 
 if TYPE_CHECKING:
@@ -72,16 +74,25 @@ class Task:
         return labels.index(self.positive) if self.positive is not None else len(labels) - 1
 
     def hashes(self) -> dict[str, str]:
-        """Return the SHA-256 of the rows of each split, in their order; nothing for images."""
-        if self.kind == IMAGES:
-            return {}
+        """Return the SHA-256 of the rows of each split, in their order.
+
+        In place of an image's path, a row has the path below `source` and the SHA-256 of the file.
+        """
         found = {}
         for name, data in self.splits.items():
             digest = sha256()
             for batch in data.iter(batch_size=1000):
+                if self.kind == IMAGES:
+                    batch[self.text[0]] = [self._of_image(image) for image in batch[self.text[0]]]
                 digest.update(json.dumps(batch, sort_keys=True).encode())
             found[name] = digest.hexdigest()
         return found
+
+    def _of_image(self, image: Any) -> Any:
+        if not isinstance(image, str):  # rows of grey values
+            return image
+        path = Path(image)
+        return path.relative_to(self.source).as_posix(), sha256_of([path])
 
     def limited(self, train: int | None, validation: int | None) -> Task:
         """Return the task with at most so many rows per split: a random sample, the same in each run."""

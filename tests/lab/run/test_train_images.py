@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def test_digits_are_split_alike_each_time() -> None:
     assert counts.min() >= 48
     assert counts.max() <= 51
     again = load_task("digits", DataArguments())
+    assert task.hashes() == again.hashes()
+    assert set(task.hashes()) == {"train", "validation"}
     assert task.splits["validation"]["image"][:] == again.splits["validation"]["image"][:]
     assert np.asarray(task.splits["train"]["image"][:]).max() == 255
 
@@ -109,6 +112,28 @@ def test_images_in_folders(image_arguments: Arguments, tmp_path: Path) -> None:
     assert (bright["image"], bright["prediction"]) == (other, "bright")
     assert (row["image"], row["prediction"]) == (file, "dark")
     assert row["p(dark)"] + row["p(bright)"] == pytest.approx(1, abs=1e-5)
+
+
+def test_changed_pictures_are_noticed(
+    image_arguments: Arguments, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As other rows are; a run of an earlier version has no hashes of them, and goes on."""
+    images, run = save_images(tmp_path / "images"), tmp_path / "run"
+    asked = image_arguments(run, "--task", "images", "--data.folder", str(images), "--training.epochs", "1")
+    train(asked, progress=False)
+    before = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    assert set(before["rows_sha256"]) == {"train", "validation"}
+    copied = shutil.copytree(images, tmp_path / "copy")
+    assert load_task("images", DataArguments(folder=str(copied))).hashes() == before["rows_sha256"]
+
+    (images / "validation" / "dark" / "0.png").write_bytes((images / "validation" / "dark" / "1.png").read_bytes())
+    evaluate(run)
+    assert f"{run}: the rows have changed since the run: validation" in caplog.messages
+    (run / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"the run began with other rows \(validation\); put the data back"):
+        train(asked, progress=False)
+    (run / "environment.json").write_text(json.dumps({**before, "rows_sha256": {}}), encoding="utf-8")
+    train(asked, progress=False)
 
 
 def test_the_models_own_image_processor(image_arguments: Arguments, tmp_path: Path) -> None:
