@@ -65,7 +65,10 @@ def training_conversation(value: Any, where: str) -> list[Message]:
         ValueError: it is a text, there is no message of the assistant to learn; and see `read_messages`.
     """
     if isinstance(value, str):
-        raise ValueError(f"{where}: expected a list of messages with role and content, found a text, {_shown(value)}")
+        raise ValueError(
+            f"{where}: expected a list of messages with role and content, found a text, {_shown(value)}; a column "
+            f"of texts must not be named {', '.join(CONVERSATION_COLUMNS[:-1])} or {CONVERSATION_COLUMNS[-1]}"
+        )
     messages = read_messages(value, where)
     if messages[-1]["role"] == "user":
         messages.pop()

@@ -26,8 +26,8 @@ class DataArguments:
     "files, text: file with evaluation rows and the same columns"
     text: list[str] = field(default_factory=list)
     """files: one or two text columns. text: one column of texts; or two, prompt and answer, with the loss on the
-    answer; or one column named messages or conversations (OpenAI, TRL or ShareGPT format), with the loss on the
-    assistant's messages"""
+    answer; or one column named messages, conversations or conversation (OpenAI, TRL or ShareGPT format), with the loss
+    on the assistant's messages"""
     label: str = "label"
     "files: the label column"
     labels: list[str] | None = None

@@ -162,6 +162,7 @@ def test_prompt_and_completion_as_texts(tmp_path: Path) -> None:
         (["chat"], {"chat": [{"role": "user", "content": "Hi"}]}, r"line 1: expected a text as 'chat', found a list"),
         (["text"], {"text": {"a": 1}}, r"line 1: expected a text as 'text', found an object"),
         (["messages"], {"messages": "Hi"}, r"line 1, messages: expected a list of messages .*found a text"),
+        (["conversation"], {"conversation": "Hi"}, r"must not be named messages, conversations or conversation"),
         (["messages"], {"text": "Hi"}, r"line 1, messages: expected a list of messages .*found None"),
         (["prompt", "completion"], {"prompt": [], "completion": "x"}, r"line 1, prompt: expected a list of messages"),
         (["prompt", "completion"], {"prompt": "x", "completion": {}}, r"expected a text as 'completion', found an obj"),
