@@ -116,11 +116,10 @@ def inspect(
     Args:
         model: a folder with a config.json, a name on the Hugging Face Hub (only its config.json is fetched), a config,
             or a model on any device, which is not changed.
-        narrow: rows of the basis of a layer's smaller side: a count, a fraction or "full". None: the default of
-            `SparseGradConfig`.
-        wide: rows of the basis of its larger side, likewise.
+        narrow: as in `SparseGradConfig`: a count, a fraction or "full".
+        wide: likewise.
         trained_share: share of a layer's entries that train, where `wide` is None.
-        neurons: the larger side selects neurons. None: the default of `SparseGradConfig`.
+        neurons: as in `SparseGradConfig`.
         c: rows of `U`, the input side of every layer; with `r`, in place of narrow and wide.
         r: rows of `V`, the output side of every layer, likewise.
         shared: one pair of bases for a group of layers, or one for each layer. None: the default.

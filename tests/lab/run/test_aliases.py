@@ -76,7 +76,7 @@ def test_in_a_file_too(tmp_path: Path) -> None:
         ([], {"epochs": 2, "training": {"epochs": 3}}, "epochs and training.epochs are two names of one setting"),
         (["--num_train_epoch", "1"], None, "--num_train_epoch 1; did you mean --training.epochs?"),
         (["--bf16"], None, "unrecognized arguments: --bf16; did you mean --training.precision bf16?"),
-        (["--r", "8"], None, "did you mean --adapter.r (basis vectors) or --adapter.rank (LoRA)?"),
+        (["--r", "8"], None, "did you mean --adapter.r (directions) or --adapter.rank (LoRA)?"),
         ([], {"bf16": True}, "Option 'bf16' is not accepted; did you mean --training.precision bf16?"),
     ],
 )  # fmt: skip
