@@ -16,7 +16,7 @@ import pytest
 
 import tables
 from sparsegrad_lab.cli.main import main
-from sparsegrad_lab.study.sections import read_report
+from sparsegrad_lab.study.sections import Section, read_report
 from sparsegrad_lab.study.statistics import compare_all
 
 ROOT = Path(__file__).parents[1]
@@ -252,15 +252,27 @@ def test_what_the_parts_of_the_default_are_worth() -> None:
     assert f"{means['single-gradients']}, {means['unscaled']} and {means['rotated']} worse" in study
     for variant in ("narrow-9", "narrow-18", "narrow-32"):
         assert max(rises(variant)) < 0
-    [fewer] = read_report([tables.ROOT / tables.STUDY / "fewer-directions"]).sections
-    (few_mrpc, few_stsb), (mrpc, stsb) = (
-        [f"{fmean(run.value for run in fewer.runs_of(task, name)):.1f}" for task in ("mrpc", "stsb")]
-        for name in ("narrow-32", "sparsegrad")
+
+
+def test_what_fewer_directions_are_worth() -> None:
+    """The table in docs/method.md."""
+    form, long, glue = (
+        read_report([tables.ROOT / tables.STUDY / name]).sections[0]
+        for name in ("default-form", "paraphrases", "fewer-directions")
     )
-    assert f"have {few_mrpc} on MRPC and {few_stsb} on STS-B, and 64 directions {mrpc} and {stsb}" in method
-    six, default = ([run.value for run in fewer.runs_of("mrpc", name)] for name in ("narrow-6", "sparsegrad"))
-    assert f"6 directions have {fmean(six):.1f} on MRPC and vary much more" in method
-    assert stdev(six) > 2 * stdev(default)
+
+    def mean(section: Section, task: str, variant: str, digits: int) -> str:
+        runs = section.runs_of(task, variant)
+        return f"{fmean(run.value for run in runs):.{digits}f}" if runs else ""
+
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    for words, of_form, of_long, of_glue in (
+        ("default (SmolLM2: 72, BERT: 64)", "sparsegrad", "sparsegrad", "sparsegrad"), ("32", "narrow-32", "", "narrow-32"),
+        ("18", "narrow-18", "", ""), ("9 (BERT: 6)", "narrow-9", "few-directions", "narrow-6"),
+    ):  # fmt: skip
+        cells = [words, mean(form, "oasst1", of_form, 4), mean(long, "paraphrases", of_long, 4)]
+        row = " | ".join([*cells, *(mean(glue, task, of_glue, 1) for task in ("mrpc", "stsb"))])
+        assert f"| {row} |".replace("|  |", "| |").replace("|  |", "| |") in text
 
 
 @pytest.mark.parametrize(("out", "in_", "share"), [(1536, 384, 0.5), (384, 1536, 0.25)])
