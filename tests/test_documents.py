@@ -267,9 +267,11 @@ def test_what_fewer_directions_are_worth() -> None:
 
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     for words, of_form, of_long, of_glue in (
-        ("default (SmolLM2: 72, BERT: 64)", "sparsegrad", "sparsegrad", "sparsegrad"), ("32", "narrow-32", "", "narrow-32"),
-        ("18", "narrow-18", "", ""), ("9 (BERT: 6)", "narrow-9", "few-directions", "narrow-6"),
-    ):  # fmt: skip
+        ("default (SmolLM2: 72, BERT: 64)", "sparsegrad", "sparsegrad", "sparsegrad"),
+        ("32", "narrow-32", "", "narrow-32"),
+        ("18", "narrow-18", "", ""),
+        ("9 (BERT: 6)", "narrow-9", "few-directions", "narrow-6"),
+    ):
         cells = [words, mean(form, "oasst1", of_form, 4), mean(long, "paraphrases", of_long, 4)]
         row = " | ".join([*cells, *(mean(glue, task, of_glue, 1) for task in ("mrpc", "stsb"))])
         assert f"| {row} |".replace("|  |", "| |").replace("|  |", "| |") in text
