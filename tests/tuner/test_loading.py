@@ -286,3 +286,26 @@ def test_pytorchs_own_loading_refuses_bases_that_it_would_mix(exponent: float, s
     assert max_difference(logits(fresh.eval(), data), logits(model, data)) == 0
     fresh.load_state_dict(model.state_dict())
     assert max_difference(logits(fresh, data), logits(model, data)) == 0
+
+
+def test_pytorchs_own_loading_warns_of_cores_without_their_bases() -> None:
+    """The trained parameters alone are no adapter, unless its bases are there already or are none."""
+
+    def trainable(model: nn.Module) -> dict[str, Any]:
+        return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+    trained, _ = trained_adapter("bert")
+    twin, _ = trained_adapter("bert", trained=0)
+    twin.load_state_dict(trainable(trained), strict=False)
+    assert max_difference(logits(twin, tiny_batch("bert")), logits(trained, tiny_batch("bert"))) == 0
+    new = get_peft_model(tiny_model("bert"), SparseGradConfig(c=0.5, r=0.25))
+    with pytest.warns(UserWarning, match=r"cores S for adapter 'default' without their bases .*or give the") as caught:
+        new.load_state_dict(trainable(trained), strict=False)
+    assert len(caught) == 1  # of six layers
+    started = get_peft_model(tiny_model("bert"), SparseGradConfig(init_weights=False))
+    started.load_state_dict(trainable(started), strict=False)  # back to an earlier state of its own
+    for options in ({"original_space": True}, {"c": "full", "r": "full"}):
+        model, same = (get_peft_model(tiny_model("bert"), SparseGradConfig(**options)) for _ in range(2))
+        same.load_state_dict(trainable(model), strict=False)
+    new = get_peft_model(tiny_model("bert"), SparseGradConfig())
+    new.load_state_dict({name: value for name, value in new.state_dict().items() if "basis" not in name}, strict=False)

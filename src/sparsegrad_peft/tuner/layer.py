@@ -43,6 +43,7 @@ class AdapterStatus:
     "the bases are not calibrated: warn at the first training step"
     half: bool = False
     "half-precision cores were asked for, with autocast_adapter_dtype=False"
+    warned_of_lone_cores: bool = False
 
 
 class Cores(nn.ParameterDict):
@@ -79,7 +80,8 @@ class SparseGradLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.out_features, self.in_features = self.weight_shape()
-        self.register_load_state_dict_pre_hook(_refuse_other_bases)  # type: ignore[attr-defined]  # of nn.Module
+        for hook in (_refuse_other_bases, _warn_of_lone_cores):
+            self.register_load_state_dict_pre_hook(hook)  # type: ignore[attr-defined]  # of nn.Module
 
     def weight_shape(self) -> tuple[int, int]:
         """Return (out, in) of the adapted weight as a matrix."""
@@ -356,10 +358,40 @@ def _refuse_other_bases(
             and is_data_free(tensor, sizes[name])
             for name, tensor in found.items()
         )
-        if not same and all(is_data_free(here[side], n) for side, n in sizes.items()):
+        if not same and _has_data_free_basis(layer, adapter):
             errors.append(
                 f"{prefix.rstrip('.')}: the weights hold calibrated bases for adapter {adapter!r}, and the adapter "
                 "here is not calibrated. Load them with PeftModel.from_pretrained, load_adapter or "
                 "set_peft_model_state_dict, which make room for them"
             )
             return
+
+
+def _has_data_free_basis(layer: SparseGradLayer, adapter: str) -> bool:
+    basis = layer.core_and_basis(adapter)[1]
+    return is_data_free(basis.U, layer.in_features) and is_data_free(basis.V, layer.out_features)
+
+
+def _warn_of_lone_cores(layer: SparseGradLayer, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Warn once in `load_state_dict` if it has nothing of this layer but cores, and an adapter here is new.
+
+    These may be the trained parameters of a calibrated adapter, whose bases are lost; or of a data-free one, which has
+    the same bases here. The weights do not tell. A complete data-free basis has no tensors, and any file lacks them.
+    """
+    cores = f"{prefix}sparsegrad_S."
+    if not all(key.startswith(cores) for key in tensors if key.startswith(prefix)):
+        return
+    for adapter, core in layer.sparsegrad_S.items():
+        basis, status = layer.core_and_basis(adapter)[1], layer.sparsegrad_status[adapter]
+        sides = [side for side in (basis.U, basis.V) if side is not None]
+        if not sides or any(tensor.is_meta for tensor in (core, *sides)) or own_shard(core.detach()).any():
+            continue
+        if cores + adapter in tensors and not status.warned_of_lone_cores and _has_data_free_basis(layer, adapter):
+            status.warned_of_lone_cores = True
+            warnings.warn(
+                f"the weights hold cores S for adapter {adapter!r} without their bases (sparsegrad_basis), and the "
+                "adapter here is not calibrated. If they were trained in calibrated bases, they do nothing useful "
+                "here. Save with model.save_pretrained or get_peft_model_state_dict(model), which include the bases; "
+                "or give the adapter its bases before: calibrate it on the same batches",
+                stacklevel=2,
+            )
