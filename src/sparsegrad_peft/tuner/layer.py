@@ -267,17 +267,26 @@ class SparseGradLayer(BaseTunerLayer):
             raise RuntimeError(f"adapter {adapter!r} was loaded onto a model that was offloaded already. {REMEDY}")
         if S.is_meta and not x.is_meta:
             raise RuntimeError(no_core_yet(adapter))
-        if torch.compiler.is_compiling():
+        self._check_first_use(adapter, torch.is_grad_enabled())
+
+    @torch.compiler.assume_constant_result
+    def _check_first_use(self, adapter: str, with_gradients: bool) -> None:
+        """Check the numbers of an adapter once; warn once if it trains without calibration.
+
+        `torch.compile` calls this when it traces the layer, and leaves it out of the graph. `torch.export` has no
+        numbers to check.
+        """
+        if _is_exporting():
             return
         self.check_numbers(adapter)
         status = self.sparsegrad_status[adapter]
-        if status.data_free and self.training and torch.is_grad_enabled() and S.requires_grad:
+        if status.data_free and self.training and with_gradients and self.sparsegrad_S[adapter].requires_grad:
             status.data_free = False  # warned
             warnings.warn(
                 f"adapter {adapter!r} was not calibrated: its bases do not depend on the model, so it will learn less. "
                 "Call calibrate_adapter(model, batches) before training, or train with SparseGradTrainer or the "
                 "SparseGradCalibration callback",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _check_own_weight(self) -> None:
@@ -324,6 +333,10 @@ class SparseGradLayer(BaseTunerLayer):
             if name in self.sparsegrad_S:
                 self._warn_of_rounding()
                 self.set_base_weight(self.weight_plus(name, -1))
+
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+"The latter in PyTorch before 2.7: outside of what is traced, it is True in exports alone."
 
 
 def no_core_yet(adapter: str) -> str:
