@@ -254,3 +254,11 @@ def test_the_rows_of_one_side_alone_are_no_size(alone: dict[str, Any]) -> None:
     """`r=16` is what a user of LoRA would write."""
     with pytest.raises(ValueError, match=r"alone; expected c and r, .* trained_share"):
         SparseGradConfig(**alone)
+
+
+def test_a_merged_model_is_not_calibrated() -> None:
+    """Nothing would train: what is merged leaves the active adapters out of the forward pass."""
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"adapter 'default' is merged; call unmerge_adapter\(\) first"):
+        calibrate_adapter(model, [tiny_batch("bert")], progress=False)

@@ -288,6 +288,18 @@ def test_pytorchs_own_loading_refuses_bases_that_it_would_mix(exponent: float, s
     assert max_difference(logits(fresh, data), logits(model, data)) == 0
 
 
+def test_nothing_is_loaded_into_a_merged_adapter(tmp_path: Path) -> None:
+    """What was merged would be lost, and unmerging would subtract something else."""
+    trained_adapter("bert", trained=1)[0].save_pretrained(tmp_path)
+    model, base = trained_adapter("bert")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"adapter 'default' is merged; call unmerge_adapter\(\) first"):
+        model.load_adapter(str(tmp_path), "default")
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert max_difference(logits(model, tiny_batch("bert")), logits(base, tiny_batch("bert"))) < 1e-5
+
+
 def test_pytorchs_own_loading_warns_of_cores_without_their_bases() -> None:
     """The trained parameters alone are no adapter, unless its bases are there already or are none."""
 

@@ -18,7 +18,7 @@ from ..method.sizes import Sizes
 from .adapters import calibrated_names, config_of, groups_of, layers_of
 from .bases import set_bases, warn_of_few_entries
 from .config import SparseGradConfig
-from .layer import SparseGradLayer
+from .layer import SparseGradLayer, check_unmerged
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ def calibrate_adapter(
 
     Raises:
         ValueError: the model has no such adapter, the adapter is not active, trains in the original space or has
-            already learnt something, the statistics are of other layers or stand beside batches or options, and
-            whatever `calibrate` refuses.
+            already learnt something, an adapter is merged, the statistics are of other layers or stand beside batches
+            or options, and whatever `calibrate` refuses.
         TypeError: the layers are quantized, and no ready statistics were given.
         RuntimeError: not all processes call this.
     """
@@ -154,6 +154,7 @@ def _check_can_calibrate(
             f"adapter {adapter_name!r} trains in the original space (original_space=True) and takes no bases; make it "
             "with original_space=False to calibrate it"
         )
+    check_unmerged(layers.values())  # also of others: what is merged leaves the active adapters out
     quantized = {n: backend.backend_name for n, layer in layers.items() if (backend := layer.quantization_backend)}
     if quantized and not has_statistics:
         name, kind = next(iter(quantized.items()))

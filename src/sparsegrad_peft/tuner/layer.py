@@ -6,7 +6,7 @@ The forward pass is in `linear.py` and, for fused experts, in `experts.py`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -337,6 +337,13 @@ class SparseGradLayer(BaseTunerLayer):
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 "The latter in PyTorch before 2.7: outside of what is traced, it is True in exports alone."
+
+
+def check_unmerged(layers: Iterable[SparseGradLayer], adapter_name: str | None = None) -> None:
+    """Raise `ValueError` if an adapter is merged into one of the layers; of `adapter_name`, that one alone counts."""
+    for name in (name for layer in layers for name in layer.merged_adapters):
+        if adapter_name in (None, name):
+            raise ValueError(f"adapter {name!r} is merged; call unmerge_adapter() first")
 
 
 def no_core_yet(adapter: str) -> str:

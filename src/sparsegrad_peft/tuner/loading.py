@@ -14,7 +14,7 @@ from .adapters import BASIS, ROOT, config_of, groups_of, layer_key, layers_of
 from .bases import empty_basis, set_bases
 from .config import SparseGradConfig
 from .fit import check_fit, check_same_layers, check_size
-from .layer import SparseGradLayer
+from .layer import SparseGradLayer, check_unmerged
 from .weights import AdapterWeights
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def make_room(
 
     Raises:
         TypeError, ValueError: the weights are damaged, incomplete or of another model; or they are calibrated and the
-            adapter cannot be, or the other way round. Nothing has been changed then.
+            adapter cannot be, or the other way round; or the adapter is merged. Nothing has been changed then.
     """
     weights = AdapterWeights.read(tensors)
     if not weights.cores and not weights.sides:  # modules_to_save only
@@ -46,6 +46,7 @@ def make_room(
     named = layers_of(model, adapter_name)
     layers = {layer_key(model, name): layer for name, layer in named.items()}
     check_same_layers(weights, layers)
+    check_unmerged(layers.values(), adapter_name)
     if config.original_space and weights.sides:
         raise ValueError(
             f"adapter {adapter_name!r} trains in the original space (original_space=True), the weights come with "

@@ -18,7 +18,7 @@ from ..method.sizes import Sizes
 from .adapters import calibrated_names, config_of, configs_of, groups_of, layers_of
 from .calibration import adapter_calibration, check_active, check_ready, frozen
 from .experts import SparseGradExperts
-from .layer import SparseGradLayer
+from .layer import SparseGradLayer, check_unmerged
 
 
 def refresh_adapter(
@@ -97,8 +97,7 @@ def _check_can_refresh(
             )
         if not basis.is_complete:
             raise ValueError(truncated(adapter_name))
-        if layers[name].merged:
-            raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() first")
+        check_unmerged([layers[name]])
         if optimizer is not None:
             check_moments(optimizer, S)
 
