@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
@@ -286,6 +287,30 @@ def test_pytorchs_own_loading_refuses_bases_that_it_would_mix(exponent: float, s
     assert max_difference(logits(fresh.eval(), data), logits(model, data)) == 0
     fresh.load_state_dict(model.state_dict())
     assert max_difference(logits(fresh, data), logits(model, data)) == 0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_accelerate_resumes_into_an_adapter_from_a_file(shared: bool, tmp_path: Path) -> None:
+    """A new one would have to change the sharing of its bases while `load_state` runs, which safetensors refuses."""
+    model, base = trained_adapter("bert", trained=0, shared=shared)
+    model.save_pretrained(tmp_path / "adapter")
+    train_adapter(model, tiny_batch("bert"))
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(model)
+    accelerator.save_state(str(tmp_path / "state"))
+    for made in (
+        get_peft_model(tiny_model("bert"), SparseGradConfig(c=0.5, r=0.25, shared=shared)),
+        PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True),
+    ):
+        accelerator.free_memory()
+        resumed = accelerator.prepare(made)
+        if resumed.peft_config["default"].calibrated:
+            accelerator.load_state(str(tmp_path / "state"))
+        else:
+            with pytest.raises(RuntimeError, match=r"not calibrated\. .*Accelerator\.load_state .*is_trainable=True"):
+                accelerator.load_state(str(tmp_path / "state"))
+    assert all(core.requires_grad for core in cores(resumed))
+    assert max_difference(logits(resumed.eval(), tiny_batch("bert")), logits(model.eval(), tiny_batch("bert"))) == 0
 
 
 def test_nothing_is_loaded_into_a_merged_adapter(tmp_path: Path) -> None:

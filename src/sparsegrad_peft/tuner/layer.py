@@ -382,7 +382,9 @@ def _refuse_other_bases(
             errors.append(
                 f"{prefix.rstrip('.')}: the weights hold calibrated bases for adapter {adapter!r}, and the adapter "
                 "here is not calibrated. Load them with PeftModel.from_pretrained, load_adapter or "
-                "set_peft_model_state_dict, which make room for them"
+                "set_peft_model_state_dict, which make room for them. Accelerator.load_state and others that call "
+                "load_state_dict need an adapter that is calibrated: save it with model.save_pretrained(folder), and "
+                "make it here with PeftModel.from_pretrained(base, folder, is_trainable=True)"
             )
             return
 
