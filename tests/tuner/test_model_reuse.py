@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from helpers import logits, tiny_batch, tiny_model, tuner_layers
@@ -46,6 +49,40 @@ def test_a_compiled_model_is_calibrated(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny_model("bert"), tmp_path)
     assert [name for name in again.peft_config["default"].core_shapes if "_orig_mod" in name] == []
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+@pytest.mark.parametrize("compiled", ["base", "adapter"])
+def test_compiled_regions_leave_no_mark_on_the_adapter(compiled: str, tmp_path: Path) -> None:
+    """Each block is wrapped, which puts `_orig_mod` into the names of its layers."""
+    data, base = tiny_batch("llama"), tiny_model("llama")
+    model = get_peft_model(compile_regions(base, backend="eager") if compiled == "base" else base, SparseGradConfig())
+    if compiled == "adapter":
+        model = compile_regions(model, backend="eager")
+    calibrate_adapter(model, [data], n_steps=2, progress=False)
+    for layer in tuner_layers(model):
+        nn.init.normal_(layer.sparsegrad_S["default"])
+    try:
+        expected = logits(model.eval(), data)
+    finally:
+        torch._dynamo.reset()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval(), data), expected)
+    assert not [name for name in model.peft_config["default"].core_shapes if "_orig_mod" in name]
+    # The library once wrote these names. And a file is loaded into compiled regions too.
+    old = {
+        key.replace("layers.0.", "layers.0._orig_mod."): value
+        for key, value in load_file(tmp_path / "adapter_model.safetensors").items()
+    }
+    config = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
+    shapes = {name.replace("layers.0.", "layers.0._orig_mod."): shape for name, shape in config["core_shapes"].items()}
+    save_file(old, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"core_shapes": shapes}), "utf-8")
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval(), data), expected)
+    again = compile_regions(get_peft_model(tiny_model("llama"), SparseGradConfig()), backend="eager")
+    again.load_adapter(str(tmp_path), "default")
+    found = torch.stack([layer.get_delta_weight("default").sum() for layer in tuner_layers(again)])
+    assert torch.equal(found, torch.stack([layer.get_delta_weight("default").sum() for layer in tuner_layers(model)]))
 
 
 class Block(nn.Module):

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ..method.groups import group_linears
-from .config import SparseGradConfig
+from .config import SparseGradConfig, uncompiled_name
 from .experts import SparseGradExperts
 from .layer import SparseGradLayer
 from .peft_private import PREFIX
@@ -73,12 +73,19 @@ def holder_of(model: nn.Module, name: str) -> str | None:
     for number in range(len(parts) + 1):
         part = ".".join(parts[:number])
         module = model.get_submodule(part)
-        if hasattr(module, "_orig_mod"):  # of torch.compile, which passes on the attributes of what it wraps
+        if "_orig_mod" in module._modules:  # of torch.compile, which passes on the attributes of what it wraps
             continue
         held = getattr(module, "peft_config", None) or {}
         if any(isinstance(config, SparseGradConfig) for config in held.values()):
             return part
     return None
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return what `torch.compile`, or accelerate's `compile_regions`, made a compiled model of; others as they are."""
+    # Not getattr: a `PeftModel` passes on the attributes of what it wraps.
+    found: nn.Module = {**vars(model), **model._modules}.get("_orig_mod", model)
+    return found
 
 
 def layers_of(model: nn.Module, adapter_name: str) -> dict[str, SparseGradLayer]:
@@ -93,11 +100,12 @@ def layers_of(model: nn.Module, adapter_name: str) -> dict[str, SparseGradLayer]
 def layer_key(model: nn.Module, name: str) -> str:
     """Return the name of an adapted weight in files and configurations, from the name of its layer in the model.
 
-    It has no prefixes of wrappers, PEFT and FSDP. For fused experts it is the parameter's name.
+    It has no prefixes of wrappers, PEFT and FSDP, and nothing of `torch.compile`. For fused experts it is the
+    parameter's name.
     """
     layer = model.get_submodule(name)
     assert isinstance(layer, SparseGradLayer)
-    return layer.key(_path_in_adapted(model, name))
+    return layer.key(uncompiled_name(_path_in_adapted(model, name)))
 
 
 def _path_in_adapted(model: nn.Module, name: str) -> str:
@@ -109,7 +117,7 @@ def _path_in_adapted(model: nn.Module, name: str) -> str:
 
 
 def paths_and_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Return path -> key of the layers whose name in PEFT's state dict is not their key: those of fused experts."""
+    """Return path -> key of the layers whose name in PEFT's state dict is not their key: of experts, or compiled."""
     names = layers_of(model, adapter_name)
     paths = {_path_in_adapted(model, name): layer_key(model, name) for name in names}
     return {path: key for path, key in paths.items() if path != key}

@@ -15,7 +15,7 @@ from ..method.config import CalibrationConfig, resolve_config
 from ..method.ddp import exclude_bases_from_ddp
 from ..method.processes import gathered, is_distributed
 from ..method.sizes import Sizes
-from .adapters import calibrated_names, config_of, groups_of, layers_of
+from .adapters import calibrated_names, config_of, groups_of, layers_of, uncompiled
 from .bases import set_bases, warn_of_few_entries
 from .config import SparseGradConfig
 from .layer import SparseGradLayer, check_unmerged
@@ -62,7 +62,7 @@ def calibrate_adapter(
         TypeError: the layers are quantized, and no ready statistics were given.
         RuntimeError: not all processes call this.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile, which renames the layers
+    model = uncompiled(model)
     peft_config, layers = config_of(model, adapter_name), layers_of(model, adapter_name)
     _check_can_calibrate(adapter_name, peft_config, layers, has_statistics=calibration is not None)
     groups = groups_of(model, layers, shared=peft_config.shared)
@@ -96,7 +96,7 @@ def adapter_statistics(
 
     The arguments are those of `calibrate_adapter`. The statistics fit the same adapter on a quantized copy of the base.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile, which renames the layers
+    model = uncompiled(model)
     peft_config, layers = config_of(model, adapter_name), layers_of(model, adapter_name)
     groups = calibrated_names(groups_of(model, layers, shared=peft_config.shared), layers)
     config = adapter_calibration(config, options, peft_config.sizes)

@@ -131,7 +131,7 @@ class SparseGradConfig(PeftConfig):
                 "one of the two pairs"
             )
         self._resolve_form()
-        check_core_shapes(self.core_shapes)
+        self.core_shapes = check_core_shapes(self.core_shapes)
 
     def _resolve_form(self) -> None:
         """Put the defaults of `neurons` and `exponent` in their place, and check both."""
@@ -229,8 +229,13 @@ class SparseGradConfig(PeftConfig):
         self.core_shapes, self.data_free = None, False
 
 
-def check_core_shapes(shapes: Any) -> None:
-    """Refuse damaged `core_shapes` before anything of their sizes is allocated.
+def uncompiled_name(name: str) -> str:
+    """Return the name of a layer without the parts that `torch.compile` puts into it where it wraps a module."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def check_core_shapes(shapes: Any) -> dict[str, list[Any]] | None:
+    """Return `core_shapes`, by uncompiled names. Refuse damaged ones before anything of their sizes is allocated.
 
     Raises:
         ValueError: they are no table, or an entry is damaged.
@@ -239,6 +244,7 @@ def check_core_shapes(shapes: Any) -> None:
         raise ValueError(f"core_shapes of the adapter's config is damaged: expected a table, found {shapes!r:.80}")
     for layer, shape in (shapes or {}).items():
         _check_core_shape(layer, shape)
+    return shapes and {uncompiled_name(layer): shape for layer, shape in shapes.items()}
 
 
 def _check_core_shape(layer: str, shape: Any) -> None:

@@ -232,8 +232,7 @@ def _core_shapes(config: dict[str, Any], weights: AdapterWeights) -> dict[str, l
     Raises:
         ValueError: they are damaged, or of other layers than the weights.
     """
-    shapes: dict[str, list[Any]] = config.get("core_shapes") or {}
-    check_core_shapes(shapes)
+    shapes = check_core_shapes(config.get("core_shapes")) or {}
     named = config.get("target_parameters") or ()
     experts = [layer for layer, shape in shapes.items() if len(shape) == 6 and layer not in named]
     if experts:

@@ -27,7 +27,7 @@ from .adapters import BASIS, ROOT, layers_of, paths_and_keys
 from .bases import data_free_sizes, empty_basis, warn_of_few_entries
 from .checks import check_adapter_name, check_whole
 from .combine import add_weighted_sum
-from .config import SparseGradConfig
+from .config import SparseGradConfig, uncompiled_name
 from .decoding import prepared_for_decoding
 from .experts import SparseGradExperts
 from .fit import mixed_bases
@@ -234,7 +234,7 @@ class SparseGradModel(BaseTuner):
         self, config: SparseGradConfig, key: str, size: list[int], device: torch.device | None, target: nn.Module
     ) -> Basis:
         """Return the basis that the layer of this name and size (see `size_entry`) shares with its group."""
-        out_features, in_features = size[:2]
+        key, (out_features, in_features) = uncompiled_name(key), size[:2]
         bases, source = self._injection.bases, self._injection.source
         if self._injection.is_new:
             assert config.core_shapes is not None
@@ -392,7 +392,10 @@ def _renamed(entries: dict[str, Tensor], names: dict[str, str]) -> dict[str, Ten
 
     def rename(entry: str) -> str:
         layer, found, rest = entry.removeprefix(ROOT).partition(f".{PREFIX}")
+        if not found:
+            return entry
         root = ROOT if entry.startswith(ROOT) else ""  # transformers' own `save_pretrained` puts it before the names
-        return f"{root}{names[layer]}{found}{rest}" if found and layer in names else entry
+        key = uncompiled_name(layer)
+        return f"{root}{names.get(layer, names.get(key, key))}{found}{rest}"
 
     return {rename(entry): value for entry, value in entries.items()}

@@ -15,7 +15,7 @@ from ..method.precision import at_least_float32
 from ..method.processes import broadcast_from_rank0
 from ..method.refresh import check_moments, rotate_moments
 from ..method.sizes import Sizes
-from .adapters import calibrated_names, config_of, configs_of, groups_of, layers_of
+from .adapters import calibrated_names, config_of, configs_of, groups_of, layers_of, uncompiled
 from .calibration import adapter_calibration, check_active, check_ready, frozen
 from .experts import SparseGradExperts
 from .layer import SparseGradLayer, check_unmerged
@@ -56,7 +56,7 @@ def refresh_adapter(
         ValueError: there is no such adapter, it is not active, not calibrated or merged, its bases are truncated, or
             the optimizer is not Adam-like or uses amsgrad; and whatever `calibrate` refuses. Nothing has changed then.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile, which renames the layers
+    model = uncompiled(model)
     peft_config, layers = config_of(model, adapter_name), layers_of(model, adapter_name)
     if not all(config.calibrated for config in configs_of(model, adapter_name).values()):
         raise ValueError(f"adapter {adapter_name!r} is not calibrated; call calibrate_adapter")

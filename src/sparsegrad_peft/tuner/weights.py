@@ -15,6 +15,7 @@ from torch import Tensor
 from ..method.data_free import is_data_free
 from .adapters import BASIS, CORE, ROOT
 from .checks import check_buffer, check_core, check_finite
+from .config import uncompiled_name
 from .layer import SparseGradLayer
 
 
@@ -35,7 +36,7 @@ class AdapterWeights:
             TypeError, ValueError: a tensor has another type, is not finite, or a basis is not orthonormal.
         """
         weights = cls()
-        for key, value in tensors.items():
+        for key, value in ((uncompiled_name(key), value) for key, value in tensors.items()):
             if BASIS in key:
                 layer, _, side = key.removeprefix(ROOT).partition(BASIS)
                 check_buffer(value, key)
