@@ -134,6 +134,16 @@ def test_training_without_calibration_warns_once_for_each_adapter() -> None:
     assert not warned(copy.deepcopy(model))
 
 
+def test_while_an_adapter_is_calibrated_there_is_no_warning_of_another() -> None:
+    """Also where the other is in layers of its own. The warning comes when it trains."""
+    model = get_peft_model(tiny_model("bert"), SparseGradConfig(layers_to_transform=[0, 1])).train()
+    model.add_adapter("other", SparseGradConfig(layers_to_transform=[1, 2]))
+    model.base_model.set_adapter(["default", "other"])
+    calibrate_adapter(model, [tiny_batch("bert")], n_steps=1, progress=False)  # a warning is an error here
+    (message,) = warned(model)
+    assert "adapter 'other' was not calibrated" in message
+
+
 def test_what_does_not_train_without_calibration_is_silent() -> None:
     model = get_peft_model(tiny_model("bert"), SparseGradConfig())
     assert not warned(model)  # the base is in eval mode, and so are the layers put into it

@@ -101,7 +101,7 @@ def adapter_statistics(
     groups = calibrated_names(groups_of(model, layers, shared=peft_config.shared), layers)
     config = adapter_calibration(config, options, peft_config.sizes)
     check_active(adapter_name, layers.values())
-    with _left_out(adapter_name, layers.values()):
+    with _left_out(adapter_name, model):
         return calibrate(model, batches, groups=groups, sizes=peft_config.sizes, config=config, **options)
 
 
@@ -195,13 +195,16 @@ def _warn_of_large_bases(
 
 
 @contextmanager
-def _left_out(adapter_name: str, layers: Iterable[SparseGradLayer]) -> Iterator[None]:
-    """Leave an adapter out of the forward pass and freeze its cores. `set_adapter` would change what trains."""
-    layers = list(layers)
+def _left_out(adapter_name: str, model: nn.Module) -> Iterator[None]:
+    """Leave an adapter out of the forward pass and freeze its cores. `set_adapter` would change what trains.
+
+    The layers that do not have it are told as well, since they do not warn of others' calibration meanwhile.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
     try:
         for layer in layers:
             layer.skipped_adapters.add(adapter_name)
-        with frozen(layer.sparsegrad_S[adapter_name] for layer in layers):
+        with frozen(layer.sparsegrad_S[adapter_name] for layer in layers_of(model, adapter_name).values()):
             yield
     finally:
         for layer in layers:

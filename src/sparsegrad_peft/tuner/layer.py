@@ -280,7 +280,8 @@ class SparseGradLayer(BaseTunerLayer):
             return
         self.check_numbers(adapter)
         status = self.sparsegrad_status[adapter]
-        if status.data_free and self.training and with_gradients and self.sparsegrad_S[adapter].requires_grad:
+        trains = self.training and with_gradients and self.sparsegrad_S[adapter].requires_grad
+        if status.data_free and trains and not self.skipped_adapters:  # these are being calibrated: nothing trains yet
             status.data_free = False  # warned
             warnings.warn(
                 f"adapter {adapter!r} was not calibrated: its bases do not depend on the model, so it will learn less. "
