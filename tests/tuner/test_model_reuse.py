@@ -6,6 +6,7 @@ import gc
 import json
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,16 @@ def test_a_config_makes_several_adapters() -> None:
     calibrate_adapter(second, [tiny_batch("bert")], n_steps=2, progress=False)
     assert bases_of(second)
     assert all(bool(basis.any()) for basis in bases_of(second) if basis.is_floating_point())
+
+
+@pytest.mark.parametrize("options", [{}, {"inference_mode": True}, {"inference_mode": True, "original_space": True}])
+def test_a_config_is_left_as_it_is(options: dict[str, Any]) -> None:
+    config = SparseGradConfig(**options)
+    before = config.to_dict()
+    for kind in ("bert", "llama"):
+        with torch.no_grad():
+            get_peft_model(tiny_model(kind), config)(**tiny_batch(kind))
+    assert config.to_dict() == before
 
 
 def test_a_compiled_model_is_calibrated(tmp_path: Path) -> None:

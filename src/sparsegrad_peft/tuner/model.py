@@ -73,7 +73,7 @@ class SparseGradModel(BaseTuner):
         """Add the adapter's layers to the model, as in PEFT.
 
         A new adapter gets a copy of the configuration, so that the caller's object can make other adapters. Only the
-        configuration of an adapter to be loaded (`inference_mode`) is used itself, which PEFT expects.
+        configuration of a trained adapter to be loaded (`inference_mode`) is used itself, which PEFT expects.
 
         Raises:
             ValueError: PyTorch's containers cannot hold the name; the sizes or targets do not fit the model.
@@ -82,7 +82,8 @@ class SparseGradModel(BaseTuner):
         given = cast(SparseGradConfig, self.peft_config[adapter_name])
         others = (name for name, config in self.peft_config.items() if config is given and name != adapter_name)
         source = next(others, None)
-        config = given if given.inference_mode and source is None else copy(given)
+        to_load = given.inference_mode and bool(given.core_shapes) and source is None
+        config = given if to_load else copy(given)
         is_new = not config.core_shapes and not config.original_space
         if is_new:
             config.core_shapes, config.data_free = {}, True
