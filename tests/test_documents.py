@@ -214,14 +214,17 @@ def test_what_the_pages_say_about_long_sequences_and_glue() -> None:
 
 def test_what_the_pages_say_about_paraphrases() -> None:
     [section] = read_report([tables.ROOT / tables.STUDY / "paraphrases"]).sections
-    own, few, lora = (section.runs_of(method=method) for method in ("sparsegrad", "few-directions", "lora"))
-    assert {run.learning_rate for run in (*own, *few, *lora)} == {8e-3}
+    names = ("sparsegrad", "few-directions", "lora", "exponent-0", "few-directions-exponent-0")
+    own, few, lora, unscaled, few_unscaled = (section.runs_of(method=method) for method in names)
+    assert {run.learning_rate for run in (*own, *few, *lora, *unscaled, *few_unscaled)} == {8e-3}
     assert [run.steps for run in own] == [300] * 3
     assert all(b.score < a.score for a, b in zip(own, lora, strict=True))  # "with each of three seeds"
-    means = [f"{fmean(run.score for run in runs):.3f}" for runs in (lora, own, few)]
+    assert sum(b.score < a.score for a, b in zip(unscaled, lora, strict=True)) == 2
+    means = [f"{fmean(run.score for run in runs):.3f}" for runs in (lora, own, few, unscaled, few_unscaled)]
     study = " ".join((tables.ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
-    assert "The means: LoRA {}, SparseGrad {}. With 9 directions".format(*means) in study
-    assert f"SparseGrad has {means[2]}." in study
+    assert "The means: LoRA {}, SparseGrad {}.".format(*means) in study
+    assert f"Without scales (exponent 0) SparseGrad has {means[3]}," in study
+    assert f"SparseGrad has {means[2]}, and {means[4]} without scales." in study
     assert means[1] < means[2]  # docs/method.md: "9 directions have a higher loss than 72"
 
 

@@ -162,7 +162,7 @@ def test_groups_of_another_adapter_and_of_a_plain_model(tmp_path: Path) -> None:
     decayed, not_decayed = groups_of(tiny_model("bert"), tmp_path, rest_learning_rate=None)
     assert [decayed["weight_decay"], not_decayed["weight_decay"]] == [0.1, 0.0]
     assert all("LayerNorm" in name or "bias" in name for name in not_decayed["names"])
-    with pytest.raises(ValueError, match="rest_learning_rate is for what trains beside an adapter; found a model w"):
+    with pytest.raises(ValueError, match="rest_learning_rate is for what trains beside an adapter, found a model w"):
         groups_of(tiny_model("bert"), tmp_path)
     for model in (lora(), tiny_model("bert")):
         with pytest.raises(ValueError, match="density and k select from the cores of SparseGrad layers"):
