@@ -262,6 +262,8 @@ def test_what_the_parts_of_the_default_are_worth() -> None:
                 assert (half_width > abs(fmean(found))) == (task in contains_0)
         assert f"| {' | '.join(cells)}".replace("|  |", "| |").rstrip() in text, cells
     study = " ".join((ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
+    own, without = (fmean(run.value for run in glue.runs_of("stsb", name)) for name in ("sparsegrad", "unscaled"))
+    assert f"On STS-B, runs without scales have {without:.1f} and the default {own:.1f}." in " ".join(text.split())
     means = [f"{fmean(worse(form, 'oasst1', variant)):.3f}" for variant in ("single-gradients", "unscaled", "rotated")]
     assert "the three are {}, {} and {} worse".format(*means) in study
     for variant in ("narrow-9", "narrow-18", "narrow-32"):
