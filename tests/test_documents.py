@@ -270,6 +270,15 @@ def test_what_the_parts_of_the_default_are_worth() -> None:
         assert max(worse(form, "oasst1", variant)) < 0
 
 
+def test_how_long_calibration_takes() -> None:
+    """What README.md says is the table of docs/performance.md."""
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    table = page.partition("/glue calibration -->")[2].partition("<!-- end of table -->")[0]
+    steps = [int(row) for row in re.findall(r"^\| \w+ \| (\d+) \|", table, re.MULTILINE)]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"[{min(steps)} to {max(steps)} training steps](docs/performance.md#calibration)" in text
+
+
 def test_what_fewer_directions_are_worth() -> None:
     """The table in docs/method.md."""
     form, long, glue = (

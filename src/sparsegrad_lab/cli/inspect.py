@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from sparsegrad_peft.method.sizes import DEFAULT_SHARE
+
 from ..inspection.shipped_models import shipped_model
 from ..methods.ranges import pattern_problems
 from ..run.parsing import make_parser
@@ -33,7 +35,9 @@ def main(argv: list[str]) -> None:
         "r": "number of directions of the output side, instead of narrow and wide",
     }.items():
         parser.add_argument(f"--{name}", type=int | float | str | None, default=None, help=meaning)
-    parser.add_argument("--trained_share", type=float, default=0.01, help="share of a layer's entries that train")
+    parser.add_argument(
+        "--trained_share", type=float, default=DEFAULT_SHARE, help="share of a layer's entries that train"
+    )
     parser.add_argument("--neurons", type=bool | None, default=None, help="the larger side selects neurons")
     parser.add_argument("--shared", type=bool | None, default=None,
                         help="one pair of bases for all layers of the same role and shape")  # fmt: skip

@@ -79,9 +79,9 @@ class Calibration:
         bases: dict[str, Basis] = {}
         notes: list[str] = []
         for name, group in progress_bar(list(self.groups.items()), "Making bases" if progress else None):
-            r, c = _with_directions(sizes, group).check(*group.shape, f"group {name}")
             selected = sizes.selected(*group.shape)
             with failing_together():
+                r, c = _with_directions(sizes, group).check(*group.shape, f"group {name}")
                 basis = group.basis(c=c, r=r, selected=selected, exponent=exponent, dtype=dtype, notes=notes)
             bases[name] = basis
             # Machines may differ in the eigensolver, and nearly equal eigenvalues then give other vectors and, for a
