@@ -56,8 +56,14 @@ class PeftFile(Method):
         return super().ignores(setting) or setting in CALIBRATION - needed
 
     def without_effect(self, settings: Mapping[str, Any]) -> dict[str, str]:
-        """Which of the other layers train, if the file says so."""
-        return {} if self._content.get("modules_to_save") is None else {"rest": "modules_to_save in the file"}
+        """Which of the other layers train, if the file says so or its method trains none."""
+        if self._content.get("modules_to_save") is not None:
+            return {"rest": "modules_to_save in the file"}
+        try:
+            config = read_config(self.path)
+        except ValueError:  # `problems` reports it
+            return {}
+        return {} if hasattr(config, "modules_to_save") else {"rest": f"peft_type {self._content['peft_type']}"}
 
     def problems(self, adapter: AdapterArguments, calibration: CalibrationArguments) -> list[str]:
         """The file is not a PEFT config, or the settings repeat what it says."""

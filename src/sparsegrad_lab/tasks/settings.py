@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from .conversations import CONVERSATION_COLUMNS
 from .labels import repeated_class
 from .metrics import METRICS
 from .registry import TASKS
@@ -79,7 +80,7 @@ class DataArguments:
         if source is None:
             problems.append(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
         else:
-            problems += self._unread(task, given)
+            problems += self._unread(task, given) + self._without_effect(task, given)
             missing = [f"data.{name}" for name in source.needs if not getattr(self, name)]
             if (
                 "validation_file" in source.reads
@@ -138,6 +139,19 @@ class DataArguments:
             if readers and task not in readers and is_set:
                 shown = ", ".join(dict.fromkeys(_family(other) for other in readers))
                 problems.append(f"data.{name} is for {shown}; task {task} does not read it; leave it out")
+        return problems
+
+    def _without_effect(self, task: str, given: Collection[str]) -> list[str]:
+        """Return a sentence per setting that the command line names and that does nothing for these files."""
+        problems, paths = [], [path for path in (self.train_file, self.validation_file) if path is not None]
+        if "data.quoting" in given and paths and not any(path.lower().endswith((".csv", ".tsv")) for path in paths):
+            problems.append(f"data.quoting is for CSV and TSV files, found {', '.join(paths)}; leave it out")
+        texts = task == "text" and len(self.text) == 1 and self.text[0] not in CONVERSATION_COLUMNS
+        if "data.template" in given and texts:
+            problems.append(
+                f"data.template is for conversations, and for prompts and answers; found one column of texts, "
+                f"{self.text[0]!r}; leave it out"
+            )
         return problems
 
 

@@ -84,11 +84,17 @@ def test_names_of_layers_or_a_regular_expression(word: str, targets: object) -> 
         ("--method {sparsegrad} --narrow 16", "which does not read it; leave it out; the file has the settings of its"),
         ("--method {lora} --n_steps 8", "calibration.n_steps (--n_steps) is for sparsegrad, literal; found"),
         ("--method {lora} --rest train", "rest has no effect with modules_to_save in the file; leave one of the two"),
+        ("--method {tokens} --rest train", "rest has no effect with peft_type TRAINABLE_TOKENS; leave one of the two"),
         ("--wide 30 --trained_share 0.1", "adapter.trained_share (--trained_share) has no effect with adapter.wide"),
         ("--adapter.c 4 --adapter.r 4 --wide 30", "adapter.wide (--wide) has no effect with adapter.c and r; leave"),
         ("--schedule constant --warmup 0.2", "has no effect with training.schedule (--schedule) constant (constant_"),
         ("--task digits --max_length 7", "text; task digits does not read it; leave it out"),
         ("--task digits --padding dynamic", "training.padding (--padding) is for texts, found task 'digits'; leave it"),
+        (
+            "--task files --train_file a.json --quoting none",
+            "data.quoting (--quoting) is for CSV and TSV files, found",
+        ),
+        ("--task text --text story --template plain", "prompts and answers; found one column of texts, 'story'; leave"),
         ("--text a,a", "expected columns that differ from each other"),
         ("--task files --text label", "and from the label column 'label'"),
     ],
@@ -98,6 +104,7 @@ def test_settings_that_have_no_effect(
     verb: str, words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {"sparsegrad": '{"peft_type": "SPARSEGRAD"}', "lora": '{"peft_type": "LORA", "modules_to_save": ["head"]}'}
+    files["tokens"] = '{"peft_type": "TRAINABLE_TOKENS", "token_indices": [5]}'
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(content, encoding="utf-8")
     paths = {name: str(tmp_path / f"{name}.json") for name in files}
