@@ -290,7 +290,7 @@ def test_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no scale 'huge'; expected one of cpu, paper" in capsys.readouterr().err
     assert main(["reproduce", "comparison", "--methods", "lora,lore"]) == 1
     assert "--methods: expected some of full, lora" in capsys.readouterr().err
-    assert main(["reproduce", "beyond", "comparison", "--methods", "dora", "--tasks", "glue/mrpc"]) == 1
+    assert main(["reproduce", "peers", "comparison", "--methods", "dora", "--tasks", "glue/rte"]) == 1
     assert "select no run: no experiment has them together" in capsys.readouterr().err
 
 
