@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..run.markdown import as_cell
 from .questions import Question
 from .ratings import Mean
 
@@ -33,19 +34,19 @@ def answers_page(
     lines += [_row(name, *(str(means.get(name, "")) for means in table.values())) for name in names]
     lines += ["", note]
     for question in questions:
-        lines += ["", f"## {question.id}, {question.category}"]
+        lines += ["", f"## {as_cell(str(question.id))}, {as_cell(question.category)}"]
         for turn, text in enumerate(question.turns, start=1):
             lines += ["", f"### Turn {turn}", "", *_verbatim(text)]
             for name, answers in models.items():
                 rating = ratings.get((question.id, turn, name))
                 shown = "" if rating is None else f", rated {rating:g}"
-                lines += ["", f"**{name}**{shown}", "", *_verbatim(answers[question.id][turn - 1])]
+                lines += ["", f"**{as_cell(name)}**{shown}", "", *_verbatim(answers[question.id][turn - 1])]
     return "\n".join(lines) + "\n"
 
 
 def _row(*cells: str) -> str:
-    """A row of a table. Names of models and categories may have the mark between cells."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    """A row of a table."""
+    return "| " + " | ".join(map(as_cell, cells)) + " |"
 
 
 def _verbatim(text: str) -> Iterator[str]:

@@ -28,6 +28,8 @@ _KEYS_OF_ONE = {"model", "user_prompt", "score"}
 _KEYS_OF_TWO = {"model_1", "model_2", "g1_user_prompt", "g2_user_prompt", "g1_winner", "g2_winner"}
 """What is read of a judgement, of one answer or of two."""
 
+_TEXTS = {str, type(None)}
+
 Answers = Mapping[int | str, Sequence[str]]
 """Question -> the answers to its turns."""
 Row = dict[str, Any]
@@ -217,6 +219,13 @@ def _check_row(row: Row, where: str) -> None:
         raise ValueError(
             f"{where}: expected the names of the judge and of its prompt, found {str(row['judge'])[:60]!r}; name "
             "another --output"
+        )
+    winners = [row[name] for name in ("g1_winner", "g2_winner") if name in row]
+    score, numbers = row.get("score"), (int, float)
+    if type(row["turn"]) is not int or type(score) not in (type(None), *numbers) or {*map(type, winners)} - _TEXTS:
+        raise ValueError(
+            f"{where}: expected a turn and a score that are numbers, and winners that are texts, found "
+            f"{row['turn']!r}, {score!r} and {winners!r}; name another --output"
         )
 
 

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     if arguments.output == type(arguments)().output:
         arguments.output = "figures/{task}"
     arguments.check(parser.given)
-    settings.check(arguments)
+    settings.check(arguments, parser.given)
     from ..figures.collect import collect
     from ..figures.folder import check_output, read, write
     from ..run.folder import output_folder

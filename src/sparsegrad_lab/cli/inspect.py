@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     parser = make_parser(
         "inspect",
         "Show a model's parameters by part, the layers that SparseGrad adapts, and the memory that each method needs "
-        "for weights, gradients and optimizer. Reads the model's config only.",
+        "for weights, gradients and optimizer. Reads the model's config only; a GGUF file is converted first.",
         EXAMPLE,
     )
     parser.add_argument("model", type=str, help="hub name, or folder with config.json; without a download: minilm, "
@@ -57,6 +57,9 @@ def main(argv: list[str]) -> None:
                         help="count the activations with gradient checkpointing")  # fmt: skip
     parser.add_argument("--json", type=bool, default=False, help="print JSON")
     options = vars(parser.parse_args(argv))
+    by_side = options["c"] is not None and options["r"] is not None
+    if "trained_share" in parser.given and (by_side or options["wide"] is not None):
+        parser.error(f"--trained_share has no effect with {'--c and --r' if by_side else '--wide'}; leave one out")
     as_json, model = options.pop("json"), options.pop("model")
     refuse("this model cannot be inspected", pattern_problems("--target_modules", options["target_modules"]))
     shipped = shipped_model(model)

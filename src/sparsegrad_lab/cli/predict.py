@@ -28,7 +28,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--text", type=str, nargs="+", default=[],
                         help="rows: one text each, two for a task with text pairs, or an image file")  # fmt: skip
     parser.add_argument("--file", type=str | None, default=None, help="CSV, TSV, JSON or JSON lines file with rows")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="maximum length of a language model's answer")
+    parser.add_argument("--max_new_tokens", type=int | None, default=None,
+                        help="maximum length of a language model's answer; default: 128")  # fmt: skip
     parser.add_argument("--output", type=str | None, default=None, help="CSV file to write; default: print JSON lines")
     options = parser.parse_args(argv)
     RunFolder(options.run).check_finished()

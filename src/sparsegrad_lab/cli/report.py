@@ -30,6 +30,8 @@ def main(argv: list[str]) -> None:
                         help="folder with your own experiments; the report then names their missing runs")  # fmt: skip
     parser.add_argument("--title", type=str, default="SparseGrad and its peers", help="title of the page")
     options = parser.parse_args(argv)
+    if options.markdown is not None and "output" in parser.given:
+        parser.error("--markdown writes only the Markdown file, and --output has no effect; leave one of the two out")
     from ..run.whole_files import check_file, check_writable, write_whole
     from ..study.sections import read_report
 

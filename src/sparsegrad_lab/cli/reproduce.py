@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..study.experiment import Cell, Experiment
 
 EXAMPLE = (
-    "sparsegrad reproduce comparison --tasks glue/rte --methods sparsegrad,lora; prints a line per run and writes "
+    "sparsegrad reproduce glue --tasks glue/mrpc --methods sparsegrad,lora; prints a line per run and writes "
     "results/, which sparsegrad report reads. The same command resumes an interrupted study. Run it several times at "
     "once to share the runs: on one machine, also with torchrun, or with --storage on several."
 )
@@ -28,7 +28,10 @@ EXAMPLE = (
 
 def main(argv: list[str]) -> None:
     """List the experiments, or run some of them."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads: expected at least 1, found {options.threads}")
     work_alone()
     from ..study.experiment_files import SHIPPED, check_scale, experiment_names, load_experiment
 
@@ -78,17 +81,18 @@ def main(argv: list[str]) -> None:
 def _parser() -> VerbParser:
     parser = make_parser(
         "reproduce",
-        "Run experiments. Each compares methods on tasks, over several seeds. Learning rate searches come first and "
-        "start with the same number of rates. Without a name: list the experiments.",
+        "Run experiments. Each compares methods on tasks, over several seeds. First it searches each method's learning "
+        "rate, with equally many rates at the start. Then it runs the seeds.",
         EXAMPLE,
     )
-    parser.add_argument("experiments", type=str, nargs="*", help='names of experiments, or "all"')
+    parser.add_argument("experiments", type=str, nargs="*", help='names of experiments, or "all"; default: list them')
     parser.add_argument("--scale", type=str, default="cpu",
                         help="cpu: a small model; paper: the models of the paper, on a GPU")  # fmt: skip
     parser.add_argument("--results", type=str, default="results", help="folder for the result files")
     parser.add_argument("--runs", type=str, default="runs/study", help="folder for the runs")
     parser.add_argument("--storage", type=str, default=None,
-                        help="database for several machines, postgresql://...; default: files in --runs")  # fmt: skip
+                        help="database for several machines, postgresql+psycopg://user:password@host/name; default: "
+                        "files in --runs")  # fmt: skip
     for name in ("methods", "tasks", "seeds"):
         parser.add_argument(f"--{name}", type=str, default=None, help=f"run these {name} only, separated by commas")
     parser.add_argument("--questions", type=str | None, default=None,

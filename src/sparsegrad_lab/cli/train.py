@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from statistics import fmean, stdev
 from typing import Any
 
 from rich.console import Console
@@ -55,8 +56,6 @@ def main(argv: list[str]) -> None:
 
 def print_results(results: list[dict[str, Any]], output: str) -> None:
     """Print scores, trained entries, times and memory of one run per seed."""
-    from ..tasks.metrics import spread
-
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     for result in results:
         entries = result["trained_entries"]
@@ -76,8 +75,8 @@ def print_results(results: list[dict[str, Any]], output: str) -> None:
         console.print(f"  training: {_cost(result['training'])}")
     folder = output
     if len(results) > 1:
-        mean, deviation = spread([result["score"] for result in results])
-        console.print(f"\nover {len(results)} seeds: {mean:.4f} ± {deviation:.4f}")
+        scores = [result["score"] for result in results]
+        console.print(f"\nover {len(scores)} seeds: {fmean(scores):.4f} ± {stdev(scores):.4f}")
         folder = f"{output}/seed-{results[0]['seed']}"
     console.print(f"\nfolder: {output}\nnext:   sparsegrad evaluate {shlex.quote(folder)}")
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..methods.ranges import COUNT, Range, range_problems
 from ..methods.registry import METHODS
-from ..run.settings import RunArguments, refuse
+from ..run.settings import RunArguments, flat, refuse
+
+_READ = (
+    "model", "task", "method", "rest", "seeds", "output", "training.batch_size", "training.learning_rate",
+    "training.rest_learning_rate", "training.padding", "training.precision",
+)  # fmt: skip
+"Settings of a run that figures read, besides those of the data, the adapter and the calibration."
 
 
 @dataclass
@@ -32,8 +39,13 @@ class FiguresArguments:
         """Return the settings for JSON."""
         return asdict(self)
 
-    def check(self, run: RunArguments) -> None:
+    def check(self, run: RunArguments, given: Collection[str] = ()) -> None:
         """Check these settings, and those of the run that figures restrict.
+
+        Args:
+            run: the run's settings.
+            given: dotted names of the settings that the command line names. Figures must read them; a file may hold
+                settings of other commands.
 
         Raises:
             RefusedError: lists every problem.
@@ -48,6 +60,12 @@ class FiguresArguments:
             )
         if METHODS.get(run.method) is not METHODS["sparsegrad"]:
             problems.append(f"method: figures show SparseGrad only, found {run.method!r}; remove the setting")
+        settings = flat(run.as_dict())
+        problems += [
+            f"{name}: figures do not read it; leave it out"
+            for name in settings
+            if name in given and name not in _READ and not name.startswith(("data.", "adapter.", "calibration."))
+        ]
         if len(run.seeds) > 1:
             problems.append(f"seeds: figures show one run, found {run.seeds}; give one seed")
         if run.training.precision != "fp32":

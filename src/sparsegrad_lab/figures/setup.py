@@ -22,6 +22,7 @@ from ..run.exit_codes import RefusedError
 from ..run.inputs import load_run_task
 from ..run.settings import RunArguments
 from ..tasks.kinds import KINDS
+from ..tasks.kinds.packing import prepare_model
 from ..tasks.library_logs import suppress_library_logs
 
 DENSITY = 0.01
@@ -137,6 +138,8 @@ def load_setup(arguments: RunArguments, block: int | None) -> Setup:
         # The gradients of the plain layers are measured, so there is no adapter; only what trains is chosen.
         METHODS["full"].adapt(model, arguments.setup())
         rows = kind.features(task, "train", processor, arguments.data)
+        if arguments.data.packing:
+            prepare_model(model, rows["input_ids"][0])
     groups = group_linears(model, method.target_layers(model, arguments.adapter))
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())

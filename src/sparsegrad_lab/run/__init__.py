@@ -17,6 +17,7 @@ folder            the folder of a run
 whole_files       writes a file or folder completely or not at all
 checkpoints       which checkpoints are complete
 card, plots       model card and plots
+markdown          text from files in Markdown
 hub               upload to the Hugging Face Hub
 finished_run      evaluate, predict and merge
 adapter_files     the files of a saved adapter, checked before they are loaded

@@ -28,7 +28,6 @@ ALIASES = {
     "max_seq_length": "data.max_length",
     "max_train_samples": "data.train_rows",
     "max_eval_samples": "data.validation_rows",
-    "test_file": "data.validation_file",
     "text_column_name": "data.text",
     "label_column_name": "data.label",
 }
@@ -43,6 +42,7 @@ INSTEAD = {
     "per_device_eval_batch_size": "--training.batch_size",
     "group_by_length": "--training.batches by_length",
     "dataset_name": "--task",
+    "test_file": "sparsegrad predict --file after the run (--validation_file selects the checkpoint)",
     "task_name": "--task, such as glue/rte",
     "r": "--adapter.r (directions) or --adapter.rank (LoRA)",
 }

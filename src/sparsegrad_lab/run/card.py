@@ -13,12 +13,13 @@ from peft import PeftConfig
 
 from sparsegrad_peft.tuner.config import SparseGradConfig
 
-from ..methods.registry import find_method
+from ..methods.registry import METHODS
 from ..tasks.gguf_models import origin_of
 from ..tasks.kinds import KINDS
 from ..tasks.model_folder import hub_id, model_path
 from ..tasks.registry import kind_of
 from ..tasks.task import IMAGES, LANGUAGE, TEXT, display_name
+from .markdown import as_cell
 
 _TEMPLATE = "card_template.md"
 _DATASETS = {"glue": "nyu-mll/glue", "oasst1": "OpenAssistant/oasst1"}
@@ -39,7 +40,7 @@ def make_card(result: dict[str, Any], config: PeftConfig | None, note: str = "")
     base, folder = hub_id(result["model"]), Path(model_path(result["model"]))
     origin = origin_of(folder)
     license_name = origin.license if origin is not None else _license(folder)
-    method = find_method(result["method"]).name
+    method = _method_name(result)
     dataset = _DATASETS.get(task.partition("/")[0])
     metadata = ModelCardData(
         library_name=library, base_model=base, license=license_name, pipeline_tag=_HUB_TASKS[kind_of(task)],
@@ -56,7 +57,7 @@ def make_card(result: dict[str, Any], config: PeftConfig | None, note: str = "")
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters["cell"] = lambda text: " ".join(text.replace("|", "\\|").split())
+    environment.filters["cell"] = as_cell
     body = environment.get_template(_TEMPLATE).render(
         result=result, what=what, method=method, base=base, base_name=folder.name, origin=origin, note=note,
         license=license_name, four_bits=settings.get("load_in_4bit", False),
@@ -81,10 +82,16 @@ def make_lora_card(result: dict[str, Any], folder: Path, errors: Mapping[str, fl
     config = PeftConfig.from_pretrained(str(folder))
     note = (
         f"Exported as LoRA of rank {config.r} from an adapter that was trained with "
-        f"{find_method(result['method']).name}. The largest relative error of a layer's update is "
+        f"{_method_name(result)}. The largest relative error of a layer's update is "
         f"{max(errors.values()):.2g}. The scores are those of the adapter before the export."
     )
     return make_card(result, config, note)
+
+
+def _method_name(result: dict[str, Any]) -> str:
+    """Name of the method; of a PEFT config, which may be gone, the file's name."""
+    name = str(result["method"])
+    return name if name in METHODS else Path(name).stem
 
 
 def _usage(result: dict[str, Any], config: PeftConfig | None, base: str | None) -> str:

@@ -29,7 +29,7 @@ from ..tasks.model_folder import model_path
 from ..tasks.pretrained import first_line, load_config
 from ..tasks.read import Row, read_rows
 from ..tasks.registry import kind_of
-from ..tasks.task import LOSSES, Task
+from ..tasks.task import LANGUAGE, LOSSES, Task
 from .adapter_files import check_adapter
 from .folder import RunFolder
 from .inputs import compute_type, frozen_type, longest_first, unrelated_features
@@ -218,7 +218,7 @@ def _check_rows(folder: RunFolder, arguments: RunArguments, task: Task, names: S
 
 
 def predict(
-    path: str | Path, file: str | Path | None = None, texts: Iterable[str] = (), *, max_new_tokens: int = 128
+    path: str | Path, file: str | Path | None = None, texts: Iterable[str] = (), *, max_new_tokens: int | None = None
 ) -> list[dict[str, Any]]:
     """Predict with a finished run.
 
@@ -226,7 +226,7 @@ def predict(
         path: folder of the run.
         file: CSV, TSV, JSON or JSON lines with the task's text columns; a language model needs only the first one.
         texts: rows in place of a file: one text per row, or two for tasks with two text columns.
-        max_new_tokens: largest number of tokens that a language model generates.
+        max_new_tokens: largest number of tokens that a language model generates. None: 128.
 
     Returns:
         The rows with their columns and "prediction"; for classes, the probability of each as well.
@@ -241,7 +241,9 @@ def predict(
     columns, given = kind.prompt_columns(task), list(texts)
     if (file is None) == (not given):
         raise ValueError(f"expected either a file or texts, found {'both' if given else 'neither'}")
-    if max_new_tokens < 1:
+    if max_new_tokens is not None and task.kind != LANGUAGE:
+        raise ValueError(f"max_new_tokens is for language models; the run's task is {task.name}; leave it out")
+    if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     if file is None:
         if len(given) % len(columns):
@@ -255,7 +257,8 @@ def predict(
         if taken := sorted(written & {name for row in rows for name in row}):
             raise ValueError(f"{file}: found a column {taken[0]!r}, which predictions would replace; rename it")
     run = open_run(path)
-    return kind.predict(run.model, run.processor, task, rows, arguments.data, max_new_tokens)
+    with _precision(arguments, next(run.model.parameters()).device):
+        return kind.predict(run.model, run.processor, task, rows, arguments.data, max_new_tokens or 128)
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

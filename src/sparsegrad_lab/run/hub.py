@@ -32,7 +32,11 @@ def push(folder: RunFolder, name: str) -> str:
         OSError: the upload failed; the run is finished, and the same command uploads it again.
     """
     try:
-        return str(HfApi().upload_folder(repo_id=name, folder_path=folder.weights, commit_message="Upload adapter"))
+        return str(
+            HfApi().upload_folder(
+                repo_id=name, folder_path=folder.weights, commit_message="Upload the weights of a run"
+            )
+        )
     except (HfHubHTTPError, OSError) as error:
         raise OSError(
             f"push_to_hub: the upload to {name} failed ({_reason(error)}). The run in {folder} is finished; the same "

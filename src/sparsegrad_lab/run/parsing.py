@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader, set_parsing_settings
@@ -43,6 +43,8 @@ set_loader("yaml", _load_checked_yaml, exceptions=(yaml.YAMLError, ValueError))
 _PLAIN = re.compile(r"(?!all-linear$)[\w.]+(,[\w.]+)*$")
 "Names of layers; not a regular expression with another meaning."
 
+
+_FLAG_VALUES = ("true", "false", "null", "yes", "no", "on", "off")
 
 _NO_SETTINGS = ("config", "preset", "quiet")
 "Options of a run's command that are no settings of the run."
@@ -100,7 +102,7 @@ class VerbParser(ArgumentParser):
             self.error(str(error))
 
     def _with_values(self, words: list[str]) -> list[str]:
-        """The words, with "true" after each flag that has no value: `--shared` is `--shared true`."""
+        """The words, with "true" after each flag that has no value: `--json MODEL` is `--json true MODEL`."""
         flags = {
             option
             for action in self._actions
@@ -109,7 +111,7 @@ class VerbParser(ArgumentParser):
         }
         found = []
         for word, following in zip(words, [*words, "--"][1:], strict=True):
-            found += [word, "true"] if word in flags and following.startswith("--") else [word]
+            found += [word, "true"] if word in flags and following.lower() not in _FLAG_VALUES else [word]
         return found
 
     def instantiate(self, namespace: Any, *args: Any, **options: Any) -> Any:
@@ -121,7 +123,7 @@ class VerbParser(ArgumentParser):
 
     def _with_lists(self, words: list[str]) -> list[str]:
         types = {
-            option: str(getattr(action, "_typehint", ""))
+            option: (hint := getattr(action, "_typehint", None), *get_args(hint))
             for action in self._actions
             for option in action.option_strings
             if not option.endswith("+")  # adds one item
@@ -129,13 +131,14 @@ class VerbParser(ArgumentParser):
         found = list(words)
         for place, word in enumerate(words):
             option, equals, value = word.partition("=")
-            if "list[" not in types.get(option, "") or (not equals and place + 1 == len(words)):
+            lists = [kind for kind in types.get(option, ()) if get_origin(kind) is list]
+            if not lists or (not equals and place + 1 == len(words)):
                 continue
             value = value if equals else words[place + 1]
-            plain = "Union[str" not in types[option] or _PLAIN.match(value)
+            plain = str not in types[option] or get_origin(types[option][0]) is list or _PLAIN.match(value)
             if value[:1] in "[-" or value == "null" or not plain:  # a list already, or one value
                 continue
-            items = value.split(",") if "list[int]" in types[option] else map(json.dumps, value.split(","))
+            items = value.split(",") if lists == [list[int]] else map(json.dumps, value.split(","))
             listed = f"[{', '.join(items)}]"
             found[place + (not equals)] = f"{option}={listed}" if equals else listed
         return found
@@ -265,5 +268,6 @@ def _preset_and_files(argv: list[str]) -> tuple[str | None, list[dict[str, Any]]
     plain.add_argument("--preset")
     plain.add_argument("--config", action="append", default=[])
     known, _ = plain.parse_known_args(argv)
-    files = [read_yaml(Path(path)) for path in reversed(known.config) if Path(path).is_file()]
+    paths = [Path(path).expanduser() for path in reversed(known.config)]  # as jsonargparse does
+    files = [read_yaml(path) for path in paths if path.is_file()]
     return known.preset, [settings for settings in files if isinstance(settings, dict)]

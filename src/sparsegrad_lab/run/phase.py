@@ -27,7 +27,6 @@ class Phase:
     peak_memory_bytes: int = 0
     extra_memory_bytes: int = 0
     "peak minus the memory in use at the start of the phase"
-    mean_memory_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -48,13 +47,12 @@ def measured() -> Iterator[Phase]:
         return int(torch.cuda.memory_allocated() if on_gpu else process.memory_info().rss)
 
     before = in_use()
-    peak, total, samples, stop = before, before, 1, threading.Event()
+    peak, stop = before, threading.Event()
 
     def sample() -> None:
-        nonlocal peak, total, samples
+        nonlocal peak
         while not stop.wait(_SAMPLING_SECONDS):
-            now = in_use()
-            peak, total, samples = max(peak, now), total + now, samples + 1
+            peak = max(peak, in_use())
 
     sampler = threading.Thread(target=sample, daemon=True)
     start = time.perf_counter()
@@ -70,4 +68,3 @@ def measured() -> Iterator[Phase]:
             peak = torch.cuda.max_memory_allocated()
         phase.seconds = time.perf_counter() - start
         phase.peak_memory_bytes, phase.extra_memory_bytes = peak, peak - before
-        phase.mean_memory_bytes = total // samples

@@ -37,7 +37,7 @@ from .whole_files import check_writable, content_of, write_whole
 
 _SEARCHED = (*WITHOUT_EFFECT, "training.learning_rate", "training.batch_size")
 "Settings that differ between the trials."
-_SEARCH_FILES = ("trials.journal", "search.json", "trial-000")
+_SEARCH_FILES = ("trials.journal", "search.json", "trial-*")
 "The folder of a search holds at least one of these."
 _FAILED_TRIAL = (ExitCode.DIVERGED, ExitCode.OUT_OF_MEMORY)
 "Ends of a run that count as a trial."
@@ -116,7 +116,7 @@ def _search(
     higher = kind_of(arguments.task) != LANGUAGE
     folder = output_folder(arguments)
     check_writable(folder)
-    if content_of(folder) and not any((folder / name).exists() for name in _SEARCH_FILES):
+    if content_of(folder) and not any(any(folder.glob(name)) for name in _SEARCH_FILES):
         raise FileExistsError(f"{folder} is not empty and holds no search; choose another output folder")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

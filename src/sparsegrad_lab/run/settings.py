@@ -277,8 +277,8 @@ class SearchArguments:
     sampler_seed: int = 0
     "random seed of the search"
     storage: str | None = None
-    """Optuna storage for a search on several machines, such as postgresql://...; default: a journal file in the output
-    folder, which several processes can share"""
+    """Optuna storage for a search on several machines, such as postgresql+psycopg://...; default: a journal file in the
+    output folder, which several processes can share"""
 
     def problems(self) -> list[str]:
         """What is wrong with these settings, one message each."""

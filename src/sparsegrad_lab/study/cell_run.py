@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import shlex
 import shutil
@@ -23,6 +25,8 @@ from .experiment import Cell
 from .locks import BEAT, Attempt
 from .stored_results import adapter_config
 
+logger = logging.getLogger(__name__)
+
 
 def run_in_process(
     arguments: RunArguments, threads: int | None, attempt: Attempt, then: Sequence[str] | None = None
@@ -37,6 +41,9 @@ def run_in_process(
 
     Returns:
         The run's result, or a record of its failure. The weights are removed.
+
+    Raises:
+        OSError: the run ended because the disk is full, as the next one would.
     """
     output = Path(arguments.output)
     config, log = output.with_name(f"{output.name}.yaml"), output.with_name(f"{output.name}.log")
@@ -52,6 +59,8 @@ def run_in_process(
             shutil.rmtree(output / weights, ignore_errors=True)
         return {**RunFolder(output).read_result(), "status": "finished", "command": shown}
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if lines and os.strerror(errno.ENOSPC) in lines[-1]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(output))
     return {
         "status": status_of(code), "error": lines[-1] if lines else f"exit code {code}", "task": arguments.task,
         "method": arguments.method, "model": arguments.model, "seed": arguments.seeds[0],
@@ -79,7 +88,10 @@ def _wait(process: subprocess.Popen[bytes], attempt: Attempt) -> int:
     while process.poll() is None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=BEAT)
-        attempt.beat()
+        try:
+            attempt.beat()
+        except Exception as error:  # other machines wait for ten minutes; a shorter outage costs nothing
+            logger.warning("the database of the study does not answer (%s); the run goes on", type(error).__name__)
     return int(process.returncode)
 
 

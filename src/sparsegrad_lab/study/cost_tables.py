@@ -13,7 +13,7 @@ def costs(section: Section) -> Table:
     """Entries, speed, memory and bytes on disk: a row for each method."""
     methods = {run.method_name for run in section.runs}
     timed_tasks = [{run.task_name for run in section.runs_of(method=method) if not run.resumed} for method in methods]
-    common = set.intersection(*timed_tasks)
+    common = set.intersection(*filter(None, timed_tasks)) if any(timed_tasks) else set()  # all runs may be resumed ones
     rows = []
     for method in section.methods:
         runs = section.runs_of(method=method)

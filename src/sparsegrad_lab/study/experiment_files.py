@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..tasks.parse_files import read_yaml
 from .experiment import Answers, Experiment, Search, Variant, merged
@@ -36,6 +36,12 @@ class _PartOfMethod(_Part):
     settings: dict[str, Any] = {}
     learning_rates: list[float] = []
     rates_of: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> _PartOfMethod:
+        if self.rates_of and self.learning_rates:
+            raise ValueError("learning_rates and rates_of exclude each other; give one")
+        return self
 
 
 class _PartOfScale(_Part):
@@ -201,6 +207,7 @@ def _method(
     source = given.get("rates_of")
     rates = given.get("learning_rates", ())
     if source:
+        given = {**given, "learning_rates": ()}  # those that another file gives
         rates, search = _rates_of(source, scale, folder.parent, where)
     seeds = search.get("seeds", Search().seeds)
     return {"words": name, **given, "searched_rates": rates, "searched_seeds": seeds,

@@ -104,7 +104,8 @@ class Grid:
                     f"{self.results.folder}; run it first: sparsegrad reproduce {missing[0].split('/')[0]}"
                 )
             settings = cell.settings(cell.trial or 1e-3)
-            key = json.dumps({**settings, "seeds": None, "training": None}, sort_keys=True)
+            training = {**settings.get("training", {}), "learning_rate": None}
+            key = json.dumps({**settings, "seeds": None, "training": training}, sort_keys=True)
             if key not in checked:
                 checked.add(key)
                 try:
@@ -163,14 +164,16 @@ class Grid:
     def forget_failures(self) -> None:
         """Remove results of failed runs, and of those that lack answers.
 
-        A killed run keeps its folder, and goes on from its last checkpoint; so does one whose answers failed.
+        A run that did not diverge keeps its folder, and goes on from its last checkpoint: it may have failed for want
+        of memory or disk. So does one whose answers failed.
         """
         for cell in self.cells:
-            if cell.name not in self.results:
-                continue
-            status, run = self.results.read(cell.name)["status"], RunFolder(self.places.runs / cell.name)
-            if status != "finished" or (self.answers is not None and self.answers.lacks(cell)):
-                self._forget(cell, keep_folder=status == "killed" or run.finished)
+            with self.locks.held(cell.name) as held:
+                if not held or cell.name not in self.results:
+                    continue
+                status, run = self.results.read(cell.name)["status"], RunFolder(self.places.runs / cell.name)
+                if status != "finished" or (self.answers is not None and self.answers.lacks(cell)):
+                    self._forget(cell, keep_folder=status != "diverged" or run.finished)
 
     def forget_outdated(self, retry: bool) -> bool:
         """Remove results that had other settings; True if there were some.
@@ -186,10 +189,13 @@ class Grid:
                 "again; to keep them, use another folder for --results"
             )
         for cell, _ in found:
-            self._forget(cell, keep_folder=False)
+            with self.locks.held(cell.name) as held:
+                if held and self.results.outdated([cell]):  # another process may have run it again by now
+                    self._forget(cell, keep_folder=False)
         return bool(found)
 
     def _forget(self, cell: Cell, keep_folder: bool) -> None:
+        """Remove a result, so that the run is done again. Its lock is held."""
         self.locks.forget(cell.name)
         self.results.remove(cell.name)
         if not keep_folder:

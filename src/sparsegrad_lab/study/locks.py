@@ -65,27 +65,36 @@ class Locks:
     def attempt(self, name: str) -> Iterator[Attempt | None]:
         """Try to get a run. None if another process or machine does it, or has finished it."""
         file = self.folder / f"{name}.attempt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(FileLock(self.folder / f"{name}.lock", timeout=0))
-            except Timeout:
+        with self.held(name) as held, ExitStack() as stack:
+            trial = stack.enter_context(self.shared.attempt(name)) if held and self.shared else 0
+            if not held or trial is None:
                 yield None
                 return
-            number, process = _read_attempt(file)
-            if process and is_on_this_host(process) and is_alive(process):
-                yield None
-                return
-            trial = stack.enter_context(self.shared.attempt(name)) if self.shared else 0
-            if trial is None:
-                yield None
-                return
+            number, _ = _read_attempt(file)
             attempt = Attempt(number + 1, file, self.shared, trial)
             write_whole(file, f"{attempt.number}\n")
-            yield attempt
+            try:
+                yield attempt
+            except KeyboardInterrupt:  # the user's, which says nothing about the run
+                write_whole(file, f"{number}\n")
+                raise
+
+    @contextmanager
+    def held(self, name: str) -> Iterator[bool]:
+        """Hold a run's lock. False if another process of this machine has it, or trains the run."""
+        file = self.folder / f"{name}.attempt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(self.folder / f"{name}.lock", timeout=0).acquire()
+        except Timeout:
+            yield False
+            return
+        with lock:
+            _, process = _read_attempt(file)
+            yield not (process and is_on_this_host(process) and is_alive(process))
 
     def forget(self, name: str) -> None:
-        """Forget a result and the attempts, so that the run can be done again."""
+        """Forget a result and the attempts, so that the run can be done again. The lock is held."""
         (self.folder / f"{name}.attempt").unlink(missing_ok=True)
         if self.shared is not None:
             self.shared.forget(name)

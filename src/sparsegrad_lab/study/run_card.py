@@ -43,7 +43,7 @@ def run_card(run: Run) -> RunCard:
         (display_name(run.metric), run.format(run.value, 2)),
         ("training loss at the end", "" if loss is None else f"{loss:.4f}, mean of the last sixth of the steps"),
         ("learning rate", f"{run.learning_rate:g}"),
-        ("steps", f"{run.steps:,} of {training.batch_size} rows, {training.epochs:g} epochs"),
+        ("steps", f"{run.steps:,} of {run.rows_per_step} rows, {training.epochs:g} epochs"),
         ("rows", str(run.rows)),
         *calibration,
         ("training", "resumed" if run.resumed else f"{run.training.seconds:,.0f} s"),

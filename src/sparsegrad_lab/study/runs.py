@@ -23,6 +23,7 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[^.\s/\\:\x00-\x1f\x7f][^
 Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=1000)]
 "Text without line breaks and control characters."
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Perplexity = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=1e-6, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**18)]
 
@@ -73,6 +74,7 @@ class MachineInfo(_Record):
     time: Line
     device: Line
     threads: Count
+    processes: Count = 1
     python: Line
     packages: dict[str, Line | None]
     commit: Line | None = None
@@ -85,6 +87,7 @@ class TrainingSettings(_Record):
     """Part of `RunArguments.training`."""
 
     batch_size: Count
+    gradient_accumulation: Count = 1
     epochs: Number
 
 
@@ -133,8 +136,8 @@ class _Ending(_Record):
 class Perplexities(_Record):
     """Perplexity of the same texts before and after training."""
 
-    before: Number
-    after: Number
+    before: Perplexity
+    after: Perplexity
 
 
 class Run(_Ending):
@@ -241,6 +244,12 @@ class Run(_Ending):
         """Peak memory of calibration and training, in 1e6 bytes."""
         phases = [self.training] if self.calibration is None else [self.training, self.calibration]
         return max(phase.peak_memory_bytes for phase in phases) / 1e6
+
+    @property
+    def rows_per_step(self) -> int:
+        """Training rows of a step, over all micro-batches and processes."""
+        training = self.config.training
+        return training.batch_size * training.gradient_accumulation * self.environment.processes
 
 
 class Failure(_Ending):

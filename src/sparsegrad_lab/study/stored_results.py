@@ -17,6 +17,7 @@ from ..methods.settings import resolved
 from ..run.parsing import arguments_from
 from ..run.settings import WITHOUT_EFFECT, RunArguments, flat
 from ..run.whole_files import write_whole
+from ..tasks import parse_files
 from ..tasks.task import higher_is_better
 from .experiment import Cell
 from .runs import RejectedFileError, read_json
@@ -185,7 +186,7 @@ def adapter_config(method: str) -> dict[str, Any] | None:
     """Content of a PEFT config; None for a method by name."""
     if not method.endswith(".json"):
         return None
-    content: dict[str, Any] = json.loads(Path(method).read_text(encoding="utf-8"))
+    content: dict[str, Any] = parse_files.read_json(Path(method))
     return content
 
 

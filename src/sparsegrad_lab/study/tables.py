@@ -232,11 +232,11 @@ def every_run(runs: Iterable[Run]) -> Table:
         rows.append([
             run.experiment or "", run.task_name, run.method_name, str(run.seed),
             Linked(run.format(run.value, 2), [run]),
-            f"{run.learning_rate:g}", str(settings.batch_size), f"{settings.epochs:g}",
+            f"{run.learning_rate:g}", str(run.rows_per_step), f"{settings.epochs:g}",
             f"{run.rows.train:,}", f"{run.training.seconds:.0f}" if not run.resumed else "",
             "" if run.calibration is None else f"{run.calibration.seconds:.0f}",
             f"{run.megabytes:,.0f}", (run.environment.commit or "")[:10],
         ])  # fmt: skip
-    header = ["experiment", "task", "method", "seed", "score", "learning rate", "batch", "epochs", "rows",
+    header = ["experiment", "task", "method", "seed", "score", "learning rate", "rows a step", "epochs", "rows",
               "training, s", "calibration, s", "peak, MB", "commit"]  # fmt: skip
     return Table("Every run", "A score links to the run's details. A resumed run has no time.", header, rows)

@@ -138,7 +138,7 @@ def predictions_of(logits: Array, regression: bool) -> Array:
     """Return class numbers from logits (rows, classes), or values from (rows, 1).
 
     Raises:
-        ValueError: the logits are not finite.
+        TrainingDivergedError: the logits are not finite.
     """
     check_finite(logits)
     predictions: Array = logits.reshape(-1) if regression else logits.argmax(axis=-1)
@@ -146,14 +146,10 @@ def predictions_of(logits: Array, regression: bool) -> Array:
 
 
 def check_finite(outputs: Array) -> None:
-    """Raise ValueError if the model's outputs are not finite."""
+    """Raise TrainingDivergedError if the model's outputs are not finite."""
     import numpy as np
 
+    from sparsegrad_peft import TrainingDivergedError
+
     if not np.isfinite(outputs).all():
-        raise ValueError("the model's output is not finite; lower the learning rate, or use float32")
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and sample standard deviation (n - 1); the deviation of a single value is 0."""
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+        raise TrainingDivergedError("the model's output is not finite; lower the learning rate, or use float32")

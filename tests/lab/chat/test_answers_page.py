@@ -27,3 +27,10 @@ def test_names_with_the_mark_of_tables() -> None:
     page = answers_page([], {}, rows, table_of(rows), "")
     assert "|  | x\\|y |\n| --- | --- |\n" in page
     assert "\n| a\\|b | 3.00 |\n" in page
+
+
+def test_names_are_no_html() -> None:
+    question = Question("<b>1", "<script>", ("What?",))
+    page = answers_page([question], {"<i>m": {"<b>1": ["A film."]}}, [], {}, "")
+    assert "## &lt;b>1, &lt;script>" in page
+    assert "**&lt;i>m**" in page

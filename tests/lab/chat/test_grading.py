@@ -286,6 +286,8 @@ def test_files_that_would_be_replaced(
             {"judge": []},
             r"line 1: expected the names of the judge and of its prompt, found '\[\]'; name another --output",
         ),
+        ({"score": "9"}, r"line 1: expected a turn and a score that are numbers, .* found 1, '9' and \[\]; name"),
+        ({"turn": "first"}, r"line 1: expected a turn and a score that are numbers, .* found 'first', 1 and"),
         ({"question_id": [1]}, r"line 1: expected a number or a text as question_id, found \[1\]"),
     ],
 )

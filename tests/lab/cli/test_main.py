@@ -290,6 +290,8 @@ def test_predict(finished_run: Path, run: Run, tmp_path: Path) -> None:
     status, out, _ = run("predict", str(finished_run), "--file", str(file), "--output", str(target))
     assert (status, out) == (0, f"written: {target} (2 rows)\n")
     assert target.read_text(encoding="utf-8").splitlines()[0] == "text,prediction,p(bad),p(good)"
+    status, _, err = run("predict", str(finished_run), "--text", "a", "--max_new_tokens", "5")
+    assert (status, "max_new_tokens is for language models; the run's task is files" in err) == (1, True)
     status, out, err = run("predict", str(finished_run))
     assert (status, out, err) == (1, "", "sparsegrad predict: expected either a file or texts, found neither\n")
 
@@ -306,6 +308,8 @@ def test_export_and_inspect(finished_run: Path, tiny_bert: Path, run: Run, tmp_p
     status, out, _ = run("inspect", str(tiny_bert), "--c", "0.5", "--r", "0.5", "--json", "true")
     assert status == 0
     assert sum(group["layers"] for group in json.loads(out)["groups"]) == 4
+    status, _, err = run("inspect", str(tiny_bert), "--c", "0.5", "--r", "0.5", "--trained_share", "0.1")
+    assert (status, "--trained_share has no effect with --c and --r; leave one out" in err) == (2, True)
 
 
 # Errors.
@@ -317,6 +321,7 @@ def test_export_and_inspect(finished_run: Path, tiny_bert: Path, run: Run, tmp_p
         (("--learn_rate", "1"), "unrecognized arguments: --learn_rate 1; did you mean --training.learning_rate?"),
         (("--training.epoch", "1"), "unrecognized arguments: --training.epoch 1; did you mean --training.epochs?"),
         (("--xyzzy", "1"), "unrecognized arguments: --xyzzy 1"),
+        (("--test_file", "a.csv"), "after the run (--validation_file selects the checkpoint)?"),
         (("more",), "unrecognized arguments: more"),
         (("--rest", "thaw"), "Expected a typing.Literal['train', 'freeze']. Got value: thaw"),
         (("--training.batch_size", "many"), "Expected a <class 'int'>. Got value: many"),

@@ -38,6 +38,8 @@ def test_another_method() -> None:
         (("--figures.layer", "2"), "figures.layer: expected the number of a block with layers to adapt, 0, 1; found 2"),
         (("--seeds", "[1, 2]"), "seeds: figures show one run, found [1, 2]; give one seed"),
         (("--training.precision", "bf16"), "training.precision: figures measure gradients in fp32, found 'bf16'"),
+        (("--weight_decay", "0.1"), "training.weight_decay (--weight_decay): figures do not read it; leave it out"),
+        (("--push_to_hub", "me/x"), "push_to_hub: figures do not read it; leave it out"),
         (("--training.batch_size", "0"), "training.batch_size must be at least 1, found 0"),
         (("--adapter.c", "99"), "found 99"),
         (("--figures.redraw", "true"), "figures.json: no such file, so there is nothing to redraw"),

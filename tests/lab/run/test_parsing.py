@@ -11,7 +11,7 @@ from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.cli.train import parse
 from sparsegrad_lab.run.exit_codes import ExitCode
 from sparsegrad_lab.run.folder import output_folder
-from sparsegrad_lab.run.parsing import run_arguments, run_parser
+from sparsegrad_lab.run.parsing import make_parser, run_arguments, run_parser
 
 
 @pytest.mark.parametrize("form", [("--seeds", "3,4"), ("--seeds=3,4",), ("--seeds", "[3,4]")])
@@ -40,6 +40,24 @@ def test_files_that_would_be_read_in_part(tmp_path: Path, capsys: pytest.Capture
     file.write_text("training:\n  epochs: 1\nseeds: [1]\ntraining:\n  batch_size: 4\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"own.yaml: .*found the key 'training' twice, again in line 4"):
         parse(["--config", str(file)])
+
+
+def test_a_file_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell leaves the tilde to us after `--config=`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text("preset: paper/bert-base/rte\n", encoding="utf-8")
+    assert parse(["--config=~/own.yaml"]).task == "glue/rte"
+
+
+def test_lists_and_flags_of_other_types() -> None:
+    """`str | list[str]`, as `inspect` writes it; and a flag before a word that is no value."""
+    parser = make_parser("inspect", "", "")
+    parser.add_argument("model", type=str)
+    parser.add_argument("--target_modules", type=str | list[str] | None)
+    parser.add_argument("--json", type=bool, default=False)
+    for word, target in (("up,down", ["up", "down"]), (".*up", ".*up"), ("all-linear", "all-linear")):
+        found = parser.parse_args(["--json", "bert", "--target_modules", word])
+        assert (found.json, found.model, found.target_modules) == (True, "bert", target)
 
 
 def test_words() -> None:

@@ -148,6 +148,14 @@ def test_refused_before_any_work(options: dict[str, Any], problem: str, argument
     assert not (tmp_path / "s").exists()
 
 
+def test_a_search_on_a_machine_that_did_not_run_the_first_trial(arguments: Arguments, tmp_path: Path) -> None:
+    """Or whose first trial diverged, after which its folder is deleted. The storage is elsewhere."""
+    (tmp_path / "s" / "trial-001").mkdir(parents=True)
+    storage = f"sqlite:///{tmp_path / 'trials.db'}"
+    result = search(arguments(tmp_path / "s"), what(trials=1, storage=storage), lambda line: None)
+    assert len(result["trials"]) == 1
+
+
 def test_a_resumed_trial_is_compared_with_the_same_evaluations_of_others() -> None:
     """Its first evaluation after a kill is the third of the run. Runs with other seeds are not reported, and a pruned
     trial stops all of them."""

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsegrad_lab.cli.train import parse
 from sparsegrad_lab.run import train as run_train
-from sparsegrad_lab.run.finished_run import evaluate, merge, open_run
+from sparsegrad_lab.run.finished_run import evaluate, merge, open_run, predict
 from sparsegrad_lab.run.inputs import Inputs, load_inputs
 from sparsegrad_lab.run.settings import RunArguments
 from sparsegrad_lab.run.train import train
@@ -41,6 +41,7 @@ def test_trained_evaluated_and_merged(
     assert "| type of the base model's weights | bfloat16" in (tmp_path / "run" / "adapter" / "README.md").read_text()
     scores = evaluate(tmp_path / "run")
     assert all(scores[split][result["metric"]] == result["scores"][split][result["metric"]] for split in scores)
+    assert predict(tmp_path / "run", texts=["the warm film"])[0]["prediction"]
     opened = open_run(tmp_path / "run").model
     assert {p.dtype for name, p in opened.named_parameters() if "base_layer.weight" in name} == {torch.bfloat16}
     merged, _ = merge(tmp_path / "run")

@@ -27,6 +27,13 @@ def test_a_resumed_run_has_no_time(section: Section) -> None:
     assert "training time ÷ lora's: sparsegrad +2 at 1.00" in picture.description  # from the other pairs
 
 
+def test_a_method_whose_runs_were_all_resumed_leaves_the_others_their_speed(section: Section) -> None:
+    cut = [run.model_copy(update={"resumed": run.method == "lora"}) for run in section.runs]
+    speeds = {row[0]: row[3] for row in costs(replace(section, runs=tuple(cut))).rows}
+    assert speeds["lora"] == ""
+    assert float(speeds["sparsegrad"]) > 0
+
+
 def test_the_papers_costs_stand_below_ours() -> None:
     study = Path(__file__).parents[3] / "benchmarks" / "results" / "study" / "speed"
     [section] = read_report([study]).sections

@@ -173,6 +173,9 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "a rate of 0": (MINE, {"methods": {"lora": {"learning_rates": [0]}}}, "rates.0: Input should be greater"),
     "no rate": (MINE, {"methods": {"lora": {"learning_rates": [float("inf")]}}}, "should be a finite number"),
     "a rate twice": (MINE, {"methods": {"lora": {"learning_rates": [1e-3, 1e-3]}}}, "expected each of"),
+    "two sources of a rate": (
+        MINE, {"methods": {"lora": {"learning_rates": [1e-3], "rates_of": "a/b"}}}, "and rates_of exclude each other"
+    ),
     "a seed twice": (MINE, {"seeds": [1, 1]}, "seeds: expected each of them once, found '[1, 1]'"),
     "a task twice": (MINE, {"tasks": ["files", "files"]}, "tasks: expected each of them once"),
     "a scale": (MINE, {"scales": {"cpus": {}}}, "scales: expected some of cpu, paper; found cpus"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from groups_of_processes import free_port, launcher_environment
 from sparsegrad_lab.cli.main import main
 from sparsegrad_lab.run.folder import RunFolder
 from sparsegrad_lab.run.parsing import arguments_from
+from sparsegrad_lab.study import cell_run
 from sparsegrad_lab.study.experiment import merged
 from sparsegrad_lab.study.experiment_files import load_experiment
 from sparsegrad_lab.study.grid import Grid, Places, reproduce
@@ -58,7 +60,6 @@ def test_grid_search_best_and_again(load: Any, places: Places) -> None:
         assert {"experiment", "scale", "config", "environment", "status", "command", "attempts"} <= result.keys()
         if result["status"] == "finished":
             assert {"training", "calibration", "evaluations", "trained_entries", "weights_bytes"} <= result.keys()
-            assert result["training"]["mean_memory_bytes"] <= result["training"]["peak_memory_bytes"]
     assert not list(places.runs.rglob("*.safetensors"))
 
     again = Lines()
@@ -80,15 +81,44 @@ def test_grid_search_best_and_again(load: Any, places: Places) -> None:
 
 
 def test_what_retry_removes(load: Any, places: Places) -> None:
-    """A failed run starts again from the beginning; a killed one goes on from its last checkpoint."""
-    grid = Grid(list(load("first").cells())[:3], places)
+    """A run that diverged starts from the beginning. A killed or failed one goes on from its last checkpoint."""
+    grid = Grid(list(load("first").cells())[:4], places)
     grid.open()
-    for cell, status in zip(grid.cells, ("diverged", "killed", "finished"), strict=True):
+    for cell, status in zip(grid.cells, ("diverged", "killed", "failed", "finished"), strict=True):
         grid.results.write(cell.name, {"status": status})
         (places.runs / cell.name).mkdir(parents=True)
+    with grid.locks.attempt(grid.cells[0].name):  # another process does it
+        grid.forget_failures()
+        assert [cell.name in grid.results for cell in grid.cells] == [True, False, False, True]
+        assert (places.runs / grid.cells[0].name).is_dir()
     grid.forget_failures()
-    assert [cell.name in grid.results for cell in grid.cells] == [False, False, True]
-    assert [(places.runs / cell.name).is_dir() for cell in grid.cells] == [False, True, True]
+    assert [cell.name in grid.results for cell in grid.cells] == [False, False, False, True]
+    assert [(places.runs / cell.name).is_dir() for cell in grid.cells] == [False, True, True, True]
+
+
+def test_training_settings_are_checked_before_the_search(experiments: Path, places: Places) -> None:
+    """Those of the runs too, not only those of the trials, which come first."""
+    file = experiments / "first" / "experiment.yaml"
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    content["search"] = merged(content.get("search", {}), {"settings": {"training": {"patience": 1}}})
+    content["settings"] = merged(content.get("settings", {}), {"training": {"patience": 0}})
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"training\.patience must be at least 1, found 0"):
+        reproduce([load_experiment("first", "cpu", experiments)], places)
+
+
+def test_a_full_disk_ends_the_study(load: Any, places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run would fail as well. The run keeps its checkpoints, and has no result yet."""
+
+    def full(command: Any, stream: Any, threads: Any, attempt: Any) -> int:
+        stream.write(f"sparsegrad train: checkpoint: no space left ({os.strerror(errno.ENOSPC)}). Earlier files\n")
+        return 1
+
+    monkeypatch.setattr(cell_run, "_run", full)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
+        reproduce([load("first")], places, threads=1)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(places.results.rglob("*.json"))
 
 
 def search_one_rate(experiments: Path) -> None:

@@ -32,6 +32,20 @@ def test_a_run_is_given_to_one_process(tmp_path: Path) -> None:
         assert again.number == 1
 
 
+def test_what_a_user_interrupts_is_no_attempt(tmp_path: Path) -> None:
+    """After two of them, a run that is killed once would be given up."""
+
+    def interrupted() -> None:
+        with Locks(tmp_path).attempt("a") as attempt:
+            assert attempt is not None
+            assert attempt.number == 1
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+
+
 def test_an_empty_file_counts_as_no_attempt(tmp_path: Path) -> None:
     (tmp_path / "a.attempt").touch()
     with Locks(tmp_path).attempt("a") as attempt:

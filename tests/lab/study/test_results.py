@@ -76,6 +76,10 @@ def test_unfinished_runs_are_named(folder: Path) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "perplexity": (
+        {"unrelated_perplexity": {"before": 0, "after": 2.0}},
+        "unrelated_perplexity.before: Input should be",
+    ),
     "experiment with a path": ({"experiment": "../../escaped"}, "experiment: String should match pattern"),
     "experiment with an absolute path": ({"experiment": "/tmp/escaped"}, "experiment: String should match pattern"),
     "experiment with a backslash": ({"experiment": "a\\b"}, "experiment: String should match pattern"),

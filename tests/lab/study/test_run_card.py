@@ -28,6 +28,15 @@ def test_card(runs: list[Run]) -> None:
     assert score.description == "0.5 at step 6, 0.6 at step 12; lowest 0.5, highest 0.8"
 
 
+def test_rows_of_a_step(runs: list[Run]) -> None:
+    """Of all micro-batches and processes."""
+    config = runs[0].config
+    training = config.training.model_copy(update={"batch_size": 2, "gradient_accumulation": 4})
+    environment = runs[0].environment.model_copy(update={"processes": 3})
+    update = {"config": config.model_copy(update={"training": training}), "environment": environment}
+    assert " of 24 rows, " in dict(run_card(runs[0].model_copy(update=update)).facts)["steps"]
+
+
 def test_no_curve_of_one_point(runs: list[Run]) -> None:
     """Nor a training loss, in files of earlier versions."""
     update = {"evaluations": [{"step": 6, "accuracy": 0.5}], "training_loss_last_sixth": None}
