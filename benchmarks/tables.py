@@ -60,9 +60,14 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.1f}"
 
 
+def _measured(value: float) -> str:
+    """A measured value in a sentence; large ones are bytes."""
+    return f"{value / 1e6:.4g} MB" if value >= 1e6 else f"{value:.4g}"
+
+
 def targets(result: dict[str, Any]) -> str:
     return "\n".join(
-        f"- {'met' if outcome['reached'] else '**not met**'}: {target} (measured {outcome['found']:.4g})"
+        f"- {'met' if outcome['reached'] else '**not met**'}: {target} (measured {_measured(outcome['found'])})"
         for target, outcome in result["targets"].items()
     )
 
@@ -123,7 +128,7 @@ def own_sizes(arguments: dict[str, Any]) -> str:
 
 
 def speed_overview(path: Path, short: bool = False) -> str:
-    """One line for each workload, whole models first; `short` leaves out parts of models and some columns."""
+    """One line for each workload, whole models first; `short` leaves out parts of models, other sizes and columns."""
 
     def ratio(rows: dict[str, Any], of: str, to: str) -> str:
         return f"{rows[of]['ratio_to'][to]:.2f}" if of in rows else ""
@@ -147,8 +152,8 @@ def speed_overview(path: Path, short: bool = False) -> str:
     if not short:
         return markdown(header, [line for _, line in ordered])
     kept = [header.index(name) for name in SHORT_COLUMNS]
-    whole = [[re.sub(r"; .* blocks(, [^ ]+ tokens).*?(, core .*)?$", r"\1\2", line[column]) for column in kept]
-             for part, line in ordered if not part]  # fmt: skip
+    whole = [[re.sub(r"; .* blocks(, [^ ]+ tokens).*$", r"\1", line[column]) for column in kept]
+             for part, line in ordered if not part and ", core " not in line[0]]  # fmt: skip
     return markdown([header[column] for column in kept], whole)
 
 
@@ -318,7 +323,7 @@ MODEL_SIZES = {
 def sizes() -> str:
     """What the default adapter trains and stores, by model size."""
     header = ["model", "MLP layers", "core, neurons × directions", "trained, million", "cores + bases, MB",
-              "bases, shared form, MB", "LoRA rank with as many trained entries"]  # fmt: skip
+              "cores + bases of the shared form, MB", "LoRA rank with as many trained entries"]  # fmt: skip
     rows = []
     for name, (blocks, layers, hidden, wide) in MODEL_SIZES.items():
         neurons, directions = map(int, Sizes(None, None, neurons=True).counts(wide, hidden))  # type: ignore[arg-type]
@@ -327,8 +332,10 @@ def sizes() -> str:
         bases = blocks * layers * (2 * directions * hidden + 4 * neurons)  # bfloat16 and int32
         shared = layers * 2 * (shared_c * hidden + shared_r * wide)
         rank = round(neurons * directions / (hidden + wide))
+        shared_core = 4 * blocks * layers * shared_r * shared_c
         rows.append([name, f"{blocks * layers}", f"{neurons:,} × {directions}", f"{trained / 1e6:,.1f}",
-                     f"{(4 * trained + bases) / 1e6:,.0f}", f"{shared / 1e6:,.1f}", f"{rank}"])  # fmt: skip
+                     f"{(4 * trained + bases) / 1e6:,.0f}", f"{(shared_core + shared) / 1e6:,.1f}",
+                     f"{rank}"])  # fmt: skip
     return markdown(header, rows)
 
 
