@@ -7,7 +7,8 @@ A table stands between `<!-- table: PATH -->` and `<!-- end of table -->`. PATH 
 results (one line for each workload); a study folder; `PATH short`, a shorter table of either folder;
 `PATH calibration`, the share of calibration in a study's runs; `PATH costs`, a picture of its scores against costs;
 `methods`, the methods of `sparsegrad bench`; `sizes`, the default adapter's sizes by model; `forms`, what each form of
-the adapter takes by model; or `calibration`, what its calibration takes by model.
+the adapter takes by model; `calibration`, what its calibration takes by model; or `parts`, what each part of the
+default form is worth.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from sparsegrad_lab.study.report import bullets
 from sparsegrad_lab.study.report import markdown as results_document
 from sparsegrad_lab.study.report import origin as origin_of_runs
 from sparsegrad_lab.study.sections import read_report
+from sparsegrad_lab.study.statistics import compare_all
 from sparsegrad_lab.study.tables import comparisons, scores
 from sparsegrad_lab.study.verdict import verdict
 from sparsegrad_peft.method.costs import LayerShape, saves_input, step_cost
@@ -392,6 +394,45 @@ def counted_calibration(tokens: int = 2048) -> str:
     return markdown(header, rows)
 
 
+PARTS = {
+    "single-gradients": "single gradients, and so no scales",
+    "unscaled": "no scales",
+    "exponent-half": "exponent 0.5",
+    "rotated": "directions on both sides",
+    "shared": "directions on both sides, one pair of bases for all layers of a role",
+    "at-start": "all gradients at the pretrained weights",
+    "eight-steps": "8 steps of calibration instead of 30",
+    "many-steps": "120 steps of calibration instead of 30",
+}
+"""Method of the experiments below -> what it changes in the default form."""
+PARTS_COLUMNS = (
+    ("SmolLM2, loss", "default-form", "oasst1"),
+    ("BERT, MRPC", "default-form-glue", "mrpc"),
+    ("BERT, STS-B", "default-form-glue", "stsb"),
+    ("BERT, SST-2", "default-form-glue", "sst2"),
+)
+"Title, experiment and task."
+
+
+def parts() -> str:
+    """By how much each change of the default form changes the mean over three seeds; * if the interval leaves out 0."""
+
+    def cell(experiment: str, task: str, method: str) -> str:
+        [section] = read_report([ROOT / STUDY / experiment]).sections
+        runs = [run for run in section.runs if run.task_name == task]
+        [found] = compare_all(runs, [method], "sparsegrad") if section.runs_of(task, method) else [None]
+        if found is None or found.pairs < 3:
+            return ""
+        digits = 2 if found.unit == "points" else 4
+        return f"{found.difference:+.{digits}f}{'' if found.low <= 0 <= found.high else ' *'}"
+
+    rows = [
+        [words, *(cell(experiment, task, method) for _, experiment, task in PARTS_COLUMNS)]
+        for method, words in PARTS.items()
+    ]
+    return markdown(["change", *(title for title, _, _ in PARTS_COLUMNS)], rows)
+
+
 def repeats(result: dict[str, Any]) -> str:
     """Scores of runs that were repeated by `benchmarks/repeat.py`."""
     rows = []
@@ -416,8 +457,10 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-FROM_CODE = {"methods": speed_methods, "sizes": sizes, "forms": forms, "calibration": counted_calibration}
-"Tables that need no result file."
+FROM_CODE = {
+    "methods": speed_methods, "sizes": sizes, "forms": forms, "calibration": counted_calibration, "parts": parts,
+}  # fmt: skip
+"Tables of no result file, or of several."
 
 
 def filled(text: str) -> str:
