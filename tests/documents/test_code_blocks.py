@@ -124,18 +124,18 @@ def test_blocks_run(
 
 
 def cut_down_experiments(folder: Path, rows: Path) -> None:
-    """The shipped comparison without its search, with one seed, on the rows of this test."""
-    (folder / "comparison").mkdir(parents=True)
-    default, comparison = (
+    """The shipped experiment on GLUE without its search, with one seed, on the rows of this test."""
+    (folder / "glue").mkdir(parents=True)
+    default, glue = (
         yaml.safe_load((SHIPPED / name).read_text(encoding="utf-8"))
-        for name in ("default.yaml", "comparison/experiment.yaml")
+        for name in ("default.yaml", "glue/experiment.yaml")
     )
-    default["seeds"] = [0]
+    glue["seeds"] = [0]
     default["scales"]["cpu"]["settings"]["training"]["precision"] = "fp32"  # bf16 takes minutes on some processors
     default["scales"]["cpu"]["task_settings"] = {"glue/rte": {"data": {"folder": str(rows)}, "training": {"epochs": 1}}}
-    for method in comparison["methods"].values():
+    for method in glue["methods"].values():
         del method["learning_rates"]
-    for name, content in (("default.yaml", default), ("comparison/experiment.yaml", comparison)):
+    for name, content in (("default.yaml", default), ("glue/experiment.yaml", glue)):
         (folder / name).write_text(yaml.safe_dump(content), encoding="utf-8")
 
 

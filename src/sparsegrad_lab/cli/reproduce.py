@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..study.experiment import Cell, Experiment
 
 EXAMPLE = (
-    "sparsegrad reproduce glue --tasks glue/mrpc --methods sparsegrad,lora; prints a line per run and writes "
+    "sparsegrad reproduce glue --tasks glue/rte --methods sparsegrad,lora; prints a line per run and writes "
     "results/, which sparsegrad report reads. The same command resumes an interrupted study. Run it several times at "
     "once to share the runs: on one machine, also with torchrun, or with --storage on several."
 )
