@@ -99,6 +99,23 @@ class _MultiplyAdds(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class TF32(TorchDispatchMode):
+    """Rounds the factors of float32 products to 10 bits, as a GPU does where TF32 is allowed."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_") and (
+            torch.backends.cuda.matmul.fp32_precision == "tf32"
+        ):
+            args = (*args[:-2], *map(_rounded_to_10_bits, args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+
+def _rounded_to_10_bits(factor: Tensor) -> Tensor:
+    if factor.dtype != torch.float32:
+        return factor
+    return ((factor.contiguous().view(torch.int32) + 2**12) & ~(2**13 - 1)).view(torch.float32)
+
+
 def multiply_adds_done(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Multiply-adds of the matrix products that a call computes."""
     with _MultiplyAdds() as counter:

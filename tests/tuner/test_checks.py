@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from helpers import logits, max_difference, tiny_batch, tiny_model, trained_adapter, tuner_layers
+from helpers import TF32, logits, max_difference, tiny_batch, tiny_model, trained_adapter, tuner_layers
 from sparsegrad_peft import SparseGradConfig, calibrate_adapter, export_lora
 from sparsegrad_peft.tuner.checks import check_side
 
@@ -171,3 +171,12 @@ def test_names_that_pytorch_uses_itself(name: str) -> None:
 def test_honest_bases_pass(rows: int, n: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     check_side(torch.linalg.qr(torch.randn(n, rows))[0].T.to(dtype), "U")
+
+
+def test_honest_bases_pass_where_tf32_is_allowed() -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        with TF32():
+            check_side(torch.linalg.qr(torch.randn(40, 40))[0].T, "U")
+    finally:
+        torch.set_float32_matmul_precision("highest")

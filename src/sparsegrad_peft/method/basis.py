@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .precision import HALF_PRECISION, without_autocast
+from .precision import HALF_PRECISION, exact_products
 from .products import chain
 from .sides import cast, check_selected, is_selected, kept_count, put, scaled
 
@@ -344,7 +344,7 @@ def check_orthonormal(matrix: Float[Tensor, "rows n"], side: str) -> None:
     if tolerance is None:
         raise TypeError(f"{side}: expected a floating point matrix, found {matrix.dtype}")
     accurate = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
-    with without_autocast(matrix.device):
+    with exact_products(matrix.device):
         product = accurate @ accurate.T
     product.diagonal().sub_(1)
     error = float(product.abs().max())

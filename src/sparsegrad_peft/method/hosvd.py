@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .precision import without_autocast
+from .precision import exact_products
 from .sizes import Rows, check_rows, parse_energy, row_count
 
 # Subspace iteration finds the leading rows if they are few and the matrix is large. Below this size the full
@@ -85,7 +85,7 @@ def eigenbasis(gram: Float[Tensor, "n n"], rows: Rows = "full", *, name: str = "
 
     count = row_count(rows, n)
     if count is not None and n >= _ITERATE_ABOVE and count <= _ITERATE_FRACTION * n:
-        with without_autocast(gram.device):
+        with exact_products(gram.device):
             spectrum, vectors = _leading(gram, count)
     else:
         spectrum, columns = eigh(gram)  # ascending

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -23,6 +24,35 @@ def autocast_kind(device: torch.device) -> str:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Compute in the types of the operands, whatever autocast the caller is in."""
     return torch.autocast(autocast_kind(device), enabled=False)
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Compute without autocast, and multiply float32 as float32, whether or not the caller allows TF32 or bfloat16.
+
+    Bases are made, checked and changed in it: TF32 rounds to 2⁻¹¹, and rows in it are orthonormal to a thousandth only.
+    """
+    with without_autocast(device):
+        if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8 and earlier
+            precision = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(precision)
+            return
+        # The functions above raise once one of these settings has been made.
+        settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+        before = [setting.fp32_precision for setting in settings]
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for setting, precision in zip(settings, before, strict=True):
+                setting.fp32_precision = "none"  # as `torch.backends.fp32_precision` says
+                if setting.fp32_precision != precision:
+                    setting.fp32_precision = precision
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

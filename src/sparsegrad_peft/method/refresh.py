@@ -23,7 +23,7 @@ from .basis import Basis, keep_saved
 from .function import dense_core
 from .linear import SparseGradLinear, check_positions, set_core
 from .optim import SparseGradAdamW
-from .precision import at_least_float32
+from .precision import at_least_float32, exact_products
 from .selection import resolve_k, topk_positions
 from .sides import Side, as_matrix, cast, scaled, take
 
@@ -62,16 +62,17 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
     for layer in layers:
         assert layer.S is not None
         old, S = layer.basis, layer.S
-        update = layer.delta_weight()  # (out, in), float32 at least
-        S_new = basis.coordinates(update)
-        share = 0.0
-        if not basis.is_complete and update.any():
-            remainder = update - basis.from_basis(S_new)
-            share = float(remainder.norm() / update.norm())
-            layer.set_weight(layer.weight + remainder)
-        outside.append(share)
-        if optimizer is not None:
-            rotate_moments(optimizer, S, old, basis, update.shape)
+        with exact_products(layer.weight.device):
+            update = layer.delta_weight()  # (out, in), float32 at least
+            S_new = basis.coordinates(update)
+            share = 0.0
+            if not basis.is_complete and update.any():
+                remainder = update - basis.from_basis(S_new)
+                share = float(remainder.norm() / update.norm())
+                layer.set_weight(layer.weight + remainder)
+            outside.append(share)
+            if optimizer is not None:
+                rotate_moments(optimizer, S, old, basis, update.shape)
         saved = any(holder.registers_basis for holder in basis.holders if holder is not layer)
         layer.hold_basis(basis, register=not saved)
         layer.core_shape = (S_new.shape[0], S_new.shape[1])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..method.basis import BASIS_BUFFERS, ORTHOGONALITY_TOLERANCE
-from ..method.precision import at_least_float32, without_autocast
+from ..method.precision import at_least_float32, exact_products
 from ..method.processes import is_sharded
 from ..method.sides import check_selected, is_selected
 
@@ -53,7 +53,7 @@ def check_side(side: Tensor, name: str) -> None:
     rows = side.to(at_least_float32(side.dtype))
     generator = torch.Generator("cpu").manual_seed(0)
     z = torch.randn(len(rows), _PROBES, generator=generator, device="cpu").to(rows)
-    with without_autocast(rows.device):
+    with exact_products(rows.device):
         residual = rows @ (rows.T @ z) - z
     error, tolerance = float(residual.square().mean(1).sqrt().max()), ORTHOGONALITY_TOLERANCE[side.dtype]
     if not error <= tolerance:

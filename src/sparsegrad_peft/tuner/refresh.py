@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..method.basis import Basis
 from ..method.calibrate import Calibration, calibrate
 from ..method.config import CalibrationConfig
-from ..method.precision import at_least_float32
+from ..method.precision import at_least_float32, exact_products
 from ..method.processes import broadcast_from_rank0
 from ..method.refresh import check_moments, rotate_moments
 from ..method.sizes import Sizes
@@ -125,14 +125,16 @@ def _change_bases(
         for name in names:
             layer, (S, old) = layers[name], held[name]
             new = copies.setdefault(id(old), (old, bases[group].on_device(S.device)))[1]
-            update = old.from_basis(S.to(at_least_float32(S.dtype)))
-            if optimizer is not None:
-                rotate_moments(optimizer, S, old, new, (layer.out_features, layer.in_features))
-                for key, value in optimizer.state.get(S, {}).items():
-                    if isinstance(value, Tensor):
-                        optimizer.state[S][key] = broadcast_from_rank0(value)
+            with exact_products(S.device):
+                core = new.coordinates(old.from_basis(S.to(at_least_float32(S.dtype))))
+                if optimizer is not None:
+                    rotate_moments(optimizer, S, old, new, (layer.out_features, layer.in_features))
             # All processes have the same bases; products with them are equal to the bit on equal machines only.
-            S.copy_(broadcast_from_rank0(new.coordinates(update)))
+            state = {} if optimizer is None else optimizer.state.get(S, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    state[key] = broadcast_from_rank0(value)
+            S.copy_(broadcast_from_rank0(core))
         for old, new in copies.values():
             for side, value in new.named_buffers():
                 there = getattr(old, side)
