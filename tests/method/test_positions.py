@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import train
+from helpers import check_equal, train
 from sparsegrad_peft import (
     Basis,
     SparseGradAdamW,
@@ -50,6 +53,20 @@ def test_positions_are_those_of_the_largest_sum_of_squares() -> None:
             assert found[name].tolist() == expected.tolist()
     shares = select_positions(model, groups, bases, batches, density=0.5, n_steps=1, loss_fn=loss_fn, progress=False)
     assert {name: len(positions) for name, positions in shares.items()} == {"0": 10, "2": 10}
+
+
+def test_bases_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a calibration with `gram_device="cpu"`; bases on `meta` stand for them, and a copy for moving them."""
+    model, batches, groups = problem()
+    bases = {
+        group: Basis(torch.eye(model[int(names[0])].in_features), None).double() for group, names in groups.items()
+    }
+    options: dict[str, Any] = {"k": 3, "n_steps": 1, "loss_fn": loss_fn, "progress": False}
+    expected = select_positions(model, groups, bases, batches, **options)
+    away = {group: copy.deepcopy(basis).to("meta") for group, basis in bases.items()}
+    there = {away[group]: bases[group] for group in groups}
+    monkeypatch.setattr(Basis, "on_device", lambda basis, device: there[basis])
+    check_equal(select_positions(model, groups, away, batches, **options), expected)
 
 
 def test_training_packed_and_renewing_the_positions() -> None:

@@ -496,6 +496,15 @@ def test_layers_that_share_a_basis_share_the_new_one() -> None:
     assert sum(name.endswith("basis.U") for name in saved) == 1
 
 
+def test_layers_on_another_device_share_a_copy() -> None:
+    """As after a calibration with `gram_device="cpu"`; `meta` stands for a GPU."""
+    layers = [layer.to("meta") for layer in layers_on(a_basis())]
+    basis = a_basis()
+    refresh(layers, basis)
+    assert layers[0].basis is layers[1].basis is not basis
+    assert {str(layer.basis.U.device) for layer in layers} == {"meta"}
+
+
 # New positions of a packed layer
 
 OLD = torch.tensor([2, 3, 5, 17, 40, 41, 60, 85])

@@ -194,6 +194,17 @@ def test_layers_of_a_group_on_two_devices() -> None:
     assert len({id(layer.basis) for layer in new.values()}) == 2
 
 
+def test_the_bases_of_plain_weights_on_two_devices() -> None:
+    """As after a calibration with `gram_device="cpu"`; `meta` stands for a GPU."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    model[1:].to("meta")
+    basis = Basis(torch.eye(8)[:3], torch.eye(8)[:2])
+    first, *others = weight_bases(model, {"g": [*"012"]}, {"g": basis}).values()
+    assert first is basis
+    assert others[0] is others[1]
+    assert others[0].U.device.type == "meta"
+
+
 def test_a_shared_basis_in_data_parallel_is_refused() -> None:
     """`nn.DataParallel` copies registered modules to the other GPUs, and no references."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

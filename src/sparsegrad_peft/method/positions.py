@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,9 +62,10 @@ def select_positions(
     basis_of = {layer: bases[group] for group, layers in groups.items() for layer in layers}
     _check_k(model, basis_of, k, density)
     squares: dict[str, Tensor] = {}
+    on_device = cache(Basis.on_device)
 
     def add(layer: str, G: Tensor) -> None:
-        G_tilde = basis_of[layer].to_basis(G.to(at_least_float32(G.dtype)))
+        G_tilde = on_device(basis_of[layer], G.device).to_basis(G.to(at_least_float32(G.dtype)))
         squares[layer] = squares[layer].addcmul_(G_tilde, G_tilde) if layer in squares else G_tilde.square()
 
     stream_gradients(

@@ -15,6 +15,7 @@ directions. That part is added to the frozen weight, so the layer's output does 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
 
     Args:
         layers: SparseGrad layers of one group, not packed. If some of the group are left out, they keep the old basis.
-        basis: the new basis, for layers of the same shape; its size may differ from the old one's.
+        basis: the new basis, for layers of the same shape; its size may differ from the old one's. Layers on another
+            device share a copy of it.
         optimizer: its moments for these layers are carried over. If the core changes its shape, so does the parameter,
             and the moments follow.
 
@@ -58,23 +60,23 @@ def refresh(layers: Sequence[SparseGradLinear], basis: Basis, optimizer: SparseG
             check_moments(optimizer, layer.S)
             _check_k(optimizer, layer.S, shape)
     old_bases = {layer.basis for layer in layers}
-    outside = []
+    outside, on_device = [], cache(Basis.on_device)
     for layer in layers:
         assert layer.S is not None
-        old, S = layer.basis, layer.S
+        old, S, new = layer.basis, layer.S, on_device(basis, layer.weight.device)
         with exact_products(layer.weight.device):
             update = layer.delta_weight()  # (out, in), float32 at least
-            S_new = basis.coordinates(update)
+            S_new = new.coordinates(update)
             share = 0.0
-            if not basis.is_complete and update.any():
-                remainder = update - basis.from_basis(S_new)
+            if not new.is_complete and update.any():
+                remainder = update - new.from_basis(S_new)
                 share = float(remainder.norm() / update.norm())
                 layer.set_weight(layer.weight + remainder)
             outside.append(share)
             if optimizer is not None:
-                rotate_moments(optimizer, S, old, basis, update.shape)
-        saved = any(holder.registers_basis for holder in basis.holders if holder is not layer)
-        layer.hold_basis(basis, register=not saved)
+                rotate_moments(optimizer, S, old, new, update.shape)
+        saved = any(holder.registers_basis for holder in new.holders if holder is not layer)
+        layer.hold_basis(new, register=not saved)
         layer.core_shape = (S_new.shape[0], S_new.shape[1])
         set_core(S, S_new.to(S.dtype).contiguous())
     for old in old_bases:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -64,14 +64,12 @@ def replace_linears(
     if twice:
         raise ValueError(f"expected each layer once in the groups, found it several times: {', '.join(twice)}")
     _check_not_root(model, chosen)
-    on_device: dict[tuple[str, torch.device], Basis] = {}  # layers of a group on several devices have a copy on each
+    on_device = cache(Basis.on_device)  # layers of a group on several devices have a copy on each
     new = {}
     for name, group in names:
         weight = getattr(modules[name], "weight", None)  # none: `make` says that it is no linear layer
         device = torch.device("cpu") if weight is None else weight.device
-        if (group, device) not in on_device:
-            on_device[group, device] = bases[group].on_device(device)
-        new[name] = _made(name, partial(make, modules[name], on_device[group, device], **options))
+        new[name] = _made(name, partial(make, modules[name], on_device(bases[group], device), **options))
     registered = {one.basis for one in modules.values() if isinstance(one, HoldsBasis) and one.registers_basis}
     for name, layer in new.items():
         if isinstance(layer, HoldsBasis):
@@ -177,7 +175,8 @@ def weight_bases(
 ) -> dict[nn.Parameter, Basis]:
     """Return the basis of each layer's weight, for `SparseGradAdamW(bases=...)`, which trains the weights themselves.
 
-    A `Conv1D` stores its weight as (in, out), so its basis has the two sides exchanged.
+    Each is on the device of its weight. A `Conv1D` stores its weight as (in, out), so its basis has the two sides
+    exchanged.
 
     Args:
         model: with plain linear layers.
@@ -188,15 +187,19 @@ def weight_bases(
         ValueError: a group has no basis.
     """
     check_same_groups(groups, bases)
+    on_device, exchange = cache(Basis.on_device), cache(_exchanged)
     found = {}
     for group, names in groups.items():
-        basis = bases[group]
-        # The optimizer refuses selected features and scales, so there is nothing else to exchange.
-        exchanged = Basis(basis.V, basis.U) if basis.is_rotation else basis
         for name in names:
-            transposed = is_conv1d(model.get_submodule(name))
-            found[model.get_parameter(f"{name}.weight")] = exchanged if transposed else basis
+            weight = model.get_parameter(f"{name}.weight")
+            basis = on_device(bases[group], weight.device)
+            found[weight] = exchange(basis) if is_conv1d(model.get_submodule(name)) else basis
     return found
+
+
+def _exchanged(basis: Basis) -> Basis:
+    # The optimizer refuses selected features and scales, so there is nothing else to exchange.
+    return Basis(basis.V, basis.U) if basis.is_rotation else basis
 
 
 def leave_fast_path(model: nn.Module, parent: nn.Module) -> None:

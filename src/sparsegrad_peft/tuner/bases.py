@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from copy import copy
+from functools import cache
 
 import torch
 from torch import nn
@@ -75,14 +76,11 @@ def set_bases(
         config.core_shapes, config.data_free = {}, data_free
         model.get_submodule(part).peft_config[adapter_name] = config  # type: ignore[index,operator]
         shapes[part] = config.core_shapes
+    on_device = cache(Basis.on_device)
     for group, names in groups.items():
-        copies: dict[torch.device, Basis] = {}
         for name in names:
             layer = layers[name]
-            device = layer.device_of(adapter_name)
-            if device not in copies:
-                copies[device] = bases[group].on_device(device)
-            layer.set_basis(adapter_name, copies[device])
+            layer.set_basis(adapter_name, on_device(bases[group], layer.device_of(adapter_name)))
             layer.sparsegrad_status[adapter_name].data_free = data_free
             r, c = layer.sparsegrad_S[adapter_name].shape
             holder = holder_of(model, name)
