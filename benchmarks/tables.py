@@ -358,7 +358,9 @@ def forms(tokens: int = 2048) -> str:
             down = LayerShape(hidden, wide, c, r, rotates_in=not neurons)
             shapes = blocks * [*(layers - 1) * [up], down]
             added = sum(step_cost(shape, tokens) for shape in shapes) - plain
-            saved = sum(shape.in_ if saves_input(tokens, shape, "memory") else shape.c for shape in shapes)
+            saved = sum(
+                shape.in_ if saves_input(tokens, shape, "memory", formed=False) else shape.c for shape in shapes
+            )
             basis = 2 * c * hidden + (4 * r if neurons else 2 * r * wide)  # bfloat16, and int32 for neurons
             stored = blocks * layers * 4 * r * c + pairs * layers * basis
             lines.append((form, f"{r:,} × {c}", added, saved, stored))

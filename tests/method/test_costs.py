@@ -53,10 +53,10 @@ def test_chain_cost_agrees_with_dynamic_programming_on_longer_chains() -> None:
     assert chain_cost(*dims) == least(0, len(dims) - 1) == 15125
 
 
-def one_step(layer: SparseGradLinear, tokens: int, live: int) -> None:
+def one_step(layer: SparseGradLinear, tokens: int, live: int, dtype: torch.dtype = F64) -> None:
     """Run forward and backward on a batch whose last rows have no gradient."""
-    x = torch.randn(tokens, layer.in_features, dtype=F64, requires_grad=True)
-    delta = torch.randn(tokens, layer.out_features, dtype=F64)
+    x = torch.randn(tokens, layer.in_features, dtype=dtype, requires_grad=True)
+    delta = torch.randn(tokens, layer.out_features, dtype=dtype)
     delta[live:] = 0
     layer(x).backward(delta)
 
@@ -97,8 +97,28 @@ def test_the_cheaper_way_is_taken(out: int, in_: int, prefer: Prefer, monkeypatc
 
 
 def test_the_smaller_of_input_and_projection_is_saved() -> None:
-    assert not saves_input(10, LayerShape(7, 5, 3, 2), "memory")
-    assert saves_input(10, LayerShape(7, 5, 3, 5), "memory")  # the projection is no smaller
+    for formed in (False, True):
+        assert not saves_input(10, LayerShape(7, 5, 3, 2), "memory", formed=formed)
+        assert saves_input(10, LayerShape(7, 5, 3, 5), "memory", formed=formed)  # the projection is no smaller
+
+
+@pytest.mark.parametrize("core", [(2, 3), (5, 4), (1, 5), "complete"])
+@pytest.mark.parametrize(("out", "in_"), SHAPES)
+@pytest.mark.parametrize("tokens", [1, 9, 200])
+def test_speed_is_no_slower_where_the_update_is_not_formed(
+    tokens: int, out: int, in_: int, core: tuple[int, int] | str
+) -> None:
+    """For weights in half precision. The input was saved, and projected again in backward."""
+    r, c = (out, in_) if isinstance(core, str) else core
+    counts = {}
+    for prefer in ("memory", "speed"):
+        layer = SparseGradLinear.from_linear(
+            nn.Linear(in_, out, dtype=torch.bfloat16), Basis(orthogonal(in_, c), orthogonal(out, r)), prefer=prefer
+        )
+        counts[prefer] = multiply_adds_done(one_step, layer, tokens, tokens, torch.bfloat16)
+        assert counts[prefer] == step_cost(LayerShape(out, in_, r, c), tokens, None, prefer, may_form=False)
+    assert counts["speed"] <= counts["memory"]
+    assert not saves_input(tokens, LayerShape(out, in_, r, c), "speed", formed=False)
 
 
 @pytest.mark.parametrize("prefer", ["memory", "speed"])

@@ -72,11 +72,16 @@ class LayerShape:
         return (not self.rotates_out and self.r < self.out) or (not self.rotates_in and self.c < self.in_)
 
 
-def saves_input(tokens: int, layer: LayerShape, prefer: Prefer) -> bool:
-    """True if backward gets the input `x` (T, in), False if it gets the projected input `x Uᵀ` (T, c)."""
+def saves_input(tokens: int, layer: LayerShape, prefer: Prefer, *, formed: bool) -> bool:
+    """True if backward gets the input `x` (T, in), False if it gets the projected input `x Uᵀ` (T, c).
+
+    Where the update is not `formed`, forward has computed the projected input.
+    """
+    if prefer == "speed" and layer.rotates_in and not formed:
+        return False
     if layer.c == layer.in_:  # the projected input is no smaller, and `x` may be kept for another layer anyway
         return True
-    if prefer == "memory" or not layer.rotates_in or layer.selects:
+    if prefer == "memory" or not layer.rotates_in:
         return False
     project = chain_cost(tokens, *layer.dims_in[::-1])
     from_input = chain_cost(*layer.dims_out[::-1], tokens, *layer.dims_in[::-1])
@@ -100,18 +105,25 @@ def backward_through_factors(tokens: int, layer: LayerShape, *, from_input: bool
     return min(apart, together), together < apart or not layer.rotates_out
 
 
-def forms_update(tokens: int, layer: LayerShape, prefer: Prefer) -> bool:
+def forms_update(tokens: int, layer: LayerShape, prefer: Prefer, may_form: bool = True) -> bool:
     """True if forming `W + Vᵀ S U` needs fewer multiply-adds, forward and backward, than applying its factors.
 
     Never where a side selects features: a copy of `W`, with additions to some of its rows or columns, takes longer than
-    the multiply-adds that it saves.
+    the multiply-adds that it saves. And not where it may not be formed: weights in half precision would round it away.
     """
-    if layer.selects:
+    if layer.selects or not may_form:
         return False
     return _update_cost(True, tokens, tokens, layer, prefer) < _update_cost(False, tokens, tokens, layer, prefer)
 
 
-def step_cost(layer: LayerShape, tokens: int, live_tokens: int | None = None, prefer: Prefer = "memory") -> int:
+def step_cost(
+    layer: LayerShape,
+    tokens: int,
+    live_tokens: int | None = None,
+    prefer: Prefer = "memory",
+    *,
+    may_form: bool = True,
+) -> int:
     """Multiply-adds of one layer in one step: forward, gradient of the input, gradient of `S`.
 
     Args:
@@ -119,15 +131,16 @@ def step_cost(layer: LayerShape, tokens: int, live_tokens: int | None = None, pr
         tokens: tokens in the batch, padding included.
         live_tokens: tokens with a gradient; backward leaves the others out. None: all of them.
         prefer: see `Prefer`.
+        may_form: False for a weight in half precision, see `forms_update`.
     """
     live = tokens if live_tokens is None else live_tokens
-    formed = forms_update(tokens, layer, prefer)
+    formed = forms_update(tokens, layer, prefer, may_form)
     return (tokens + live) * layer.out * layer.in_ + _update_cost(formed, tokens, live, layer, prefer)
 
 
 def _update_cost(formed: bool, tokens: int, live: int, layer: LayerShape, prefer: Prefer) -> int:
     """Multiply-adds of one step that a frozen linear layer would not have."""
-    from_input = saves_input(tokens, layer, prefer)
+    from_input = saves_input(tokens, layer, prefer, formed=formed)
     project = chain_cost(tokens, *layer.dims_in[::-1])
     if formed:
         forming = chain_cost(*layer.dims_out, *layer.dims_in)

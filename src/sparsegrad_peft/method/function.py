@@ -4,14 +4,15 @@
     backward    ∂L/∂S = V δᵀ x Uᵀ,  ∂L/∂x = δ (W + Vᵀ S U),  ∂L/∂b = Σ δ    δ = ∂L/∂y (T, out)
 
 `∂L/∂S` is `G_tilde = V G Uᵀ`. It is computed without the (out, in) gradient `G`. Three choices depend on the shapes
-alone, and are made by counting multiply-adds (`costs.py`):
+and on the type of `W`, and are made by counting multiply-adds (`costs.py`):
 
 - With many tokens the update `Vᵀ S U` is *formed* and added to `W`, once in forward and once in backward. With few
-  tokens, or where a side selects features, it is applied through its *factors*.
+  tokens, where a side selects features, or if `W` is in half precision, it is applied through its *factors*.
 - Backward through the factors uses `δ Vᵀ` (T, r) twice, and computes it once where that is cheaper.
 - Backward needs the projected input `x_tilde = x Uᵀ` (T, c) or the input `x` (T, in). The smaller one is saved.
 
-`prefer="speed"` saves the input and the formed weight from forward to backward wherever that lowers the multiply-adds.
+Where the update is formed, `prefer="speed"` saves the formed weight from forward to backward, and the input if that
+lowers the multiply-adds. Elsewhere it saves the projected input, which forward has computed.
 
 Rows of `δ` that are exactly zero are left out of backward's products where it is cheap to find them (`live_rows.py`).
 These are padding and, in the last block of a classifier, every token that is not read.
@@ -89,7 +90,7 @@ class SparseGradFunction(torch.autograd.Function):
         y, x_tilde, W_formed = output(x, weight, bias, core, positions, U, V, scale_out, scale_in, prefer)
         layer = _layer_shape(weight, U, V)
         train_weight, train_core = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        save_input = train_weight or saves_input(x.shape[0], layer, prefer)
+        save_input = train_weight or saves_input(x.shape[0], layer, prefer, formed=W_formed is not None)
         save_projected = train_core and not save_input
         if save_projected and x_tilde is None:
             x_tilde = take(x, cast(U, x.dtype))
@@ -186,11 +187,9 @@ def _layer_shape(weight: Tensor, U: Side, V: Side) -> LayerShape:
 
 def _forms(tokens: int, layer: LayerShape, weight: Tensor, prefer: Prefer) -> bool:
     """True if `W + Vᵀ S U` is formed. It does not depend on gradient mode, so the output has the same bits in both."""
-    if weight.dtype in HALF_PRECISION:
-        # A sum with `W` would round the update away. (Under autocast `W` is float32, and the sum is rounded only after
-        # the update has been added, as in any mixed-precision training.)
-        return False
-    return forms_update(tokens, layer, prefer)
+    # A sum with `W` in half precision would round the update away. (Under autocast `W` is float32, and the sum is
+    # rounded only after the update has been added, as in any mixed-precision training.)
+    return forms_update(tokens, layer, prefer, weight.dtype not in HALF_PRECISION)
 
 
 def _form(weight: Tensor, S: Tensor, U: Side, V: Side, dtype: torch.dtype) -> Tensor:

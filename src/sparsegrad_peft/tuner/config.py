@@ -55,7 +55,7 @@ class SparseGradConfig(PeftConfig):
         original_space: train the whole core in the original space, without bases (MeProp, if the optimizer selects).
             The sizes and `shared` then have no effect.
         prefer: "memory" saves the projected input for backward; "speed" saves what costs the fewest multiply-adds. It
-            has no effect on the default form (neurons).
+            has no effect on the default form (neurons), and on weights in half precision only if `c` is "full".
         target_modules: layers to adapt, as in PEFT: name endings, a regular expression, or "all-linear". None: the MLP
             linears of the architecture, or none if `target_parameters` is given.
         target_parameters: fused experts to adapt, as in PEFT: names of parameters (experts, ., .), or their endings.
