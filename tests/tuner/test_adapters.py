@@ -92,6 +92,17 @@ def test_both_towers_of_a_dual_encoder(tmp_path: Path) -> None:
         assert torch.equal(loaded(**batch).logits, tower(**batch).logits)
 
 
+def test_layers_whose_names_end_like_those_of_another_adapter() -> None:
+    """The layers "query...." and "doc.query....", each with its own adapter."""
+    towers = [get_peft_model(tiny_model("bert"), SparseGradConfig(), adapter_name=name) for name in ("one", "two")]
+    model = Dual(towers[0], nn.ModuleDict({"query": towers[1]}))
+    calibrate_adapter(
+        model, [tiny_batch("bert")], loss_fn=lambda m, data: m.query(**data).loss, n_steps=1, progress=False,
+        adapter_name="one",
+    )  # fmt: skip
+    assert uncalibrated(model) == ["two"]
+
+
 def test_towers_of_different_forms_are_calibrated_each_alone() -> None:
     model = Dual(*(get_peft_model(tiny_model("bert"), SparseGradConfig(narrow=n)) for n in (4, 8)))
     with pytest.raises(ValueError, match=r"'default' of query and doc have different forms: .*'narrow': 4.* and .*: 8"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -127,7 +128,8 @@ def groups_of(model: nn.Module, layers: Mapping[str, SparseGradLayer], *, shared
     """Return group -> names of the layers that share a basis. The experts of a parameter are a group of their own."""
     experts = [name for name, layer in layers.items() if isinstance(layer, SparseGradExperts)]
     linears = {layer.calibrated_name(name): name for name, layer in layers.items() if name not in experts}
-    found = group_linears(model, list(linears), shared=shared) if linears else {}
+    exactly = "|".join(map(re.escape, linears))  # a list would match endings, and so other adapters' layers
+    found = group_linears(model, exactly, shared=shared) if linears else {}
     groups = {group: [linears[wrapped] for wrapped in names] for group, names in found.items()}
     return groups | {layer_key(model, name): [name] for name in experts}
 
