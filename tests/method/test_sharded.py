@@ -269,6 +269,28 @@ def refusals(rank: int) -> dict[str, str]:
     }
 
 
+def resumed_in_bfloat16(rank: int) -> list[Tensor]:
+    """Cores in bfloat16 after three steps, without and with saving and loading the state after two."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    cores = []
+    for resumes in (False, True):
+        core = nn.Parameter(distribute_tensor(torch.zeros(4, 4, dtype=torch.bfloat16), mesh, [Shard(0)]))
+        optimizer = SparseGradAdamW([{"params": [core], "sparse": True, "density": 0.25}])
+        for step in range(3):
+            if resumes and step == 2:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = SparseGradAdamW([{"params": [core], "sparse": True, "density": 0.25}])
+                optimizer.load_state_dict(state)
+            gradient = torch.randn(4, 4, generator=torch.Generator().manual_seed(step)).bfloat16()
+            core.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+            optimizer.step()
+        cores.append(processes.gathered(core.detach()))
+    return cores
+
+
 def group_work(rank: int, n: int, folder: Path) -> dict[str, Any]:
     processes.PATIENCE = 30
     results: dict[str, Any] = {
@@ -283,6 +305,7 @@ def group_work(rank: int, n: int, folder: Path) -> dict[str, Any]:
         results["ddp"] = trained_under_ddp(rank)
         results["stages"] = {name: trained_in_stages(rank, model(), make) for name, (model, make) in STAGES.items()}
         results["refusals"] = refusals(rank)
+        results["resumed"] = resumed_in_bfloat16(rank)
     return results
 
 
@@ -383,6 +406,13 @@ def test_calibrates_as_one_process(results: list[dict[str, Any]], n: int) -> Non
 def test_refuses(results: list[dict[str, Any]], case: str, words: str) -> None:
     for rank in range(2):
         assert words in results[rank]["2"]["refusals"][case]
+
+
+def test_moments_of_bfloat16_are_loaded_as_wide_as_saved(results: list[dict[str, Any]]) -> None:
+    """They were cast to bfloat16, and the next step failed."""
+    for rank in range(2):
+        straight, resumed = results[rank]["2"]["resumed"]
+        assert torch.equal(straight, resumed)
 
 
 def test_state_of_a_sharded_parameter_goes_on_in_one_process() -> None:

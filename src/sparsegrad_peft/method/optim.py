@@ -320,15 +320,11 @@ class SparseGradAdamW(Optimizer):
                 self._check_positions(parameter, state_dict["state"].get(saved_id, {}), number)
         super().load_state_dict(state_dict)
         # The base class casts state to the type of its parameter: float positions, half-precision moments.
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for saved_id, parameter in zip(saved_ids, parameters, strict=True):
-            saved = state_dict["state"].get(saved_id, {})
-            if "positions" in saved:
-                self.state[parameter] = {
-                    name: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
-                    for name, value in saved.items()
-                }
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for parameter, saved_id in zip(group["params"], saved_group["params"], strict=True):
+                saved = state_dict["state"].get(saved_id, {}) if group["sparse"] else {}
+                for name in {"positions", "exp_avg", "exp_avg_sq"} & saved.keys():
+                    self.state[parameter][name] = saved[name].to(parameter.device, copy=True)
 
     def _check_positions(self, parameter: nn.Parameter, saved: Mapping[str, Any], number: int) -> None:
         """Raise `ValueError` if the saved state of a parameter has positions that it does not have."""
