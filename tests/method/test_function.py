@@ -86,3 +86,18 @@ def test_backward_inside_an_autocast_that_forward_was_not_in(tokens: int, prefer
     assert len(gradients[0]) == 3
     for found, expected in zip(gradients[1], gradients[0], strict=True):
         assert torch.equal(found, expected)
+
+
+def test_scales_are_applied_after_the_last_rounding() -> None:
+    """In half precision the product is rounded once. It was rounded again for each of the two scales."""
+    U, V = (orthogonal(16, dtype=torch.bfloat16) for _ in range(2))
+    x, delta = (torch.randn(64, 16, dtype=torch.bfloat16) for _ in range(2))
+    scales = torch.rand(2, 16) + 0.1
+    errors = []
+    for scale_out, scale_in in (torch.ones(2, 16), scales):
+        basis = Basis(U, V, scale_out=scale_out, scale_in=scale_in)
+        layer = SparseGradLinear.from_linear(nn.Linear(16, 16, dtype=torch.bfloat16), basis)
+        layer(x).backward(delta)
+        exact = basis.to_basis(delta.double().T @ x.double())
+        errors.append(float((layer.S.grad - exact).norm() / exact.norm()))
+    assert errors[1] < 1.1 * errors[0]

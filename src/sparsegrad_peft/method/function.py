@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from .costs import LayerShape, Prefer, backward_through_factors, forms_update, saves_input
 from .live_rows import live_rows
-from .precision import HALF_PRECISION, without_autocast
+from .precision import HALF_PRECISION, at_least_float32, without_autocast
 from .products import add_chain, chain, last_product
 from .sides import Scales, Side, cast, is_selected, kept_count, scaled, take
 
@@ -133,7 +133,8 @@ class SparseGradFunction(torch.autograd.Function):
                     update = _update(_through(delta, delta_tilde, V_c), S.to(delta.dtype), U_c)
             if ctx.needs_input_grad[3]:
                 left = (factor.T for factor in reversed(_through(delta, delta_tilde, V_c)))
-                grad_core = scaled(chain(*left, *_through(x, x_tilde, U_c)), tuple(scales)).to(core.dtype)  # G_tilde
+                G_tilde = chain(*left, *_through(x, x_tilde, U_c)).to(at_least_float32(core.dtype))
+                grad_core = scaled(G_tilde, tuple(scales)).to(core.dtype)
                 if positions is not None:
                     grad_core = grad_core.reshape(-1)[positions.long()]
             del delta_tilde  # free it before ∂L/∂x (T, in) is made
