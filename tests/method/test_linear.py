@@ -372,10 +372,13 @@ def test_errors() -> None:
         SparseGradLinear.from_linear(quantized, basis)
 
 
-def test_wrong_input_type_is_an_error_as_for_linear() -> None:
-    layer = a_layer(dtype=torch.float32)
-    with pytest.raises(RuntimeError, match="dtype"):
-        layer(torch.randn(3, 7, dtype=F64))
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
+def test_wrong_input_type_is_an_error_as_for_linear(dtype: torch.dtype, bias: bool) -> None:
+    """Without a bias the layer computed in the type of the input."""
+    layer = a_layer(dtype=torch.float32, bias=bias)
+    with pytest.raises(RuntimeError, match=r"have the same dtype, but got: .* != torch.float32"):
+        layer(torch.randn(3, 7, dtype=dtype))
 
 
 def test_copies_and_moves() -> None:

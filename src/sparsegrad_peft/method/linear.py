@@ -45,6 +45,10 @@ def apply_core(
 
     Returns:
         (..., out).
+
+    Raises:
+        ValueError: `x` has another number of features than the weight.
+        RuntimeError: `x` has another type than the weight, without autocast.
     """
     out_features, in_features = weight.shape
     if x.shape[-1] != in_features:
@@ -53,6 +57,8 @@ def apply_core(
     flat = x.reshape(-1, in_features)  # (T, in)
     if torch.is_autocast_enabled(autocast_kind(x.device)):
         flat = flat.to(dtype)
+    elif flat.dtype != dtype:  # as `torch.nn.functional.linear` does
+        raise RuntimeError(f"expected input and weight to have the same dtype, but got: {flat.dtype} != {dtype}")
     bias = None if bias is None else bias.to(dtype)
     operands = (flat, weight, bias, core, positions, basis.U, basis.V, *basis.scales, prefer)
     with without_autocast(x.device):
