@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -127,12 +128,12 @@ def _add(
     adapters: Sequence[str], weights: Sequence[float], layers: dict[str, SparseGradLayer]
 ) -> dict[str, tuple[Basis, Tensor]]:
     """Return layer -> copy of the basis, and the sum of the cores."""
-    copies: dict[int, Basis] = {}  # loading weights into one adapter must not change another
+    copy_of = cache(deepcopy)  # loading weights into one adapter must not change another
     sums = {}
     for name, layer in layers.items():
         basis = layer.core_and_basis(adapters[0])[1]
         parts = [weight * layer.core_and_basis(a)[0] for a, weight in zip(adapters, weights, strict=True)]
-        sums[name] = copies.setdefault(id(basis), deepcopy(basis)), torch.stack(parts).sum(0)
+        sums[name] = copy_of(basis), torch.stack(parts).sum(0)
     return sums
 
 

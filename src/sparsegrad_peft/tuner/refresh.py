@@ -124,7 +124,9 @@ def _change_bases(
         copies: dict[int, tuple[Basis, Basis]] = {}  # a shared basis has one on each device
         for name in names:
             layer, (S, old) = layers[name], held[name]
-            new = copies.setdefault(id(old), (old, bases[group].on_device(S.device)))[1]
+            if id(old) not in copies:
+                copies[id(old)] = old, bases[group].on_device(S.device)
+            new = copies[id(old)][1]
             with exact_products(S.device):
                 core = new.coordinates(old.from_basis(S.to(at_least_float32(S.dtype))))
                 if optimizer is not None:
