@@ -73,9 +73,9 @@ def share_call_hooks(source: nn.Module, target: nn.Module) -> None:
 
 
 def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
-    """Make an `nn.Linear` with copies of a weight (out, in) and a bias."""
+    """Make an `nn.Linear` with a weight (out, in) and a copy of a bias."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone())
+    linear.weight = nn.Parameter(weight.detach())
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return linear
