@@ -37,8 +37,7 @@ def configs_of(model: nn.Module, adapter_name: str) -> dict[str, SparseGradConfi
         if part is not None and adapter_name in held:
             configs[part] = held[adapter_name]
     if not configs:
-        layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
-        known = ", ".join(dict.fromkeys(name for layer in layers for name in layer.sparsegrad_S))
+        known = ", ".join(dict.fromkeys(name for layer in all_layers(model) for name in layer.sparsegrad_S))
         raise ValueError(
             f"the model has no SparseGrad adapter named {adapter_name!r}; "
             + (f"name one that it has, {known}, as adapter_name" if known else "make one with get_peft_model")
@@ -87,6 +86,11 @@ def uncompiled(model: nn.Module) -> nn.Module:
     # Not getattr: a `PeftModel` passes on the attributes of what it wraps.
     found: nn.Module = {**vars(model), **model._modules}.get("_orig_mod", model)
     return found
+
+
+def all_layers(model: nn.Module) -> list[SparseGradLayer]:
+    """Return the layers of all adapters."""
+    return [module for module in model.modules() if isinstance(module, SparseGradLayer)]
 
 
 def layers_of(model: nn.Module, adapter_name: str) -> dict[str, SparseGradLayer]:
@@ -141,7 +145,7 @@ def calibrated_names(groups: Mapping[str, list[str]], layers: Mapping[str, Spars
 
 def active_configs(model: nn.Module) -> dict[str, list[SparseGradConfig]]:
     """Return the configurations of the active SparseGrad adapters, by name; one of each part that holds the adapter."""
-    layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
+    layers = all_layers(model)
     active = dict.fromkeys(name for layer in layers for name in layer.active_adapters if name in layer.sparsegrad_S)
     return {name: list(configs_of(model, name).values()) for name in active}
 
@@ -161,9 +165,8 @@ def uncalibrated(model: nn.Module) -> list[str]:
 
 def widen_cores(model: nn.Module) -> None:
     """Give cores that a trainer has cast to half precision float32 again, unless half precision was asked for."""
-    for module in model.modules():
-        if isinstance(module, SparseGradLayer):
-            module.widen_cores()
+    for layer in all_layers(model):
+        layer.widen_cores()
 
 
 def adapter_parameters(model: nn.Module) -> tuple[set[int], bool]:

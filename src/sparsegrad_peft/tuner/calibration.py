@@ -15,7 +15,7 @@ from ..method.config import CalibrationConfig, resolve_config
 from ..method.ddp import exclude_bases_from_ddp
 from ..method.processes import gathered, is_distributed
 from ..method.sizes import Sizes
-from .adapters import calibrated_names, config_of, groups_of, layers_of, uncompiled
+from .adapters import all_layers, calibrated_names, config_of, groups_of, layers_of, uncompiled
 from .bases import set_bases, warn_of_few_entries
 from .config import SparseGradConfig
 from .layer import SparseGradLayer, check_unmerged
@@ -200,7 +200,7 @@ def _left_out(adapter_name: str, model: nn.Module) -> Iterator[None]:
 
     The layers that do not have it are told as well, since they do not warn of others' calibration meanwhile.
     """
-    layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
+    layers = all_layers(model)
     try:
         for layer in layers:
             layer.skipped_adapters.add(adapter_name)

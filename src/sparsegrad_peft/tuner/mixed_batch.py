@@ -10,6 +10,7 @@ from typing import Any
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .adapters import all_layers
 from .experts import SparseGradExperts
 from .layer import SparseGradLayer
 
@@ -29,7 +30,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], num_beams: Any =
     """
     if isinstance(adapter_names, str):
         raise TypeError(f"adapter_names must be a list with a name for each row of the batch, found {adapter_names!r}")
-    layers = [module for module in model.modules() if isinstance(module, SparseGradLayer)]
+    layers = all_layers(model)
     if any(isinstance(layer, SparseGradExperts) for layer in layers):
         raise ValueError(
             "adapter_names: found adapted fused experts, which cannot mix adapters in a batch; call set_adapter(name) "
