@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
-"""Types too coarse for a weight that is updated in place: an update below 2⁻⁹ of an entry would be rounded away."""
+"""Types too coarse for a weight that is updated in place: an update below 2⁻¹² of an entry (float16), or below 2⁻⁹
+(bfloat16), would be rounded away."""
 
 
 PLAIN = (torch.float32, torch.float64, *HALF_PRECISION)

@@ -5,7 +5,7 @@
     Trainer(..., callbacks=[SparseGradCalibration()])               calibration alone, with the Trainer's own optimizer
 
 The Trainer's loop is not copied. The mixin overrides `create_optimizer`, which every Trainer calls once the data are
-known and before the first step, also when it resumes.
+known and before the first step, also when it resumes. It adds checks of the loss to `compute_loss` and `training_step`.
 """
 
 from __future__ import annotations
