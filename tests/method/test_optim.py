@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from helpers import F64, orthogonal, state_bytes, train
 from sparsegrad_peft import Basis, LiteralSparseGradLinear, SparseGradAdamW, SparseGradLinear, topk_magnitude
+from sparsegrad_peft.method import optim
 
 
 def parameter(*shape: int, dtype: torch.dtype = F64) -> nn.Parameter:
@@ -69,6 +71,31 @@ def test_rest_is_torchs_adamw_to_the_bit(dtype: torch.dtype) -> None:
         runs.append(parameters)
     for theirs, ours in zip(*runs, strict=True):
         assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_the_fused_adamw_is_the_other_one(saved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, also where it goes on with a state of the other one. A gradient in another layout is not fused."""
+    start = [torch.randn(7, 3, dtype=F64), torch.randn(5, dtype=F64)]
+    runs, calls = [], []
+    monkeypatch.setattr(optim, "adamw", lambda *args, **how: calls.append(how["fused"]) or adamw(*args, **how))
+    for devices in (set(), {"cpu"}):
+        torch.manual_seed(1)
+        parameters = [nn.Parameter(value.clone()) for value in start]
+        optimizer = SparseGradAdamW(parameters, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
+        for step in range(6):
+            monkeypatch.setattr(optim, "FUSED_ON", set() if saved and step < 3 else devices)
+            if step == 3:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            for p in parameters:
+                p.grad = torch.randn_like(p)
+            if step == 5:
+                parameters[0].grad = parameters[0].grad.T.contiguous().T
+            optimizer.step()
+        runs.append(parameters)
+    assert calls == [None] * 6 + ([None] * 3 if saved else [True] * 3) + [True, True, None]
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def a_model() -> tuple[nn.Module, list[dict[str, Any]], dict[nn.Parameter, Basis]]:

@@ -28,6 +28,9 @@ from .sharded import check_row_sharded, select_from_shards, shard_group, step_sh
 from .sides import cast
 from .sparse_adam import match_dtype, step_selected
 
+FUSED_ON = {"cuda"}
+"""Devices on which AdamW is one kernel for all parameters of a group. Its rounding is not that of the other forms."""
+
 
 class SparseGradAdamW(Optimizer):
     """SparseAdam on the largest gradient entries of some parameters, AdamW on the other parameters.
@@ -283,6 +286,9 @@ class SparseGradAdamW(Optimizer):
                 state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             match_dtype(state, parameter.dtype)
+        fused = all(_can_fuse(parameter, self.state[parameter]) for parameter in params)
+        for parameter in params if fused else ():
+            self.state[parameter]["step"] = self.state[parameter]["step"].to(parameter.device)
         beta1, beta2 = group["betas"]
         adamw(
             params,
@@ -292,7 +298,7 @@ class SparseGradAdamW(Optimizer):
             [],
             [self.state[p]["step"] for p in params],
             beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-            amsgrad=False, maximize=False,
+            amsgrad=False, maximize=False, fused=fused or None,
         )  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -346,6 +352,17 @@ class SparseGradAdamW(Optimizer):
         if "positions" not in state:
             return int(own_shard(state["exp_avg_sq"]).count_nonzero())
         return int(state["positions"].numel())
+
+
+def _can_fuse(parameter: nn.Parameter, state: dict[str, Any]) -> bool:
+    """True if PyTorch's fused AdamW takes a parameter, its gradient and its moments."""
+    like = [tensor for tensor in (parameter.grad, state["exp_avg"], state["exp_avg_sq"]) if tensor is not None]
+    return (
+        parameter.device.type in FUSED_ON
+        and parameter.is_floating_point()
+        and not is_sharded(parameter)  # one call takes either only these or only others
+        and all(tensor.dtype == parameter.dtype and tensor.stride() == parameter.stride() for tensor in like)
+    )
 
 
 def _selects(group: Mapping[str, Any]) -> bool:
