@@ -272,7 +272,7 @@ class SparseGradAdamW(Optimizer):
             # reshape would copy a parameter that is not contiguous, and the change would be lost
             rows = torch.div(positions, parameter.shape[-1], rounding_mode="floor")
             index = (rows, positions % parameter.shape[-1]) if parameter.dim() == 2 else (positions,)
-            parameter.index_put_(index, change.to(parameter.dtype), accumulate=True)
+            parameter[index] += change.to(parameter.dtype)
         else:
             shape = _selection_shape(parameter, basis)
             parameter.copy_(_add_from_basis(parameter.to(values.dtype), basis, positions, change, shape))

@@ -75,9 +75,11 @@ def largest_positions(magnitude: Tensor, k: int) -> Tensor:
 
 def _topk_exact(magnitude: Tensor, k: int) -> Tensor:
     threshold = torch.kthvalue(magnitude, magnitude.numel() - k + 1).values
-    above = (magnitude > threshold).nonzero().squeeze(1)
-    ties = (magnitude == threshold).nonzero().squeeze(1)[: k - above.numel()]
-    return torch.cat([above, ties]).sort().values
+    found = (magnitude >= threshold).nonzero().squeeze(1)
+    if found.numel() == k:
+        return found
+    above, ties = found[magnitude[found] > threshold], found[magnitude[found] == threshold]
+    return torch.cat([above, ties[: k - above.numel()]]).sort().values
 
 
 def _candidates(magnitude: Tensor, k: int) -> Tensor | None:
