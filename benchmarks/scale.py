@@ -84,7 +84,7 @@ MODELS = (
     Model("Llama-3.1-405B", 16384, 53248, 126, 128, 8, 128256),
 )
 METHODS = ("sparsegrad", "lora", "full")
-GPUS = (8, 64, 1024)
+GPUS = (8, 64)
 
 
 @dataclass(frozen=True)
