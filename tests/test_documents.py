@@ -226,6 +226,15 @@ def test_what_the_pages_say_about_paraphrases() -> None:
     assert means[1] < means[2]  # docs/method.md: "9 directions have a higher loss than 72"
 
 
+def test_what_the_pages_say_about_the_rest_trained() -> None:
+    [section] = read_report([tables.ROOT / tables.STUDY / "rest-trained"]).sections
+    study = " ".join((tables.ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
+    means = [fmean(run.value for run in section.runs_of("mrpc", method)) for method in ("full", "lora", "sparsegrad")]
+    assert "full fine-tuning has {:.1f}, LoRA {:.1f} and SparseGrad {:.1f}.".format(*means) in study
+    for found in compare_all(section.runs, ["sparsegrad", "full"], "lora"):
+        assert found.low < 0 < found.high
+
+
 def test_what_the_parts_of_the_default_are_worth() -> None:
     """What docs/study.md says beside the table in docs/method.md, which `benchmarks/tables.py` writes."""
     form, glue = (
