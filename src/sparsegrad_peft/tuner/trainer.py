@@ -37,7 +37,6 @@ from .trainer_callbacks import (
     StopIfNotFinite,
     TrainingDivergedError,
     check_untrained,
-    diverged,
 )
 from .trainer_loss import checked
 
@@ -95,6 +94,7 @@ class SparseGradTrainerMixin:
         self.sparsegrad_selection = {"density": density, "k": k}
         self.rest_learning_rate = rest_learning_rate
         self.stop_if_not_finite = stop_if_not_finite
+        self.losses_of_step: list[Tensor] = []
         self.calibration_progress = progress
         self.own_optimizer = own_optimizer
         self.loss_is_known = False
@@ -259,17 +259,10 @@ class SparseGradTrainerMixin:
         return super().compute_loss(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Take the Trainer's step, and check its loss.
-
-        Raises:
-            TrainingDivergedError: the loss is not finite on one of the processes.
-        """
+        """Compute a micro-batch's loss and gradient as the Trainer does. `StopIfNotFinite` checks the loss."""
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if self.stop_if_not_finite:
-            losses = self.accelerator.gather(loss.reshape(1))  # all processes stop, or the others would wait for one
-            bad = losses[~losses.isfinite()]
-            if len(bad):
-                raise diverged(self, f"loss of step {self.state.global_step + 1} is {bad[0].item()}")
+            self.losses_of_step.append(loss.detach())
         return loss
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
@@ -82,26 +83,35 @@ def diverged(trainer: Any, what: str) -> TrainingDivergedError:
 
 
 class StopIfNotFinite(TrainerCallback):
-    """Stop before a step whose gradient is not finite: it would make every weight that trains NaN."""
+    """Stop before a step whose loss or gradient is not finite: it would make every weight that trains NaN."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the gradients; one number a process is exchanged. Float16's scaler skips such steps by itself.
+        """Check the losses of the step's micro-batches and the norm of the gradients, in one exchange.
+
+        Float16's scaler skips steps with such gradients by itself, and DeepSpeed keeps the gradients.
 
         Raises:
-            TrainingDivergedError: a gradient is not finite on one of the processes.
+            TrainingDivergedError: a loss or a gradient is not finite on one of the processes.
         """
-        accelerator = self.trainer.accelerator
-        if accelerator.scaler is not None or self.trainer.is_deepspeed_enabled:  # DeepSpeed keeps the gradients
+        accelerator, losses = self.trainer.accelerator, self.trainer.losses_of_step
+        self.trainer.losses_of_step = []
+        found = [*losses]
+        if accelerator.scaler is None and not self.trainer.is_deepspeed_enabled:
+            gradients = [own_shard(p.grad) for p in kwargs["model"].parameters() if p.grad is not None]
+            found.append(get_total_norm([g._values() if g.is_sparse else g for g in gradients]))
+        if not found:
             return
-        gradients = [own_shard(p.grad) for p in kwargs["model"].parameters() if p.grad is not None]
-        dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
-        norm = get_total_norm(dense).reshape(1).to(args.device)
-        norms = accelerator.gather(norm)  # all processes stop, or the others would wait for one
-        if not bool(norms.isfinite().all()):
-            raise diverged(self.trainer, f"gradient of step {state.global_step + 1} is not finite")
+        own = torch.stack([number.to(args.device).reshape(()).float() for number in found])
+        numbers = accelerator.gather(own).reshape(-1, len(found))  # all stop, or the others would wait for one
+        if bool(numbers.isfinite().all()):
+            return
+        of_losses = numbers[:, : len(losses)]
+        bad = of_losses[~of_losses.isfinite()]
+        what, value = ("loss", bad[0].item()) if len(bad) else ("gradient", "not finite")
+        raise diverged(self.trainer, f"{what} of step {state.global_step + 1} is {value}")
 
 
 class Refreshing(TrainerCallback):
