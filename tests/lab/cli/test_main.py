@@ -291,7 +291,7 @@ def test_predict(finished_run: Path, run: Run, tmp_path: Path) -> None:
     assert (status, out) == (0, f"written: {target} (2 rows)\n")
     assert target.read_text(encoding="utf-8").splitlines()[0] == "text,prediction,p(bad),p(good)"
     status, _, err = run("predict", str(finished_run), "--text", "a", "--max_new_tokens", "5")
-    assert (status, "max_new_tokens is for language models; the run's task is files" in err) == (1, True)
+    assert (status, "max_new_tokens is for language models; the run's task is train" in err) == (1, True)
     status, out, err = run("predict", str(finished_run))
     assert (status, out, err) == (1, "", "sparsegrad predict: expected either a file or texts, found neither\n")
 

@@ -82,12 +82,12 @@ def test_runs_of_another_experiment_are_named(study: Section, tmp_path: Path) ->
     [run] = [run for run in study.runs if run.variant == "sparsegrad"]
     content = {**json.loads(run.as_json()), "task": "glue/mrpc"}  # both experiments have it
     write_json(tmp_path / "study" / "a.json", content)
-    write_json(tmp_path / "study" / "d.json", {**content, "experiment": "calibration", "variant": "trajectory"})
+    write_json(tmp_path / "study" / "d.json", {**content, "experiment": "kept-entries", "variant": "keep-1"})
     sections = {section.name: section for section in read_report([tmp_path / "study"]).sections}
     assert sections["comparison"].remarks == ()
-    assert sections["calibration"].remarks == (
-        "Learning rate of trajectory: the one found for comparison/sparsegrad, without a search of their own.",
-        'The runs of trajectory with seed 0 are those of sparsegrad in "The paper\'s comparison".',
+    assert sections["kept-entries"].remarks == (
+        "Learning rate of keep-1: the one found for comparison/sparsegrad-paper, without a search of their own.",
+        'The runs of keep-1 with seed 0 are those of sparsegrad in "The paper\'s comparison".',
     )
 
 

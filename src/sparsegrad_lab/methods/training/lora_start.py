@@ -89,7 +89,9 @@ def _start_eva(
     model: Any, batches: Iterable[Any], loss_fn: Callable[..., Tensor], config: CalibrationConfig | None
 ) -> None:
     """Let PEFT compute EVA's `A`."""
-    some = list(itertools.islice(batches, _steps(config)))
+    some = [dict(batch) for batch in itertools.islice(batches, _steps(config))]  # PEFT refuses a BatchEncoding
+    if (eva := config_of(model).eva_config) is not None and some[0]["labels"].shape != some[0]["input_ids"].shape:
+        eva.use_label_mask = False  # they are labels of rows, not of tokens
     initialize_lora_eva_weights(model, some, forward_fn=loss_fn, adapter_name=ADAPTER, show_progress_bar=False)
 
 
