@@ -253,6 +253,17 @@ def test_what_the_parts_of_the_default_are_worth() -> None:
     assert abs(own - without) < 0.5
     for variant in ("narrow-9", "narrow-18", "narrow-32"):
         assert max(worse(variant)) < 0
+    few, many = compare_all(glue.runs, ["eight-steps", "many-steps"], "sparsegrad")
+    assert (few.pairs, many.pairs) == (9, 9)
+    assert min(few.p_tasks, many.p_tasks) > 0.05
+    method, settings = (
+        " ".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").split()) for name in ("method", "settings")
+    )
+    assert (
+        f"8 steps lose {-few.difference:.1f} points (95 % interval {-few.high:.1f} to {-few.low:.1f}), and 120 steps "
+        f"gain {many.difference:.1f} ({many.low:.1f} to {many.high:.1f})." in method
+    )
+    assert f"120 gained {many.difference:.1f} points, and 8 lost {-few.difference:.1f}." in settings
 
 
 def test_how_long_calibration_takes() -> None:
