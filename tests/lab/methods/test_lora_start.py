@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, ViTConfig, ViTModel
 
+from sparsegrad_lab.cli.train import parse
 from sparsegrad_lab.methods.training.lora_start import lora_layers, weights_of
 from sparsegrad_lab.run.finished_run import evaluate
 from sparsegrad_lab.run.settings import RunArguments
@@ -68,3 +69,18 @@ def test_starts_saves_and_resumes(start: str, language_arguments: Arguments, tin
     (resumed,) = train(language_arguments(tmp_path / "resumed", *options), progress=False)
     assert resumed["resumed"]
     assert resumed["scores"] == result["scores"]
+
+
+def test_eva_of_images(tmp_path: Path) -> None:
+    """They have no tokens, of which PEFT would leave out the padded ones."""
+    config = ViTConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8,
+                       patch_size=4, num_channels=1)  # fmt: skip
+    ViTModel(config).save_pretrained(tmp_path / "vit")
+    words = ["--model", str(tmp_path / "vit"), "--task", "digits", "--method", write_config(tmp_path, "eva")]
+    words += ["--train_rows", "16", "--validation_rows", "8", "--epochs", "1", "--batch_size", "8"]
+    watch = Watch()
+    train(parse([*words, "--output", str(tmp_path / "run")]), progress=False, callbacks=[watch])
+    assert len(watch.first) == 2
+    for A, B in watch.first.values():
+        torch.testing.assert_close(A @ A.T, torch.eye(2) * (A @ A.T)[0, 0], atol=1e-4, rtol=0)
+        assert not B.any()

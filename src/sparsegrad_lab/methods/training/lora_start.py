@@ -90,9 +90,19 @@ def _start_eva(
 ) -> None:
     """Let PEFT compute EVA's `A`."""
     some = [dict(batch) for batch in itertools.islice(batches, _steps(config))]  # PEFT refuses a BatchEncoding
-    if (eva := config_of(model).eva_config) is not None and some[0]["labels"].shape != some[0]["input_ids"].shape:
+    tokens, eva = some[0].get("input_ids"), config_of(model).eva_config
+    if eva is not None and tokens is not None and some[0]["labels"].shape != tokens.shape:
         eva.use_label_mask = False  # they are labels of rows, not of tokens
-    initialize_lora_eva_weights(model, some, forward_fn=loss_fn, adapter_name=ADAPTER, show_progress_bar=False)
+    # By default PEFT leaves out padded tokens. Images have none.
+    all_inputs: dict[str, Any] = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None}
+    initialize_lora_eva_weights(
+        model,
+        some,
+        forward_fn=loss_fn,
+        adapter_name=ADAPTER,
+        show_progress_bar=False,
+        **(all_inputs if tokens is None else {}),
+    )
 
 
 def _start_lora_ga(
