@@ -45,7 +45,7 @@ RUN = [
 def test_all_are_found() -> None:
     """A folder that is not listed, or a config that no experiment uses, would never be run."""
     assert len(EXPERIMENTS) == 19
-    assert len(METHODS) == 109
+    assert len(METHODS) == 110
     folders = {path.name for path in SHIPPED.iterdir() if path.is_dir()}
     assert folders == set(EXPERIMENTS)
     used = {Path(EXPERIMENTS[name].methods[method].settings.get("method", "")).resolve() for name, method in METHODS}
