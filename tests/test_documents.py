@@ -218,9 +218,13 @@ def test_what_the_pages_say_about_paraphrases() -> None:
     assert [run.steps for run in own] == [300] * 3
     assert all(b.score < a.score for a, b in zip(own, lora, strict=True))  # "with each of three seeds"
     assert sum(b.score < a.score for a, b in zip(unscaled, lora, strict=True)) == 2
-    means = [f"{fmean(run.score for run in runs):.3f}" for runs in (lora, own, few, unscaled, few_unscaled)]
+    many = section.runs_of(method="many-steps")
+    assert all(a.score < b.score for a, b in zip(many, lora, strict=True))  # "with each of three seeds"
+    assert all(run.learning_rate == 8e-3 for run in many)
+    means = [f"{fmean(run.score for run in runs):.3f}" for runs in (lora, own, few, unscaled, few_unscaled, many)]
     study = " ".join((tables.ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
     assert "The means: LoRA {}, SparseGrad {}.".format(*means) in study
+    assert f"SparseGrad's loss is {means[5]}, below LoRA's with each of three seeds." in study
     assert f"Without scales (exponent 0) SparseGrad has {means[3]}," in study
     assert f"SparseGrad has {means[2]}, and {means[4]} without scales." in study
     assert means[1] < means[2]  # docs/method.md: "9 directions have a higher loss than 72"
@@ -265,6 +269,14 @@ def test_what_the_parts_of_the_default_are_worth() -> None:
         f"gain {many.difference:.1f} ({many.low:.1f} to {many.high:.1f})." in method
     )
     assert f"120 gained {many.difference:.1f} points, and 8 lost {-few.difference:.1f}." in settings
+    gained = -fmean(worse("many-steps"))
+    assert min(-value for value in worse("many-steps")) > 0
+    assert (
+        f"On SmolLM2, 120 lowered the loss by {gained:.4f}, which is more than SparseGrad's lead over LoRA." in settings
+    )
+    [openassistant] = read_report([tables.ROOT / tables.STUDY / "openassistant"]).sections
+    [lead] = compare_all(openassistant.runs, ["sparsegrad"], "lora")
+    assert gained > -lead.difference
 
 
 def test_how_long_calibration_takes() -> None:
